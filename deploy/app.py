@@ -1,0 +1,52 @@
+"""The Serve application: an `AdapterServer` for each base model, and the gateway on top. `serve run deploy.app:app`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve import Application, Deployment
+
+from cluster.settings import Settings, load_settings
+from deploy.adapter_server import AdapterServer
+from deploy.gateway import Gateway
+
+_ONGOING = 64  # a replica decodes 8 of them at a time; the others wait in its line
+_QUEUED = 256  # more than that and callers are told to come back (429)
+_GATEWAY_ONGOING = 1024
+
+
+def build_app(settings: Settings) -> Application:
+    """Every base in `settings.base_models`. Replicas ask for no CPUs, which training needs all of; see `_resources`."""
+    deployment: Deployment = serve.deployment(
+        max_ongoing_requests=_ONGOING,
+        max_queued_requests=_QUEUED,
+        ray_actor_options=_resources(settings),
+        graceful_shutdown_timeout_s=60,  # open streams finish
+    )(AdapterServer)
+    servers = {
+        name: deployment.options(name=f"AdapterServer-{name}").bind(name, settings) for name in settings.base_models
+    }
+    gateway: Deployment = serve.deployment(
+        max_ongoing_requests=_GATEWAY_ONGOING, ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=60
+    )(Gateway)
+    return gateway.bind(settings, servers)
+
+
+def _resources(settings: Settings) -> dict[str, Any]:
+    """A share of a GPU where there are GPUs, or where one is set: the nodes that have them may not be up yet."""
+    if "gpus_per_replica" in settings.model_fields_set or _has_gpus():
+        return {"num_cpus": 0, "num_gpus": settings.gpus_per_replica}
+    return {"num_cpus": 0}
+
+
+def _has_gpus() -> bool:
+    """The cluster's, or before there is one (`serve run` imports this file first) those of this machine."""
+    if ray.is_initialized():
+        return bool(ray.cluster_resources().get("GPU"))
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+app = build_app(load_settings())

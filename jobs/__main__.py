@@ -1,0 +1,236 @@
+"""The command line: `python -m jobs submit | list | show | logs | cancel | scheduler | stop`.
+
+`submit` checks a job, writes a row and follows it. It may be stopped at any moment: the scheduler is a process of
+its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from cluster.runtime import (
+    cluster_name,
+    code_version,
+    embedded_environment,
+    log_to_stderr,
+    on_a_cluster,
+    stop_embedded,
+    stop_recorded,
+)
+from cluster.settings import Settings, SettingsError, load_settings
+from jobs.database import check_database
+from jobs.job import TERMINAL, Job, JobError, JobStatus, Wish
+from jobs.job_queue import JobQueue
+from jobs.spec import SpecError, load_spec
+
+POLL_SECONDS = 0.5
+CLEAR = "\x1b[2K\r"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code. A user's mistake is printed in words, without a traceback."""
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
+    log_to_stderr()
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars, between our own lines
+    try:
+        command: Callable[[Settings, argparse.Namespace], int] = chosen.command
+        return command(load_settings(), chosen)
+    except (SpecError, SettingsError, JobError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs", description="LoRA fine-tuning jobs on a shared frozen base."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    submit = commands.add_parser("submit", help="check a job, queue it and follow it; exit 0 only if it succeeds")
+    submit.add_argument("spec", type=Path, help="YAML or JSON, see jobs/examples/")
+    submit.add_argument("--no-follow", action="store_true", help="return as soon as the job is queued")
+    submit.add_argument("--again", action="store_true", help="train it again, although the same job is there already")
+    submit.set_defaults(command=_submit)
+
+    commands.add_parser("list", help="all jobs, oldest first").set_defaults(command=_list)
+    for name, command, text in (
+        ("show", _show, "one job and its history"),
+        ("logs", _logs, "follow a job to its end; exit 0 only if it succeeds"),
+        ("cancel", _cancel, "cancel a job: at once if it waits, after its current step if it runs"),
+    ):
+        one = commands.add_parser(name, help=text)
+        one.add_argument("job", help="a job's id, or the beginning of it")
+        one.set_defaults(command=command)
+    commands.add_parser("scheduler", help="schedule this cluster's jobs").set_defaults(command=_scheduler)
+    commands.add_parser("stop", help="end what was started on this machine").set_defaults(command=_stop)
+    return parser
+
+
+def _submit(settings: Settings, arguments: argparse.Namespace) -> int:
+    spec = load_spec(arguments.spec)
+    # Late: these import torch and Ray, which `list` and `show` can do without.
+    from jobs.admission import admit
+    from jobs.launcher import Launcher
+    from jobs.scheduler import ensure_scheduler
+
+    queue = JobQueue(settings.database_url)
+    if on_a_cluster():
+        size = Launcher(settings.driver_labels).size()
+        check_database(settings.database_url, size.nodes)
+        workers = max(size.workers, settings.max_workers or 0)
+    else:
+        import torch
+
+        workers = torch.cuda.device_count() or os.cpu_count() or 1
+    admitted = admit(spec, settings, workers)
+    for line in admitted.summary:
+        print(f"  {line}")
+    job, new = queue.submit(
+        spec,
+        cluster=cluster_name(settings),
+        base=settings.base_name(spec.base_model),
+        dataset_sha=admitted.dataset_sha,
+        validation_sha=admitted.validation_sha,
+        code_version=code_version(),
+        tenant=settings.tenant,
+        again=arguments.again,
+    )
+    admitted.record(job)
+    print(f"{job.id} {'queued' if new else f'is there already, {job.status}'}: {job.base}:{spec.adapter}")
+    print(f"  follow it: python -m jobs logs {job.id}      cancel it: python -m jobs cancel {job.id}", flush=True)
+    ensure_scheduler(settings, queue)
+    if arguments.no_follow:
+        return 0
+    try:
+        return follow(queue, job.id, lambda: ensure_scheduler(settings, queue))
+    except KeyboardInterrupt:
+        print(f"\n{job.id} goes on without you: python -m jobs logs {job.id}", file=sys.stderr)
+        return 130
+
+
+def _list(settings: Settings, _: argparse.Namespace) -> int:
+    for job in JobQueue(settings.database_url).list():
+        progress = job.progress or {}
+        steps = f"{progress['step']}/{progress['steps']}" if progress else "-"
+        print(f"{job.id}  {job.status:<10} {steps:>9}  {job.base}:{job.spec.adapter}")
+    return 0
+
+
+def _show(settings: Settings, arguments: argparse.Namespace) -> int:
+    queue = JobQueue(settings.database_url)
+    job = queue.get(arguments.job)
+    print(
+        f"{job.id} {job.status} {job.base}:{job.spec.adapter}"
+        f" attempt {job.attempt} on {job.cluster}, code {job.code_version}"
+    )
+    for title, values in (("progress", job.progress), ("result", job.result)):
+        for key, value in (values or {}).items():
+            print(f"  {title}.{key}: {value}")
+    for event in queue.events(job.id):
+        print(f"  {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(event.at))} {event.level:<7} {event.message}")
+    return 0
+
+
+def _logs(settings: Settings, arguments: argparse.Namespace) -> int:
+    queue = JobQueue(settings.database_url)
+    try:
+        return follow(queue, queue.get(arguments.job).id)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _cancel(settings: Settings, arguments: argparse.Namespace) -> int:
+    queue = JobQueue(settings.database_url)
+    job = queue.wish(queue.get(arguments.job).id, Wish.CANCEL)
+    print(f"{job.id} {job.status if job.status in TERMINAL else 'is asked to stop after its current step'}")
+    return 0
+
+
+def _scheduler(settings: Settings, _: argparse.Namespace) -> int:
+    if not on_a_cluster():
+        os.environ.update(embedded_environment(settings))
+    from jobs.scheduler import run_scheduler
+
+    run_scheduler(settings)
+    return 0
+
+
+def _stop(settings: Settings, _: argparse.Namespace) -> int:
+    ended = [*stop_recorded(settings), *stop_embedded(settings)]
+    print("\n".join(f"stopped {what}" for what in ended) or "nothing was running")
+    return 0
+
+
+def follow(queue: JobQueue, job_id: str, watch: Callable[[], None] = lambda: None) -> int:
+    """Print a job's events and progress until it ends; 0 only if it succeeded. `watch` is called now and then while it
+    waits."""
+    seen, watched, shown = 0, time.monotonic(), 0.0
+    live = sys.stderr.isatty()
+    while True:
+        job = queue.get(job_id)
+        for event in queue.events(job_id, after=seen):
+            seen = event.id
+            print(
+                f"{CLEAR if live else ''}{time.strftime('%H:%M:%S', time.localtime(event.at))} {event.message}",
+                flush=True,
+            )
+        if job.status in TERMINAL:
+            return _outcome(job)
+        if job.progress and (live or time.monotonic() - shown > 5):
+            shown = time.monotonic()
+            print(
+                f"{CLEAR if live else ''}{progress_line(job.progress)}",
+                end="" if live else "\n",
+                file=sys.stderr,
+                flush=True,
+            )
+        if job.status is JobStatus.QUEUED and time.monotonic() - watched > 10:
+            watched = time.monotonic()
+            watch()
+        time.sleep(POLL_SECONDS)
+
+
+def progress_line(progress: dict[str, float]) -> str:
+    """`[#######-------] step 35/76  loss 0.0312  512 tokens/s  0:42 left`"""
+    step, steps = int(progress["step"]), int(progress["steps"])
+    filled = 24 * step // steps
+    left = (
+        (steps - step) * progress["tokens"] / step / progress["tokens_per_second"]
+        if step and progress["tokens_per_second"]
+        else 0
+    )
+    return (
+        f"[{'#' * filled}{'-' * (24 - filled)}] step {step}/{steps}  loss {progress['loss']:.4f}"
+        f"  {progress['tokens_per_second']:.0f} tokens/s  {int(left) // 60}:{int(left) % 60:02d} left"
+    )
+
+
+def _outcome(job: Job) -> int:
+    if job.status is not JobStatus.SUCCEEDED:
+        print(f"{job.id} {job.status}{f': {job.error}' if job.error else ''}", file=sys.stderr)
+        return 1
+    progress, result = job.progress or {}, job.result or {}
+    share = progress["trainable_parameters"] / progress["base_parameters"]
+    print(
+        f"trained {progress['trainable_parameters']:,} parameters,"
+        f" {share:.2%} of the base's {progress['base_parameters']:,}"
+    )
+    print(
+        f"loss {progress['first_loss']:.4f} at the first step, {progress['loss']:.4f} at the last"
+        f" ({progress['steps']} steps)"
+    )
+    print(f"adapter {result['adapter_bytes'] / 1e6:.1f} MB, base {progress['base_bytes'] / 1e6:.1f} MB")
+    print(f'model="{result["model"]}" version {result["version"]}')
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

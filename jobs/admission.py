@@ -1,0 +1,141 @@
+"""Check a job completely before any worker starts, and put its rows where the workers find them.
+
+Everything that can be known without a GPU is: base model, target modules, rows, labels, storage, size of the
+cluster. All mistakes come together, each in one sentence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cluster.bases import fetch_url, local_source
+from cluster.settings import Settings
+from cluster.storage import Storage, StorageError, dataset_key, job_spec_key, open_storage
+from jobs.job import Job
+from jobs.spec import JobSpec, SpecError
+from lora_core.adapter_bank import AdapterBank
+from lora_core.base_model import BaseModelError, describe_base
+from lora_core.dataset import Dataset, DatasetError, build_examples, check_rows, read_rows, split
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """A job that may be queued: the sha256 of its rows, which are in storage now, and a summary for people."""
+
+    storage: Storage
+    dataset_sha: str
+    validation_sha: str | None
+    summary: list[str]
+
+    def record(self, job: Job) -> None:
+        """The write-once second record of a submission, from which a lost database is rebuilt."""
+        self.storage.put(job_spec_key(job.id), job.spec_json.encode(), if_absent=True)
+
+
+def admit(spec: JobSpec, settings: Settings, max_workers: int | None) -> Admitted:
+    """Check a spec and store its rows. `max_workers` is what the cluster can ever have (None: not known).
+
+    Raises:
+        SpecError: everything that is wrong.
+    """
+    problems: list[str] = []
+    if max_workers is not None and spec.num_workers > max_workers:
+        problems.append(
+            f"num_workers is {spec.num_workers}, but this cluster has room for {max_workers}; lower it"
+            " (or raise LORA_MAX_WORKERS if it can grow)"
+        )
+    storage = _checked(lambda: _writable(settings), problems, "storage")
+    described = _checked(lambda: _described(spec, settings), problems, "base_model")
+    if described is not None:
+        _checked(lambda: AdapterBank(described[0]).select(spec.lora.target_modules), problems, "lora.target_modules")
+    with (
+        _local(spec.dataset, problems, "dataset") as dataset,
+        _local(spec.validation, problems, "validation") as validation,
+    ):
+        summary: list[str] = []
+        if described is not None and dataset is not None:
+            examples = _checked(lambda: examples_of(spec, dataset, validation, described[1]), problems, "dataset")
+            summary = examples[0].report.lines() if examples is not None else []
+        if problems or storage is None or dataset is None:
+            raise SpecError(problems)
+        stored = [_store(storage, path) if path is not None else None for path in (dataset, validation)]
+    assert stored[0] is not None
+    return Admitted(storage, stored[0], stored[1], summary)
+
+
+def examples_of(
+    spec: JobSpec, dataset: Path, validation: Path | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, Dataset | None]:
+    """Examples to train on, and those held out: a second dataset, or a fraction of the rows."""
+
+    def build(rows: list[tuple[int, dict[str, object]]]) -> Dataset:
+        options = spec.train
+        return build_examples(
+            rows, tokenizer, max_seq_len=options.max_seq_len, train_on=options.train_on, overlong=options.overlong
+        )
+
+    rows = read_rows(dataset)
+    if validation is not None:
+        return build(rows), build(read_rows(validation))
+    if not isinstance(spec.validation, float):
+        return build(rows), None
+    check_rows(rows)  # before the cut, so that mistakes on either side come together
+    kept, held_out = split(len(rows), spec.validation, spec.train.seed)
+    return build([rows[index] for index in kept]), build([rows[index] for index in held_out])
+
+
+def _described(spec: JobSpec, settings: Settings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    source = local_source(settings.resolve_base(spec.base_model), settings.cache_dir, weights=False)
+    return describe_base(source, settings.cache_dir)
+
+
+def _writable(settings: Settings) -> Storage:
+    storage = open_storage(settings.storage_url)
+    storage.check()
+    return storage
+
+
+def _checked(check: Callable[[], T], problems: list[str], option: str) -> T | None:
+    """The result, or None and a problem more."""
+    try:
+        return check()
+    except (BaseModelError, DatasetError, StorageError) as error:
+        problems.append(f"{option}: {error}")
+    except ValueError as error:
+        problems.append(str(error) if str(error).startswith(option.rpartition(".")[2]) else f"{option}: {error}")
+    return None
+
+
+@contextmanager
+def _local(location: str | float | None, problems: list[str], option: str) -> Iterator[Path | None]:
+    """A dataset as a local file: itself, or a copy of an s3:// object while the block runs."""
+    if not isinstance(location, str):
+        yield None
+        return
+    if "://" not in location:
+        path = Path(location)
+        if not path.is_file():
+            problems.append(f"{option}: {location} is not a file that can be read here; give a path, or an s3:// URL")
+        yield path if path.is_file() else None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / Path(location).name
+        found = _checked(lambda: fetch_url(location, target), problems, option)
+        yield found
+
+
+def _store(storage: Storage, path: Path) -> str:
+    with path.open("rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    storage.put(dataset_key(sha256), path, if_absent=True)
+    return sha256

@@ -1,0 +1,194 @@
+"""What the queue holds: jobs, the sessions that run them, their states with the moves between them, and the errors.
+
+A move that is not listed here cannot be made by any method of the queue, and a state without moves is final.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from jobs.spec import JobSpec
+
+
+class JobStatus(StrEnum):
+    """OpenAI's words for a fine-tuning job."""
+
+    VALIDATING_FILES = "validating_files"
+    QUEUED = "queued"
+    RUNNING = "running"
+    PAUSED = "paused"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+TRANSITIONS: Mapping[JobStatus, frozenset[JobStatus]] = {
+    JobStatus.VALIDATING_FILES: frozenset({JobStatus.QUEUED, JobStatus.FAILED, JobStatus.CANCELLED}),
+    JobStatus.QUEUED: frozenset({JobStatus.RUNNING, JobStatus.PAUSED, JobStatus.FAILED, JobStatus.CANCELLED}),
+    JobStatus.RUNNING: frozenset(
+        {JobStatus.QUEUED, JobStatus.PAUSED, JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED}
+    ),
+    JobStatus.PAUSED: frozenset({JobStatus.QUEUED, JobStatus.FAILED, JobStatus.CANCELLED}),
+    JobStatus.SUCCEEDED: frozenset(),
+    JobStatus.FAILED: frozenset(),
+    JobStatus.CANCELLED: frozenset(),
+}
+TERMINAL = frozenset(status for status, moves in TRANSITIONS.items() if not moves)
+
+
+class Wish(StrEnum):
+    """What a user wants of a job. A running one reads it between two steps; any other is moved at once."""
+
+    CANCEL = "cancel"
+    PAUSE = "pause"
+
+    @property
+    def status(self) -> JobStatus:
+        """The state of a job whose wish came true."""
+        return JobStatus.CANCELLED if self is Wish.CANCEL else JobStatus.PAUSED
+
+
+class SessionState(StrEnum):
+    """A session is recorded as launching before anything is started, so that a restart asks Ray instead of guessing."""
+
+    LAUNCHING = "launching"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    ENDED = "ended"
+
+
+SESSION_TRANSITIONS: Mapping[SessionState, frozenset[SessionState]] = {
+    SessionState.LAUNCHING: frozenset({SessionState.RUNNING, SessionState.STOPPING, SessionState.ENDED}),
+    SessionState.RUNNING: frozenset({SessionState.STOPPING, SessionState.ENDED}),
+    SessionState.STOPPING: frozenset({SessionState.ENDED}),
+    SessionState.ENDED: frozenset(),
+}
+ALIVE = frozenset(state for state, moves in SESSION_TRANSITIONS.items() if moves)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One row of `jobs`, as it was read. Times are seconds since 1970, `attempt` counts how often the job was
+    started."""
+
+    id: str
+    tenant: str
+    cluster: str
+    status: JobStatus
+    priority: int
+    spec_json: str
+    base: str
+    session_key: str
+    num_workers: int
+    content_key: str
+    code_version: str
+    dataset_sha: str
+    validation_sha: str | None
+    created_at: float
+    updated_at: float
+    started_at: float | None
+    finished_at: float | None
+    session_id: str | None
+    attempt: int
+    wish: Wish | None
+    error: str | None
+    progress: dict[str, Any] | None
+    result: dict[str, Any] | None
+
+    @property
+    def spec(self) -> JobSpec:
+        """Parsed when asked for, so that a row of an older version can still be listed."""
+        return JobSpec.model_validate_json(self.spec_json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """One row of `sessions`. Writes of a driver that carry another `fence` than the row change nothing."""
+
+    id: str
+    cluster: str
+    session_key: str
+    num_workers: int
+    state: SessionState
+    attempt: int
+    fence: int
+    lease_until: float | None
+    wish: str | None
+    reason: str | None
+    created_at: float
+    updated_at: float
+
+    @property
+    def ray_submission_id(self) -> str:
+        """The same for everyone who knows the row: whoever finds it launching asks Ray whether this id exists."""
+        return f"{self.id}-a{self.attempt}"
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Proof that `holder` has the lease `name`. The token grows with every holder: an older one writes nothing."""
+
+    name: str
+    holder: str
+    token: int
+
+
+@dataclass(frozen=True)
+class HeldLease:
+    """What anyone may know of a lease; `valid` until it runs out or is given back."""
+
+    holder: str
+    token: int
+    valid: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """One line of the history of a job or session, whose id is `subject`."""
+
+    id: int
+    subject: str
+    at: float
+    level: str
+    message: str
+    data: dict[str, Any] | None
+
+
+class JobError(Exception):
+    """Whatever the queue cannot do. Arguments are kept as they are, since Ray pickles errors between processes."""
+
+
+class JobNotFoundError(JobError):
+    """No job, or more than one, has an id that starts so."""
+
+    def __init__(self, wanted: str, matches: list[str]) -> None:
+        super().__init__(wanted, matches)
+        self.wanted, self.matches = wanted, matches
+
+    def __str__(self) -> str:
+        if self.matches:
+            return f"{self.wanted!r} could be {', '.join(self.matches)}: give more of the id"
+        return f"there is no job {self.wanted!r}: `python -m jobs list` shows the ids"
+
+
+class IllegalTransitionError(JobError):
+    """A move that no state table lists."""
+
+    def __init__(self, subject: str, from_: str, to: str) -> None:
+        super().__init__(subject, from_, to)
+        self.subject, self.from_, self.to = subject, from_, to
+
+    def __str__(self) -> str:
+        return f"{self.subject} is {self.from_} and cannot become {self.to}"
+
+
+class DatabaseSettingError(JobError, ValueError):
+    """LORA_DATABASE_URL names a database that this cannot use; the message says what to set."""
+
+
+class DatabaseUnavailableError(JobError):
+    """The database did not answer. Whether the last write happened is unknown: read again, never assume that it
+    failed."""

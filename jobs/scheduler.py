@@ -1,0 +1,219 @@
+"""The scheduler: a loop over SQL and Ray that anyone may kill at any moment.
+
+    reconcile()     what the rows say against what Ray runs: end sessions that are gone, take their jobs back
+    plan(...)       pure: which session to launch, which job goes where, which session has to make room (policy.py)
+    act(...)        one guarded statement each; a launch is recorded before Ray is asked
+
+Whoever holds the lease row of a cluster runs it; every write carries the lease, so a scheduler that was replaced
+while it slept changes nothing. `submit` makes sure that there is one (`ensure_scheduler`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, start_http_server
+
+from cluster.runtime import OwnerLock, cluster_name, has_owner, on_a_cluster, start_embedded, stop_embedded
+from cluster.settings import Settings
+from jobs.job import Job, JobStatus, Lease, Session, SessionState
+from jobs.job_queue import JobQueue
+from jobs.launcher import Launcher, RayUnreachableError, RunState
+from jobs.policy import Assign, Cluster, Launch, Stop, plan, snapshot
+from jobs.queue_metrics import QueueCollector
+
+log = logging.getLogger("lora.scheduler")
+
+STEP_SECONDS = 0.5
+MAX_ATTEMPTS = 3
+NOT_STARTED = "its session could not start"
+
+
+@dataclass
+class Scheduler:
+    """One cluster's scheduler while it holds the lease."""
+
+    settings: Settings
+    queue: JobQueue
+    launcher: Launcher
+    cluster: str
+    lease: Lease
+
+    def step(self) -> bool:
+        """One round; returns whether there is anything to do, now or soon."""
+        self._reconcile()
+        queued = self.queue.list(self.cluster, {JobStatus.QUEUED})
+        running = self.queue.list(self.cluster, {JobStatus.RUNNING})
+        sessions = self.queue.sessions(self.cluster)
+        if queued:
+            size = self.launcher.size()
+            workers = max(size.workers, self.settings.max_workers or 0)
+            for action in plan(*snapshot(queued, running, sessions), Cluster(workers=workers)):
+                self._act(action)
+        return bool(queued or running or sessions)
+
+    def _reconcile(self) -> None:
+        for session in self.queue.sessions(self.cluster):
+            run = self.launcher.state(session.ray_submission_id)
+            if run.state is RunState.ABSENT and session.state is SessionState.LAUNCHING:
+                self._launch(session)  # the row was written, then somebody died before Ray was asked
+            elif run.state is RunState.ENDED or (run.state is RunState.ABSENT and self._lease_ran_out(session)):
+                self._bury(session, run.message or "Ray does not know it any more")
+        alive = {session.id for session in self.queue.sessions(self.cluster)}
+        for job in self.queue.list(self.cluster, {JobStatus.RUNNING}):
+            if job.session_id not in alive:
+                self._take_back(job)
+
+    @staticmethod
+    def _lease_ran_out(session: Session) -> bool:
+        """A driver outlives a lost head, so that Ray does not know it is not enough: its own sign of life must be old
+        too."""
+        return session.lease_until is None or session.lease_until < time.time()
+
+    def _bury(self, session: Session, reason: str) -> None:
+        """End a session that is gone. One that never came up is on the record of the jobs that wait for it: the third
+        is the last."""
+        log.warning("session=%s event=gone state=%s reason=%s", session.id, session.state, reason.splitlines()[0])
+        ended = self.queue.session_move(session.id, session.state, SessionState.ENDED, reason=reason, lease=self.lease)
+        if not ended or session.state is not SessionState.LAUNCHING:
+            return
+        for job in self.queue.list(self.cluster, {JobStatus.QUEUED}):
+            if job.session_key != session.session_key:
+                continue
+            self.queue.log(job.id, f"{NOT_STARTED}: {reason.splitlines()[-1]}", level="warning")
+            deaths = sum(event.message.startswith(NOT_STARTED) for event in self.queue.events(job.id))
+            if deaths >= MAX_ATTEMPTS:
+                message = f"its session could not start, {deaths} times: {reason}"
+                self.queue.move(
+                    job.id, JobStatus.QUEUED, JobStatus.FAILED, message=message, error=message, lease=self.lease
+                )
+
+    def _take_back(self, job: Job) -> None:
+        """A running job whose session has ended: back to the queue, or failed when it has ended enough of them."""
+        session = self.queue.session(job.session_id) if job.session_id else None
+        reason = (session.reason if session else None) or "its session ended"
+        if job.attempt >= MAX_ATTEMPTS:
+            message = f"failed after {job.attempt} attempts; the last one: {reason}"
+            moved = self.queue.move(
+                job.id, JobStatus.RUNNING, JobStatus.FAILED, message=message, error=message, lease=self.lease
+            )
+        else:
+            moved = self.queue.move(
+                job.id, JobStatus.RUNNING, JobStatus.QUEUED, message=f"back to the queue: {reason}", lease=self.lease
+            )
+        log.warning("job=%s event=taken_back attempt=%d moved=%s reason=%s", job.id, job.attempt, moved, reason)
+
+    def _act(self, action: Launch | Assign | Stop) -> None:
+        match action:
+            case Launch(session_key, num_workers):
+                session = self.queue.create_session(session_key, self.cluster, num_workers, lease=self.lease)
+                if session is not None:
+                    self._launch(session)
+            case Assign(job_id, session_id):
+                assigned = self.queue.assign(job_id, session_id, lease=self.lease)
+                log.info("job=%s event=assigned session=%s done=%s", job_id, session_id, assigned)
+            case Stop(session_id, reason):
+                self.queue.stop_session(session_id, reason, lease=self.lease)
+                log.info("session=%s event=asked_to_stop reason=%s", session_id, reason)
+
+    def _launch(self, session: Session) -> None:
+        log.info("session=%s event=launch key=%s workers=%d", session.id, session.session_key, session.num_workers)
+        self.launcher.launch_session(session.ray_submission_id, session.id, session.fence)
+
+
+def run_scheduler(settings: Settings) -> None:
+    """Schedule until there has been nothing to do for a while (`scheduler_idle_seconds`), or until told to stop.
+
+    Off a cluster this process starts the embedded Ray and owns it: both end together.
+    """
+    stopped = threading.Event()
+    owner = None if on_a_cluster() else OwnerLock(settings)
+    if owner is not None:
+        if not owner.acquire():
+            log.info("event=not_needed reason=another process owns the embedded Ray of %s", settings.home)
+            return
+        stop_embedded(settings)  # what a killed owner left behind
+    name = cluster_name(settings)
+    if owner is not None:
+        start_embedded(settings)
+    # After ray.init(), which sets handlers of its own.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+    log.info("event=started cluster=%s", name)
+    try:
+        _schedule(settings, name, owner, stopped)
+    finally:
+        if owner is not None:
+            import ray
+
+            ray.shutdown()
+        log.info("event=ended cluster=%s", name)
+
+
+def _schedule(settings: Settings, cluster: str, owner: OwnerLock | None, stopped: threading.Event) -> None:
+    queue, launcher = JobQueue(settings.database_url), Launcher(settings.driver_labels)
+    holder = f"{os.uname().nodename}:{os.getpid()}:{secrets.token_hex(4)}"
+    if settings.metrics_port:
+        registry = CollectorRegistry()
+        registry.register(QueueCollector(queue, cluster))
+        start_http_server(settings.metrics_port, registry=registry)
+    busy = time.monotonic()
+    while not stopped.wait(STEP_SECONDS):
+        try:
+            lease = queue.acquire_lease(lease_name(cluster), holder, settings.lease_seconds)
+            if lease is None:  # somebody else schedules; stay as the one that takes over
+                continue
+            at_work = Scheduler(settings, queue, launcher, cluster, lease).step()
+            if at_work or (owner is not None and launcher.others_running()):
+                busy = time.monotonic()
+            if time.monotonic() - busy > settings.scheduler_idle_seconds:
+                # First let go, then look once more: a submit in between sees that nobody schedules and starts a
+                # scheduler.
+                queue.release_lease(lease)
+                if owner is not None:
+                    owner.release()
+                if not queue.list(cluster, {JobStatus.QUEUED, JobStatus.RUNNING}) or (owner and not owner.acquire()):
+                    return
+                busy = time.monotonic()
+        except RayUnreachableError as error:
+            log.warning("event=ray_unreachable reason=%s", error)  # unknown is not dead: change nothing
+        except Exception:
+            log.exception("event=step_failed")  # the database, most likely; the rows are as they were
+
+
+def lease_name(cluster: str) -> str:
+    """The lease row of a cluster's scheduler."""
+    return f"scheduler:{cluster}"
+
+
+def ensure_scheduler(settings: Settings, queue: JobQueue) -> None:
+    """Make sure that somebody schedules this cluster: a Ray job on a cluster, a detached process with its own Ray on a
+    laptop.
+
+    Two callers at once start one: on a cluster by the submission id, on a laptop by the owner's lock.
+    """
+    if on_a_cluster():
+        held = queue.lease(lease_name(cluster_name(settings)))
+        if held is None or not held.valid:
+            Launcher(settings.driver_labels).launch_scheduler(f"lora-scheduler-{held.token + 1 if held else 1}")
+        return
+    if has_owner(settings):
+        return
+    logs = settings.home / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    with (logs / "scheduler.log").open("ab") as output:
+        subprocess.Popen(
+            [sys.executable, "-m", "jobs", "scheduler"],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # Ctrl-C in the shell that submits is not meant for it
+        )

@@ -1,0 +1,313 @@
+"""The driver of one session: one Ray Train run of N ranks on one frozen base, and whatever jobs it is given.
+
+    python -m jobs.session --id session-1a2b3c4d --fence 1        (the scheduler starts it, as a Ray job)
+
+The main thread is inside `TorchTrainer.fit()`, where a SIGINT ends the run cleanly. A second thread keeps the
+session: it renews the lease, tells the ranks which jobs to hold, and writes what they report to SQL and storage.
+Every write carries the fence, so that a driver which was given up on, but lives, can neither commit nor publish.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from cluster.registry import AdapterRegistry
+from cluster.runtime import log_to_stderr
+from cluster.settings import Settings, load_settings
+from cluster.storage import (
+    checkpoint_marker_key,
+    checkpoints_prefix,
+    committed_checkpoint,
+    dataset_key,
+    job_result_key,
+    open_storage,
+)
+from jobs.job import Job, JobStatus, SessionState, Wish
+from jobs.job_queue import JobQueue
+from jobs.orders import (
+    Assignment,
+    CheckpointWritten,
+    JobFailed,
+    Orders,
+    Progressed,
+    RankBroke,
+    RanksStarted,
+    Report,
+    Trained,
+    start_mailbox,
+)
+from jobs.training_loop import train_loop
+
+log = logging.getLogger("lora.session")
+
+KEEP_SECONDS = 0.3
+RESTARTS = 2  # of the worker group, after a rank died
+KEPT_CHECKPOINTS = 2
+
+
+class Keeper:
+    """The thread beside `fit()`: SQL and storage on one side, the mailbox on the other."""
+
+    def __init__(self, settings: Settings, queue: JobQueue, session_id: str, fence: int) -> None:
+        self._settings, self._queue = settings, queue
+        self._session_id, self._fence = session_id, fence
+        self._storage = open_storage(settings.storage_url)
+        self._registry = AdapterRegistry(self._storage, settings.tenant)
+        self.mailbox: Any = start_mailbox()
+        self._known: dict[str, Assignment] = {}
+        self._starts = 0
+        self._busy = time.monotonic()
+        self._renewed = 0.0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="keeper", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Take the last reports and end the thread."""
+        self._ended.set()
+        self._thread.join()
+
+    def _keep(self) -> None:
+        stop = False
+        while True:
+            ended = self._ended.is_set()
+            try:
+                stop = self._tick(stop)
+            except Exception:  # SQL or storage may be away for a while; training goes on meanwhile
+                log.exception("session=%s event=keep_failed", self._session_id)
+            if ended:
+                return
+            self._ended.wait(KEEP_SECONDS)
+
+    def _tick(self, stop: bool) -> bool:
+        """One round; returns whether the ranks should end."""
+        self._renew()
+        jobs = {job.id: job for job in self._queue.assigned(self._session_id)}
+        wanted = [self._assignment(job) for job in jobs.values() if job.wish is not Wish.CANCEL]
+        held, reports = ray.get(self.mailbox.exchange.remote(Orders(tuple(wanted), stop)))
+        for report in reports:
+            self._record(report)
+        for job in jobs.values():
+            if job.wish is Wish.CANCEL and job.id not in held:
+                self._move(job.id, JobStatus.CANCELLED, "cancelled while running")
+        if jobs:
+            self._busy = time.monotonic()
+        elif not stop and (
+            self._wished_to_stop() or time.monotonic() - self._busy > self._settings.session_idle_seconds
+        ):
+            # In one transaction with the look for jobs: one that is just being assigned keeps the session.
+            stop = self._queue.session_move(
+                self._session_id,
+                SessionState.RUNNING,
+                SessionState.STOPPING,
+                reason="nothing to do",
+                fence=self._fence,
+                only_idle=True,
+            )
+        return stop
+
+    def _renew(self) -> None:
+        if time.monotonic() - self._renewed < self._settings.lease_seconds / 3:
+            return
+        if not self._queue.renew_session(self._session_id, self._fence, self._settings.lease_seconds):
+            log.error("session=%s event=fenced_off fence=%d", self._session_id, self._fence)
+            os.kill(os.getpid(), signal.SIGINT)
+            self._ended.set()
+        self._renewed = time.monotonic()
+
+    def _wished_to_stop(self) -> bool:
+        session = self._queue.session(self._session_id)
+        return session is not None and session.wish == "stop"
+
+    def _assignment(self, job: Job) -> Assignment:
+        """What the ranks need; the checkpoint is looked up once, and known from reports afterwards."""
+        if job.id not in self._known:
+            newest = self._newest_checkpoint(job.id)
+            self._known[job.id] = Assignment(
+                job.id,
+                job.attempt,
+                job.spec_json,
+                dataset_key(job.dataset_sha),
+                dataset_key(job.validation_sha) if job.validation_sha else None,
+                newest["key"] if newest else None,
+                newest["sha256"] if newest else None,
+            )
+        return self._known[job.id]
+
+    def _commits(self, job_id: str) -> list[tuple[tuple[int, int], str]]:
+        """((attempt, step), marker's key) of every committed checkpoint, oldest first."""
+        keys = self._storage.list(checkpoints_prefix(job_id))
+        return sorted((place, key) for key in keys if (place := committed_checkpoint(key)) is not None)
+
+    def _newest_checkpoint(self, job_id: str) -> dict[str, str] | None:
+        commits = self._commits(job_id)
+        newest: dict[str, str] | None = json.loads(self._storage.get(commits[-1][1])) if commits else None
+        return newest
+
+    def _record(self, report: Report | RankBroke | RanksStarted) -> None:
+        match report:
+            case Progressed(job_id, progress):
+                self._queue.progress(job_id, self._session_id, self._fence, progress)
+            case RanksStarted():
+                self._starts += 1
+                if self._starts > 1:
+                    self._tell_of_restart()
+            case CheckpointWritten():
+                self._commit(report)
+            case Trained():
+                self._publish(report)
+            case JobFailed(job_id, reason):
+                self._move(job_id, JobStatus.FAILED, reason, error=reason)
+            case RankBroke(rank, reason, held):
+                self._blame(held or tuple(self._known), f"rank {rank}: {reason}")
+
+    def _tell_of_restart(self) -> None:
+        for job_id, known in self._known.items():
+            message = f"a rank was lost; all of them continue from {known.checkpoint_key or 'the start'}"
+            self._queue.log(job_id, message, level="warning")
+
+    def _commit(self, report: CheckpointWritten) -> None:
+        """Write the marker that makes a checkpoint exist, if the fence is still ours; keep the newest few."""
+        known = self._known.get(report.job_id)
+        if known is None or not self._runs_here(report.job_id):
+            return
+        marker = checkpoint_marker_key(report.job_id, known.attempt, report.step)
+        self._storage.put(marker, json.dumps({"key": report.key, "sha256": report.sha256}).encode())
+        self._known[report.job_id] = replace(known, checkpoint_key=report.key, checkpoint_sha256=report.sha256)
+        log.info("job=%s event=checkpoint step=%d", report.job_id, report.step)
+        self._drop_old_checkpoints(report.job_id)
+
+    def _drop_old_checkpoints(self, job_id: str) -> None:
+        for _, marker in self._commits(job_id)[:-KEPT_CHECKPOINTS]:
+            commit = json.loads(self._storage.get(marker))
+            self._storage.delete(marker)
+            self._storage.delete(commit["key"])
+
+    def _publish(self, report: Trained) -> None:
+        """Adapter, then result, then the row: a crash in between is repeated from the last checkpoint to the same
+        content."""
+        if not self._runs_here(report.job_id):
+            return
+        job = self._queue.get(report.job_id)
+        version = self._registry.publish(job.base, job.spec.adapter, report.files, report.manifest)
+        result = {
+            "model": f"{job.base}:{job.spec.adapter}",
+            "version": version.version,
+            "digest": version.digest,
+            "adapter_bytes": sum(len(content) for content in report.files.values()),
+            "metrics": report.manifest["metrics"],
+        }
+        self._storage.put(job_result_key(job.id), json.dumps(result).encode())
+        self._queue.progress(job.id, self._session_id, self._fence, report.progress)
+        self._move(job.id, JobStatus.SUCCEEDED, f"published {result['model']} version {version.version}", result=result)
+
+    def _blame(self, suspects: Iterable[str], reason: str) -> None:
+        """A rank's code raised. One suspect is the culprit; of several each is tried again by itself."""
+        suspects = list(suspects)
+        for job_id in suspects:
+            if len(suspects) == 1:
+                self._move(job_id, JobStatus.FAILED, reason, error=reason)
+            else:
+                self._move(job_id, JobStatus.QUEUED, f"back to the queue, to be tried by itself: {reason}")
+
+    def _runs_here(self, job_id: str) -> bool:
+        """Whether the job is still ours: asked right before something that others will see is written."""
+        holds = self._queue.renew_session(self._session_id, self._fence, self._settings.lease_seconds)
+        return holds and any(job.id == job_id for job in self._queue.assigned(self._session_id))
+
+    def _move(self, job_id: str, to: JobStatus, message: str, **columns: Any) -> None:
+        moved = self._queue.move(
+            job_id, JobStatus.RUNNING, to, message=message, fence=(self._session_id, self._fence), **columns
+        )
+        log.info("job=%s event=%s moved=%s message=%s", job_id, to.value, moved, message)
+        self._known.pop(job_id, None)
+
+
+def run_session(settings: Settings, session_id: str, fence: int) -> int:
+    """Drive one session to its end; returns the exit code."""
+    queue = JobQueue(settings.database_url)
+    session = queue.session(session_id)
+    if session is None or not queue.session_move(
+        session_id, SessionState.LAUNCHING, SessionState.RUNNING, reason="driver started", fence=fence
+    ):
+        log.error("session=%s event=not_ours fence=%d", session_id, fence)
+        return 1
+    base_model, precision, _ = session.session_key.split("|")
+    keeper = Keeper(settings, queue, session_id, fence)
+    # Set, it also says that GPU nodes will come, which an autoscaled cluster may not have up yet.
+    gpus = "gpus_per_rank" in settings.model_fields_set or ray.cluster_resources().get("GPU", 0) > 0
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config={
+            # Ranks have no use for the database, and what they do not know they cannot leak.
+            "settings": settings.model_copy(update={"database_url": ""}),
+            "mailbox": keeper.mailbox,
+            "base_model": base_model,
+            "precision": precision,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=session.num_workers,
+            use_gpu=gpus,
+            resources_per_worker={"CPU": 1, "GPU": settings.gpus_per_rank} if gpus else {"CPU": 1},
+        ),
+        run_config=RunConfig(
+            name=session.ray_submission_id,
+            storage_path=settings.train_storage_path,
+            failure_config=FailureConfig(max_failures=RESTARTS),
+            worker_runtime_env={"env_vars": {"LORA_DATABASE_URL": ""}},  # type: ignore[call-arg]  # mypy sees V1's
+        ),
+    )
+    keeper.start()
+    reason = "ended"
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        reason = _root_cause(error)
+    finally:
+        keeper.stop()
+    for state in (SessionState.RUNNING, SessionState.STOPPING):
+        queue.session_move(session_id, state, SessionState.ENDED, reason=reason, fence=fence)
+    log.info("session=%s event=ended reason=%s", session_id, reason)
+    return 0 if reason == "ended" else 1
+
+
+def _root_cause(error: TrainingFailedError) -> str:
+    """The rank that died rather than the neighbours that noticed, in one line."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    died = {rank: failure for rank, failure in failures.items() if "PeerLostError" not in str(failure)} or failures
+    if not died:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    rank, failure = min(died.items())
+    return f"rank {rank}: {str(failure).strip().splitlines()[-1]}"
+
+
+def main() -> None:
+    """Entry point of the Ray job."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.session")
+    parser.add_argument("--id", required=True)
+    parser.add_argument("--fence", type=int, required=True)
+    arguments = parser.parse_args()
+    log_to_stderr()
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")  # a dead rank is noticed in a quarter second
+    ray.init(log_to_driver=True)
+    raise SystemExit(run_session(load_settings(), arguments.id, arguments.fence))
+
+
+if __name__ == "__main__":
+    main()

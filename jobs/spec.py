@@ -1,0 +1,282 @@
+"""What a user asks for: one job, as YAML or JSON, checked completely before anything runs.
+
+    base_model: smollm2-135m            # alias in the settings, hub id, local directory, GGUF file, or s3:// prefix
+    dataset: jobs/examples/triage.jsonl # .jsonl or .parquet, a local path or s3://
+    adapter: triage                     # published as <base>:<adapter>
+
+Everything else has a default. All mistakes are reported at once, each in one sentence that says what to change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Hashable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
+
+from lora_core.config import LoraConfig, TrainConfig
+
+ADAPTER_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+class SpecError(ValueError):
+    """Everything that is wrong with a job spec: `problems`, one sentence each, found in `source` (a path, or what it
+    was)."""
+
+    def __init__(self, problems: list[str], source: str = "the job spec") -> None:
+        super().__init__(problems, source)
+        self.problems = problems
+        self.source = source
+
+    def __str__(self) -> str:
+        if len(self.problems) == 1:
+            return f"{self.source}: {self.problems[0]}"
+        return "\n  - ".join([f"{self.source} has {len(self.problems)} problems:", *self.problems])
+
+
+class JobSpec(BaseModel):
+    """One fine-tuning job. `validation` is a fraction of the dataset or the path of a second one; `precision` is that
+    of the frozen base; `num_workers` counts data-parallel ranks; among waiting jobs the highest `priority` goes
+    first."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    base_model: str = Field(min_length=1)
+    dataset: str = Field(min_length=1)
+    validation: float | str | None = None
+    adapter: str
+    lora: LoraConfig = LoraConfig()
+    train: TrainConfig = TrainConfig()
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    num_workers: int = Field(default=1, ge=1)
+    priority: int = Field(default=0, ge=-1000, le=1000)
+
+    @field_validator("adapter")
+    @classmethod
+    def _adapter_is_a_name(cls, name: str) -> str:
+        if ADAPTER_NAME.fullmatch(name) is None:
+            raise ValueError(
+                "must be 1 to 64 lower-case letters, digits, '.', '_' or '-' and start with a letter or digit, "
+                f"not {_shown(name)}"
+            )
+        return name
+
+    @field_validator("validation")
+    @classmethod
+    def _validation_leaves_rows_to_train_on(cls, value: float | str | None) -> float | str | None:
+        if value == "" or (isinstance(value, float) and not 0.0 < value < 0.5):
+            raise ValueError(
+                "must be a fraction of the rows above 0 and below 0.5, or the path of a second dataset, "
+                f"not {_shown(value)}"
+            )
+        return value
+
+    @property
+    def session_key(self) -> str:
+        """Jobs with the same key can share a session: one loaded base, one precision, one number of ranks."""
+        return f"{self.base_model}|{self.precision}|{self.num_workers}"
+
+    def canonical_json(self) -> str:
+        """The spec as one line in which equal specs are equal bytes; `JobSpec.model_validate_json` reads it back."""
+        return _canonical(self.model_dump(mode="json"))
+
+    def content_key(self, dataset_sha: str, validation_sha: str | None = None) -> str:
+        """Sha256 of what would be trained: the datasets count by their content, not by where they lie, and `priority`
+        does not count, since it changes when a job runs and not what comes out. Two submissions with one key ask for
+        the same adapter."""
+        assert isinstance(self.validation, str) == (validation_sha is not None), "one sha256 for each dataset"
+        content = self.model_dump(mode="json", exclude={"priority"}) | {"dataset": dataset_sha}
+        if validation_sha is not None:
+            content["validation"] = validation_sha
+        return hashlib.sha256(_canonical(content).encode()).hexdigest()
+
+
+def load_spec(source: Path | str) -> JobSpec:
+    """Read a spec from a file, or from its own text (a string with a line break, or that starts with a brace). Local
+    paths in it become absolute, from the current directory, because the job runs elsewhere. Raises SpecError with
+    every problem."""
+    text, name = source, "the job spec"
+    if isinstance(source, Path) or not ("\n" in source or source.lstrip().startswith("{")):
+        name = str(Path(source))
+        try:
+            text = Path(source).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise SpecError([f"cannot read it ({reason}): give the path of a YAML or JSON job spec"], name) from None
+    assert isinstance(text, str)
+    try:
+        values = _parse(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise SpecError([f"{where}this is not valid YAML: {error.problem}"], name) from None
+    except yaml.YAMLError as error:
+        raise SpecError([f"this is not valid YAML: {str(error).splitlines()[0]}"], name) from None
+    spec = check_spec(values, name)
+    located = {"dataset": _absolute(spec.dataset)}
+    if isinstance(spec.validation, str):
+        located["validation"] = _absolute(spec.validation)
+    if spec.base_model.startswith((".", "~")) or spec.base_model.endswith(".gguf"):
+        located["base_model"] = _absolute(spec.base_model)
+    return spec.model_copy(update=located)
+
+
+def check_spec(values: object, source: str = "the job spec") -> JobSpec:
+    """A spec from parsed values (of YAML, JSON or a request). Raises SpecError with every problem."""
+    if not isinstance(values, Mapping):
+        raise SpecError(["it must be options, one 'key: value' a line, such as 'base_model: smollm2-135m'"], source)
+    try:
+        # Strict: a quoted number or a true in the wrong place is a mistake to report, not a value to convert.
+        return JobSpec.model_validate(dict(values), strict=True)
+    except ValidationError as error:
+        raise SpecError(list(_sentences(error)), source) from None
+
+
+def _canonical(values: dict[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _absolute(location: str) -> str:
+    return location if "://" in location else str(Path(location).expanduser().absolute())
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars (`2e-4` is a number, `no` is text, `010` is ten) and no key given twice."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own, replaced rather than added to
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))
+
+
+def _parse(text: str) -> object:
+    if text.lstrip().startswith("{"):
+        # YAML reads most of JSON, but neither tabs nor pairs of surrogates. What is not JSON either gets YAML's error.
+        with contextlib.suppress(ValueError):
+            return json.loads(text, object_pairs_hook=_once, parse_constant=str)
+    return yaml.load(text, Loader=_Loader)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a key is given twice")
+    return values
+
+
+def _fields_of(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
+    """Each field of a model with the model of its own block, where it is one."""
+    blocks = {name: field.annotation for name, field in model.model_fields.items()}
+    return {name: a if isinstance(a, type) and issubclass(a, BaseModel) else None for name, a in blocks.items()}
+
+
+def _split(loc: tuple[int | str, ...]) -> tuple[str, list[int], type[BaseModel]]:
+    """An error's place as the dotted option, indices in it, and the model that holds the option. Pydantic also puts
+    the branch of a union there, which is not the user's word."""
+    names: list[str] = [str(loc[0])]
+    model: type[BaseModel] = JobSpec
+    block = _fields_of(model).get(names[0])
+    if block is not None and len(loc) > 1:
+        names, model = [*names, str(loc[1])], block
+    return ".".join(names), [part for part in loc[len(names) :] if isinstance(part, int)], model
+
+
+_EXPECTED = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "model_type": "a block of options",
+}
+_BOUNDS = {
+    "greater_than_equal": ("at least", "ge"),
+    "greater_than": ("more than", "gt"),
+    "less_than_equal": ("at most", "le"),
+    "less_than": ("less than", "lt"),
+    "literal_error": ("one of", "expected"),
+}
+
+
+def _sentences(failed: ValidationError) -> Iterator[str]:
+    """One sentence an option, in plain words; the branches of a union become one sentence."""
+    options: dict[str, list[ErrorDetails]] = {}
+    for error in failed.errors(include_url=False):
+        options.setdefault(_split(error["loc"])[0], []).append(error)
+    for option, errors in options.items():
+        deeper = [error for error in errors if _split(error["loc"])[1]]
+        if len(errors) > 1 and not deeper:
+            kinds = " or ".join(_EXPECTED[error["type"]] for error in errors)
+            yield f"{option} must be {kinds}, not {_shown(errors[0]['input'])}"
+            continue
+        for error in deeper or errors:
+            yield _sentence(error)
+
+
+def _sentence(error: ErrorDetails) -> str:
+    option, indices, model = _split(error["loc"])
+    place = option + "".join(f"[{index}]" for index in indices)
+    kind, context, given = error["type"], error.get("ctx", {}), _shown(error["input"])
+    if kind == "missing":
+        return f"{place} is missing: every job needs it"
+    if kind in ("extra_forbidden", "invalid_key"):
+        return _unknown(option, model)
+    if kind == "value_error":
+        return f"{place} {context['error']}"
+    if kind in _BOUNDS:
+        words, bound = _BOUNDS[kind]
+        return f"{place} must be {words} {context[bound]}, not {given}"
+    if kind in ("string_too_short", "too_short"):
+        return f"{place} must not be empty"
+    if kind in _EXPECTED:
+        return f"{place} must be {_EXPECTED[kind]}, not {given}"
+    return f"{place}: {error['msg']}, not {given}"
+
+
+def _unknown(option: str, model: type[BaseModel]) -> str:
+    """`unknown key`, and the nearest key that there is: in the same block, or the block that has it."""
+    key = option.rpartition(".")[2]
+    homes = {"": JobSpec} | {name: block for name, block in _fields_of(JobSpec).items() if block is not None}
+    for home, owner in homes.items():
+        if owner is not model and key in owner.model_fields:
+            return f"unknown key '{option}': '{key}' belongs " + (f"under '{home}'" if home else "at the top level")
+    near = difflib.get_close_matches(key, model.model_fields, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"the keys here are {', '.join(model.model_fields)}"
+    return f"unknown key '{option}': {hint}"
+
+
+def _shown(value: object) -> str:
+    """A value as a user would name it."""
+    if isinstance(value, str):
+        return f"the text {value[:60]!r}"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "empty"
+    return "a list" if isinstance(value, list) else "a block of options" if isinstance(value, Mapping) else repr(value)

@@ -1,0 +1,319 @@
+"""What one rank of a session does: load the frozen base, then train whatever jobs it is told to, all of them together.
+
+    while True:
+        orders = agree()                     rank 0 asks the mailbox and broadcasts, so all ranks join and leave at
+        the same step join / leave outcomes = engine.step()             one optimizer step of every job report,
+        checkpoint, finish
+
+Every rank holds the same adapters, since each optimizer step ends in an all-reduce; so rank 0 alone reports and writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+
+from cluster.bases import local_source
+from cluster.runtime import log_to_stderr
+from cluster.settings import Settings
+from cluster.storage import Storage, checkpoint_state_key, open_storage
+from jobs.admission import examples_of
+from jobs.orders import Assignment, CheckpointWritten, JobFailed, Orders, Progressed, RankBroke, RanksStarted, Trained
+from jobs.spec import JobSpec
+from lora_core.base_model import BaseModel, chat_template_hash, load_base
+from lora_core.dataset import Example
+from lora_core.peft_format import adapter_files
+from lora_core.trainer import JobDiverged, LiveJob, TrainEngine, TrainJob, probe_losses
+
+log = logging.getLogger("lora.rank")
+
+PROBES = 4
+REPORT_SECONDS = 0.3
+IDLE_POLL_SECONDS = 0.1
+
+
+class PeerLostError(RuntimeError):
+    """A collective failed because another rank is gone; that rank's end is the cause, not this."""
+
+
+@dataclass
+class Held:
+    """One job on this rank, with what its reports need."""
+
+    assignment: Assignment
+    spec: JobSpec
+    live: LiveJob
+    validation: Sequence[Example]
+    started: float = field(default_factory=time.monotonic)
+    started_tokens: int = 0
+    step_seconds: float = 0.0
+    checkpointed: float = field(default_factory=time.monotonic)
+    upload: threading.Thread | None = None
+
+
+def train_loop(config: dict[str, Any]) -> None:
+    """The function that Ray Train runs on every rank; see `Rank.run`."""
+    log_to_stderr()
+    rank = Rank(config["settings"], config["mailbox"], config["base_model"], config["precision"])
+    try:
+        rank.run()
+    except PeerLostError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        log.exception("rank=%d event=broke", rank.rank)
+        ray.get(rank.mailbox.report.remote(RankBroke(rank.rank, reason, tuple(rank.held))))
+        raise
+
+
+class Rank:
+    """One data-parallel rank: the engine, the jobs on it, and the collectives through which ranks stay in step."""
+
+    def __init__(self, settings: Settings, mailbox: Any, base_model: str, precision: str) -> None:
+        context = ray.train.get_context()
+        self.rank, self.ranks = context.get_world_rank(), context.get_world_size()
+        self.settings, self.mailbox = settings, mailbox
+        self.storage: Storage = open_storage(settings.storage_url)
+        self.held: dict[str, Held] = {}
+        self._base_model, self._precision = base_model, precision
+        # Control messages go through gloo on GPU too: they are small Python objects, and NCCL would stall the stream.
+        self._control = dist.new_group(backend="gloo")
+        self._next_orders: ray.ObjectRef[Orders] | None = None
+        self._reported = 0.0
+        torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+
+    def run(self) -> None:
+        """Until told to stop."""
+        self.base = self._load_base()
+        if self.rank == 0:
+            self.mailbox.report.remote(RanksStarted())
+        self.engine = TrainEngine(self.base, rank=self.rank, ranks=self.ranks, all_reduce=self._all_reduce)
+        while True:
+            orders = self._agree(self._orders)
+            for job_id in [job_id for job_id in self.held if job_id not in {a.job_id for a in orders.assignments}]:
+                self._leave(job_id)
+            for assignment in orders.assignments:
+                if assignment.job_id not in self.held:
+                    self._join(assignment)
+            if orders.stop:
+                return
+            if not self.held:
+                time.sleep(IDLE_POLL_SECONDS)
+                continue
+            self._step()
+
+    def _load_base(self) -> BaseModel:
+        source = local_source(self.settings.resolve_base(self._base_model), self.settings.cache_dir)
+        base = load_base(source, precision=self._precision, cache_dir=self.settings.cache_dir)  # type: ignore[arg-type]
+        fingerprints = self._gather(base.fingerprint)
+        if len(set(fingerprints)) > 1:
+            raise RuntimeError(
+                f"the ranks loaded different weights of {self._base_model}: {sorted(map(str, set(fingerprints)))}"
+            )
+        log.info(
+            "rank=%d event=base_loaded fingerprint=%s precision=%s device=%s backend=%s",
+            self.rank,
+            base.fingerprint[:12],
+            base.precision,
+            base.device,
+            dist.get_backend(),
+        )
+        return base
+
+    def _orders(self) -> Orders:
+        """Ask without waiting while there is work: an answer that is not there yet is taken at the next step."""
+        if self._next_orders is None:
+            self._next_orders = self.mailbox.orders.remote(tuple(self.held))
+        ready, _ = ray.wait([self._next_orders], timeout=0 if self.held else None)
+        if not ready:
+            return Orders(tuple(held.assignment for held in self.held.values()))
+        orders: Orders = ray.get(self._next_orders)
+        self._next_orders = None
+        return orders
+
+    def _join(self, assignment: Assignment) -> None:
+        """Take a job in on all ranks, or on none: a rank that cannot is a reason for all to leave it."""
+        spec = JobSpec.model_validate_json(assignment.spec)
+        live, problem = None, None
+        try:
+            train, validation = self._examples(assignment, spec)
+            checkpoint = None
+            if assignment.checkpoint_key is not None:
+                checkpoint = self.storage.get(assignment.checkpoint_key, sha256=assignment.checkpoint_sha256)
+            live = self.engine.add(TrainJob(assignment.job_id, spec.lora, spec.train, train), checkpoint)
+        except Exception as error:  # whatever it is, it is this job's, and the others go on
+            log.exception("job=%s rank=%d event=join_failed", assignment.job_id, self.rank)
+            problem = f"rank {self.rank}: {type(error).__name__}: {error}"
+        problems = [text for text in self._gather(problem) if text is not None]
+        if problems or live is None:
+            self.engine.live.pop(assignment.job_id, None)
+            self._fail(assignment.job_id, problems[0])
+            return
+        held = Held(assignment, spec, live, validation, started_tokens=live.progress.tokens)
+        self.held[assignment.job_id] = held
+        log.info(
+            "job=%s rank=%d event=joined step=%d of %d",
+            assignment.job_id,
+            self.rank,
+            live.progress.step,
+            live.job.steps,
+        )
+        if live.done:
+            self._finish(held)
+
+    def _examples(self, assignment: Assignment, spec: JobSpec) -> tuple[Sequence[Example], Sequence[Example]]:
+        with tempfile.TemporaryDirectory() as folder:
+
+            def fetched(key: str, name: str) -> Path:
+                path = Path(folder) / f"{Path(key).name}{Path(name).suffix}"
+                self.storage.fetch(key, path, sha256=Path(key).name)
+                return path
+
+            dataset = fetched(assignment.dataset_key, spec.dataset)
+            validation = fetched(assignment.validation_key, str(spec.validation)) if assignment.validation_key else None
+            train, held_out = examples_of(spec, dataset, validation, self.base.tokenizer)
+        return train.examples, held_out.examples if held_out else []
+
+    def _leave(self, job_id: str) -> None:
+        self.engine.remove(job_id)
+        del self.held[job_id]
+        log.info("job=%s rank=%d event=left", job_id, self.rank)
+
+    def _step(self) -> None:
+        began = time.monotonic()
+        outcomes = self.engine.step()
+        seconds = time.monotonic() - began
+        for job_id, outcome in outcomes.items():
+            held = self.held[job_id]
+            held.step_seconds = seconds
+            if isinstance(outcome, JobDiverged):
+                self._leave(job_id)
+                self._fail(job_id, str(outcome))
+            elif held.live.done:
+                self._finish(held)
+            elif self.rank == 0:
+                self._maybe_checkpoint(held)
+        if self.rank == 0 and time.monotonic() - self._reported >= REPORT_SECONDS:
+            self._reported = time.monotonic()
+            for held in self.held.values():
+                self._report(Progressed(held.assignment.job_id, self._progress(held)))
+
+    def _progress(self, held: Held) -> dict[str, Any]:
+        progress, elapsed = held.live.progress, time.monotonic() - held.started
+        return {
+            "step": progress.step,
+            "steps": held.live.job.steps,
+            "loss": progress.loss,
+            "first_loss": progress.first_loss,
+            "tokens": progress.tokens,
+            "supervised_tokens": progress.supervised_tokens,
+            "tokens_per_second": (progress.tokens - held.started_tokens) / elapsed,
+            "step_seconds": held.step_seconds,
+            "trainable_parameters": held.live.optimizer.flat.numel(),
+            "base_parameters": self.base.parameters,
+            "base_bytes": self.base.nbytes,
+        }
+
+    def _maybe_checkpoint(self, held: Held) -> None:
+        """Rank 0: take the state at this step boundary and write it beside the next steps."""
+        if time.monotonic() - held.checkpointed < self.settings.checkpoint_seconds:
+            return
+        if held.upload is not None and held.upload.is_alive():
+            return
+        held.checkpointed = time.monotonic()
+        job_id, attempt = held.assignment.job_id, held.assignment.attempt
+        step, blob = held.live.progress.step, held.live.checkpoint()
+
+        def upload() -> None:
+            key, sha256 = checkpoint_state_key(job_id, attempt, step), hashlib.sha256(blob).hexdigest()
+            try:
+                self.storage.put(key, blob)
+            except Exception:  # training goes on; the last committed checkpoint stays the one to resume from
+                log.exception("job=%s event=checkpoint_failed step=%d", job_id, step)
+                return
+            self._report(CheckpointWritten(job_id, step, key, sha256))
+
+        held.upload = threading.Thread(target=upload, name=f"checkpoint-{job_id}")
+        held.upload.start()
+
+    def _finish(self, held: Held) -> None:
+        """Hand the adapter over, with probes from which a server sees that it computes the same; all ranks let the job
+        go."""
+        if self.rank == 0:
+            job, live = held.assignment.job_id, held.live
+            progress = self._progress(held)
+            examples = live.job.examples
+            manifest: dict[str, Any] = {
+                "job": job,
+                "base_fingerprint": self.base.fingerprint,
+                "base_parameters": self.base.parameters,
+                "precision": self.base.precision,
+                "tokenizer": chat_template_hash(self.base.tokenizer),
+                "lora": held.spec.lora.model_dump(),
+                "train": held.spec.train.model_dump(),
+                "metrics": {
+                    key: progress[key] for key in ("step", "loss", "first_loss", "tokens", "supervised_tokens")
+                },
+                "probes": [
+                    {"ids": example.ids, "labels_mask": example.labels_mask, "loss": loss}
+                    for example, loss in zip(
+                        examples[:PROBES],
+                        probe_losses(self.base, self.engine.bank, live.adapter, examples[:PROBES]),
+                        strict=True,
+                    )
+                ],
+            }
+            if held.validation:
+                manifest["metrics"] |= {
+                    "validation_loss_before": self._mean_loss(None, held.validation),
+                    "validation_loss": self._mean_loss(live, held.validation),
+                }
+            files = adapter_files(live.adapter, self.engine.bank, self._base_model)
+            ray.get(self.mailbox.report.remote(Trained(job, files, manifest, progress)))
+        self._leave(held.assignment.job_id)
+
+    def _mean_loss(self, live: LiveJob | None, examples: Sequence[Example]) -> float:
+        losses = probe_losses(self.base, self.engine.bank, live.adapter if live else None, examples)
+        return sum(losses) / sum(sum(example.labels_mask) for example in examples)
+
+    def _fail(self, job_id: str, reason: str) -> None:
+        if self.rank == 0:
+            ray.get(self.mailbox.report.remote(JobFailed(job_id, reason)))
+
+    def _report(self, report: Progressed | CheckpointWritten) -> None:
+        self.mailbox.report.remote(report)
+
+    def _all_reduce(self, tensor: torch.Tensor) -> None:
+        self._collective(lambda: dist.all_reduce(tensor))
+
+    def _agree(self, ask: Callable[[], Orders]) -> Orders:
+        """Rank 0's answer, on every rank. Ranks that each asked would leave at different steps and hang."""
+        answer: list[Orders | None] = [ask() if self.rank == 0 else None]
+        self._collective(lambda: dist.broadcast_object_list(answer, src=0, group=self._control))
+        assert answer[0] is not None
+        return answer[0]
+
+    def _gather(self, value: str | None) -> list[str | None]:
+        values: list[str | None] = [value] * self.ranks
+        self._collective(lambda: dist.all_gather_object(values, value, group=self._control))
+        return values
+
+    @staticmethod
+    def _collective(operation: Callable[[], None]) -> None:
+        try:
+            operation()
+        except RuntimeError as error:
+            raise PeerLostError(str(error)) from error

@@ -1,0 +1,315 @@
+"""Many adapters on one frozen base: `y = x W^T + scale * (x A^T) B^T`, where every row of x names its own A and B.
+
+    x       [1, tokens, in]     rows of several jobs or requests, each job's rows contiguous (a `Run`)
+    A       [r, in]   fp32      B [out, r]   fp32        PEFT's layout; cast down to the dtype of x for the product
+    y       [1, tokens, out]
+
+The base is shared and never changes: an adapter is added by a forward hook on the linear, so names, weights and state
+dict of the model stay those of the checkpoint. Each run is computed on its own slice of rows. On CPU in eager fp32 that
+makes an adapter trained in company equal, bit for bit, to the same adapter trained alone, and it is the wall against a
+neighbour's NaN: a mask is not one, since 0 x NaN is NaN.
+
+Backward, for each run, with h = dropout(x) A^T:
+
+    dh = scale * dy B        dx += dropout(dh A)        A.grad += dh^T dropout(x)        B.grad += scale * dy^T h
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lora_core.config import LoraConfig
+
+
+@dataclass
+class Adapter:
+    """The weights of one adapter: module name -> A `[r, in]` and B `[out, r]`, and the scale of their product.
+
+    `dropout` acts on the input of A, in training only (when the run carries keys). `cast` holds A and B of each module
+    in the dtype that the base computes in, kept up to date by whoever changes `a` and `b`; without it they are cast at
+    each use.
+    """
+
+    scale: float
+    a: dict[str, Tensor]
+    b: dict[str, Tensor]
+    dropout: float = 0.0
+    cast: dict[str, tuple[Tensor, Tensor]] | None = None
+    module_keys: dict[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.module_keys = {name: _key_of(name) for name in self.a}
+
+    def weights(self, module: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B as the product takes them."""
+        if self.cast is not None:
+            return self.cast[module]
+        return self.a[module].detach().to(dtype), self.b[module].detach().to(dtype)
+
+
+@dataclass(frozen=True)
+class Run:
+    """`rows` consecutive rows that belong to `adapter` (None: the base alone).
+
+    `dropout_keys` is int64 `[rows]`, one number for each (job seed, optimizer step, example in the step, token in the
+    document); None outside training.
+    """
+
+    adapter: Adapter | None
+    rows: int
+    dropout_keys: Tensor | None = None
+
+
+class AdapterBank:
+    """Hooks on a frozen model's linears, through which the rows of `routed` runs get their own adapter's update."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.linears = adaptable_linears(model)
+        self._head_names = _head_and_embedding_names(model)
+        self._runs: Sequence[Run] = ()
+        self._hooks = [module.register_forward_hook(self._hook_for(name)) for name, module in self.linears.items()]
+        self._hooks += [
+            module.register_forward_hook(self._activate_by_run) for module in model.modules() if _is_activation(module)
+        ]
+
+    def shapes(self, target_modules: str | list[str]) -> dict[str, tuple[int, int]]:
+        """(in, out) of every linear that `target_modules` selects, in the model's order.
+
+        Raises:
+            ValueError: an entry matches nothing, or a module that cannot be adapted; the sentence names those that can.
+        """
+        return {name: _in_out(self.linears[name]) for name in self.select(target_modules)}
+
+    def select(self, target_modules: str | list[str]) -> list[str]:
+        """Names of the linears that `target_modules` selects; see `shapes`."""
+        if target_modules == "all-linear":
+            return list(self.linears)
+        entries = [target_modules] if isinstance(target_modules, str) else target_modules
+        matches = _full_match if isinstance(target_modules, str) else _ends_with
+        problems, chosen = [], set()
+        for entry in entries:
+            found = [name for name in self.linears if matches(entry, name)]
+            if any(matches(entry, name) for name in self._head_names):
+                problems.append(f"{entry!r} selects the output head or an embedding, which LoRA does not adapt here")
+            elif not found:
+                problems.append(f"{entry!r} matches no module")
+            chosen.update(found)
+        if problems:
+            leaves = ", ".join(sorted({name.rpartition(".")[2] for name in self.linears}))
+            raise ValueError(f"target_modules: {'; '.join(problems)}. Choose from {leaves}, or all-linear.")
+        return [name for name in self.linears if name in chosen]
+
+    @contextmanager
+    def routed(self, runs: Sequence[Run]) -> Iterator[None]:
+        """Within it, forward passes over `[1, sum of rows]` tokens add each run's adapter to its rows."""
+        self._runs = [run for run in runs if run.rows]
+        try:
+            yield
+        finally:
+            self._runs = ()
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _hook_for(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
+        def add_updates(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            runs = self._runs
+            adapters = [run.adapter for run in runs if run.adapter is not None and name in run.adapter.a]
+            if not adapters:
+                return None
+            # The trained weights are named as inputs so that a graph grows from the first adapted linear on.
+            trained = [
+                weight for adapter in adapters for weight in (adapter.a[name], adapter.b[name]) if weight.requires_grad
+            ]
+            x = args[0].reshape(-1, args[0].shape[-1])
+            rows = output.reshape(-1, output.shape[-1])
+            updated: Tensor = _AddUpdates.apply(rows, x, name, runs, *trained)  # type: ignore[no-untyped-call]
+            return updated.view_as(output)
+
+        return add_updates
+
+    def _activate_by_run(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        """The activation function once more, run by run, where several runs of fp32 or fp64 share a row.
+
+        torch computes SiLU and GELU in vectors, and the last few elements of each thread's share one at a time with
+        another rounding. In one call over all rows it depends on the neighbours which elements those are (seen with two
+        threads at 172 features, with three at 11,008).
+        """
+        (x,) = args
+        if len(self._runs) < 2 or x.shape[0] != 1 or x.dtype not in (torch.float32, torch.float64):
+            return None
+        return torch.cat([module.forward(part) for part in x.split([run.rows for run in self._runs], dim=1)], dim=1)
+
+
+class _AddUpdates(torch.autograd.Function):
+    """output `[tokens, out]` and x `[tokens, in]` -> output plus each run's update.
+
+    The gradients of A and B are added to their `.grad` here, run after run, and never pass through autograd: it would
+    first add up the runs of one micro-batch, so that a job's sum depended on which of its chunks happened to share one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, module: str, runs: Sequence[Run], *trained: Tensor) -> Tensor:
+        updated = torch.empty_like(output)
+        rows = [run.rows for run in runs]
+        kept: list[Tensor | None] = []
+        for run, x_rows, out_rows, target in zip(
+            runs, x.split(rows), output.split(rows), updated.split(rows), strict=True
+        ):
+            adapter = run.adapter
+            if adapter is None or module not in adapter.a:
+                target.copy_(out_rows)
+                continue
+            a, b = adapter.weights(module, x.dtype)
+            keep = None
+            if run.dropout_keys is not None and adapter.dropout > 0:
+                mask = dropout_mask(x.shape[1], adapter.dropout, run.dropout_keys, adapter.module_keys[module])
+                keep = mask.to(x.dtype)
+                x_rows = _dropped(x_rows, keep, adapter.dropout)
+            h = F.linear(x_rows, a)
+            torch.addmm(out_rows, h, b.t(), alpha=adapter.scale, out=target)
+            kept += [h, keep]
+        ctx.save_for_backward(x, *kept)
+        ctx.module, ctx.runs, ctx.trained = module, runs, len(trained)
+        return updated
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        x, *kept = ctx.saved_tensors
+        module, rows = ctx.module, [run.rows for run in ctx.runs]
+        dx = torch.empty_like(x) if ctx.needs_input_grad[1] else None
+        dx_parts = [None] * len(rows) if dx is None else dx.split(rows)
+        for run, x_rows, dy_rows, dx_rows in zip(ctx.runs, x.split(rows), dy.split(rows), dx_parts, strict=True):
+            adapter = run.adapter
+            if adapter is None or module not in adapter.a:
+                if dx_rows is not None:
+                    dx_rows.zero_()
+                continue
+            (h, keep), kept = kept[:2], kept[2:]
+            a, b = adapter.weights(module, x.dtype)
+            dh = dy_rows @ b
+            if keep is not None:
+                x_rows = _dropped(x_rows, keep, adapter.dropout)
+            _add_product(adapter.b[module], dy_rows.t(), h, adapter.scale)
+            _add_product(adapter.a[module], dh.t(), x_rows, adapter.scale)
+            if dx_rows is not None:
+                torch.addmm(dx_rows, dh, a, beta=0, alpha=adapter.scale, out=dx_rows)
+                if keep is not None:
+                    dx_rows.copy_(_dropped(dx_rows, keep, adapter.dropout))
+        return (dy, dx, None, None, *[None] * ctx.trained)
+
+
+def _add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """`weight.grad += scale * left @ right`, in the precision of `weight` from the product on."""
+    if not weight.requires_grad:
+        return
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    if weight.dtype == left.dtype:
+        weight.grad.addmm_(left, right, alpha=scale)
+    else:
+        weight.grad.add_(left @ right, alpha=scale)
+
+
+def init_adapter(shapes: dict[str, tuple[int, int]], config: LoraConfig, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Fresh A and B for each module: A uniform in +-1/sqrt(in) as PEFT's default, B zero.
+
+    The random stream depends on the seed and the module's name alone, so that every rank, and every choice of other
+    target modules, starts from the same numbers.
+    """
+    weights = {}
+    for name, (fan_in, fan_out) in shapes.items():
+        stream = torch.Generator().manual_seed(_key_of(f"{seed}:{name}") & (2**63 - 1))
+        a = torch.empty(config.r, fan_in).uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=stream)
+        weights[name] = (a, torch.zeros(fan_out, config.r))
+    return weights
+
+
+def adaptable_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Every `nn.Linear` and GPT-2 `Conv1D` by name, without the output head (which is often tied to the embedding)."""
+    head = model.get_output_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    }
+
+
+def dropout_mask(features: int, p: float, row_keys: Tensor, module_key: int) -> Tensor:
+    """bool `[rows, features]`, False with probability p: a function of (row key, module, feature) alone.
+
+    So it does not depend on neighbours, packing, recomputation or resume. Bits come from splitmix64's finaliser
+    (Steele, Lea and Flood 2014) over int64, which wraps around alike on CPU and GPU; four features share one number, 16
+    bits each.
+    """
+    blocks = torch.arange(-(-features // 4), device=row_keys.device, dtype=torch.int64)
+    bits = mix64(mix64(row_keys ^ module_key)[:, None] + blocks * _as_int64(0x9E3779B97F4A7C15))
+    return bits.view(torch.int16)[:, :features] >= int(p * 2**16) - 2**15
+
+
+def _dropped(x: Tensor, keep: Tensor, p: float) -> Tensor:
+    """x divided by the share that is kept (a number, since a bf16 tensor of it would be 0.16 % off), times a mask of 0
+    and 1.
+    """
+    return (x * (1.0 / (1.0 - int(p * 2**16) / 2**16))).mul_(keep)
+
+
+def mix64(z: Tensor) -> Tensor:
+    """splitmix64's finaliser on int64 tensors; the shifts are logical."""
+    z = z ^ ((z >> 30) & 0x3FFFFFFFF)
+    z *= _as_int64(0xBF58476D1CE4E5B9)
+    z ^= (z >> 27).bitwise_and_(0x1FFFFFFFFF)
+    z *= _as_int64(0x94D049BB133111EB)
+    z ^= (z >> 31).bitwise_and_(0x1FFFFFFFF)
+    return z
+
+
+def _as_int64(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _key_of(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def _in_out(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    assert isinstance(module, Conv1D)
+    return int(module.nx), int(module.nf)
+
+
+def _is_activation(module: nn.Module) -> bool:
+    """SiLU, GELU and their like, by where torch and transformers keep them (torch keeps its attention there too)."""
+    kept_in = type(module).__module__
+    return kept_in in ("torch.nn.modules.activation", "transformers.activations") and not any(module.children())
+
+
+def _head_and_embedding_names(model: PreTrainedModel) -> list[str]:
+    excluded = (model.get_output_embeddings(), model.get_input_embeddings())
+    return [name for name, module in model.named_modules() if any(module is other for other in excluded)]
+
+
+def _ends_with(entry: str, name: str) -> bool:
+    return name == entry or name.endswith("." + entry)
+
+
+def _full_match(entry: str, name: str) -> bool:
+    try:
+        return re.fullmatch(entry, name) is not None
+    except re.error as error:
+        raise ValueError(f"target_modules: {entry!r} is no regular expression ({error})") from error

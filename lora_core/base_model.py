@@ -1,0 +1,343 @@
+"""Load a base model once, freeze it, and say exactly which one it is.
+
+A source is a Hugging Face hub id, a local directory or a GGUF file (an `s3://` prefix is fetched into a directory by
+whoever has the storage). On CPU the weights are memory-mapped from one safetensors file in the precision that is
+computed in, so that every process on a node shares one physical copy; a source in another form is converted into that
+file once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_core.attention import ATTENTION_NAME, Attend, PackedAttention
+
+Precision = Literal["auto", "fp32", "bf16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SUPPORTED = "use a Llama, Mistral, Qwen, Gemma or GPT-2 model"
+
+
+class BaseModelError(ValueError):
+    """A base model that cannot be found, read or adapted; the sentence says what to change."""
+
+
+@dataclass
+class BaseModel:
+    """A frozen base. `fingerprint` is the sha256 of the source weights; `precision` is what it computes in here."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    fingerprint: str
+    precision: str
+    device: torch.device
+
+    def hidden(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Last hidden states `[batch, tokens, h]` of ids and positions int64 `[batch, tokens]`."""
+        decoder = self.model.base_model
+        output: Tensor = decoder(
+            input_ids=ids, position_ids=positions, attend=attend, use_cache=False
+        ).last_hidden_state
+        return output
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits `[..., vocabulary]` of hidden states, with Gemma's tanh cap where the model has one."""
+        logits: Tensor = self.model.get_output_embeddings()(hidden)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the base, tied ones counted once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of those parameters."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+
+
+def load_base(source: str, *, precision: Precision, cache_dir: Path, device: torch.device | None = None) -> BaseModel:
+    """Load, freeze and fingerprint a base; on CPU through the shared file in `cache_dir`.
+
+    Raises:
+        BaseModelError: no such source, not a causal language model, or a family whose forward pass differs from ours.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    computed = resolve_precision(precision, device)
+    folder = local_folder(source, cache_dir)
+    fingerprint = fingerprint_of(folder, cache_dir)
+    dense = _dense_folder(folder, fingerprint, computed, cache_dir)
+    model = _open_model(dense, DTYPES[computed])
+    model.to(device)  # type: ignore[arg-type]
+    model.requires_grad_(False)
+    model.eval()
+    base = BaseModel(model, load_tokenizer(folder), source, fingerprint, computed, device)
+    _refuse_unfaithful(base)
+    return base
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> str:
+    """`auto` is bf16 where the hardware computes in it, else fp32."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
+
+
+def describe_base(source: str, cache_dir: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model without weights (on the meta device) and its tokenizer: enough to check a job's targets and rows.
+
+    Raises:
+        BaseModelError: no such source, or not a causal language model.
+    """
+    folder = local_folder(source, cache_dir, weights=False)
+    with torch.device("meta"), _readable(folder):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        )
+    return model, load_tokenizer(folder)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory."""
+    with _readable(folder):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return tokenizer
+
+
+def chat_template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 over vocabulary and chat template: what must be equal for a prompt to mean the same tokens."""
+    template = (
+        tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else json.dumps(tokenizer.chat_template)
+    )
+    content = json.dumps([sorted(tokenizer.get_vocab().items()), template])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def local_folder(source: str, cache_dir: Path, *, weights: bool = True) -> Path:
+    """The directory that holds the source: itself, a hub snapshot, or a GGUF file's conversion.
+
+    Raises:
+        BaseModelError: there is none.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return _converted_gguf(path.resolve(), cache_dir)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BaseModelError(
+                f"base model {source}: the directory has no config.json; point to a Hugging Face model directory"
+            )
+        return path.resolve()
+    if source.startswith(("/", ".", "~")) or path.suffix == ".gguf":
+        raise BaseModelError(f"base model {source}: there is no such file or directory")
+    return _hub_snapshot(source, weights)
+
+
+def _hub_snapshot(source: str, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    small = ["*.json", "*.jinja", "*.txt", "*.model"]
+    try:
+        return Path(snapshot_download(source, allow_patterns=[*small, "*.safetensors"] if weights else small))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise BaseModelError(
+            f"base model {source}: it is no alias of LORA_BASE_MODELS, no local path, and the hub did not give it"
+            f" ({type(error).__name__}); check the name, the network or HF_TOKEN"
+        ) from error
+
+
+def fingerprint_of(folder: Path, cache_dir: Path) -> str:
+    """sha256 over the weight files of a model directory; remembered by path, size and time of each file."""
+    origin = folder / "source.json"  # a conversion stands for the file it came from
+    if origin.is_file():
+        return str(json.loads(origin.read_text())["sha256"])
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not files:
+        raise BaseModelError(
+            f"base model {folder}: the directory holds no *.safetensors; save the model with save_pretrained"
+        )
+    digests = [[file.name, _file_sha256(file.resolve(), cache_dir)] for file in files]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
+def _file_sha256(file: Path, cache_dir: Path) -> str:
+    stat = file.stat()
+    key = hashlib.sha256(f"{file}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()
+    memo = cache_dir / "sha256" / key
+    if memo.is_file():
+        return memo.read_text()
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    memo.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=memo.parent, delete=False) as temporary:
+        temporary.write(digest)
+    Path(temporary.name).replace(memo)
+    return digest
+
+
+def _converted_gguf(file: Path, cache_dir: Path) -> Path:
+    digest = _file_sha256(file, cache_dir)
+    with _built_once(cache_dir / "bases" / f"{digest[:16]}-gguf") as (target, scratch):
+        if scratch is not None:
+            arguments: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+            with _readable(file):
+                model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **arguments)
+                tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
+            tokenizer.save_pretrained(scratch)
+            _write_dense(model, scratch)
+            (scratch / "source.json").write_text(json.dumps({"sha256": digest, "file": file.name}))
+    return target
+
+
+def _dense_folder(folder: Path, fingerprint: str, precision: str, cache_dir: Path) -> Path:
+    """`folder` itself where its weights are one precision, the one computed in; else a copy of it that is."""
+    files = list(folder.glob("*.safetensors"))
+    if files and _dtypes(files) == {precision}:
+        return folder
+    config = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
+    with _built_once(cache_dir / "bases" / f"{fingerprint[:16]}-{config[:8]}-{precision}") as (target, scratch):
+        if scratch is not None:
+            _write_dense(_open_model(folder, DTYPES[precision]), scratch)
+            (scratch / "source.json").write_text(json.dumps({"sha256": fingerprint, "folder": str(folder)}))
+    return target
+
+
+def _dtypes(files: list[Path]) -> set[str]:
+    names = {"F32": "fp32", "BF16": "bf16"}
+    found = set()
+    for file in files:
+        with _readable(file), safe_open(file, framework="pt") as tensors:
+            found |= {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118 - not a dict
+    return {names.get(dtype, dtype) for dtype in found}
+
+
+def _write_dense(model: PreTrainedModel, folder: Path) -> None:
+    """Weights and config; `save_pretrained` would refuse a model that came from GGUF."""
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    config = model.config.to_dict()
+    config.pop("quantization_config", None)  # it would say "gguf" of a dense file
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = str(model.dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str))
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _built_once(target: Path) -> Iterator[tuple[Path, Path | None]]:
+    """(target, scratch): scratch is None where the target exists; else it becomes the target when the block ends
+    well.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / f".{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.is_dir():
+            yield target, None
+            return
+        scratch = target.parent / f".{target.name}.partial"
+        shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed while it held the lock
+        scratch.mkdir()
+        try:
+            yield target, scratch
+            scratch.replace(target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _open_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with every one of its weights from the folder: transformers would draw at random those that are
+    missing.
+    """
+    with _readable(folder):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told below, by name
+        )
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
+    missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if missing:
+        raise BaseModelError(
+            f"base model {folder}: {len(missing)} weights are missing or have another shape ({missing[0]} ...);"
+            " save the model again"
+        )
+    return model
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What transformers raises about files that it cannot use comes in many types (a bad GGUF: struct.error)."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise BaseModelError(f"base model {path}: it cannot be opened as a causal language model ({reason})") from error
+
+
+@torch.no_grad()
+def _refuse_unfaithful(base: BaseModel) -> None:
+    """Compare our path (packing, own attention, own head call) with the model's stock forward pass on a few tokens.
+
+    A family that changes hidden states or logits in a way we do not know of, or that carries state from one document to
+    the next, would train and serve wrongly without a sound.
+    """
+    config = base.model.config
+    ropes = getattr(config, "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type") for rope in (ropes, *ropes.values()) if isinstance(rope, dict)}
+    if by_longest := kinds & {"dynamic", "longrope"}:
+        raise BaseModelError(
+            f"base model {base.source}: its positions ({by_longest.pop()} RoPE) depend on the longest document in a"
+            " batch, so that jobs would change each other; use a model with another rope_type"
+        )
+    try:
+        error = _packing_error(base)
+    except Exception as problem:  # a forward pass that is made otherwise fails in its own way
+        raise BaseModelError(
+            f"base model {base.source}: its family ({config.model_type}) does not run here ({problem}); {SUPPORTED}"
+        ) from problem
+    if not error < (1e-4 if base.precision == "fp32" else 0.2):  # bf16: rounding alone was seen to make 0.07
+        raise BaseModelError(
+            f"base model {base.source}: its family ({config.model_type}) computes something that is not supported here"
+            f" (logits differ by {error:.1%}); {SUPPORTED}"
+        )
+
+
+def _packing_error(base: BaseModel) -> float:
+    """Relative difference of the logits of two documents: packed on our path, and each alone on the stock one."""
+    ids = torch.arange(12, device=base.device)[None] % base.model.config.vocab_size
+    lengths = [7, 5]
+    positions = torch.cat([torch.arange(length, device=base.device) for length in lengths])[None]
+    ours = base.head(base.hidden(ids, positions, PackedAttention(lengths))).float()
+    base.model.set_attn_implementation("eager")
+    try:
+        alone = [base.model(input_ids=document, use_cache=False).logits for document in ids.split(lengths, dim=1)]
+    finally:
+        base.model.set_attn_implementation(ATTENTION_NAME)
+    stock = torch.cat(alone, dim=1).float()
+    return float((ours - stock).norm() / stock.norm().clamp_min(1e-12))

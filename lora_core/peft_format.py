@@ -1,0 +1,180 @@
+"""An adapter on disk, exactly as PEFT and vLLM read it: `adapter_config.json` and `adapter_model.safetensors`.
+
+Keys are `base_model.model.<module>.lora_A.weight` `[r, in]` and `.lora_B.weight` `[out, r]`, for GPT-2's `Conv1D` too
+(PEFT 0.21, `peft/utils/save_and_load.py`). The published form has the scale folded into B and says `lora_alpha = r`, so
+that every reader computes the same whatever it makes of rsLoRA or alpha patterns (vLLM ignores patterns); the unfolded
+fp32 master stays in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from lora_core.adapter_bank import Adapter, AdapterBank
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_UNREADABLE = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "exclude_modules",
+    "kasa_config",
+    "layer_replication",
+    "layers_to_transform",
+    "lora_bias",
+    "modules_to_save",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "velora_config",
+)
+"""Fields that change what the weights mean or where they go."""
+
+_KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")
+"""Values of `init_lora_weights` that leave the base as it is; the others (PiSSA, OLoRA, CorDA, LoftQ) belong to a
+changed one.
+"""
+
+
+class _PeftConfig(BaseModel):
+    """What is read of `adapter_config.json`."""
+
+    peft_type: Literal["LORA"]
+    r: int = Field(ge=1)
+    lora_alpha: float
+    target_modules: str | list[str]
+    use_rslora: bool = False
+    bias: Literal["none"] = "none"
+
+
+class AdapterFormatError(ValueError):
+    """Adapter files that cannot be loaded onto this base without guessing."""
+
+
+def adapter_files(adapter: Adapter, bank: AdapterBank, base_name: str) -> dict[str, bytes]:
+    """The two files of a published adapter. Equal weights give equal bytes, so their digest names the content."""
+    tensors: dict[str, Tensor] = {}
+    for module in sorted(adapter.a):
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = adapter.a[module].detach().float().cpu().contiguous()
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = (
+            (adapter.b[module].detach().float() * adapter.scale).cpu().contiguous()
+        )
+    r = next(iter(adapter.a.values())).shape[0]
+    config: dict[str, Any] = {
+        "auto_mapping": None,
+        "base_model_name_or_path": base_name,
+        "bias": "none",
+        "fan_in_fan_out": any(isinstance(bank.linears[module], Conv1D) for module in adapter.a),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": r,
+        "lora_dropout": adapter.dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": r,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "target_modules": _target_list(adapter, bank),
+        "task_type": "CAUSAL_LM",
+        "use_rslora": False,
+    }
+    return {
+        CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True).encode(),
+        WEIGHTS_FILE: save(tensors, {"format": "pt"}),
+    }
+
+
+def read_adapter(folder: Path, bank: AdapterBank) -> Adapter:
+    """Load PEFT files strictly: every key is used, every module exists, every shape fits.
+
+    Returns an adapter without gradients, its scale as the config says (1 for what this project published).
+
+    Raises:
+        AdapterFormatError: all that does not fit, in one sentence each.
+    """
+    try:
+        raw = json.loads((folder / CONFIG_FILE).read_bytes())
+        tensors = load((folder / WEIGHTS_FILE).read_bytes())
+        config = _PeftConfig.model_validate(raw)
+    except ValidationError as error:
+        fields = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False))
+        raise AdapterFormatError(f"{folder.name}: {CONFIG_FILE} does not fit ({fields})") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise AdapterFormatError(f"{folder.name}: not a readable PEFT adapter ({error})") from error
+    problems = _unsupported(raw)
+    a: dict[str, Tensor] = {}
+    b: dict[str, Tensor] = {}
+    shapes = bank.shapes("all-linear")
+    for key, tensor in tensors.items():
+        module, part = _split_key(key)
+        if part is None or module not in shapes:
+            problems.append(f"{key} belongs to no linear of this base model")
+            continue
+        fan_in, fan_out = shapes[module]
+        if tuple(tensor.shape) != ((config.r, fan_in) if part == "A" else (fan_out, config.r)):
+            problems.append(
+                f"{key} has shape {list(tensor.shape)}, which does not fit r={config.r}, {fan_in} -> {fan_out}"
+            )
+        elif not tensor.is_floating_point():
+            problems.append(f"{key} is {tensor.dtype}, not a floating-point tensor")
+        else:
+            (a if part == "A" else b)[module] = tensor.float()
+    problems += [f"{module} has only one of lora_A and lora_B" for module in sorted(a.keys() ^ b.keys())]
+    problems += [
+        f"{module} is a target without weights" for module in _targets(config.target_modules, bank) if module not in a
+    ]
+    problems += ["it holds no weights"] if not tensors else []
+    if problems:
+        shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
+        raise AdapterFormatError(f"{folder.name}: {shown}")
+    scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+    order = [module for module in bank.linears if module in a]
+    return Adapter(scale=scale, a={m: a[m] for m in order}, b={m: b[m] for m in order})
+
+
+def _unsupported(config: dict[str, Any]) -> list[str]:
+    problems = [f"{field} is set, which is not supported" for field in _UNREADABLE if config.get(field)]
+    if config.get("init_lora_weights", True) not in _KEEPS_BASE:
+        problems.append(
+            f"init_lora_weights is {config['init_lora_weights']}, so it belongs to a changed base: convert it to LoRA"
+        )
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        problems.append("it has rank_pattern or alpha_pattern: publish it with the scale folded into B")
+    return problems
+
+
+def _split_key(key: str) -> tuple[str, Literal["A", "B"] | None]:
+    for part, suffix in (("A", ".lora_A.weight"), ("B", ".lora_B.weight")):
+        if key.startswith(_PREFIX) and key.endswith(suffix):
+            return key[len(_PREFIX) : -len(suffix)], "A" if part == "A" else "B"
+    return key, None
+
+
+def _target_list(adapter: Adapter, bank: AdapterBank) -> list[str]:
+    """Leaf names where they select exactly the adapted modules (vLLM wants those), else full names; sorted."""
+    leaves = sorted({module.rpartition(".")[2] for module in adapter.a})
+    return leaves if set(bank.select(leaves)) == set(adapter.a) else sorted(adapter.a)
+
+
+def _targets(target_modules: str | list[str], bank: AdapterBank) -> list[str]:
+    """The modules that the config names; an entry that names none is PEFT's way, since a list may serve several
+    families.
+    """
+    chosen: set[str] = set()
+    for entry in [target_modules] if isinstance(target_modules, str) else [[name] for name in target_modules]:
+        with contextlib.suppress(ValueError):
+            chosen.update(bank.select(entry))
+    return [module for module in bank.linears if module in chosen]

@@ -1,0 +1,1 @@
+"""Benchmarks: commands that print a table and one line of JSON. They are no tests."""

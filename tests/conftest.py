@@ -1,0 +1,45 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.storage import Storage, open_storage
+from tests.s3_server import S3Server, running_s3_server
+
+# Threads of an operation that wait by spinning make each other wait where there are more than cores: 40 times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server with an empty bucket, which no environment knows yet: see `s3_environment`."""
+    with running_s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3_environment(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The server, with the AWS_* variables of this process and its children set to it."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_server
+
+
+@pytest.fixture
+def s3_url(s3_environment: S3Server) -> str:
+    """A storage URL of this test alone."""
+    return f"s3://{s3_environment.bucket}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(params=["directory", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """An empty storage: every test that takes it runs on a directory and on the S3 server."""
+    if request.param == "s3":
+        return open_storage(request.getfixturevalue("s3_url"))
+    return open_storage((tmp_path / "storage").as_uri())

@@ -1,0 +1,426 @@
+"""Many adapters on one base: which modules, whose rows, whose dropout; and that neighbours do not matter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lora_core.adapter_bank import Adapter, AdapterBank, Run, dropout_mask, init_adapter
+from lora_core.attention import PackedAttention
+from lora_core.base_model import BaseModel
+from lora_core.config import LoraConfig, TrainConfig
+from lora_core.packing import Chunk, pack
+from lora_core.trainer import LiveJob, TrainEngine, TrainJob
+from tests.models import VOCABULARY, documents, threads, tiny_base, tiny_model
+
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def random_adapter(
+    bank: AdapterBank,
+    r: int,
+    seed: int,
+    targets: str | list[str] = "all-linear",
+    dropout: float = 0.0,
+    trained: bool = False,
+) -> Adapter:
+    """An adapter whose B is not zero."""
+    config = LoraConfig(r=r, lora_alpha=3, target_modules=targets, lora_dropout=dropout)
+    weights = init_adapter(bank.shapes(targets), config, seed)
+    stream = torch.Generator().manual_seed(seed)
+    return Adapter(
+        scale=config.scale,
+        a={name: a.requires_grad_(trained) for name, (a, _) in weights.items()},
+        b={
+            name: (torch.randn(b.shape, generator=stream) * 0.2).requires_grad_(trained)
+            for name, (_, b) in weights.items()
+        },
+        dropout=dropout,
+    )
+
+
+# --- which modules ---------------------------------------------------------------------------------------------------
+
+LLAMA_TARGETS: list[str | list[str]] = [
+    "all-linear",
+    ["q_proj", "v_proj"],
+    ["layers.0.self_attn.q_proj", "down_proj"],
+    ["model.layers.1.mlp.up_proj"],
+    r".*layers\.1\..*(q_proj|gate_proj)",
+    r"model\.layers\.\d+\.self_attn\.(k|o)_proj",
+]
+GPT2_TARGETS: list[str | list[str]] = [
+    "all-linear",
+    ["c_attn"],
+    ["c_proj"],
+    ["mlp.c_proj", "h.0.attn.c_attn"],
+    r".*h\.1\.mlp\.c_(fc|proj)",
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [*(("llama", targets) for targets in LLAMA_TARGETS), *(("gpt2", targets) for targets in GPT2_TARGETS)],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_targets_are_those_that_peft_takes(kind: str, targets: str | list[str]) -> None:
+    model = tiny_model(kind)
+    ours = AdapterBank(model).select(targets)
+    config = peft.LoraConfig(target_modules=targets, task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(tiny_model(kind), config).base_model.targeted_module_names
+    assert set(ours) == set(theirs)
+    assert len(ours) == len(set(ours)) > 0
+    order = [name for name, _ in model.named_modules()]
+    assert sorted(ours, key=order.index) == ours
+
+
+def test_shapes_are_in_and_out_for_linear_and_conv1d() -> None:
+    assert AdapterBank(tiny_model("llama")).shapes(["down_proj", "k_proj"])[DOWN] == (172, 64)
+    assert AdapterBank(tiny_model("gpt2")).shapes(["c_attn"]) == {
+        f"transformer.h.{i}.attn.c_attn": (64, 192) for i in (0, 1)
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        ("llama", ["lm_head"]),
+        ("llama", ["q_proj", "lm_head"]),
+        ("llama", ["embed_tokens"]),
+        ("llama", ["model.embed_tokens"]),
+        ("llama", r".*(q_proj|lm_head)"),
+        ("llama", ".*"),
+        ("gpt2", ["wte"]),
+        ("gpt2", ["c_attn", "lm_head"]),
+    ],
+    ids=str,
+)
+def test_head_and_embedding_are_refused_with_the_reason(kind: str, targets: str | list[str]) -> None:
+    with pytest.raises(
+        ValueError, match=r"output head or an embedding.*Choose from c_attn|output head.*Choose from down_proj"
+    ):
+        AdapterBank(tiny_model(kind)).select(targets)
+
+
+@pytest.mark.parametrize(
+    "targets", [["nope", "q_proj", "layers.7.q_proj"], "q_proj", ["_proj"], ["mlp"], ["Q_PROJ"]], ids=str
+)
+def test_entry_that_matches_nothing_is_named_with_what_exists(targets: str | list[str]) -> None:
+    with pytest.raises(ValueError, match="matches no module") as caught:
+        AdapterBank(tiny_model("llama")).select(targets)
+    assert "Choose from down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj, or all-linear." in str(
+        caught.value
+    )
+    for wrong in [targets] if isinstance(targets, str) else set(targets) - {"q_proj"}:
+        assert repr(wrong) in str(caught.value)
+
+
+def test_invalid_expression_is_named() -> None:
+    with pytest.raises(ValueError, match=r"'\(q_proj' is no regular expression"):
+        AdapterBank(tiny_model("llama")).select("(q_proj")
+
+
+# --- whose rows ------------------------------------------------------------------------------------------------------
+
+
+def deltas(model: PreTrainedModel, runs: Sequence[Run], names: list[str]) -> dict[str, Tensor]:
+    """What each module's output should be, by hand from its input, as `name` and `name.seen`."""
+    found: dict[str, Tensor] = {}
+
+    def watch(name: str) -> None:
+        module = model.get_submodule(name)
+
+        def compare(_: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            x = args[0][0]
+            expected = module.forward(args[0])[0].clone()
+            start = 0
+            for run in runs:
+                rows = slice(start, start + run.rows)
+                if run.adapter is not None and name in run.adapter.a:
+                    a, b = run.adapter.a[name], run.adapter.b[name]
+                    expected[rows] += run.adapter.scale * (x[rows] @ a.t()) @ b.t()
+                start = rows.stop
+            found[name], found[name + ".seen"] = expected, output[0]
+
+        model.get_submodule(name).register_forward_hook(compare)
+
+    for name in names:
+        watch(name)
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+def test_rows_get_their_own_adapter_and_no_other(kind: str) -> None:
+    base = tiny_base(kind)
+    bank = AdapterBank(base.model)
+    some = ["c_fc"] if kind == "gpt2" else ["q_proj", "down_proj"]
+    one, two = random_adapter(bank, 3, seed=1), random_adapter(bank, 8, seed=2, targets=some)
+    runs = [Run(one, 5), Run(None, 4), Run(two, 6), Run(one, 1), Run(two, 0), Run(two, 8)]
+    checks = deltas(base.model, runs, list(bank.linears))
+    ids, lengths = torch.randint(3, VOCABULARY, (1, 24)), [5, 4, 6, 1, 8]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    with bank.routed(runs):
+        adapted = base.hidden(ids, positions, PackedAttention(lengths))
+    for name in bank.linears:
+        torch.testing.assert_close(checks[name + ".seen"], checks[name], rtol=1e-5, atol=1e-5)
+    plain = base.hidden(ids, positions, PackedAttention(lengths))
+    torch.testing.assert_close(adapted[0, 5:9], plain[0, 5:9], rtol=1e-5, atol=1e-5)
+    assert all(not torch.equal(adapted[0, row], plain[0, row]) for row in (0, 9, 15, 16))
+
+
+@torch.no_grad()
+def test_decoding_rows_are_the_batch() -> None:
+    """`[n, 1]` tokens of n requests, as the generator sends them."""
+    base = tiny_base("llama")
+    bank = AdapterBank(base.model)
+    adapters = [random_adapter(bank, 4, seed=seed) for seed in (1, 2)]
+    ids, positions = torch.randint(3, VOCABULARY, (3, 1)), torch.zeros(3, 1, dtype=torch.int64)
+    with bank.routed([Run(adapters[0], 2), Run(adapters[1], 1)]):
+        together = base.hidden(ids, positions, PackedAttention([1]))
+    for row, adapter in enumerate((adapters[0], adapters[0], adapters[1])):
+        with bank.routed([Run(adapter, 1)]):
+            alone = base.hidden(ids[row, None], positions[:1], PackedAttention([1]))
+        torch.testing.assert_close(together[row], alone[0], rtol=1e-5, atol=1e-5)
+
+
+def test_closed_bank_and_unrouted_pass_leave_the_base_alone() -> None:
+    base = tiny_base("llama")
+    ids, positions = torch.randint(3, VOCABULARY, (1, 8)), torch.arange(8)[None]
+    plain = base.hidden(ids, positions, PackedAttention([8]))
+    bank = AdapterBank(base.model)
+    adapter = random_adapter(bank, 4, seed=1)
+    with bank.routed([Run(adapter, 8)]):
+        assert not torch.equal(base.hidden(ids, positions, PackedAttention([8])), plain)
+    assert torch.equal(base.hidden(ids, positions, PackedAttention([8])), plain)
+    assert set(base.model.state_dict()) == set(tiny_model("llama").state_dict())
+    bank.close()
+    with bank.routed([Run(adapter, 8)]):
+        assert torch.equal(base.hidden(ids, positions, PackedAttention([8])), plain)
+
+
+# --- gradients and neighbours ----------------------------------------------------------------------------------------
+
+
+def weighted_sum(base: BaseModel, bank: AdapterBank, runs: list[Run], ids: Tensor) -> Tensor:
+    lengths = [run.rows for run in runs]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    with bank.routed(runs):
+        hidden = base.hidden(ids, positions, PackedAttention(lengths))
+    return (hidden * torch.linspace(-1, 1, hidden.numel(), dtype=hidden.dtype).view_as(hidden)).sum()
+
+
+def test_gradients_are_autograds_own() -> None:
+    """Against plain tensor formulas, by finite differences in fp64, dropout included."""
+    base = tiny_base("llama", dtype=torch.float64)
+    bank = AdapterBank(base.model)
+    one = random_adapter(bank, 2, seed=1, dropout=0.3, trained=True)
+    two = random_adapter(bank, 3, seed=2, targets=["q_proj"], trained=True)
+    for adapter in (one, two):
+        adapter.a = {name: a.detach().double().requires_grad_() for name, a in adapter.a.items()}
+        adapter.b = {name: b.detach().double().requires_grad_() for name, b in adapter.b.items()}
+    ids = torch.randint(3, VOCABULARY, (1, 24))
+    runs = [Run(one, 8, torch.arange(8) * 977), Run(two, 8), Run(one, 8, torch.arange(8) * 31)]
+    weighted_sum(base, bank, runs, ids).backward()
+    stream = torch.Generator().manual_seed(0)
+    for adapter in (one, two):
+        for weights in (adapter.a, adapter.b):
+            for weight in list(weights.values())[::3]:
+                assert weight.grad is not None
+                direction = torch.randn(weight.shape, generator=stream, dtype=torch.float64)
+                values = []
+                with torch.no_grad():
+                    for sign in (1, -1, -1):
+                        weight.add_(direction, alpha=sign * 1e-6)
+                        values.append(float(weighted_sum(base, bank, runs, ids)))
+                    weight.add_(direction, alpha=1e-6)
+                slope = (values[0] - values[2]) / 2e-6
+                assert slope == pytest.approx(float((weight.grad * direction).sum()), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("where", ["a", "b"])
+def test_nan_neighbour_is_harmless(kind: str, where: str) -> None:
+    ids = torch.randint(3, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(0))
+
+    def run(poison: bool) -> dict[str, Tensor]:
+        base = tiny_base(kind)
+        bank = AdapterBank(base.model)
+        mine = random_adapter(bank, 4, seed=1, trained=True)
+        neighbour = random_adapter(bank, 8, seed=2, dropout=0.2, trained=True)
+        if poison:
+            with torch.no_grad():
+                for weight in getattr(neighbour, where).values():
+                    weight.fill_(math.nan)
+        keys = torch.arange(8)
+        weighted_sum(base, bank, [Run(neighbour, 8, keys), Run(mine, 8, keys), Run(neighbour, 8, keys)], ids).backward()
+        grads = {f"{part}.{name}": weight.grad for part in "ab" for name, weight in getattr(mine, part).items()}
+        neighbours = [weight.grad for weight in neighbour.b.values() if weight.grad is not None]
+        assert all(bool(grad.isnan().any()) for grad in neighbours) == poison
+        return {name: grad for name, grad in grads.items() if grad is not None}
+
+    clean, dirty = run(poison=False), run(poison=True)
+    assert len(clean) > 8
+    assert all(bool(grad.isfinite().all()) and bool(grad.any()) for grad in clean.values())
+    assert all(torch.equal(clean[name], dirty[name]) for name in clean)
+
+
+def test_activations_round_by_run_alone() -> None:
+    """The same rows give the same bits behind neighbours of any length; see `AdapterBank._activate_by_run`."""
+    base = tiny_base("llama-odd")
+    bank = AdapterBank(base.model)
+    activation = base.model.get_submodule("model.layers.0.mlp.act_fn")
+    x = torch.randn(1, 1000, 75)
+    for count in (1, 2, 3):
+        with threads(count):
+            alone = torch.cat([activation(part) for part in x.split(40, dim=1)], dim=1)
+            with bank.routed([Run(None, 40)] * 25):
+                assert torch.equal(activation(x), alone)
+
+
+# --- dropout ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
+def test_share_of_dropped_features(p: float) -> None:
+    keys = torch.arange(4000)
+    mask = dropout_mask(203, p, keys, module_key=99)
+    assert mask.shape == (4000, 203)
+    assert float(mask.float().mean()) == pytest.approx(1 - p, abs=4 * math.sqrt(p * (1 - p) / mask.numel()))
+    assert float(mask.float().mean(0).std()) < 0.02  # no feature is dropped more often than another
+    assert float(mask.float().mean(1).std()) < 1.2 * math.sqrt(p * (1 - p) / 203)  # nor any row
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-4), (torch.bfloat16, 6e-4)])
+def test_dropout_keeps_the_expectation(dtype: torch.dtype, limit: float) -> None:
+    """Averaged over many masks the update is that without dropout; a factor rounded to bf16 would be 0.16 % off."""
+    base = tiny_base("llama", dtype=dtype)
+    bank = AdapterBank(base.model)
+    rows = 2**16
+    x = (torch.rand(1, rows, 172, generator=torch.Generator().manual_seed(0)) + 0.5).to(dtype)
+    module = bank.linears[DOWN]
+    adapter = random_adapter(bank, 1, seed=1, dropout=0.1)
+    adapter.a[DOWN].fill_(1.0)
+    adapter.b[DOWN].fill_(1.0)
+    plain = module(x)[0].double()
+    with bank.routed([Run(adapter, rows)]):
+        whole = module(x)[0].double() - plain
+    with bank.routed([Run(adapter, rows, torch.arange(rows))]):
+        dropped = module(x)[0].double() - plain
+    assert float(dropped.mean() / whole.mean()) == pytest.approx(1.0, abs=limit)
+    assert float(dropped.std() / whole.mean()) > 0.01
+
+
+def dropped_update(x: Tensor, keys: Tensor | None, module: str = DOWN, p: float = 0.5, seed: int = 1) -> Tensor:
+    bank = AdapterBank(tiny_model("llama"))
+    adapter = random_adapter(bank, 4, seed=seed, dropout=p)
+    with torch.no_grad(), bank.routed([Run(adapter, x.shape[1], keys)]):
+        updated: Tensor = bank.linears[module](x)
+    return updated
+
+
+def test_dropout_acts_in_training_only_and_on_the_update_only() -> None:
+    x = torch.randn(1, 8, 172)
+    assert torch.equal(dropped_update(x, None), dropped_update(x, None, p=0.0))
+    assert not torch.equal(dropped_update(x, torch.arange(8)), dropped_update(x, None))
+    bank = AdapterBank(tiny_model("llama"))
+    adapter = random_adapter(bank, 4, seed=1, dropout=0.5)
+    for b in adapter.b.values():
+        b.zero_()
+    with torch.no_grad(), bank.routed([Run(adapter, 8, torch.arange(8))]):
+        assert torch.equal(bank.linears[DOWN](x), tiny_model("llama").get_submodule(DOWN)(x))
+
+
+def test_mask_depends_on_row_key_and_module_and_nothing_else() -> None:
+    keys = torch.randint(-(2**62), 2**62, (64,))
+    mask = dropout_mask(172, 0.5, keys, module_key=1)
+    assert torch.equal(dropout_mask(172, 0.5, keys[10:20], 1), mask[10:20])
+    assert torch.equal(dropout_mask(172, 0.5, keys.flip(0), 1), mask.flip(0))
+    assert torch.equal(dropout_mask(60, 0.5, keys, 1), mask[:, :60])
+    for other in (
+        dropout_mask(172, 0.5, keys, 2),
+        dropout_mask(172, 0.5, keys + 1, 1),
+        mask.roll(1, 0),
+        mask.roll(1, 1),
+    ):
+        assert float((mask == other).float().mean()) == pytest.approx(0.5, abs=0.03)
+
+
+def keys_of(batch_order: list[int], *, step: int = 0, seed: int = 5, beside: int = 0) -> dict[int, Tensor]:
+    """Dropout keys of each example of a step, packed in some order with some neighbours, by the example's place."""
+    examples = documents(4, seed=0)
+    job = TrainJob("job", LoraConfig(lora_dropout=0.1), TrainConfig(seed=seed), examples)
+    live = TrainEngine(tiny_base("llama")).add(job)
+    live.progress.step = step
+    neighbours = [Chunk("other", ((0, example),)) for example in documents(beside, seed=9)]
+    batch = pack(
+        [*neighbours, Chunk("job", tuple((place, examples[place]) for place in batch_order))], torch.device("cpu")
+    )
+    packed = batch.chunks[-1]
+    keys = live.dropout_keys(packed)
+    assert keys is not None
+    assert keys.shape == (packed.rows,)
+    lengths = [len(examples[place].ids) for place in batch_order]
+    return dict(zip(batch_order, keys[: sum(lengths)].split(lengths), strict=True))
+
+
+def test_keys_are_of_seed_step_example_and_token_wherever_they_are_packed() -> None:
+    together = keys_of([0, 1, 2, 3])
+    for other in (keys_of([3, 1]), keys_of([1, 3], beside=3), keys_of([3, 2, 1, 0], beside=1)):
+        assert all(torch.equal(keys, together[place]) for place, keys in other.items())
+    everything = torch.cat(
+        [*together.values(), *keys_of([0, 1, 2, 3], step=1).values(), *keys_of([0, 1, 2, 3], seed=6).values()]
+    )
+    assert len(everything.unique()) == len(everything)
+
+
+def test_dropout_differs_between_modules_of_one_step() -> None:
+    x = torch.randn(1, 8, 64)
+    keys = torch.arange(8)
+    bank = AdapterBank(tiny_model("llama"))
+    adapter = random_adapter(bank, 4, seed=1, dropout=0.5)
+    q, k = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
+    adapter.a[k], adapter.b[k] = adapter.a[q], adapter.b[q]
+    with torch.no_grad():
+        bases = [bank.linears[name](x) for name in (q, k)]
+        with bank.routed([Run(adapter, 8, keys)]):
+            updates = [bank.linears[name](x) - base for name, base in zip((q, k), bases, strict=True)]
+    assert not torch.allclose(updates[0], updates[1], atol=1e-3)
+
+
+# --- fresh adapters --------------------------------------------------------------------------------------------------
+
+
+def test_fresh_adapter_is_bounded_zero_and_depends_on_seed_and_name_alone() -> None:
+    bank = AdapterBank(tiny_model("llama"))
+    config = LoraConfig(r=16)
+    everything = init_adapter(bank.shapes("all-linear"), config, seed=3)
+    some = init_adapter(bank.shapes(["down_proj"]), config, seed=3)
+    other = init_adapter(bank.shapes("all-linear"), config, seed=4)
+    for name, (a, b) in everything.items():
+        fan_in, fan_out = bank.shapes("all-linear")[name]
+        assert (a.shape, b.shape) == ((16, fan_in), (fan_out, 16))
+        assert 0.95 * fan_in**-0.5 < float(a.abs().max()) <= fan_in**-0.5
+        assert not b.any()
+        assert not torch.equal(a, other[name][0])
+    assert all(torch.equal(some[name][0], everything[name][0]) for name in some)
+    q, k = everything["model.layers.0.self_attn.q_proj"][0], everything["model.layers.1.self_attn.q_proj"][0]
+    assert not torch.equal(q, k)
+
+
+def test_scale_is_alpha_by_r_or_by_its_root() -> None:
+    assert LoraConfig(r=16, lora_alpha=32).scale == 2.0
+    assert LoraConfig(r=16, lora_alpha=32, use_rslora=True).scale == 8.0
+    live = TrainEngine(tiny_base("llama")).add(
+        TrainJob("job", LoraConfig(r=4, lora_alpha=2, use_rslora=True), TrainConfig(), documents(1, 0))
+    )
+    assert isinstance(live, LiveJob)
+    assert live.adapter.scale == 1.0

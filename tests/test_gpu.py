@@ -1,0 +1,89 @@
+"""The CUDA paths, against the CPU in fp32: small, and skipped where there is no GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_core.adapter_bank import dropout_mask
+from lora_core.base_model import BaseModel, load_base
+from lora_core.config import LoraConfig, TrainConfig
+from lora_core.dataset import Example
+from lora_core.trainer import TrainEngine, TrainJob
+from tests.tiny_models import save_tiny_model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+EXAMPLES = [
+    Example([(7 * i + 3 * t) % 250 for t in range(12 + i % 5)], [False] * 6 + [True] * (6 + i % 5)) for i in range(16)
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model("llama", tmp_path_factory.mktemp("model") / "llama")
+
+
+def base_on(folder: Path, device: str, precision: str = "fp32") -> BaseModel:
+    return load_base(
+        str(folder),
+        precision=precision,
+        cache_dir=folder.parent / "cache",
+        device=torch.device(device),  # type: ignore[arg-type]
+    )
+
+
+def losses(base: BaseModel, *, dropout: float = 0.1, names: tuple[str, ...] = ("one",)) -> dict[str, list[float]]:
+    """Loss at every step of jobs trained together."""
+    engine = TrainEngine(base)
+    for seed, name in enumerate(names):
+        engine.add(
+            TrainJob(
+                name, LoraConfig(r=4, lora_dropout=dropout), TrainConfig(epochs=5, batch_size=4, seed=seed), EXAMPLES
+            )
+        )
+    history: dict[str, list[float]] = {name: [] for name in names}
+    while not all(live.done for live in engine.live.values()):
+        for name, outcome in engine.step().items():
+            assert not isinstance(outcome, Exception)
+            history[name].append(outcome.loss)
+    engine.bank.close()
+    return history
+
+
+def test_training_on_the_gpu_follows_the_cpu(folder: Path) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    cpu, gpu = losses(base_on(folder, "cpu")), losses(base_on(folder, "cuda"))
+    assert gpu["one"] == pytest.approx(cpu["one"], rel=1e-4)
+
+
+def test_a_neighbour_changes_a_gpu_run_by_rounding_only(folder: Path) -> None:
+    base = base_on(folder, "cuda")
+    assert losses(base, names=("one", "two"))["one"] == pytest.approx(losses(base)["one"], rel=1e-5)
+
+
+def test_bf16_learns_what_fp32_learns(folder: Path) -> None:
+    exact, rounded = losses(base_on(folder, "cuda")), losses(base_on(folder, "cuda", "bf16"))
+    assert rounded["one"] == pytest.approx(exact["one"], rel=0.05)
+
+
+def test_dropout_drops_the_same_on_both(folder: Path) -> None:
+    keys = torch.arange(33) * 7919
+    assert torch.equal(dropout_mask(48, 0.3, keys, 42), dropout_mask(48, 0.3, keys.cuda(), 42).cpu())
+
+
+def test_a_checkpoint_crosses_devices(folder: Path) -> None:
+    """Written on a GPU, continued on a CPU: the same run but for rounding."""
+    job = TrainJob("one", LoraConfig(r=4), TrainConfig(epochs=5, batch_size=4), EXAMPLES)
+    on_gpu, on_cpu = TrainEngine(base_on(folder, "cuda")), TrainEngine(base_on(folder, "cpu"))
+    live = on_gpu.add(job)
+    for _ in range(7):
+        on_gpu.step()
+    moved = on_cpu.add(job, live.checkpoint())
+    for _ in range(3):
+        on_gpu.step()
+        on_cpu.step()
+    assert moved.progress.step == live.progress.step == 10
+    assert moved.progress.loss == pytest.approx(live.progress.loss, rel=1e-4)

@@ -1,0 +1,106 @@
+"""The chunked loss is cross-entropy summed by chunk, with its gradient, a few rows of logits at a time."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_core import loss
+from lora_core.loss import chunk_losses
+
+WEIGHT = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
+
+
+def head(hidden: Tensor) -> Tensor:
+    return hidden @ WEIGHT.to(hidden.dtype).t()
+
+
+def capped_head(hidden: Tensor) -> Tensor:
+    return torch.tanh(head(hidden) / 3.0) * 3.0
+
+
+def chunk(rows: list[int], seed: int = 0) -> tuple[Tensor, Tensor]:
+    labels = torch.randint(0, 50, (len(rows),), generator=torch.Generator().manual_seed(seed))
+    return torch.tensor(rows, dtype=torch.int64), labels
+
+
+CHUNKS = [chunk([0, 1, 2, 5]), chunk([9], seed=1), chunk(list(range(12, 30)), seed=2), chunk([], seed=3)]
+
+
+def hidden_rows(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(32, 16, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("function", [head, capped_head])
+@pytest.mark.parametrize("slice_rows", [1, 4, 7, 512])
+def test_losses_and_gradient_are_cross_entropys(
+    function: object, slice_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert callable(function)
+    monkeypatch.setattr(loss, "SLICE_ROWS", slice_rows)
+    hidden, same = hidden_rows(), hidden_rows()
+    losses = chunk_losses(hidden, function, CHUNKS)
+    expected = torch.stack([F.cross_entropy(function(same[rows]), labels, reduction="sum") for rows, labels in CHUNKS])
+    torch.testing.assert_close(losses, expected)
+    weights = torch.tensor([1.0, -2.0, 0.5, 3.0])  # each chunk by its own factor
+    (losses * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(hidden.grad, same.grad, rtol=1e-5, atol=1e-6)
+    assert hidden.grad is not None
+    assert not hidden.grad[[3, 4, 6, 10, 31]].any()  # rows without a label
+
+
+def test_only_label_rows_meet_the_head_and_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "SLICE_ROWS", 5)
+    seen: list[int] = []
+
+    def counting(hidden: Tensor) -> Tensor:
+        seen.append(len(hidden))
+        return head(hidden)
+
+    chunk_losses(hidden_rows(), counting, CHUNKS)
+    assert max(seen) == 5
+    assert sum(seen) == 23
+
+
+def test_without_gradient_the_losses_are_the_same() -> None:
+    hidden = hidden_rows()
+    with torch.no_grad():
+        quiet = chunk_losses(hidden, head, CHUNKS)
+    assert not quiet.requires_grad
+    assert torch.equal(quiet, chunk_losses(hidden, head, CHUNKS).detach())
+
+
+@pytest.mark.parametrize(("dtype", "wide"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_softmax_is_taken_in_fp32_or_wider(dtype: torch.dtype, wide: torch.dtype) -> None:
+    hidden = hidden_rows(dtype)
+    losses = chunk_losses(hidden, head, CHUNKS)
+    assert losses.dtype == wide
+    expected = torch.stack(
+        [F.cross_entropy(head(hidden[rows]).to(wide), labels, reduction="sum") for rows, labels in CHUNKS]
+    )
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
+    losses.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.dtype == dtype
+
+
+def test_nan_of_one_chunk_stays_there() -> None:
+    def run(poison: bool) -> tuple[Tensor, Tensor]:
+        hidden = hidden_rows()
+        if poison:
+            with torch.no_grad():
+                hidden[12:30] = math.nan
+        losses = chunk_losses(hidden, head, CHUNKS)
+        losses.sum().backward()
+        assert hidden.grad is not None
+        return losses.detach(), hidden.grad
+
+    (losses, gradient), (clean_losses, clean_gradient) = run(poison=True), run(poison=False)
+    assert bool(losses[2].isnan())
+    assert torch.equal(losses[[0, 1, 3]], clean_losses[[0, 1, 3]])
+    assert torch.equal(gradient[:12], clean_gradient[:12])

@@ -1,0 +1,274 @@
+"""PEFT reads what we write and we read what PEFT writes, to the same logits; and damaged files are refused, never half
+loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lora_core.adapter_bank import Adapter, AdapterBank, Run, init_adapter
+from lora_core.attention import PackedAttention
+from lora_core.base_model import BaseModel
+from lora_core.config import LoraConfig
+from lora_core.peft_format import CONFIG_FILE, WEIGHTS_FILE, AdapterFormatError, adapter_files, read_adapter
+from tests.models import VOCABULARY, tiny_base, tiny_model
+
+IDS = torch.randint(3, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(0))
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:Unable to fetch")
+
+
+def trained(bank: AdapterBank, config: LoraConfig, seed: int = 1) -> Adapter:
+    weights = init_adapter(bank.shapes(config.target_modules), config, seed)
+    stream = torch.Generator().manual_seed(seed)
+    b = {name: torch.randn(b.shape, generator=stream) * 0.1 for name, (_, b) in weights.items()}
+    return Adapter(config.scale, {name: a for name, (a, _) in weights.items()}, b, config.lora_dropout)
+
+
+def write(adapter: Adapter, bank: AdapterBank, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in adapter_files(adapter, bank, "tiny").items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@torch.no_grad()
+def our_logits(base: BaseModel, bank: AdapterBank, adapter: Adapter) -> Tensor:
+    with bank.routed([Run(adapter, IDS.shape[1])]):
+        return base.head(base.hidden(IDS, torch.arange(IDS.shape[1])[None], PackedAttention([IDS.shape[1]])))
+
+
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"r": 8, "lora_alpha": 12}),
+    "llama-rslora": ("llama", {"r": 16, "lora_alpha": 8, "use_rslora": True}),
+    "llama-few": ("llama", {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"]}),
+    "llama-one-layer": ("llama", {"r": 4, "lora_alpha": 9, "target_modules": ["layers.1.self_attn.v_proj", "o_proj"]}),
+    "qwen2": ("qwen2", {"r": 3, "lora_alpha": 7}),
+    "gpt2": ("gpt2", {"r": 8, "lora_alpha": 12}),
+    "gpt2-rslora": ("gpt2", {"r": 4, "lora_alpha": 2, "use_rslora": True, "target_modules": ["c_attn", "mlp.c_proj"]}),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_peft_computes_the_same_from_our_files(name: str, tmp_path: Path) -> None:
+    kind, config = ADAPTERS[name]
+    base = tiny_base(kind)
+    bank = AdapterBank(base.model)
+    adapter = trained(bank, LoraConfig(**config))
+    folder = write(adapter, bank, tmp_path / "adapter")
+    model = peft.PeftModel.from_pretrained(tiny_model(kind, attention="eager"), str(folder)).eval()
+    theirs = model(IDS).logits
+    ours = our_logits(base, bank, adapter)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    plain = tiny_model(kind, attention="eager")(IDS).logits
+    assert float((theirs - plain).abs().max()) > 0.1
+    torch.testing.assert_close(our_logits(base, bank, read_adapter(folder, bank)), theirs, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_we_compute_the_same_from_pefts_files(name: str, tmp_path: Path) -> None:
+    kind, config = ADAPTERS[name]
+    arguments = {
+        "target_modules": "all-linear",
+        "task_type": "CAUSAL_LM",
+        "lora_dropout": 0.1,
+        "init_lora_weights": "gaussian",
+    }
+    model = peft.get_peft_model(tiny_model(kind, attention="eager"), peft.LoraConfig(**arguments | config)).eval()
+    torch.manual_seed(0)
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_B" in parameter_name:
+            parameter.normal_(0, 0.1)
+    model.save_pretrained(str(tmp_path))
+    base = tiny_base(kind)
+    bank = AdapterBank(base.model)
+    adapter = read_adapter(tmp_path, bank)
+    assert not any(weight.requires_grad for weight in (*adapter.a.values(), *adapter.b.values()))
+    torch.testing.assert_close(our_logits(base, bank, adapter), model(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_config_is_what_peft_and_vllm_read(tmp_path: Path) -> None:
+    bank = AdapterBank(tiny_model("llama"))
+    folder = write(trained(bank, LoraConfig(r=4, lora_alpha=32, use_rslora=True, lora_dropout=0.1)), bank, tmp_path)
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    assert config["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 4, False)
+    assert (config["inference_mode"], config["bias"], config["peft_type"]) == (True, "none", "LORA")
+    assert (config["rank_pattern"], config["alpha_pattern"], config["modules_to_save"]) == ({}, {}, None)
+    assert not config["fan_in_fan_out"]
+    peft.LoraConfig.from_pretrained(str(folder))
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as tensors:
+        assert tensors.metadata() == {"format": "pt"}
+        keys = set(tensors.keys())
+    assert keys == {f"base_model.model.{name}.lora_{part}.weight" for name in bank.linears for part in "AB"}
+
+
+def test_gpt2_says_fan_in_fan_out_and_keeps_pefts_shapes(tmp_path: Path) -> None:
+    bank = AdapterBank(tiny_model("gpt2"))
+    folder = write(trained(bank, LoraConfig(r=4)), bank, tmp_path)
+    assert json.loads((folder / CONFIG_FILE).read_text())["fan_in_fan_out"]
+    tensors = load_file(folder / WEIGHTS_FILE)
+    assert tensors["base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"].shape == (4, 64)
+    assert tensors["base_model.model.transformer.h.0.attn.c_attn.lora_B.weight"].shape == (192, 4)
+
+
+def test_targets_of_a_few_layers_are_full_names(tmp_path: Path) -> None:
+    bank = AdapterBank(tiny_model("llama"))
+    folder = write(trained(bank, LoraConfig(target_modules=["layers.1.self_attn.v_proj"])), bank, tmp_path)
+    assert json.loads((folder / CONFIG_FILE).read_text())["target_modules"] == ["model.layers.1.self_attn.v_proj"]
+
+
+def test_equal_weights_give_equal_bytes(tmp_path: Path) -> None:
+    bank = AdapterBank(tiny_model("llama"))
+    adapter = trained(bank, LoraConfig(r=4))
+    files = adapter_files(adapter, bank, "tiny")
+    backwards = Adapter(
+        adapter.scale, dict(reversed(adapter.a.items())), dict(reversed(adapter.b.items())), adapter.dropout
+    )
+    assert adapter_files(backwards, bank, "tiny") == files
+    assert adapter_files(trained(bank, LoraConfig(r=4)), AdapterBank(tiny_model("llama")), "tiny") == files
+    assert adapter_files(trained(bank, LoraConfig(r=4), seed=2), bank, "tiny")[WEIGHTS_FILE] != files[WEIGHTS_FILE]
+    other_scale = trained(bank, LoraConfig(r=4, lora_alpha=5))
+    assert adapter_files(other_scale, bank, "tiny")[WEIGHTS_FILE] != files[WEIGHTS_FILE]
+    published_again = read_adapter(write(adapter, bank, tmp_path), bank)
+    assert adapter_files(published_again, bank, "tiny") == files
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+Q_B = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+Tensors = dict[str, Tensor]
+
+
+def edit_config(**fields: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        for name, value in fields.items():
+            if value == "absent":
+                del config[name]
+            else:
+                config[name] = value
+        (folder / CONFIG_FILE).write_text(json.dumps(config))
+
+    return edit
+
+
+def edit_weights(change: Callable[[Tensors], object]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS_FILE)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
+
+    return edit
+
+
+def truncated(folder: Path) -> None:
+    content = (folder / WEIGHTS_FILE).read_bytes()
+    (folder / WEIGHTS_FILE).write_bytes(content[: len(content) // 2])
+
+
+def without_layer(tensors: Tensors) -> None:
+    for key in [key for key in tensors if "layers.1.mlp.up_proj" in key]:
+        del tensors[key]
+
+
+def renamed(tensors: Tensors) -> None:
+    tensors["base_model.model.model.layers.0.self_attn.query.lora_A.weight"] = tensors.pop(Q_A)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no config": (lambda folder: (folder / CONFIG_FILE).unlink(), "not a readable PEFT adapter"),
+    "no weights": (lambda folder: (folder / WEIGHTS_FILE).unlink(), "not a readable PEFT adapter"),
+    "pickled weights": (lambda folder: torch.save({}, folder / WEIGHTS_FILE), "not a readable PEFT adapter"),
+    "truncated weights": (truncated, "not a readable PEFT adapter"),
+    "broken config": (lambda folder: (folder / CONFIG_FILE).write_text("{"), "not a readable PEFT adapter"),
+    "config is a list": (lambda folder: (folder / CONFIG_FILE).write_text("[]"), "adapter_config.json does not fit"),
+    "no r": (edit_config(r="absent"), "r: Field required"),
+    "r is zero": (edit_config(r=0), "r: Input should be greater"),
+    "no alpha": (edit_config(lora_alpha="absent"), "lora_alpha: Field required"),
+    "no targets": (edit_config(target_modules="absent"), "target_modules: Field required"),
+    "another method": (edit_config(peft_type="LOHA"), "peft_type: Input should be 'LORA'"),
+    "other r": (edit_config(r=8), r"does not fit r=8"),
+    "biases": (edit_config(bias="lora_only"), "bias: Input should be 'none'"),
+    "dora": (edit_config(use_dora=True), "use_dora is set"),
+    "whole modules": (edit_config(modules_to_save=["lm_head"]), "modules_to_save is set"),
+    "some layers": (edit_config(layers_to_transform=[0]), "layers_to_transform is set"),
+    "excluded": (edit_config(exclude_modules=["q_proj"]), "exclude_modules is set"),
+    "tokens": (edit_config(trainable_token_indices=[1]), "trainable_token_indices is set"),
+    "patterns": (edit_config(rank_pattern={"q_proj": 8}), "rank_pattern or alpha_pattern"),
+    "alpha patterns": (edit_config(alpha_pattern={"q_proj": 8}), "rank_pattern or alpha_pattern"),
+    "changed base": (edit_config(init_lora_weights="pissa"), "init_lora_weights is pissa"),
+    "more targets": (edit_config(target_modules="all-linear"), "k_proj is a target without weights"),
+    "a target of another family": (
+        edit_config(target_modules=["c_attn", "q_proj", "k_proj"]),
+        "k_proj is a target without",
+    ),
+    "a layer is gone": (edit_weights(without_layer), "model.layers.1.mlp.up_proj is a target without weights"),
+    "A is gone": (edit_weights(lambda tensors: tensors.pop(Q_A)), "q_proj has only one of lora_A and lora_B"),
+    "B is gone": (edit_weights(lambda tensors: tensors.pop(Q_B)), "q_proj has only one of lora_A and lora_B"),
+    "renamed": (edit_weights(renamed), "query.lora_A.weight belongs to no linear"),
+    "head": (
+        edit_weights(lambda tensors: tensors.update({"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 64)})),
+        "lm_head.lora_A.weight belongs to no linear",
+    ),
+    "magnitudes": (
+        edit_weights(
+            lambda tensors: tensors.update({Q_A.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(64)})
+        ),
+        "lora_magnitude_vector belongs to no linear",
+    ),
+    "no prefix": (edit_weights(lambda tensors: tensors.update({"x" + Q_A: tensors.pop(Q_A)})), "belongs to no linear"),
+    "transposed": (
+        edit_weights(lambda tensors: tensors.update({Q_B: tensors[Q_B].t().contiguous()})),
+        r"has shape \[4, 64\]",
+    ),
+    "integers": (
+        edit_weights(lambda tensors: tensors.update({Q_A: tensors[Q_A].int()})),
+        "not a floating-point tensor",
+    ),
+    "empty": (edit_weights(lambda tensors: tensors.clear()), "it holds no weights"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_adapter_is_refused(damage: str, tmp_path: Path) -> None:
+    bank = AdapterBank(tiny_model("llama"))
+    folder = write(trained(bank, LoraConfig(r=4, target_modules=["q_proj", "up_proj"])), bank, tmp_path / "triage")
+    read_adapter(folder, bank)
+    change, message = DAMAGES[damage]
+    change(folder)
+    with pytest.raises(AdapterFormatError, match=message) as caught:
+        read_adapter(folder, bank)
+    assert str(caught.value).startswith("triage: ")
+
+
+def test_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
+    bank = AdapterBank(tiny_model("llama"))
+    folder = write(trained(bank, LoraConfig(r=4)), bank, tmp_path)
+    with pytest.raises(AdapterFormatError, match="does not fit r=4, 50 -> 75"):
+        read_adapter(folder, AdapterBank(tiny_model("llama-odd")))
+    with pytest.raises(AdapterFormatError, match="belongs to no linear"):
+        read_adapter(folder, AdapterBank(tiny_model("gpt2")))
+
+
+def test_all_damage_is_told_at_once(tmp_path: Path) -> None:
+    bank = AdapterBank(tiny_model("llama"))
+    folder = write(trained(bank, LoraConfig(r=4)), bank, tmp_path)
+    edit_config(use_dora=True, rank_pattern={"q_proj": 2})(folder)
+    edit_weights(renamed)(folder)
+    with pytest.raises(AdapterFormatError) as caught:
+        read_adapter(folder, bank)
+    for part in ("use_dora", "rank_pattern", "query", "q_proj has only one"):
+        assert part in str(caught.value)

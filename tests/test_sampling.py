@@ -1,0 +1,96 @@
+"""Sampling: the distribution it draws from, and that nothing but a request's own logits, rules and seed has a say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lora_core.sampling import Sampler, SamplingParams, sample
+
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def logits_of(seed: int, rows: int, vocabulary: int = 1000, spread: float = 3.0) -> Tensor:
+    return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def nucleus(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """The distribution by its definition: sort, add up, cut, divide."""
+    p = torch.softmax(logits.double() / temperature, -1)
+    values, order = p.sort(descending=True)
+    before = values.cumsum(-1) - values
+    kept = torch.where(before < top_p, values, 0.0)
+    return torch.zeros_like(p).scatter(-1, order, kept / kept.sum())
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9), (1.5, 0.5), (2.0, 0.999)])
+@pytest.mark.parametrize(
+    "spread", [0.1, 3.0]
+)  # nearly flat, so that more than the first candidates are needed; and peaked
+def test_frequencies_are_the_nucleus_distribution(temperature: float, top_p: float, spread: float) -> None:
+    logits = logits_of(1, 1, vocabulary=400, spread=spread)
+    sampler = Sampler(SamplingParams(temperature=temperature, top_p=top_p, seed=3))
+    draws = 30_000
+    tokens = torch.tensor(sample(logits.expand(draws, -1), [sampler] * draws))
+    wanted = nucleus(logits[0], temperature, top_p)
+    seen = torch.bincount(tokens, minlength=400) / draws
+    assert set(tokens.tolist()) <= set(wanted.nonzero()[:, 0].tolist()), "a token outside the nucleus"
+    deviation = (seen - wanted) / (wanted * (1 - wanted) / draws).sqrt().clamp_min(1e-9)
+    assert deviation[wanted > 0].abs().max() < 5  # standard deviations
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 1000), st.floats(0.05, 3.0), st.floats(0.01, 1.0), st.floats(0.05, 5.0))
+def test_a_row_is_drawn_alike_alone_and_in_company(seed: int, temperature: float, top_p: float, spread: float) -> None:
+    logits = logits_of(seed, 5, spread=spread)
+    params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
+    others = [
+        SamplingParams(temperature=9.0, seed=1),
+        GREEDY,
+        SamplingParams(top_p=0.3),
+        SamplingParams(temperature=5.0, top_p=0.99),
+    ]
+    alone, company = Sampler(params), Sampler(params)
+    for _ in range(3):
+        (wanted,) = sample(logits[2:3], [alone])
+        rows = [Sampler(others[0]), Sampler(others[1]), company, Sampler(others[2]), Sampler(others[3])]
+        assert sample(logits, rows)[2] == wanted
+
+
+def test_greedy_is_argmax_and_draws_nothing() -> None:
+    logits = logits_of(2, 4)
+    params = SamplingParams(temperature=1.0, seed=5)
+    fresh, used = Sampler(params), Sampler(GREEDY)
+    assert sample(logits, [used, used, used, used]) == logits.argmax(-1).tolist()
+    used.params = params
+    assert used.uniform() != fresh.uniform()  # its stream was not seeded with 5
+    almost = SamplingParams(temperature=1e-30)
+    assert sample(logits, [Sampler(almost)] * 4) == logits.argmax(-1).tolist()
+
+
+def test_the_seed_fixes_the_stream_and_no_seed_does_not() -> None:
+    logits = logits_of(3, 1)
+
+    def draw(seed: int | None) -> list[int]:
+        sampler = Sampler(SamplingParams(temperature=1.0, seed=seed))
+        return [sample(logits, [sampler])[0] for _ in range(8)]
+
+    assert draw(1) == draw(1) != draw(2)
+    assert draw(None) != draw(None)
+
+
+def test_a_tiny_top_p_is_greedy() -> None:
+    logits = logits_of(4, 3)
+    samplers = [Sampler(SamplingParams(temperature=2.0, top_p=1e-9, seed=s)) for s in range(3)]
+    assert sample(logits, samplers) == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}, {"temperature": float("nan")}]
+)
+def test_impossible_rules_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="temperature must be at least 0"):
+        SamplingParams(**wrong)

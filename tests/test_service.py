@@ -1,0 +1,255 @@
+"""The whole path on a real Ray, with a small random model: submit, queue, two ranks, kill, resume, publish.
+
+One embedded Ray serves all tests of this file, as a laptop has it; a job's published version is the digest of its
+adapter, so "the same adapter" is "the same version".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.settings import Settings
+from jobs.job import Job, JobStatus, Wish
+from jobs.job_queue import JobQueue
+from tests.tiny_models import save_tiny_model
+
+WAIT = 120.0
+
+
+class Laptop:
+    """A LORA_HOME of its own, the commands in it, and its queue."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.metrics_port = free.getsockname()[1]
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "LORA_"))},
+            "LORA_HOME": str(home),
+            "LORA_BASE_MODELS": json.dumps({"tiny": str(save_tiny_model("llama", home / "tiny"))}),
+            "LORA_CHECKPOINT_SECONDS": "0.5",
+            "LORA_METRICS_PORT": str(self.metrics_port),
+            "HF_HUB_OFFLINE": "1",
+        }
+        self.settings = Settings(home=home)
+        self.queue = JobQueue(self.settings.database_url)
+
+    def spec(self, name: str, *, steps: int = 20, rows: int = 16, **options: object) -> Path:
+        """A job of `steps` optimizer steps on `rows` short rows."""
+        dataset = self.home / f"{name}.jsonl"
+        dataset.write_text(
+            "\n".join(
+                json.dumps({"prompt": f"{name} item {i}: ", "completion": f"code {i * 7 % 13}"}) for i in range(rows)
+            )
+        )
+        batch = 4
+        spec = {
+            "base_model": "tiny",
+            "dataset": str(dataset),
+            "adapter": name,
+            "lora": {"r": 4, "lora_dropout": 0.1},
+            "train": {"epochs": steps * batch // rows, "batch_size": batch, "learning_rate": 0.01},
+            "precision": "fp32",
+            "num_workers": 2,
+            **options,
+        }
+        path = self.home / f"{name}.json"
+        path.write_text(json.dumps(spec))
+        return path
+
+    def jobs(self, *arguments: str, timeout: float = WAIT) -> subprocess.CompletedProcess[str]:
+        """`python -m jobs ...`."""
+        return subprocess.run(
+            [sys.executable, "-m", "jobs", *arguments],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    def submit(self, spec: Path, *options: str) -> str:
+        """Submit without following; returns the job's id."""
+        done = self.jobs("submit", str(spec), "--no-follow", *options)
+        assert done.returncode == 0, done.stderr
+        return next(word for word in done.stdout.split() if word.startswith("job-"))
+
+    def wait(self, job_id: str, until: Callable[[Job], bool]) -> Job:
+        """The job, once `until` holds."""
+        deadline = time.monotonic() + WAIT
+        while time.monotonic() < deadline:
+            job = self.queue.get(job_id)
+            if until(job):
+                return job
+            time.sleep(0.05)
+        raise AssertionError(f"{job} after {WAIT} s: {[event.message for event in self.queue.events(job_id)]}")
+
+    def finished(self, job_id: str) -> Job:
+        return self.wait(job_id, lambda job: job.finished_at is not None)
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes of the worker group."""
+        return [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if any("RayTrainWorker" in part for part in process.info["cmdline"] or [])
+            and process.environ().get("LORA_HOME") == str(self.home)
+        ]
+
+
+@pytest.fixture(scope="module")
+def laptop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laptop]:
+    laptop = Laptop(tmp_path_factory.mktemp("home"))
+    yield laptop
+    laptop.jobs("stop")
+
+
+def version_of(job: Job) -> str:
+    assert job.status is JobStatus.SUCCEEDED, job.error
+    assert job.result is not None
+    return str(job.result["version"])
+
+
+def test_submit_follows_a_job_and_exits_zero_when_it_succeeded(laptop: Laptop) -> None:
+    done = laptop.jobs("submit", str(laptop.spec("first")))
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert 'model="tiny:first"' in done.stdout
+    assert "python -m jobs cancel job-" in done.stdout
+    assert (laptop.home / "storage").is_dir()
+
+
+def test_the_same_job_is_found_and_not_trained_again(laptop: Laptop) -> None:
+    first = laptop.submit(laptop.spec("twice"))
+    assert laptop.submit(laptop.spec("twice")) == first
+    again = laptop.submit(laptop.spec("twice"), "--again")
+    assert again != first
+    assert version_of(laptop.finished(first)) == version_of(laptop.finished(again))
+
+
+def test_a_killed_rank_is_replaced_and_the_adapter_is_the_same_bit_for_bit(laptop: Laptop) -> None:
+    spec = laptop.spec("killed", steps=600)
+    undisturbed = version_of(laptop.finished(laptop.submit(spec)))
+    job_id = laptop.submit(spec, "--again")
+    laptop.wait(job_id, lambda job: bool(job.progress and job.progress["step"] >= 60))
+    victims = laptop.ranks()
+    assert len(victims) == 2
+    victims[1].kill()
+    assert laptop.queue.get(job_id).status is JobStatus.RUNNING
+    job = laptop.finished(job_id)
+    assert version_of(job) == undisturbed
+    assert victims[1].pid not in {rank.pid for rank in laptop.ranks()}
+    assert job.progress is not None
+    assert job.progress["step"] == 600
+    assert any("rank was lost" in event.message for event in laptop.queue.events(job_id))
+
+
+def test_a_killed_client_leaves_its_job_and_the_queue_alone(laptop: Laptop) -> None:
+    spec, second = laptop.spec("orphan"), laptop.spec("second")
+    client = subprocess.Popen(
+        [sys.executable, "-m", "jobs", "submit", str(spec)],
+        env=laptop.environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert client.stdout is not None
+    job_id = next(line.split()[0] for line in client.stdout if line.startswith("job-"))
+    client.kill()
+    client.wait()
+    later = laptop.submit(second)
+    assert laptop.finished(job_id).status is JobStatus.SUCCEEDED
+    assert laptop.finished(later).status is JobStatus.SUCCEEDED
+
+
+def test_interrupting_the_client_leaves_its_job_running(laptop: Laptop) -> None:
+    client = subprocess.Popen(
+        [sys.executable, "-m", "jobs", "submit", str(laptop.spec("interrupted"))],
+        env=laptop.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert client.stdout is not None
+    job_id = next(line.split()[0] for line in client.stdout if line.startswith("job-"))
+    client.send_signal(signal.SIGINT)
+    _, errors = client.communicate(timeout=WAIT)
+    assert client.returncode == 130
+    assert "goes on without you" in errors
+    assert laptop.finished(job_id).status is JobStatus.SUCCEEDED
+
+
+def test_a_job_that_dies_in_a_rank_fails_with_its_reason_and_the_next_one_runs(laptop: Laptop) -> None:
+    bad = laptop.spec("bad", steps=2000)
+    blocker = laptop.submit(laptop.spec("blocker", steps=20_000))
+    bad_id = laptop.submit(bad)
+    # Damage the rows after they were accepted: the ranks must notice by the checksum.
+    (laptop.home / "storage" / "datasets" / laptop.queue.get(bad_id).dataset_sha).write_text("not what was accepted")
+    after = laptop.submit(laptop.spec("after"))
+    assert laptop.queue.get(bad_id).status is JobStatus.QUEUED
+    laptop.queue.wish(blocker, Wish.CANCEL)
+    done = laptop.jobs("logs", bad_id)
+    assert done.returncode == 1
+    failed = laptop.queue.get(bad_id)
+    assert failed.status is JobStatus.FAILED
+    assert failed.error is not None
+    assert "StorageCorrupt" in failed.error
+    assert "Traceback" not in failed.error
+    assert laptop.finished(after).status is JobStatus.SUCCEEDED
+    assert laptop.finished(blocker).status is JobStatus.CANCELLED
+
+
+def test_diverging_says_at_which_step_and_what_to_change(laptop: Laptop) -> None:
+    spec = laptop.spec("diverging", train={"epochs": 50, "batch_size": 4, "learning_rate": 1e30, "max_grad_norm": 1e30})
+    failed = laptop.finished(laptop.submit(spec))
+    assert failed.status is JobStatus.FAILED
+    assert failed.error is not None
+    assert "lower learning_rate" in failed.error
+
+
+def test_cancelling_a_running_job_ends_it_between_two_steps(laptop: Laptop) -> None:
+    job_id = laptop.submit(laptop.spec("endless", steps=20_000))
+    laptop.wait(job_id, lambda job: bool(job.progress and job.progress["step"] > 5))
+    assert laptop.jobs("cancel", job_id).returncode == 0
+    assert laptop.finished(job_id).status is JobStatus.CANCELLED
+    assert laptop.finished(laptop.submit(laptop.spec("next"))).status is JobStatus.SUCCEEDED
+
+
+def test_metrics_tell_what_the_queue_holds(laptop: Laptop) -> None:
+    job_id = laptop.submit(laptop.spec("measured"))
+    laptop.finished(job_id)
+    with urllib.request.urlopen(f"http://127.0.0.1:{laptop.metrics_port}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    succeeded = len(laptop.queue.list(statuses={JobStatus.SUCCEEDED}))
+    assert float(lines['lora_jobs{status="succeeded"}']) == succeeded
+    assert float(lines[f'lora_job_tokens_total{{adapter="tiny:measured",job="{job_id}"}}']) > 0
+    assert float(lines[f'lora_job_loss{{job="{job_id}"}}']) > 0
+    assert float(lines[f'lora_job_step{{job="{job_id}"}}']) == 20
+    assert float(lines["lora_queue_oldest_seconds"]) == 0
+
+
+def test_stop_leaves_nothing_running(laptop: Laptop) -> None:
+    laptop.submit(laptop.spec("cut_short", steps=20_000))
+    time.sleep(5)
+    assert laptop.jobs("stop").returncode == 0
+    time.sleep(1)
+    left = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        try:
+            if process.environ().get("LORA_HOME") == str(laptop.home) and process.status() != psutil.STATUS_ZOMBIE:
+                left.append(process.info["cmdline"])
+        except (psutil.AccessDenied, psutil.NoSuchProcess):
+            continue
+    assert left == []

@@ -1,0 +1,215 @@
+"""Job specs: everything wrong at once, in words that say what to change; and what counts as the same content."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.spec import JobSpec, SpecError, load_spec
+
+GOOD = {"base_model": "smollm2-135m", "dataset": "/data/rows.jsonl", "adapter": "triage"}
+
+
+def problems(**changes: object) -> list[str]:
+    """What is wrong with a good spec after some changes; None takes an option away."""
+    values = {key: value for key, value in (GOOD | changes).items() if value is not ...}
+    with pytest.raises(SpecError) as caught:
+        load_spec(json.dumps(values))
+    return caught.value.problems
+
+
+def test_a_full_spec_reads_the_same_from_yaml_json_and_its_own_canonical_form(tmp_path: Path) -> None:
+    text = """
+base_model: smollm2-135m
+dataset: /data/rows.jsonl     # a comment
+validation: 0.1
+adapter: triage
+lora: {r: 8, lora_alpha: 32, target_modules: [q_proj, v_proj], use_rslora: true}
+train:
+  epochs: 2
+  learning_rate: 2e-4
+precision: fp32
+num_workers: 2
+priority: -1
+"""
+    spec = load_spec(text)
+    assert spec.lora.target_modules == ["q_proj", "v_proj"] and spec.lora.use_rslora
+    assert (spec.train.epochs, spec.train.learning_rate, spec.train.batch_size) == (2, 2e-4, 8)
+    assert (spec.validation, spec.precision, spec.num_workers, spec.priority) == (0.1, "fp32", 2, -1)
+    assert spec.session_key == "smollm2-135m|fp32|2"
+    file = tmp_path / "job.yaml"
+    file.write_text(text)
+    assert load_spec(file) == load_spec(str(file)) == spec
+    assert JobSpec.model_validate_json(spec.canonical_json()) == spec
+    tabs = json.dumps(json.loads(spec.canonical_json()), indent="\t")
+    assert load_spec(tabs).canonical_json() == spec.canonical_json()
+
+
+def test_every_problem_is_reported_at_once_and_none_twice() -> None:
+    found = problems(
+        base_model=3,
+        dataset=...,
+        adapter="Foo Bar",
+        validation=0.5,
+        precision="fp8",
+        num_workers=0,
+        priority=True,
+        num_wrokers=2,
+        lora={"r": "16", "lora_alhpa": 3, "target_modules": 3},
+        train={"epochs": 0, "lr_scheduler": "cos", "train_on": "completions"},
+    )
+    assert found == [
+        "base_model must be text, not 3",
+        "dataset is missing: every job needs it",
+        "validation must be a fraction of the rows above 0 and below 0.5, or the path of a second dataset, not 0.5",
+        "adapter must be 1 to 64 lower-case letters, digits, '.', '_' or '-' and start with a letter or digit, "
+        "not the text 'Foo Bar'",
+        "lora.r must be a whole number, not the text '16'",
+        "lora.target_modules must be text or a list, not 3",
+        "unknown key 'lora.lora_alhpa': did you mean 'lora_alpha'?",
+        "train.epochs must be at least 1, not 0",
+        "train.lr_scheduler must be one of 'constant', 'linear' or 'cosine', not the text 'cos'",
+        "train.train_on must be one of 'completion' or 'all', not the text 'completions'",
+        "precision must be one of 'auto', 'fp32' or 'bf16', not the text 'fp8'",
+        "num_workers must be at least 1, not 0",
+        "priority must be a whole number, not true",
+        "unknown key 'num_wrokers': did you mean 'num_workers'?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"lora": {"lora_alhpa": 1}}, "unknown key 'lora.lora_alhpa': did you mean 'lora_alpha'?"),
+        ({"train": {"batchsize": 1}}, "unknown key 'train.batchsize': did you mean 'batch_size'?"),
+        ({"datset": "x"}, "unknown key 'datset': did you mean 'dataset'?"),
+        ({"learning_rate": 1e-4}, "unknown key 'learning_rate': 'learning_rate' belongs under 'train'"),
+        ({"lora": {"epochs": 1}}, "unknown key 'lora.epochs': 'epochs' belongs under 'train'"),
+        ({"train": {"priority": 1}}, "unknown key 'train.priority': 'priority' belongs at the top level"),
+        (
+            {"lora": {"zzz": 1}},
+            "unknown key 'lora.zzz': the keys here are r, lora_alpha, target_modules, lora_dropout, use_rslora",
+        ),
+        ({"lora": 3}, "lora must be a block of options, not 3"),
+        ({"train": None}, "train must be a block of options, not empty"),
+        ({"lora": {"target_modules": ["q_proj", 1]}}, "lora.target_modules[1] must be text, not 1"),
+        ({"lora": {"target_modules": []}}, "lora.target_modules must not be empty"),
+        ({"lora": {"lora_alpha": True}}, "lora.lora_alpha must be a number, not true"),
+        ({"lora": {"lora_dropout": 1.0}}, "lora.lora_dropout must be less than 1.0, not 1.0"),
+        ({"train": {"epochs": 1.5}}, "train.epochs must be a whole number, not 1.5"),
+        ({"train": {"learning_rate": 0}}, "train.learning_rate must be more than 0.0, not 0"),
+        ({"train": {"learning_rate": float("nan")}}, "train.learning_rate must be a number, not the text 'NaN'"),
+        ({"base_model": ""}, "base_model must not be empty"),
+        ({"validation": True}, "validation must be a number or text, not true"),
+        ({"priority": 5000}, "priority must be at most 1000, not 5000"),
+    ],
+)
+def test_one_mistake_is_one_sentence(changes: dict[str, object], sentence: str) -> None:
+    assert problems(**changes) == [sentence]
+
+
+@pytest.mark.parametrize("name", ["", "Triage", "-x", "a/b", "a:b", "..", "a" * 65, "a\n", "ä", "a b"])
+def test_an_adapter_name_that_could_not_be_a_path_or_a_model_is_refused(name: str) -> None:
+    [problem] = problems(adapter=name)
+    assert problem.startswith("adapter must be 1 to 64 lower-case letters")
+    assert load_spec(json.dumps(GOOD | {"adapter": "0a.b_c-d" + "x" * 56})).adapter.startswith("0a")
+
+
+@pytest.mark.parametrize("fraction", [0, 0.0, 0.5, 1, -0.1, 2.5, ""])
+def test_validation_must_leave_rows_to_train_on(fraction: object) -> None:
+    [problem] = problems(validation=fraction)
+    assert problem.startswith("validation must be a fraction of the rows above 0 and below 0.5")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("base_model: x\nlora: {r: 8\ntrain: {}\n", "line 3, column 6: this is not valid YAML: expected ',' or '}'"),
+        ("base_model: a\n b: c\n", "line 2, column 3: this is not valid YAML: mapping values are not allowed here"),
+        ("dataset: x\nadapter: a\ndataset: y\n", "line 3, column 1: this is not valid YAML: 'dataset' is given twice"),
+        ('{"dataset": "x",\n "dataset": "y"}', "line 2, column 2: this is not valid YAML: 'dataset' is given twice"),
+        ("? [a, b]\n: c\n", "line 1, column 3: this is not valid YAML: a key must be a word"),
+        ("a: !!python/object:os.system x\n", "line 1, column 4: this is not valid YAML: could not determine"),
+        ("- base_model\n", "it must be options, one 'key: value' a line"),
+        ("\n", "it must be options, one 'key: value' a line"),
+    ],
+)
+def test_text_that_is_no_spec_says_where(text: str, sentence: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        load_spec(text)
+    assert len(caught.value.problems) == 1 and caught.value.problems[0].startswith(sentence)
+
+
+def test_yaml_words_are_not_turned_into_something_else() -> None:
+    spec = load_spec("base_model: x\ndataset: /d\nadapter: no\ntrain: {seed: 010, learning_rate: 1E-3}\n")
+    assert (spec.adapter, spec.train.seed, spec.train.learning_rate) == ("no", 10, 1e-3)
+    with pytest.raises(SpecError, match="use_rslora must be true or false, not the text 'yes'"):
+        load_spec("base_model: x\ndataset: /d\nadapter: a\nlora: {use_rslora: yes}\n")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"nothing\.yaml: cannot read it \(No such file or directory\): give the path"):
+        load_spec(tmp_path / "nothing.yaml")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SpecError, match=r"binary: cannot read it \(it is not UTF-8 text\): give the path"):
+        load_spec(tmp_path / "binary")
+
+
+def test_paths_are_absolute_from_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    local = load_spec("base_model: ./base\ndataset: data/rows.jsonl\nvalidation: ~/held.jsonl\nadapter: a\n")
+    assert local.dataset == str(tmp_path / "data/rows.jsonl")
+    assert local.validation == str(tmp_path / "home/held.jsonl")
+    assert local.base_model == str(tmp_path / "base")
+    weights = load_spec("base_model: models/base.gguf\ndataset: /rows.jsonl\nadapter: a\n")
+    assert weights.base_model == str(tmp_path / "models/base.gguf")
+    for name in ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct", "s3://bucket/base", "/models/base"):
+        spec = load_spec(f"base_model: {name}\ndataset: s3://bucket/rows.jsonl\nvalidation: 0.2\nadapter: a\n")
+        assert (spec.base_model, spec.dataset, spec.validation) == (name, "s3://bucket/rows.jsonl", 0.2)
+
+
+def test_content_is_what_is_trained_and_not_where_it_lies_or_when_it_runs() -> None:
+    spec = JobSpec.model_validate(GOOD)
+    key = spec.content_key("d1")
+    assert key == spec.model_copy(update={"dataset": "/elsewhere", "priority": 7}).content_key("d1")
+    assert key == JobSpec.model_validate(GOOD | {"lora": {"lora_alpha": 32}, "train": {"epochs": 3}}).content_key("d1")
+    assert list(json.loads(spec.canonical_json())) == sorted(JobSpec.model_fields), "not in the order of the source"
+    other = [
+        spec.content_key("d2"),
+        spec.model_copy(update={"validation": "/v"}).content_key("d1", "v1"),
+        spec.model_copy(update={"validation": "/v"}).content_key("d1", "v2"),
+        *(
+            JobSpec.model_validate(GOOD | change).content_key("d1")
+            for change in (
+                {"base_model": "other"},
+                {"adapter": "other"},
+                {"validation": 0.1},
+                {"lora": {"r": 8}},
+                {"train": {"seed": 1}},
+                {"precision": "fp32"},
+                {"num_workers": 2},
+            )
+        ),
+    ]
+    assert len({key, *other}) == len(other) + 1
+    moved = spec.model_copy(update={"validation": "/v", "dataset": "/x"}), spec.model_copy(update={"validation": "/w"})
+    assert moved[0].content_key("d1", "v1") == moved[1].content_key("d1", "v1")
+
+
+def test_errors_survive_the_way_between_processes() -> None:
+    error = SpecError(["one", "two"], "job.yaml")
+    copy = pickle.loads(pickle.dumps(error))
+    assert str(copy) == str(error) == "job.yaml has 2 problems:\n  - one\n  - two"
+    assert copy.problems == ["one", "two"]
+
+
+def test_the_queue_can_be_used_without_torch_or_ray() -> None:
+    code = "import jobs.job_queue, jobs.policy, sys; print([m for m in ('torch', 'ray') if m in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"

