@@ -25,7 +25,6 @@ import psutil
 
 from cluster.settings import Settings
 
-MAILBOX_NAMESPACE = "lora"
 LOCAL_CLUSTER = "local"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -121,8 +122,9 @@ class CompletionRequest(_Strict):
             stop=tuple(self.stop or ()),
         )
 
+    @abstractmethod
     def _prompt(self) -> str | tuple[dict[str, Any], ...]:
-        raise NotImplementedError
+        """Plain text, or the messages of a conversation."""
 
     def _max_tokens(self) -> int | None:
         return self.max_tokens

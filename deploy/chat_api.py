@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,7 @@ def model_object(model: str, base: str, created: float, digest: str | None = Non
     return fields if digest is None else {**fields, "digest": digest}
 
 
-class CompletionResponse:
+class CompletionResponse(ABC):
     """One completion. A subclass says what its choices look like, whole and in a chunk."""
 
     prefix: str
@@ -75,11 +76,13 @@ class CompletionResponse:
             text += event(self._document(self.chunk_object, [], {"usage": self._usage(piece.completion_tokens)}))
         return text + "data: [DONE]\n\n"
 
+    @abstractmethod
     def whole_choice(self, text: str, finish_reason: str) -> dict[str, Any]:
-        raise NotImplementedError
+        """The one entry of `choices` in a whole answer."""
 
+    @abstractmethod
     def chunk_choice(self, text: str, finish_reason: str | None) -> dict[str, Any]:
-        raise NotImplementedError
+        """The one entry of `choices` in a chunk of a stream."""
 
     def _chunk(self, choice: dict[str, Any]) -> str:
         usage: dict[str, Any] = {"usage": None} if self._include_usage else {}

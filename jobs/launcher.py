@@ -49,7 +49,6 @@ class ClusterSize:
 
     workers: int
     nodes: int
-    gpus: bool
 
 
 class RayUnreachableError(RuntimeError):
@@ -115,7 +114,7 @@ class Launcher:
             raise RayUnreachableError(f"Ray's API does not answer: {error}") from error
         gpus = int(sum((node.resources_total or {}).get("GPU", 0) for node in nodes))
         cpus = int(sum((node.resources_total or {}).get("CPU", 0) for node in nodes))
-        return ClusterSize(workers=gpus or cpus, nodes=len(nodes), gpus=gpus > 0)
+        return ClusterSize(workers=gpus or cpus, nodes=len(nodes))
 
     def others_running(self) -> bool:
         """Whether anything but schedulers uses this cluster: a session, a Serve application, somebody's driver."""
