@@ -119,6 +119,7 @@ def exact_clip(weights: Sequence[Tensor], limit: float) -> None:
         grad.mul_(min(1.0, limit / norm))
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_fifty_steps_equal_peft(kind: str) -> None:
     base = tiny_base(kind)
