@@ -112,7 +112,8 @@ def _checked(check: Callable[[], T], problems: list[str], option: str) -> T | No
     except (BaseModelError, DatasetError, StorageError) as error:
         problems.append(f"{option}: {error}")
     except ValueError as error:
-        problems.append(str(error) if str(error).startswith(option.rpartition(".")[2]) else f"{option}: {error}")
+        block, _, leaf = option.rpartition(".")
+        problems.append(f"{block}.{error}" if block and str(error).startswith(leaf) else f"{option}: {error}")
     return None
 
 

@@ -7,7 +7,7 @@ history.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -94,6 +94,7 @@ class RanksStarted:
 class _State:
     orders: Orders = field(default_factory=Orders)
     held: frozenset[str] = frozenset()
+    over: set[tuple[str, int]] = field(default_factory=set)
     reports: list[Report | RankBroke | RanksStarted] = field(default_factory=list)
 
 
@@ -104,13 +105,22 @@ class Mailbox:
         self._state = _State()
 
     def orders(self, held: tuple[str, ...]) -> Orders:
-        """Rank 0: these jobs I hold; what should I hold?"""
-        self._state.held = frozenset(held)
-        return self._state.orders
+        """Rank 0: these jobs I hold; what should I hold?
+
+        Not what is over: until the driver has taken the report of an end, its orders still name the job, and ranks that
+        believed them would train it once more.
+        """
+        state = self._state
+        state.held = frozenset(held)
+        wanted = tuple(job for job in state.orders.assignments if (job.job_id, job.attempt) not in state.over)
+        return replace(state.orders, assignments=wanted)
 
     def report(self, report: Report | RankBroke | RanksStarted) -> None:
         """Any rank: this happened."""
-        self._state.reports.append(report)
+        state = self._state
+        if isinstance(report, (Trained, JobFailed)):
+            state.over |= {(job.job_id, job.attempt) for job in state.orders.assignments if job.job_id == report.job_id}
+        state.reports.append(report)
 
     def exchange(self, orders: Orders) -> tuple[frozenset[str], list[Report | RankBroke | RanksStarted]]:
         """The driver: post orders, take what was reported since the last time and which jobs the ranks hold."""

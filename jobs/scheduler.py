@@ -66,7 +66,9 @@ class Scheduler:
             if run.state is RunState.ABSENT and session.state is SessionState.LAUNCHING:
                 self._launch(session)  # the row was written, then somebody died before Ray was asked
             elif run.state is RunState.ENDED or (run.state is RunState.ABSENT and self._lease_ran_out(session)):
-                self._bury(session, run.message or "Ray does not know it any more")
+                # Ray's message ends with the driver's log; its last line is the error, the rest stays in Ray's log.
+                last = [line for line in run.message.splitlines() if line.strip()][-1:]
+                self._bury(session, last[0].strip() if last else "Ray does not know it any more")
         alive = {session.id for session in self.queue.sessions(self.cluster)}
         for job in self.queue.list(self.cluster, {JobStatus.RUNNING}):
             if job.session_id not in alive:
@@ -81,14 +83,14 @@ class Scheduler:
     def _bury(self, session: Session, reason: str) -> None:
         """End a session that is gone. One that never came up is on the record of the jobs that wait for it: the third
         is the last."""
-        log.warning("session=%s event=gone state=%s reason=%s", session.id, session.state, reason.splitlines()[0])
+        log.warning("session=%s event=gone state=%s reason=%s", session.id, session.state, reason)
         ended = self.queue.session_move(session.id, session.state, SessionState.ENDED, reason=reason, lease=self.lease)
         if not ended or session.state is not SessionState.LAUNCHING:
             return
         for job in self.queue.list(self.cluster, {JobStatus.QUEUED}):
             if job.session_key != session.session_key:
                 continue
-            self.queue.log(job.id, f"{NOT_STARTED}: {reason.splitlines()[-1]}", level="warning")
+            self.queue.log(job.id, f"{NOT_STARTED}: {reason}", level="warning")
             deaths = sum(event.message.startswith(NOT_STARTED) for event in self.queue.events(job.id))
             if deaths >= MAX_ATTEMPTS:
                 message = f"its session could not start, {deaths} times: {reason}"
@@ -203,7 +205,12 @@ def ensure_scheduler(settings: Settings, queue: JobQueue) -> None:
     if on_a_cluster():
         held = queue.lease(lease_name(cluster_name(settings)))
         if held is None or not held.valid:
-            Launcher(settings.driver_labels).launch_scheduler(f"lora-scheduler-{held.token + 1 if held else 1}")
+            launcher, number = Launcher(settings.driver_labels), held.token + 1 if held else 1
+            while (
+                launcher.state(f"lora-scheduler-{number}").state is RunState.ENDED
+            ):  # it died before it took the lease
+                number += 1
+            launcher.launch_scheduler(f"lora-scheduler-{number}")
         return
     if has_owner(settings):
         return

@@ -69,6 +69,7 @@ class Keeper:
         self._registry = AdapterRegistry(self._storage, settings.tenant)
         self.mailbox: Any = start_mailbox()
         self._known: dict[str, Assignment] = {}
+        self._pending: list[Report | RankBroke | RanksStarted] = []
         self._starts = 0
         self._busy = time.monotonic()
         self._renewed = 0.0
@@ -101,8 +102,10 @@ class Keeper:
         jobs = {job.id: job for job in self._queue.assigned(self._session_id)}
         wanted = [self._assignment(job) for job in jobs.values() if job.wish is not Wish.CANCEL]
         held, reports = ray.get(self.mailbox.exchange.remote(Orders(tuple(wanted), stop)))
-        for report in reports:
-            self._record(report)
+        self._pending += reports
+        while self._pending:  # one that cannot be recorded now, since SQL or storage is away, is tried again next time
+            self._record(self._pending[0])
+            del self._pending[0]
         for job in jobs.values():
             if job.wish is Wish.CANCEL and job.id not in held:
                 self._move(job.id, JobStatus.CANCELLED, "cancelled while running")

