@@ -36,7 +36,7 @@ from jobs.spec import JobSpec
 from lora_core.base_model import BaseModel, chat_template_hash, load_base
 from lora_core.dataset import Example
 from lora_core.peft_format import adapter_files
-from lora_core.trainer import JobDiverged, LiveJob, TrainEngine, TrainJob, probe_losses
+from lora_core.trainer import EngineJob, JobDiverged, LiveJob, TrainEngine, probe_losses
 
 log = logging.getLogger("lora.rank")
 
@@ -153,7 +153,7 @@ class Rank:
             checkpoint = None
             if assignment.checkpoint_key is not None:
                 checkpoint = self.storage.get(assignment.checkpoint_key, sha256=assignment.checkpoint_sha256)
-            live = self.engine.add(TrainJob(assignment.job_id, spec.lora, spec.train, train), checkpoint)
+            live = self.engine.add(EngineJob(assignment.job_id, spec.lora, spec.train, train), checkpoint)
         except Exception as error:  # whatever it is, it is this job's, and the others go on
             log.exception("job=%s rank=%d event=join_failed", assignment.job_id, self.rank)
             problem = f"rank {self.rank}: {type(error).__name__}: {error}"

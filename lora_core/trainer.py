@@ -34,7 +34,7 @@ CHUNK_TOKENS = 1024
 
 
 @dataclass(frozen=True)
-class TrainJob:
+class EngineJob:
     """What to train: a name that is unique in the engine, the adapter, how, and the examples (all of them, on every
     rank).
     """
@@ -102,7 +102,7 @@ class JobDiverged(ValueError):  # noqa: N818 - the outcome of a step before it i
 class LiveJob:
     """A job in training: its optimizer, its adapter's weights and its progress."""
 
-    def __init__(self, job: TrainJob, optimizer: FlatAdamW) -> None:
+    def __init__(self, job: EngineJob, optimizer: FlatAdamW) -> None:
         self.job = job
         self.optimizer = optimizer
         self.progress = Progress()
@@ -171,7 +171,7 @@ class TrainEngine:
         self.live: dict[str, LiveJob] = {}
         self._capacity, self._rank, self._ranks, self._all_reduce = capacity, rank, ranks, all_reduce
 
-    def add(self, job: TrainJob, checkpoint: bytes | None = None) -> LiveJob:
+    def add(self, job: EngineJob, checkpoint: bytes | None = None) -> LiveJob:
         """Take a job in, from the start or from `LiveJob.checkpoint`.
 
         Raises:

@@ -16,7 +16,7 @@ from lora_core.attention import PackedAttention
 from lora_core.base_model import BaseModel
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.packing import Chunk, pack
-from lora_core.trainer import LiveJob, TrainEngine, TrainJob
+from lora_core.trainer import EngineJob, LiveJob, TrainEngine
 from tests.models import VOCABULARY, documents, threads, tiny_base, tiny_model
 
 DOWN = "model.layers.1.mlp.down_proj"
@@ -357,7 +357,7 @@ def test_mask_depends_on_row_key_and_module_and_nothing_else() -> None:
 def keys_of(batch_order: list[int], *, step: int = 0, seed: int = 5, beside: int = 0) -> dict[int, Tensor]:
     """Dropout keys of each example of a step, packed in some order with some neighbours, by the example's place."""
     examples = documents(4, seed=0)
-    job = TrainJob("job", LoraConfig(lora_dropout=0.1), TrainConfig(seed=seed), examples)
+    job = EngineJob("job", LoraConfig(lora_dropout=0.1), TrainConfig(seed=seed), examples)
     live = TrainEngine(tiny_base("llama")).add(job)
     live.progress.step = step
     neighbours = [Chunk("other", ((0, example),)) for example in documents(beside, seed=9)]
@@ -420,7 +420,7 @@ def test_scale_is_alpha_by_r_or_by_its_root() -> None:
     assert LoraConfig(r=16, lora_alpha=32).scale == 2.0
     assert LoraConfig(r=16, lora_alpha=32, use_rslora=True).scale == 8.0
     live = TrainEngine(tiny_base("llama")).add(
-        TrainJob("job", LoraConfig(r=4, lora_alpha=2, use_rslora=True), TrainConfig(), documents(1, 0))
+        EngineJob("job", LoraConfig(r=4, lora_alpha=2, use_rslora=True), TrainConfig(), documents(1, 0))
     )
     assert isinstance(live, LiveJob)
     assert live.adapter.scale == 1.0

@@ -11,7 +11,7 @@ from lora_core.adapter_bank import dropout_mask
 from lora_core.base_model import BaseModel, load_base
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import Example
-from lora_core.trainer import TrainEngine, TrainJob
+from lora_core.trainer import EngineJob, TrainEngine
 from tests.tiny_models import save_tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -40,7 +40,7 @@ def losses(base: BaseModel, *, dropout: float = 0.1, names: tuple[str, ...] = ("
     engine = TrainEngine(base)
     for seed, name in enumerate(names):
         engine.add(
-            TrainJob(
+            EngineJob(
                 name, LoraConfig(r=4, lora_dropout=dropout), TrainConfig(epochs=5, batch_size=4, seed=seed), EXAMPLES
             )
         )
@@ -76,7 +76,7 @@ def test_dropout_drops_the_same_on_both(folder: Path) -> None:
 
 def test_a_checkpoint_crosses_devices(folder: Path) -> None:
     """Written on a GPU, continued on a CPU: the same run but for rounding."""
-    job = TrainJob("one", LoraConfig(r=4), TrainConfig(epochs=5, batch_size=4), EXAMPLES)
+    job = EngineJob("one", LoraConfig(r=4), TrainConfig(epochs=5, batch_size=4), EXAMPLES)
     on_gpu, on_cpu = TrainEngine(base_on(folder, "cuda")), TrainEngine(base_on(folder, "cpu"))
     live = on_gpu.add(job)
     for _ in range(7):

@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.lora import LinearWithLoRA, LoRALayer, replace_linear_with_lora
-from lora_core.trainer import StepOutcome, TrainEngine, TrainJob
+from lora_core.trainer import EngineJob, StepOutcome, TrainEngine
 from tests.models import documents, tiny_base, tiny_model
 
 
@@ -30,7 +30,7 @@ def test_one_step_equals_one_step_of_the_engine(kind: str, targets: list[str]) -
     train = TrainConfig(
         epochs=1, batch_size=1, learning_rate=rate, lr_scheduler="constant", warmup_ratio=0, max_grad_norm=1e9
     )
-    live = engine.add(TrainJob("job", lora, train, [example]))
+    live = engine.add(EngineJob("job", lora, train, [example]))
     model = tiny_model(kind, attention="eager")
     names = replace_linear_with_lora(model, rank, alpha, targets)
     assert names == list(live.adapter.a)

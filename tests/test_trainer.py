@@ -24,16 +24,16 @@ from lora_core.dataset import Example
 from lora_core.lora import LinearWithLoRA, replace_linear_with_lora
 from lora_core.optim import StepOutcome, learning_rate
 from lora_core.packing import Chunk, pack
-from lora_core.trainer import JobDiverged, LiveJob, TrainEngine, TrainJob, probe_losses
+from lora_core.trainer import EngineJob, JobDiverged, LiveJob, TrainEngine, probe_losses
 from tests.models import documents, norms_in_double, threads, tiny_base, tiny_model
 
 
 def job(
     name: str = "job", *, examples: Sequence[Example] | None = None, lora: dict[str, Any] | None = None, **train: Any
-) -> TrainJob:
+) -> EngineJob:
     """A small job; `train` are TrainConfig's fields."""
     defaults = {"epochs": 100, "batch_size": 4, "learning_rate": 5e-3, "max_seq_len": 32, "warmup_ratio": 0.0}
-    return TrainJob(
+    return EngineJob(
         name,
         LoraConfig(**{"r": 4, "lora_alpha": 8} | (lora or {})),
         TrainConfig(**defaults | train),
@@ -41,7 +41,7 @@ def job(
     )
 
 
-def chunks_of(wanted: TrainJob, rank: int = 0, ranks: int = 1) -> list[Chunk]:
+def chunks_of(wanted: EngineJob, rank: int = 0, ranks: int = 1) -> list[Chunk]:
     """A rank's share of the first step."""
     return TrainEngine(tiny_base("llama")).add(wanted).chunks(rank, ranks)
 
@@ -95,7 +95,7 @@ def padded_loss(model: torch.nn.Module, examples: Sequence[Example]) -> Tensor:
 
 
 def reference_training(
-    model: torch.nn.Module, weights: Sequence[Tensor], wanted: TrainJob, steps: int, clip: Callable[..., Any]
+    model: torch.nn.Module, weights: Sequence[Tensor], wanted: EngineJob, steps: int, clip: Callable[..., Any]
 ) -> list[float]:
     """Losses of plain torch, which trains `weights` in place: padded batches, autograd, AdamW."""
     optimizer = torch.optim.AdamW(weights, weight_decay=wanted.train.weight_decay)
@@ -188,7 +188,7 @@ class RanksInThreads:
         return reduce
 
 
-def gradient(base: BaseModel, wanted: TrainJob, capacity: int) -> Tensor:
+def gradient(base: BaseModel, wanted: EngineJob, capacity: int) -> Tensor:
     """The step's summed gradient, loss and token count from one given state."""
     engine = TrainEngine(base, capacity=capacity)
     live = engine.add(wanted)
@@ -325,7 +325,7 @@ STEPS = 8
 JOINS, LEAVES, POISONED_AT = 3, 5, 4
 
 
-def eight_jobs(kind: str) -> list[TrainJob]:
+def eight_jobs(kind: str) -> list[EngineJob]:
     """Different ranks, targets, lengths, batches, schedules, dropout; enough chunks that a job's share one
     micro-batch.
     """
@@ -363,14 +363,14 @@ def eight_jobs(kind: str) -> list[TrainJob]:
     ]
 
 
-def train_alone(kind: str, wanted: TrainJob, steps: int) -> tuple[list[float], Tensor]:
+def train_alone(kind: str, wanted: EngineJob, steps: int) -> tuple[list[float], Tensor]:
     engine = TrainEngine(tiny_base(kind), capacity=256)
     live = engine.add(wanted)
     losses = [outcome_of(engine.step()[wanted.name]).loss for _ in range(steps)]
     return losses, state(live)
 
 
-def train_in_company(kind: str, jobs: dict[str, TrainJob]) -> dict[str, tuple[list[float], Tensor]]:
+def train_in_company(kind: str, jobs: dict[str, EngineJob]) -> dict[str, tuple[list[float], Tensor]]:
     """All at once: one joins late, one leaves early, and one turns NaN, fails, and is left in."""
     engine = TrainEngine(tiny_base(kind), capacity=256)
     live = {name: engine.add(wanted) for name, wanted in jobs.items() if name != "late"}

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from lora_core.base_model import BaseModel, load_base, local_folder
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import Example
-from lora_core.trainer import TrainEngine, TrainJob
+from lora_core.trainer import EngineJob, TrainEngine
 from tests.tiny_models import smollm2_gguf
 
 DOCUMENTS, TOKENS, STEPS = 4, 256, 6
@@ -39,7 +39,7 @@ def ours(base: BaseModel, jobs: int, documents: int, tokens: int) -> Callable[[]
     engine = TrainEngine(base)
     examples = random_documents(documents, tokens, base.model.config.vocab_size)
     for number in range(jobs):
-        engine.add(TrainJob(f"job{number}", LoraConfig(), TrainConfig(batch_size=documents, epochs=1000), examples))
+        engine.add(EngineJob(f"job{number}", LoraConfig(), TrainConfig(batch_size=documents, epochs=1000), examples))
     return engine.step
 
 
