@@ -222,7 +222,7 @@ class Rank:
             "supervised_tokens": progress.supervised_tokens,
             "tokens_per_second": (progress.tokens - held.started_tokens) / elapsed,
             "step_seconds": held.step_seconds,
-            "trainable_parameters": held.live.optimizer.flat.numel(),
+            "trainable_parameters": held.live.optimizer.parameters,
             "base_parameters": self.base.parameters,
             "base_bytes": self.base.nbytes,
         }

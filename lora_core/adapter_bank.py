@@ -29,19 +29,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_core.config import LoraConfig
-
 
 @dataclass
 class Adapter:
-    """The weights of one adapter: module name -> A `[r, in]` and B `[out, r]`, and the scale of their product.
+    """The weights of one adapter: module name -> A `[r, in]` and B `[out, r]`, and the scale of their product. The
+    modules stand in the model's order, and each has a rank and a scale of its own.
 
     `dropout` acts on the input of A, in training only (when the run carries keys). `cast` holds A and B of each module
     in the dtype that the base computes in, kept up to date by whoever changes `a` and `b`; without it they are cast at
     each use.
     """
 
-    scale: float
+    scale: dict[str, float]
     a: dict[str, Tensor]
     b: dict[str, Tensor]
     dropout: float = 0.0
@@ -49,7 +48,7 @@ class Adapter:
     module_keys: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.module_keys = {name: _key_of(name) for name in self.a}
+        self.module_keys = {name: key_of(name) for name in self.a}
 
     def weights(self, module: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and B as the product takes them."""
@@ -180,7 +179,7 @@ class _AddUpdates(torch.autograd.Function):
                 keep = mask.to(x.dtype)
                 x_rows = _dropped(x_rows, keep, adapter.dropout)
             h = F.linear(x_rows, a)
-            torch.addmm(out_rows, h, b.t(), alpha=adapter.scale, out=target)
+            torch.addmm(out_rows, h, b.t(), alpha=adapter.scale[module], out=target)
             kept += [h, keep]
         ctx.save_for_backward(x, *kept)
         ctx.module, ctx.runs, ctx.trained = module, runs, len(trained)
@@ -204,10 +203,10 @@ class _AddUpdates(torch.autograd.Function):
             dh = dy_rows @ b
             if keep is not None:
                 x_rows = _dropped(x_rows, keep, adapter.dropout)
-            _add_product(adapter.b[module], dy_rows.t(), h, adapter.scale)
-            _add_product(adapter.a[module], dh.t(), x_rows, adapter.scale)
+            _add_product(adapter.b[module], dy_rows.t(), h, adapter.scale[module])
+            _add_product(adapter.a[module], dh.t(), x_rows, adapter.scale[module])
             if dx_rows is not None:
-                torch.addmm(dx_rows, dh, a, beta=0, alpha=adapter.scale, out=dx_rows)
+                torch.addmm(dx_rows, dh, a, beta=0, alpha=adapter.scale[module], out=dx_rows)
                 if keep is not None:
                     dx_rows.copy_(_dropped(dx_rows, keep, adapter.dropout))
         return (dy, dx, None, None, *[None] * ctx.trained)
@@ -223,20 +222,6 @@ def _add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> N
         weight.grad.addmm_(left, right, alpha=scale)
     else:
         weight.grad.add_(left @ right, alpha=scale)
-
-
-def init_adapter(shapes: dict[str, tuple[int, int]], config: LoraConfig, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Fresh A and B for each module: A uniform in +-1/sqrt(in) as PEFT's default, B zero.
-
-    The random stream depends on the seed and the module's name alone, so that every rank, and every choice of other
-    target modules, starts from the same numbers.
-    """
-    weights = {}
-    for name, (fan_in, fan_out) in shapes.items():
-        stream = torch.Generator().manual_seed(_key_of(f"{seed}:{name}") & (2**63 - 1))
-        a = torch.empty(config.r, fan_in).uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=stream)
-        weights[name] = (a, torch.zeros(fan_out, config.r))
-    return weights
 
 
 def adaptable_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -282,7 +267,8 @@ def _as_int64(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
-def _key_of(text: str) -> int:
+def key_of(text: str) -> int:
+    """64 bits that stand for a text on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 

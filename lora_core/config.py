@@ -24,12 +24,16 @@ class LoraConfig(BaseModel):
     lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     use_rslora: bool = False
 
-    @property
-    def scale(self) -> float:
+    def rank_of(self, module: str) -> int:
+        """The rank of this module's A and B."""
+        return self.r
+
+    def scale_of(self, module: str) -> float:
         """`lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora` (Kalajdzievski 2023,
-        https://arxiv.org/abs/2312.03732).
+        https://arxiv.org/abs/2312.03732), with this module's rank.
         """
-        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+        rank = self.rank_of(module)
+        return self.lora_alpha / (rank**0.5 if self.use_rslora else rank)
 
 
 class TrainConfig(BaseModel):

@@ -70,7 +70,7 @@ def adapter_files(adapter: Adapter, bank: AdapterBank, base_name: str) -> dict[s
     for module in sorted(adapter.a):
         tensors[f"{_PREFIX}{module}.lora_A.weight"] = adapter.a[module].detach().float().cpu().contiguous()
         tensors[f"{_PREFIX}{module}.lora_B.weight"] = (
-            (adapter.b[module].detach().float() * adapter.scale).cpu().contiguous()
+            (adapter.b[module].detach().float() * adapter.scale[module]).cpu().contiguous()
         )
     r = next(iter(adapter.a.values())).shape[0]
     config: dict[str, Any] = {
@@ -142,7 +142,7 @@ def read_adapter(folder: Path, bank: AdapterBank) -> Adapter:
         raise AdapterFormatError(f"{folder.name}: {shown}")
     scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
     order = [module for module in bank.linears if module in a]
-    return Adapter(scale=scale, a={m: a[m] for m in order}, b={m: b[m] for m in order})
+    return Adapter(scale=dict.fromkeys(order, scale), a={m: a[m] for m in order}, b={m: b[m] for m in order})
 
 
 def _unsupported(config: dict[str, Any]) -> list[str]:

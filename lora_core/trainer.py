@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lora_core.adapter_bank import Adapter, AdapterBank, Run, mix64
+from lora_core.adapter_init import init_adapter
 from lora_core.attention import PackedAttention
 from lora_core.base_model import BaseModel
 from lora_core.config import LoraConfig, TrainConfig
@@ -179,8 +180,8 @@ class TrainEngine:
         """
         if not job.examples:
             raise ValueError(f"{job.name} has no examples to train on")
-        shapes = self.bank.shapes(job.lora.target_modules)
-        live = LiveJob(job, FlatAdamW(shapes, job.lora, job.train, self.base.device, self.base.model.dtype))
+        start = init_adapter(self.bank, job.lora, job.train.seed)
+        live = LiveJob(job, FlatAdamW(start, job.train, self.base.device, self.base.model.dtype))
         if checkpoint is not None:
             live.restore(checkpoint)
         self.live[job.name] = live

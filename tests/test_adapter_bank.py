@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import peft
 import pytest
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lora_core.adapter_bank import Adapter, AdapterBank, Run, dropout_mask, init_adapter
+from lora_core.adapter_bank import Adapter, AdapterBank, Run, dropout_mask
+from lora_core.adapter_init import init_adapter
 from lora_core.attention import PackedAttention
 from lora_core.base_model import BaseModel
 from lora_core.config import LoraConfig, TrainConfig
@@ -32,16 +34,12 @@ def random_adapter(
 ) -> Adapter:
     """An adapter whose B is not zero."""
     config = LoraConfig(r=r, lora_alpha=3, target_modules=targets, lora_dropout=dropout)
-    weights = init_adapter(bank.shapes(targets), config, seed)
+    fresh = init_adapter(bank, config, seed)
     stream = torch.Generator().manual_seed(seed)
-    return Adapter(
-        scale=config.scale,
-        a={name: a.requires_grad_(trained) for name, (a, _) in weights.items()},
-        b={
-            name: (torch.randn(b.shape, generator=stream) * 0.2).requires_grad_(trained)
-            for name, (_, b) in weights.items()
-        },
-        dropout=dropout,
+    return replace(
+        fresh,
+        a={name: a.requires_grad_(trained) for name, a in fresh.a.items()},
+        b={name: (torch.randn(b.shape, generator=stream) * 0.2).requires_grad_(trained) for name, b in fresh.b.items()},
     )
 
 
@@ -145,7 +143,7 @@ def deltas(model: PreTrainedModel, runs: Sequence[Run], names: list[str]) -> dic
                 rows = slice(start, start + run.rows)
                 if run.adapter is not None and name in run.adapter.a:
                     a, b = run.adapter.a[name], run.adapter.b[name]
-                    expected[rows] += run.adapter.scale * (x[rows] @ a.t()) @ b.t()
+                    expected[rows] += run.adapter.scale[name] * (x[rows] @ a.t()) @ b.t()
                 start = rows.stop
             found[name], found[name + ".seen"] = expected, output[0]
 
@@ -401,26 +399,26 @@ def test_dropout_differs_between_modules_of_one_step() -> None:
 
 def test_fresh_adapter_is_bounded_zero_and_depends_on_seed_and_name_alone() -> None:
     bank = AdapterBank(tiny_model("llama"))
-    config = LoraConfig(r=16)
-    everything = init_adapter(bank.shapes("all-linear"), config, seed=3)
-    some = init_adapter(bank.shapes(["down_proj"]), config, seed=3)
-    other = init_adapter(bank.shapes("all-linear"), config, seed=4)
-    for name, (a, b) in everything.items():
+    everything = init_adapter(bank, LoraConfig(r=16), seed=3).a
+    some = init_adapter(bank, LoraConfig(r=16, target_modules=["down_proj"]), seed=3).a
+    other = init_adapter(bank, LoraConfig(r=16), seed=4).a
+    for name, b in init_adapter(bank, LoraConfig(r=16), seed=3).b.items():
         fan_in, fan_out = bank.shapes("all-linear")[name]
+        a = everything[name]
         assert (a.shape, b.shape) == ((16, fan_in), (fan_out, 16))
         assert 0.95 * fan_in**-0.5 < float(a.abs().max()) <= fan_in**-0.5
         assert not b.any()
-        assert not torch.equal(a, other[name][0])
-    assert all(torch.equal(some[name][0], everything[name][0]) for name in some)
-    q, k = everything["model.layers.0.self_attn.q_proj"][0], everything["model.layers.1.self_attn.q_proj"][0]
+        assert not torch.equal(a, other[name])
+    assert all(torch.equal(some[name], everything[name]) for name in some)
+    q, k = everything["model.layers.0.self_attn.q_proj"], everything["model.layers.1.self_attn.q_proj"]
     assert not torch.equal(q, k)
 
 
 def test_scale_is_alpha_by_r_or_by_its_root() -> None:
-    assert LoraConfig(r=16, lora_alpha=32).scale == 2.0
-    assert LoraConfig(r=16, lora_alpha=32, use_rslora=True).scale == 8.0
+    assert LoraConfig(r=16, lora_alpha=32).scale_of(DOWN) == 2.0
+    assert LoraConfig(r=16, lora_alpha=32, use_rslora=True).scale_of(DOWN) == 8.0
     live = TrainEngine(tiny_base("llama")).add(
         EngineJob("job", LoraConfig(r=4, lora_alpha=2, use_rslora=True), TrainConfig(), documents(1, 0))
     )
     assert isinstance(live, LiveJob)
-    assert live.adapter.scale == 1.0
+    assert set(live.adapter.scale.values()) == {1.0}

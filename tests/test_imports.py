@@ -19,6 +19,7 @@ ORDER = {
         "kernels",
         "attention",
         "adapter_bank",
+        "adapter_init",
         "precision",
         "decoder",
         "base_model",

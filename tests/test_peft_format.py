@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_core.adapter_bank import Adapter, AdapterBank, Run, init_adapter
+from lora_core.adapter_bank import Adapter, AdapterBank, Run
+from lora_core.adapter_init import init_adapter
 from lora_core.attention import PackedAttention
 from lora_core.base_model import BaseModel
 from lora_core.config import LoraConfig
@@ -28,10 +30,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:Unable 
 
 
 def trained(bank: AdapterBank, config: LoraConfig, seed: int = 1) -> Adapter:
-    weights = init_adapter(bank.shapes(config.target_modules), config, seed)
+    fresh = init_adapter(bank, config, seed)
     stream = torch.Generator().manual_seed(seed)
-    b = {name: torch.randn(b.shape, generator=stream) * 0.1 for name, (_, b) in weights.items()}
-    return Adapter(config.scale, {name: a for name, (a, _) in weights.items()}, b, config.lora_dropout)
+    return replace(fresh, b={name: torch.randn(b.shape, generator=stream) * 0.1 for name, b in fresh.b.items()})
 
 
 def write(adapter: Adapter, bank: AdapterBank, folder: Path) -> Path:
@@ -133,9 +134,7 @@ def test_equal_weights_give_equal_bytes(tmp_path: Path) -> None:
     bank = AdapterBank(tiny_model("llama"))
     adapter = trained(bank, LoraConfig(r=4))
     files = adapter_files(adapter, bank, "tiny")
-    backwards = Adapter(
-        adapter.scale, dict(reversed(adapter.a.items())), dict(reversed(adapter.b.items())), adapter.dropout
-    )
+    backwards = replace(adapter, a=dict(reversed(adapter.a.items())), b=dict(reversed(adapter.b.items())))
     assert adapter_files(backwards, bank, "tiny") == files
     assert adapter_files(trained(bank, LoraConfig(r=4)), AdapterBank(tiny_model("llama")), "tiny") == files
     assert adapter_files(trained(bank, LoraConfig(r=4), seed=2), bank, "tiny")[WEIGHTS_FILE] != files[WEIGHTS_FILE]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lora_core.adapter_bank import Adapter, AdapterBank, init_adapter
+from lora_core.adapter_bank import Adapter, AdapterBank
+from lora_core.adapter_init import init_adapter
 from lora_core.config import LoraConfig
 from lora_core.peft_format import adapter_files
 
@@ -76,13 +78,9 @@ def random_adapter(bank: AdapterBank, seed: int, r: int = 4, size: float = 0.3, 
     config = LoraConfig(
         r=r, lora_alpha=2 * r, target_modules=targets if targets == "all-linear" else targets.split(",")
     )
-    weights = init_adapter(bank.shapes(config.target_modules), config, seed)
+    fresh = init_adapter(bank, config, seed)
     stream = torch.Generator().manual_seed(seed)
-    return Adapter(
-        scale=config.scale,
-        a={name: a for name, (a, _) in weights.items()},
-        b={name: torch.randn(b.shape, generator=stream) * size for name, (_, b) in weights.items()},
-    )
+    return replace(fresh, b={name: torch.randn(b.shape, generator=stream) * size for name, b in fresh.b.items()})
 
 
 def write_adapter(adapter: Adapter, bank: AdapterBank, folder: Path) -> Path:
