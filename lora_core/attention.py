@@ -7,12 +7,15 @@ row of tokens; the generator passes one that reads and writes its key-value cach
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 ATTENTION_NAME = "lora"
@@ -31,6 +34,9 @@ class AttentionSpec(NamedTuple):
     scaling: float
     sliding_window: int | None = None
     softcap: float | None = None
+
+
+Backward = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 class Attend(Protocol):
@@ -95,6 +101,66 @@ class PackedAttention:
         if (tokens, window) not in self._masks:
             self._masks[tokens, window] = _seen(tokens, window, device)
         return self._masks[tokens, window]
+
+
+class DocumentAttention:
+    """Causal attention inside each of the documents that lie end to end in `[T, heads, d]`, with its own backward pass.
+
+    On CUDA it is one variable-length flash attention over all of them (Dao 2023), or one of cuDNN's where they have one
+    length; on CPU one product a document.
+    """
+
+    def __init__(self, lengths: Sequence[int], scaling: float, device: torch.device) -> None:
+        self._scaling, self._lengths = scaling, list(lengths)
+        self._longest = max(self._lengths)
+        self._ends = torch.tensor([0, *itertools.accumulate(self._lengths)], dtype=torch.int32, device=device)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, with_backward: bool) -> tuple[Tensor, Backward]:
+        """(attended `[T, heads * d]`, its gradient -> those of q, k and v)."""
+        if not with_backward:
+            return self._attend(q, k, v).flatten(1), _no_backward
+        with torch.enable_grad():
+            leaves = tuple(part.detach().requires_grad_() for part in (q, k, v))
+            out = self._attend(*leaves)
+        heads = out.shape[1]
+
+        def backward(gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            dq, dk, dv = torch.autograd.grad(out, leaves, gradient.unflatten(1, (heads, -1)))
+            return dq, dk, dv
+
+        return out.detach().flatten(1), backward
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.is_cuda and len(set(self._lengths)) == 1:
+            return _dense_attention(q, k, v, len(self._lengths), self._scaling)
+        if q.is_cuda:
+            return _varlen_attention(q, k, v, self._ends, self._longest, self._scaling)
+        packed = PackedAttention(self._lengths)
+        q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
+        return packed(0, q, k, v, AttentionSpec(self._scaling))[0].transpose(0, 1)
+
+
+def _no_backward(gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    raise AssertionError("this pass was made without a backward pass")
+
+
+def _dense_attention(q: Tensor, k: Tensor, v: Tensor, documents: int, scaling: float) -> Tensor:
+    """Documents of one length, such as texts cut at `max_seq_len`: cuDNN takes half of flash attention's time."""
+    grouped = q.shape[1] != k.shape[1]
+    q, k, v = (part.unflatten(0, (documents, -1)).transpose(1, 2) for part in (q, k, v))
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, scaling: float) -> Tensor:
+    # torch 2.11 takes grouped queries as they come, later versions by a flag.
+    from torch.nn.attention.varlen import varlen_attn
+
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    out: Any = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0), **grouped)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _seen(tokens: int, window: int | None, device: torch.device) -> Tensor:

@@ -1,0 +1,380 @@
+"""A decoder of the Llama family with many adapters on it, its forward and backward passes written out.
+
+    for layer in layers:                                        saved for the backward pass
+        x  += down-projection of the layer before               x
+        qkv = frozen(norm(x)) + h B^T, turned by positions      qkv, h
+        x  += output projection of attention(q, k, v)           attention, h, x
+        act = silu(gate) * up  of  frozen(norm(x)) + h B^T      gate and up, h
+    losses = cross entropy of the head's logits, slice by slice
+
+There is no autograd in it but for attention: what is kept, what is computed again and where memory is reused is on
+this page, and the same on each step, so that the peak is known before a base is loaded. Linears that share an input
+are one frozen product and one low-rank one. Rows of different adapters meet only in frozen products, whose rows do not
+touch; every sum over tokens runs over one adapter's own (`kernels/low_rank.py`).
+
+Only the weights come from transformers: this file computes what its Llama, Mistral and Qwen2 do
+(https://github.com/huggingface/transformers), and `BaseModel` compares the two when a base is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lora_core.adapter_bank import Adapter
+from lora_core.attention import Backward, DocumentAttention
+from lora_core.kernels.cross_entropy import cross_entropy_
+from lora_core.kernels.layer_ops import (
+    Rope,
+    norm_backward,
+    norm_forward,
+    rope_backward,
+    rope_forward_,
+    swiglu_backward_,
+    swiglu_forward,
+)
+from lora_core.kernels.low_rank import (
+    GroupAdapter,
+    LinearGroup,
+    LowRank,
+    Part,
+    Segments,
+    add_weight_gradients,
+    expand_gradient_,
+    shrink,
+    shrink_gradient,
+)
+from lora_core.precision import DenseWeight, FrozenWeight
+
+HEAD_ROWS = 2048  # at a vocabulary of 128 K: 0.5 GB of bf16 logits at a time
+QKV, O, GATE_UP, DOWN = range(4)  # noqa: E741 - the output projection's name in every checkpoint
+_GROUPS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+
+Checkpointing = Literal["none", "selective", "full"]
+"""What is computed again in the backward pass: nothing, the norms, or the whole layer."""
+
+Labels = Sequence[tuple[Tensor, Tensor]]
+"""(rows int64 `[n]` of the batch, labels int64 `[n]`) of each chunk."""
+
+Pending = tuple[Tensor, Tensor | None, LowRank]
+"""A frozen product, its h, and the adapters to go with it: added to x by the norm that comes next."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a batch is to the decoder: ids and positions int64 `[T]`, lengths of its documents, and stretches of rows as
+    (place of their adapter or `NO_ADAPTER`, rows).
+    """
+
+    ids: Tensor
+    positions: Tensor
+    lengths: Sequence[int]
+    runs: Sequence[tuple[int, int]]
+
+
+class AdapterView:
+    """An adapter's weights and gradients as the kernels take them, group by group: the same memory."""
+
+    def __init__(self, adapter: Adapter, groups: Sequence[LinearGroup], device: torch.device) -> None:
+        self.groups = [_group_adapter(adapter, group) for group in groups]
+        self.widths = [0 if group is None else group.width for group in self.groups]
+        self.ranks = [0 if group is None else group.largest_rank for group in self.groups]
+        self.table: Tensor | None = None
+        if device.type == "cuda":
+            from lora_core.kernels.low_rank_triton import table_row
+
+            rows = [table_row(adapter, group) for adapter, group in zip(self.groups, groups, strict=True)]
+            self.table = torch.tensor([number for row in rows for number in row], dtype=torch.int64, device=device)
+
+
+@dataclass
+class _Saved:
+    """What the backward pass of one layer needs; of a layer that is computed again, x alone."""
+
+    x: Tensor
+    kept: _Kept | None = None
+
+
+@dataclass
+class _Kept:
+    rstd: Tensor
+    normed: Tensor | None
+    h: list[Tensor | None]
+    attended: Tensor
+    attention_backward: Backward
+    middle: Tensor
+    middle_rstd: Tensor
+    middle_normed: Tensor | None
+    gate_up: Tensor
+
+
+class Decoder:
+    """The frozen layers of a base, stacked for `forward_backward`.
+
+    `freeze` makes of a group's weights what is multiplied with (`precision.py`).
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, freeze: Callable[[Sequence[Tensor]], FrozenWeight] = DenseWeight
+    ) -> None:
+        config, body = model.config, cast(Any, model.base_model)
+        self.embedding: Tensor = cast(Any, model).get_input_embeddings().weight
+        self.head: Tensor = cast(Any, model).get_output_embeddings().weight
+        self.final_norm: Tensor = body.norm.weight
+        self.eps = float(config.rms_norm_eps)
+        self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
+        self.head_size = int(getattr(config, "head_dim", None) or config.hidden_size // self.heads)
+        self.rotary = body.rotary_emb
+        self.groups: list[LinearGroup] = []
+        self.layers = [self._layer(place, layer, freeze) for place, layer in enumerate(body.layers)]
+
+    def _layer(self, place: int, layer: Any, freeze: Callable[[Sequence[Tensor]], FrozenWeight]) -> Layer:
+        weights = []
+        for leaves in _GROUPS:
+            parts = [layer.get_submodule(leaf).weight for leaf in leaves]
+            names = tuple(f"model.layers.{place}.{leaf}" for leaf in leaves)
+            outputs = tuple(part.shape[0] for part in parts)
+            self.groups.append(LinearGroup(len(self.groups), names, parts[0].shape[1], outputs))
+            weights.append(freeze(parts))
+        biases = [layer.get_submodule(leaf).bias for leaf in _GROUPS[QKV]]
+        return Layer(
+            tuple(weights),
+            (layer.input_layernorm.weight, layer.post_attention_layernorm.weight),
+            None if biases[0] is None else torch.cat(biases),
+        )
+
+    def view(self, adapter: Adapter) -> AdapterView:
+        """The adapter as `forward_backward` takes it; it follows every change of the weights."""
+        return AdapterView(adapter, self.groups, self.embedding.device)
+
+    @torch.no_grad()
+    def forward_backward(
+        self, rows: Rows, adapters: Sequence[AdapterView], labels: Labels, checkpointing: Checkpointing = "none"
+    ) -> Tensor:
+        """Add the gradients of every adapter; returns the summed token loss of each chunk of `labels`."""
+        batch = _Batch(self, rows, adapters)
+        x, pending, saved = F.embedding(rows.ids, self.embedding), None, []
+        for place in range(len(self.layers)):
+            layer, x, pending = batch.forward(place, x, pending, checkpointing)
+            saved.append(layer)
+        x, normed, rstd = batch.add_and_norm(x, pending, self.final_norm)
+        losses, _, dn = self._head_losses(normed, labels, with_gradient=True)
+        assert dn is not None
+        dx: Tensor | None = norm_backward(dn, None, batch.low_rank(0), x, rstd, self.final_norm, None)
+        for place in reversed(range(len(self.layers))):
+            assert dx is not None
+            dx = batch.backward(place, saved.pop(), dx)
+        return losses
+
+    @torch.no_grad()
+    def evaluate(self, rows: Rows, adapters: Sequence[AdapterView], labels: Labels) -> tuple[Tensor, Tensor]:
+        """(summed token loss, number of labels that have the largest logit) of each chunk of `labels`."""
+        batch = _Batch(self, rows, adapters)
+        x, pending = F.embedding(rows.ids, self.embedding), None
+        for place in range(len(self.layers)):
+            _, x, pending = batch.forward(place, x, pending, "full")
+        _, normed, _ = batch.add_and_norm(x, pending, self.final_norm)
+        losses, correct, _ = self._head_losses(normed, labels, with_gradient=False)
+        return losses, correct
+
+    def _head_losses(self, normed: Tensor, labels: Labels, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Only labelled rows go through the head, a slice at a time; also the gradient of the normed rows `[T, H]`."""
+        rows, targets = torch.cat([rows for rows, _ in labels]), torch.cat([targets for _, targets in labels])
+        picked = normed[rows]
+        losses, correct, dpicked = [], [], torch.empty_like(picked)
+        for start in range(0, len(rows), HEAD_ROWS):
+            part = slice(start, start + HEAD_ROWS)
+            logits = picked[part] @ self.head.t()
+            loss, right = cross_entropy_(logits, targets[part])
+            losses.append(loss)
+            correct.append(right)
+            if with_gradient:
+                torch.mm(logits, self.head, out=dpicked[part])
+        counts = torch.tensor([len(targets) for _, targets in labels])
+        dn = torch.zeros_like(normed).index_copy_(0, rows, dpicked) if with_gradient else None
+        return _sums(losses, counts), _sums(correct, counts), dn
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The frozen parts of a layer: its four groups of linears, its two norms, the bias of q, k and v."""
+
+    weights: tuple[FrozenWeight, ...]
+    norms: tuple[Tensor, Tensor]
+    bias: Tensor | None
+
+
+class _Batch:
+    """The layers on one batch."""
+
+    def __init__(self, decoder: Decoder, rows: Rows, adapters: Sequence[AdapterView]) -> None:
+        self._decoder, self._adapters = decoder, adapters
+        device = rows.ids.device
+        self._segments = Segments(rows.runs, device)
+        self._table = _stacked_tables(adapters, len(decoder.groups)) if device.type == "cuda" else None
+        self._widths = [-(-max(widths) // 8) * 8 for widths in zip(*(a.widths for a in adapters), strict=True)]
+        self._ranks = [max(ranks) for ranks in zip(*(a.ranks for a in adapters), strict=True)]
+        cos, sin = decoder.rotary(decoder.embedding[:1], rows.positions[None])
+        half = decoder.head_size // 2
+        self._cos, self._sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+        self._attention = DocumentAttention(rows.lengths, decoder.head_size**-0.5, device)
+
+    def low_rank(self, index: int) -> LowRank:
+        """The adapters on group `index`."""
+        group = self._decoder.groups[index]
+        adapters = [adapter.groups[index] for adapter in self._adapters]
+        width, rank = (self._widths[index], self._ranks[index]) if adapters else (0, 0)
+        return LowRank(group, adapters, self._segments, width, rank, self._table)
+
+    def add_and_norm(self, x: Tensor, pending: Pending | None, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(x + pending, its norm, its reciprocal root mean squares)."""
+        y, h, low_rank = pending or (None, None, self.low_rank(0))
+        return norm_forward(x, y, h, low_rank, weight, self._decoder.eps)
+
+    def forward(
+        self, place: int, x: Tensor, pending: Pending | None, checkpointing: Checkpointing
+    ) -> tuple[_Saved, Tensor, Pending]:
+        """One layer: (what its backward pass needs, x, what is to be added to it)."""
+        layer = self._decoder.layers[place]
+        low_ranks = [self.low_rank(4 * place + kind) for kind in range(4)]
+        h: list[Tensor | None] = []
+
+        def product(kind: int, source: Tensor) -> Tensor:
+            h.append(shrink(source, low_ranks[kind]) if low_ranks[kind].width else None)
+            return layer.weights[kind].forward(source)
+
+        x, normed, rstd = self.add_and_norm(x, pending, layer.norms[0])
+        qkv = rope_forward_(product(QKV, normed), h[QKV], low_ranks[QKV], self._rope(layer))
+        keep = checkpointing != "full"
+        attended, attention_backward = self._attention(*self._split(qkv), with_backward=keep)
+        middle, middle_normed, middle_rstd = norm_forward(
+            x, product(O, attended), h[O], low_ranks[O], layer.norms[1], self._decoder.eps
+        )
+        gate_up = product(GATE_UP, middle_normed)
+        down = product(DOWN, swiglu_forward(gate_up, h[GATE_UP], low_ranks[GATE_UP]))
+        saved = _Saved(x)
+        if keep:
+            norms = (None, None) if checkpointing == "selective" else (normed, middle_normed)
+            saved.kept = _Kept(rstd, norms[0], h, attended, attention_backward, middle, middle_rstd, norms[1], gate_up)
+        return saved, middle, (down, h[DOWN], low_ranks[DOWN])
+
+    def backward(self, place: int, saved: _Saved, dx: Tensor) -> Tensor | None:
+        """The gradient of a layer's output `[T, H]` -> of its input (None for the first), adding to the adapters'."""
+        if saved.kept is None:
+            saved, _, _ = self.forward(place, saved.x, None, "none")
+        kept, layer = saved.kept, self._decoder.layers[place]
+        assert kept is not None
+        low_ranks = [self.low_rank(4 * place + kind) for kind in range(4)]
+
+        def shrunk(kind: int, dy: Tensor) -> Tensor | None:
+            return shrink_gradient(dy, low_ranks[kind]) if low_ranks[kind].width else None
+
+        def add_gradients(kind: int, source: Tensor, dy: Tensor, dh: Tensor | None) -> None:
+            h = kept.h[kind]
+            if dh is not None and h is not None:
+                add_weight_gradients(source, h, dy, dh, low_ranks[kind])
+
+        dh = shrunk(DOWN, dx)
+        activation = layer.weights[DOWN].input_gradient(dx)
+        swiglu_backward_(activation, dh, low_ranks[DOWN], kept.gate_up, kept.h[GATE_UP], low_ranks[GATE_UP])
+        add_gradients(DOWN, activation, dx, dh)
+        del activation
+
+        dh = shrunk(GATE_UP, kept.gate_up)
+        normed = self._normed(kept.middle_normed, kept.middle, layer.norms[1])
+        add_gradients(GATE_UP, normed, kept.gate_up, dh)
+        dn = layer.weights[GATE_UP].input_gradient(kept.gate_up)
+        dmiddle = norm_backward(dn, dh, low_ranks[GATE_UP], kept.middle, kept.middle_rstd, layer.norms[1], dx)
+
+        dh = shrunk(O, dmiddle)
+        dattended = layer.weights[O].input_gradient(dmiddle)
+        if dh is not None:
+            expand_gradient_(dattended, dh, low_ranks[O])
+        add_gradients(O, kept.attended, dmiddle, dh)
+
+        dqkv = rope_backward(*kept.attention_backward(dattended), self._rope(layer))
+        dh = shrunk(QKV, dqkv)
+        add_gradients(QKV, self._normed(kept.normed, saved.x, layer.norms[0]), dqkv, dh)
+        if place == 0:
+            return None
+        dn = layer.weights[QKV].input_gradient(dqkv)
+        return norm_backward(dn, dh, low_ranks[QKV], saved.x, kept.rstd, layer.norms[0], dmiddle)
+
+    def _normed(self, normed: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
+        return self.add_and_norm(x, None, weight)[1] if normed is None else normed
+
+    def _rope(self, layer: Layer) -> Rope:
+        decoder = self._decoder
+        return Rope(self._cos, self._sin, decoder.head_size, decoder.heads + decoder.kv_heads, layer.bias)
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v `[T, heads, d]` of rows that hold them side by side."""
+        decoder = self._decoder
+        sizes = [heads * decoder.head_size for heads in (decoder.heads, decoder.kv_heads, decoder.kv_heads)]
+        q, k, v = (part.unflatten(1, (-1, decoder.head_size)) for part in qkv.split(sizes, dim=1))
+        return q, k, v
+
+
+def _group_adapter(adapter: Adapter, group: LinearGroup) -> GroupAdapter | None:
+    """None where the adapter has nothing on this group."""
+    present = [name for name in group.names if name in adapter.a]
+    if not present:
+        return None
+    assert adapter.cast is not None
+    a = _stacked([adapter.cast[name][0] for name in present])
+    a_gradient = _stacked([_gradient(adapter.a[name]) for name in present])
+    wide = torch.promote_types(a.dtype, torch.float32)
+    scales = torch.cat([a.new_full((adapter.a[n].shape[0],), adapter.scale[n], dtype=wide) for n in present])
+    parts: list[Part | None] = []
+    offset = 0
+    for name in group.names:
+        if name not in adapter.a:
+            parts.append(None)
+            continue
+        parts.append(Part(adapter.cast[name][1], _gradient(adapter.b[name]), offset))
+        offset += adapter.a[name].shape[0]
+    return GroupAdapter(a, a_gradient, scales, tuple(parts))
+
+
+def _gradient(weight: Tensor) -> Tensor:
+    assert weight.grad is not None
+    return weight.grad
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """`[sum of r, in]` over matrices that lie end to end in memory: a view of all of them."""
+    first = parts[0]
+    end = first.data_ptr()
+    for part in parts:
+        assert part.data_ptr() == end and part.is_contiguous(), "the A of a group lie end to end"
+        end += part.nbytes
+    return first.as_strided((sum(part.shape[0] for part in parts), first.shape[1]), (first.shape[1], 1))
+
+
+def _stacked_tables(adapters: Sequence[AdapterView], groups: int) -> Tensor:
+    """int64 `[adapters + 1, groups * FIELDS]`; the last row is that of no adapter."""
+    from lora_core.kernels.low_rank_triton import FIELDS
+
+    tables = [adapter.table for adapter in adapters if adapter.table is not None]
+    none = torch.zeros(groups * FIELDS, dtype=torch.int64, device="cuda")
+    return torch.stack([*tables, none])
+
+
+def _sums(parts: list[Tensor], counts: Tensor) -> Tensor:
+    """fp32 (or wider) `[len(counts)]`: sums of consecutive stretches of the joined parts."""
+    if not parts:
+        return torch.zeros(len(counts))
+    joined = torch.cat(parts)
+    wide = joined if joined.is_floating_point() else joined.float()
+    return torch.segment_reduce(wide, "sum", lengths=counts.to(wide.device))

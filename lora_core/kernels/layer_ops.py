@@ -1,0 +1,153 @@
+"""The elementwise parts of a decoder layer, forward and backward, each joined with the low-rank update of the frozen
+product that it reads: `y + h B^T` and `dx + dh A` are never written for themselves.
+
+    norm_forward      x + y + h B^T -> x', RMSNorm(x') * weight          (Zhang and Sennrich 2019)
+    norm_backward     its input gradient, plus what flows around it
+    rope_forward_     rotary positions on q and k (Su et al. 2021), in place
+    rope_backward     the inverse rotation, on the gradients of q and k
+    swiglu_forward    silu(gate) * up                                     (Shazeer 2020)
+    swiglu_backward_  gradients of gate and up in their place, the activation in the gradient's
+
+Sums run in fp32 (fp64 for fp64); results are rounded once to the dtype of the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_core.kernels.low_rank import LowRank, expand_, expand_gradient_
+
+
+@dataclass(frozen=True)
+class Rope:
+    """cos and sin `[T, d / 2]` of each row's position, and how a row of q, k, v divides: heads of d, and those turned.
+
+    `bias` `[out]` belongs to the frozen q, k, v (Qwen2), None elsewhere.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    head_size: int
+    turned_heads: int
+    bias: Tensor | None
+
+
+def norm_forward(
+    x: Tensor, y: Tensor | None, h: Tensor | None, low_rank: LowRank, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x, y `[T, H]` -> (x + y + h B^T, its RMSNorm, fp32 `[T]` reciprocal root mean squares).
+
+    y None: x itself is normed and returned.
+    """
+    if x.is_cuda:
+        from lora_core.kernels import layer_ops_triton
+
+        return layer_ops_triton.norm_forward(x, y, h, low_rank, weight, eps)
+    if y is not None:
+        if h is not None:
+            expand_(y, h, low_rank)
+        x = x + y
+    wide = x.to(_wide(x))
+    rstd = torch.rsqrt(wide.pow(2).mean(-1) + eps)
+    return x, (wide * rstd[:, None]).to(x.dtype) * weight, rstd
+
+
+def norm_backward(
+    dn: Tensor,
+    dh: Tensor | None,
+    low_rank: LowRank,
+    x: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+) -> Tensor:
+    """Gradient with respect to x `[T, H]`: of the norm, whose output's is dn + dh A, plus `residual`; dn is used up."""
+    if x.is_cuda:
+        from lora_core.kernels import layer_ops_triton
+
+        return layer_ops_triton.norm_backward(dn, dh, low_rank, x, rstd, weight, residual)
+    if dh is not None:
+        expand_gradient_(dn, dh, low_rank)
+    wide = _wide(x)
+    g, normed = dn.to(wide) * weight.to(wide), x.to(wide) * rstd[:, None]
+    dx = rstd[:, None] * (g - normed * (g * normed).mean(-1, keepdim=True))
+    return (dx if residual is None else dx + residual).to(x.dtype)
+
+
+def rope_forward_(y: Tensor, h: Tensor | None, low_rank: LowRank, rope: Rope) -> Tensor:
+    """y `[T, q + k + v]`, in place: plus h B^T and bias, its first `turned_heads` heads turned by their positions."""
+    if y.is_cuda:
+        from lora_core.kernels import layer_ops_triton
+
+        return layer_ops_triton.rope_forward_(y, h, low_rank, rope)
+    if h is not None:
+        expand_(y, h, low_rank)
+    if rope.bias is not None:
+        y += rope.bias
+    _turn_(y, rope, 1.0)
+    return y
+
+
+def rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, rope: Rope) -> Tensor:
+    """dq, dk, dv `[T, heads, d]` of the turned q and k -> the gradient of q, k, v side by side, `[T, q + k + v]`."""
+    if dq.is_cuda:
+        from lora_core.kernels import layer_ops_triton
+
+        return layer_ops_triton.rope_backward(dq, dk, dv, rope)
+    dy = torch.cat([part.reshape(part.shape[0], -1) for part in (dq, dk, dv)], dim=1)
+    _turn_(dy, rope, -1.0)
+    return dy
+
+
+def swiglu_forward(y: Tensor, h: Tensor | None, low_rank: LowRank) -> Tensor:
+    """y `[T, 2 I]`, the frozen gate and up side by side -> `silu(gate) * up` `[T, I]` of the updated ones.
+
+    On CPU y is updated in place, on CUDA it stays; `swiglu_backward_` knows.
+    """
+    if y.is_cuda:
+        from lora_core.kernels import layer_ops_triton
+
+        return layer_ops_triton.swiglu_forward(y, h, low_rank)
+    if h is not None:
+        expand_(y, h, low_rank)
+    gate, up = y.chunk(2, dim=1)
+    return F.silu(gate).mul_(up)
+
+
+def swiglu_backward_(
+    dact: Tensor, dh_down: Tensor | None, down: LowRank, y: Tensor, h: Tensor | None, low_rank: LowRank
+) -> None:
+    """dact + dh A `[T, I]` is the activation's gradient; afterwards y `[T, 2 I]` holds that of gate and up, and dact
+    holds the activation itself, which the gradient of the next product's A needs.
+    """
+    if dact.is_cuda:
+        from lora_core.kernels import layer_ops_triton
+
+        layer_ops_triton.swiglu_backward_(dact, dh_down, down, y, h, low_rank)
+        return
+    if dh_down is not None:
+        expand_gradient_(dact, dh_down, down)
+    gate, up = y.chunk(2, dim=1)
+    sigmoid = torch.sigmoid(gate)
+    silu = gate * sigmoid
+    activation = silu * up
+    dgate = dact * up * (sigmoid * (1 - silu) + silu)
+    torch.mul(dact, silu, out=up)
+    gate.copy_(dgate)
+    dact.copy_(activation)
+
+
+def _turn_(y: Tensor, rope: Rope, direction: float) -> None:
+    heads = y[:, : rope.turned_heads * rope.head_size].view(y.shape[0], rope.turned_heads, rope.head_size)
+    first, second = heads.chunk(2, dim=-1)
+    cos, sin = rope.cos[:, None].to(y.dtype), rope.sin[:, None].to(y.dtype) * direction
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    heads.copy_(turned)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,341 @@
+"""`layer_ops.py` in Triton: one pass over memory each. What a pass must read and write is its floor; the low-rank
+products ride along on tiles that are in registers already.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_core.kernels.layer_ops import Rope
+from lora_core.kernels.low_rank import NARROW_ROWS, TILE_ROWS, LowRank
+from lora_core.kernels.low_rank_triton import (
+    expanded,
+    precision,
+    rank_block,
+    ranks_of,
+    table_arguments,
+    table_of,
+    updated,
+)
+
+NORM_FORWARD = {"COLUMNS": 512, "STAGES": 3, "num_warps": 4}
+NORM_BACKWARD = {"COLUMNS": 128, "STAGES": 2, "num_warps": 4}
+ROPE_FORWARD = {"num_warps": 4}
+SWIGLU_FORWARD = {"COLUMNS": 128, "num_warps": 4}
+SWIGLU_BACKWARD = {"COLUMNS": 128, "num_warps": 8}
+
+
+@triton.jit
+def _norm_forward(
+    x, y, h, total, normed, rstds, weight, tiles, table, row_fields, adapters, H, h_stride, eps,
+    ADD: tl.constexpr, UPDATE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    RANKS: tl.constexpr, LOOP: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    tile = tiles + tl.program_id(0) * 3
+    t = (tl.load(tile + 1) + tl.arange(0, ROWS)).to(tl.int64)
+    t_mask = tl.arange(0, ROWS) < tl.load(tile + 2)
+    row = table_of(table, tl.load(tile), row_fields, adapters)
+    dtype: tl.constexpr = x.dtype.element_ty
+    squares = tl.zeros((ROWS,), tl.float32)
+    for first in tl.range(0, H, COLUMNS, num_stages=STAGES):
+        n = first + tl.arange(0, COLUMNS)
+        n_mask = n < H
+        mask = t_mask[:, None] & n_mask[None, :]
+        place = t[:, None] * H + n[None, :]
+        value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+        if ADD:
+            addend = tl.load(y + place, mask=mask, other=0.0).to(tl.float32)
+            if UPDATE:
+                addend = updated(addend, h, h_stride, t, t_mask, row, 0, H, n, n_mask, RANKS, LOOP, PRECISION)
+            value += addend
+            rounded = value.to(dtype)
+            tl.store(total + place, rounded, mask=mask)
+            value = rounded.to(tl.float32)
+        squares += tl.sum(value * value, axis=1)
+    rstd = tl.rsqrt(squares / H + eps)
+    tl.store(rstds + t, rstd, mask=t_mask)
+    if ADD:
+        tl.debug_barrier()  # what other threads of this program stored is read below
+    for first in tl.range(0, H, COLUMNS, num_stages=STAGES):
+        n = first + tl.arange(0, COLUMNS)
+        n_mask = n < H
+        mask = t_mask[:, None] & n_mask[None, :]
+        place = t[:, None] * H + n[None, :]
+        if ADD:
+            value = tl.load(total + place, mask=mask, other=0.0).to(tl.float32)
+        else:
+            value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+        scaled = (value * rstd[:, None]).to(dtype).to(tl.float32)
+        scaled *= tl.load(weight + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
+        tl.store(normed + place, scaled.to(dtype), mask=mask)
+
+
+@triton.jit
+def _norm_backward(
+    dn, dh, x, rstds, weight, residual, dx, tiles, table, row_fields, adapters, H, h_stride,
+    RESIDUAL: tl.constexpr, EXPAND: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    RANKS: tl.constexpr, LOOP: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    tile = tiles + tl.program_id(0) * 3
+    t = (tl.load(tile + 1) + tl.arange(0, ROWS)).to(tl.int64)
+    t_mask = tl.arange(0, ROWS) < tl.load(tile + 2)
+    row = table_of(table, tl.load(tile), row_fields, adapters)
+    dtype: tl.constexpr = dn.dtype.element_ty
+    rstd = tl.load(rstds + t, mask=t_mask, other=0.0)
+    total = tl.zeros((ROWS,), tl.float32)
+    for first in tl.range(0, H, COLUMNS, num_stages=STAGES):
+        n = first + tl.arange(0, COLUMNS)
+        n_mask = n < H
+        mask = t_mask[:, None] & n_mask[None, :]
+        place = t[:, None] * H + n[None, :]
+        g = tl.load(dn + place, mask=mask, other=0.0).to(tl.float32)
+        if EXPAND:
+            g = expanded(g, dh, h_stride, t, t_mask, row, H, n, n_mask, RANKS, LOOP, PRECISION)
+            tl.store(dn + place, g.to(dtype), mask=mask)
+        g *= tl.load(weight + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
+        total += tl.sum(g * tl.load(x + place, mask=mask, other=0.0).to(tl.float32), axis=1)
+    factor = total * rstd * rstd / H
+    if EXPAND:
+        tl.debug_barrier()
+    for first in tl.range(0, H, COLUMNS, num_stages=STAGES):
+        n = first + tl.arange(0, COLUMNS)
+        n_mask = n < H
+        mask = t_mask[:, None] & n_mask[None, :]
+        place = t[:, None] * H + n[None, :]
+        g = tl.load(dn + place, mask=mask, other=0.0).to(tl.float32)
+        g *= tl.load(weight + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
+        value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+        out = rstd[:, None] * (g - value * factor[:, None])
+        if RESIDUAL:
+            out += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx + place, out.to(dtype), mask=mask)
+
+
+@triton.jit
+def _rope_forward(
+    y, h, bias, cos, sin, tiles, table, row_fields, adapters, N, N0, N1, h_stride, turned_heads,
+    BIAS: tl.constexpr, UPDATE: tl.constexpr, HALF: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr, LOOP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile = tiles + tl.program_id(0) * 3
+    t = (tl.load(tile + 1) + tl.arange(0, ROWS)).to(tl.int64)
+    t_mask = tl.arange(0, ROWS) < tl.load(tile + 2)
+    row = table_of(table, tl.load(tile), row_fields, adapters)
+    dtype: tl.constexpr = y.dtype.element_ty
+    head = tl.program_id(1)
+    column = head * 2 * HALF
+    linear = tl.where(column < N0, 0, tl.where(column < N0 + N1, 1, 2))
+    local = column - tl.where(linear == 0, 0, tl.where(linear == 1, N0, N0 + N1))
+    size = tl.where(linear == 0, N0, tl.where(linear == 1, N1, N - N0 - N1))
+    d = tl.arange(0, BLOCK)
+    d_mask = d < HALF
+    mask = t_mask[:, None] & d_mask[None, :]
+    place = y + t[:, None] * N + (column + d)[None, :]
+    first = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(place + HALF, mask=mask, other=0.0).to(tl.float32)
+    if UPDATE:
+        first = updated(first, h, h_stride, t, t_mask, row, linear, size, local + d, d_mask, RANKS, LOOP, PRECISION)
+        second = updated(
+            second, h, h_stride, t, t_mask, row, linear, size, local + HALF + d, d_mask, RANKS, LOOP, PRECISION
+        )
+    if BIAS:
+        first += tl.load(bias + column + d, mask=d_mask, other=0.0).to(tl.float32)[None, :]
+        second += tl.load(bias + column + HALF + d, mask=d_mask, other=0.0).to(tl.float32)[None, :]
+    if head < turned_heads:
+        angle = t[:, None] * HALF + d[None, :]
+        c = tl.load(cos + angle, mask=mask, other=0.0).to(tl.float32)
+        s = tl.load(sin + angle, mask=mask, other=0.0).to(tl.float32)
+        turned = first * c - second * s
+        second = second * c + first * s
+        first = turned
+    tl.store(place, first.to(dtype), mask=mask)
+    tl.store(place + HALF, second.to(dtype), mask=mask)
+
+
+@triton.jit
+def _rope_backward(
+    dq, dk, dv, dy, cos, sin, T, q_heads, k_heads, N,
+    HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    t = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    head = tl.program_id(1)
+    d = tl.arange(0, BLOCK)
+    mask = (t < T)[:, None] & (d < HALF)[None, :]
+    if head < q_heads:
+        source = dq + (t * q_heads + head)[:, None] * (2 * HALF) + d[None, :]
+    elif head < q_heads + k_heads:
+        source = dk + (t * k_heads + head - q_heads)[:, None] * (2 * HALF) + d[None, :]
+    else:
+        source = dv + (t * k_heads + head - q_heads - k_heads)[:, None] * (2 * HALF) + d[None, :]
+    first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
+    if head < q_heads + k_heads:
+        angle = t[:, None] * HALF + d[None, :]
+        c = tl.load(cos + angle, mask=mask, other=0.0).to(tl.float32)
+        s = tl.load(sin + angle, mask=mask, other=0.0).to(tl.float32)
+        turned = first * c + second * s
+        second = second * c - first * s
+        first = turned
+    target = dy + t[:, None] * N + (head * 2 * HALF + d)[None, :]
+    tl.store(target, first.to(dy.dtype.element_ty), mask=mask)
+    tl.store(target + HALF, second.to(dy.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _swiglu_forward(
+    y, h, activation, tiles, table, row_fields, adapters, I, h_stride,
+    UPDATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    RANKS: tl.constexpr, LOOP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile = tiles + tl.program_id(0) * 3
+    t = (tl.load(tile + 1) + tl.arange(0, ROWS)).to(tl.int64)
+    t_mask = tl.arange(0, ROWS) < tl.load(tile + 2)
+    row = table_of(table, tl.load(tile), row_fields, adapters)
+    n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    n_mask = n < I
+    mask = t_mask[:, None] & n_mask[None, :]
+    place = y + t[:, None] * (2 * I) + n[None, :]
+    gate = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(place + I, mask=mask, other=0.0).to(tl.float32)
+    if UPDATE:
+        gate = updated(gate, h, h_stride, t, t_mask, row, 0, I, n, n_mask, RANKS, LOOP, PRECISION)
+        up = updated(up, h, h_stride, t, t_mask, row, 1, I, n, n_mask, RANKS, LOOP, PRECISION)
+    value = gate * tl.sigmoid(gate) * up
+    tl.store(activation + t[:, None] * I + n[None, :], value.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _swiglu_backward(
+    dact, dh_down, down_table, dh_stride, y, h, tiles, table, row_fields, adapters, I, h_stride,
+    EXPAND: tl.constexpr, DOWN_RANKS: tl.constexpr, DOWN_LOOP: tl.constexpr,
+    UPDATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    RANKS: tl.constexpr, LOOP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile = tiles + tl.program_id(0) * 3
+    t = (tl.load(tile + 1) + tl.arange(0, ROWS)).to(tl.int64)
+    t_mask = tl.arange(0, ROWS) < tl.load(tile + 2)
+    adapter = tl.load(tile)
+    row = table_of(table, adapter, row_fields, adapters)
+    n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    n_mask = n < I
+    mask = t_mask[:, None] & n_mask[None, :]
+    place = y + t[:, None] * (2 * I) + n[None, :]
+    gate = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(place + I, mask=mask, other=0.0).to(tl.float32)
+    if UPDATE:
+        gate = updated(gate, h, h_stride, t, t_mask, row, 0, I, n, n_mask, RANKS, LOOP, PRECISION)
+        up = updated(up, h, h_stride, t, t_mask, row, 1, I, n, n_mask, RANKS, LOOP, PRECISION)
+    gradient_place = dact + t[:, None] * I + n[None, :]
+    gradient = tl.load(gradient_place, mask=mask, other=0.0).to(tl.float32)
+    if EXPAND:
+        down_row = table_of(down_table, adapter, row_fields, adapters)
+        gradient = expanded(
+            gradient, dh_down, dh_stride, t, t_mask, down_row, I, n, n_mask, DOWN_RANKS, DOWN_LOOP, PRECISION
+        )
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    dtype: tl.constexpr = y.dtype.element_ty
+    tl.store(place, (gradient * up * (sigmoid + silu * (1.0 - sigmoid))).to(dtype), mask=mask)
+    tl.store(place + I, (gradient * silu).to(dtype), mask=mask)
+    tl.store(gradient_place, (silu * up).to(dtype), mask=mask)
+
+
+def norm_forward(
+    x: Tensor, y: Tensor | None, h: Tensor | None, low_rank: LowRank, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `layer_ops.norm_forward`; y's memory becomes the sum."""
+    normed = torch.empty_like(x)
+    rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    total = x if y is None else y
+    _norm_forward[(low_rank.segments.narrow_tiles.shape[0],)](
+        x, total, h, total, normed, rstd, weight, low_rank.segments.narrow_tiles, *table_arguments(low_rank),
+        x.shape[1], 0 if h is None else h.stride(0), eps,
+        ADD=y is not None, UPDATE=h is not None,
+        ROWS=NARROW_ROWS, **ranks_of(low_rank.rank), PRECISION=precision(x), **NORM_FORWARD,
+    )  # fmt: skip
+    return total, normed, rstd
+
+
+def norm_backward(
+    dn: Tensor,
+    dh: Tensor | None,
+    low_rank: LowRank,
+    x: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+) -> Tensor:
+    """See `layer_ops.norm_backward`."""
+    dx = torch.empty_like(x)
+    _norm_backward[(low_rank.segments.narrow_tiles.shape[0],)](
+        dn, dh, x, rstd, weight, residual, dx, low_rank.segments.narrow_tiles, *table_arguments(low_rank),
+        x.shape[1], 0 if dh is None else dh.stride(0),
+        RESIDUAL=residual is not None, EXPAND=dh is not None,
+        ROWS=NARROW_ROWS, **ranks_of(low_rank.width), PRECISION=precision(x), **NORM_BACKWARD,
+    )  # fmt: skip
+    return dx
+
+
+def rope_forward_(y: Tensor, h: Tensor | None, low_rank: LowRank, rope: Rope) -> Tensor:
+    """See `layer_ops.rope_forward_`."""
+    half = rope.head_size // 2
+    widths = low_rank.group.outputs
+    tiles = low_rank.segments.tiles
+    _rope_forward[tiles.shape[0], y.shape[1] // rope.head_size](
+        y, h, rope.bias, rope.cos, rope.sin, tiles, *table_arguments(low_rank),
+        y.shape[1], widths[0], widths[1], 0 if h is None else h.stride(0), rope.turned_heads,
+        BIAS=rope.bias is not None, UPDATE=h is not None, HALF=half,
+        ROWS=TILE_ROWS, BLOCK=max(16, triton.next_power_of_2(half)), **ranks_of(low_rank.rank),
+        PRECISION=precision(y), **ROPE_FORWARD,
+    )  # fmt: skip
+    return y
+
+
+def rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, rope: Rope) -> Tensor:
+    """See `layer_ops.rope_backward`."""
+    tokens, q_heads, size = dq.shape
+    k_heads = dk.shape[1]
+    heads = q_heads + 2 * k_heads
+    dy = dq.new_empty(tokens, heads * size)
+    _rope_backward[triton.cdiv(tokens, 64), heads](
+        dq.contiguous(), dk.contiguous(), dv.contiguous(), dy, rope.cos, rope.sin, tokens, q_heads, k_heads,
+        heads * size, HALF=size // 2, ROWS=64, BLOCK=triton.next_power_of_2(size // 2), num_warps=4,
+    )  # fmt: skip
+    return dy
+
+
+def swiglu_forward(y: Tensor, h: Tensor | None, low_rank: LowRank) -> Tensor:
+    """See `layer_ops.swiglu_forward`."""
+    width = y.shape[1] // 2
+    activation = y.new_empty(y.shape[0], width)
+    tiles = low_rank.segments.tiles
+    _swiglu_forward[tiles.shape[0], triton.cdiv(width, SWIGLU_FORWARD["COLUMNS"])](
+        y, h, activation, tiles, *table_arguments(low_rank), width, 0 if h is None else h.stride(0),
+        UPDATE=h is not None, ROWS=TILE_ROWS, **ranks_of(low_rank.rank),
+        PRECISION=precision(y), **SWIGLU_FORWARD,
+    )  # fmt: skip
+    return activation
+
+
+def swiglu_backward_(
+    dact: Tensor, dh_down: Tensor | None, down: LowRank, y: Tensor, h: Tensor | None, low_rank: LowRank
+) -> None:
+    """See `layer_ops.swiglu_backward_`."""
+    width = dact.shape[1]
+    tiles = low_rank.segments.tiles
+    down_table, _, _ = table_arguments(down)
+    _swiglu_backward[tiles.shape[0], triton.cdiv(width, SWIGLU_BACKWARD["COLUMNS"])](
+        dact, dh_down, down_table, 0 if dh_down is None else dh_down.stride(0), y, h, tiles,
+        *table_arguments(low_rank), width, 0 if h is None else h.stride(0),
+        EXPAND=dh_down is not None,
+        DOWN_RANKS=rank_block(down.width), DOWN_LOOP=down.width > rank_block(down.width),
+        UPDATE=h is not None, ROWS=TILE_ROWS, **ranks_of(low_rank.rank),
+        PRECISION=precision(y), **SWIGLU_BACKWARD,
+    )  # fmt: skip

@@ -1,0 +1,73 @@
+"""Eight- and four-bit numbers: fp8 by rows, for products on Hopper's matrix units, and nf4 by blocks, for memory.
+
+fp8   x_ij = s_i q_ij,  s_i = max_j |x_ij| / 448,  q in float8_e4m3fn       (Micikevicius et al. 2022)
+nf4   w_k  = s_b t[c_k], s_b = max over a block of 64 of |w|, c four bits   (QLoRA, Dettmers et al. 2023)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FP8_MAX = 448.0
+FP8_TINY = 1e-12  # a row of zeros keeps a scale that can be divided by
+
+NF4_BLOCK = 64
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""The sixteen quantiles of a normal distribution that QLoRA's appendix E lists."""
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x `[n, k]` -> (float8_e4m3fn `[n, k]`, fp32 scales `[n, 1]`)."""
+    if x.is_cuda:
+        from lora_core.kernels import quantize_triton
+
+        return quantize_triton.quantize_rows(x)
+    scales = x.abs().amax(-1, keepdim=True).float().clamp(min=FP8_TINY) / FP8_MAX
+    return (x.float() / scales).to(torch.float8_e4m3fn), scales
+
+
+class Nf4(NamedTuple):
+    """A matrix in four bits: codes uint8 `[elements / 2]` (the first of a pair in the high half), fp32 scales
+    `[elements / 64]`.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    shape: tuple[int, int]
+
+
+def quantize_nf4(weight: Tensor) -> Nf4:
+    """weight `[out, in]` of a multiple of 64 elements -> its nearest levels, block by block along the rows."""
+    blocks = weight.reshape(-1, NF4_BLOCK)
+    levels = torch.tensor(NF4_LEVELS, device=weight.device)
+    borders = (levels[1:] + levels[:-1]) / 2
+    codes = torch.empty(weight.numel() // 2, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(blocks.shape[0], device=weight.device)
+    for first in range(0, blocks.shape[0], 1 << 16):  # a slice at a time: int64 indices of a whole matrix are 16 x it
+        part = blocks[first : first + (1 << 16)].float()
+        largest = part.abs().amax(-1)
+        scaled = part / largest.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        index = torch.bucketize(scaled, borders).to(torch.uint8).view(-1, 2)
+        start = first * NF4_BLOCK // 2
+        codes[start : start + index.shape[0]] = (index[:, 0] << 4) | index[:, 1]
+        scales[first : first + part.shape[0]] = largest
+    return Nf4(codes, scales, (weight.shape[0], weight.shape[1]))
+
+
+def dequantize_nf4(packed: Nf4, dtype: torch.dtype) -> Tensor:
+    """The matrix again, `[out, in]` in `dtype`."""
+    if packed.codes.is_cuda:
+        from lora_core.kernels import quantize_triton
+
+        return quantize_triton.dequantize_nf4(packed, dtype)
+    levels = torch.tensor(NF4_LEVELS, device=packed.codes.device)
+    pairs = torch.stack([packed.codes >> 4, packed.codes & 15], dim=1)
+    values = levels[pairs.to(torch.int64)].view(-1, NF4_BLOCK) * packed.scales[:, None]
+    return values.to(dtype).view(packed.shape)

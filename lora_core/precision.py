@@ -1,0 +1,102 @@
+"""The frozen matrix product in each precision a base can have: `y = x W^T`, and its input gradient `dx = dy W`.
+
+    fp32, bf16   as they are
+    fp8          W and its transpose in float8 by rows, quantised once; x and dy by rows in each product (Hopper)
+    nf4          W in four bits by blocks; made dense for each product and again in the backward pass
+
+The head, the embedding and the norms stay in the dtype that is computed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lora_core.kernels.quantize import dequantize_nf4, quantize_nf4, quantize_rows
+
+
+class FrozenWeight(Protocol):
+    """A frozen `[out, in]` matrix: the weights of one group of linears, stacked."""
+
+    nbytes: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[T, in]` -> `[T, out]`."""
+        ...
+
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        """dy `[T, out]` -> `[T, in]`."""
+        ...
+
+
+class DenseWeight:
+    """In the dtype of the batch. On CPU the parts stay apart, since they are the pages of a file that is shared."""
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self.parts = list(parts)
+        self.nbytes = sum(part.nbytes for part in parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self.parts) == 1:
+            return x @ self.parts[0].t()
+        return torch.cat([x @ part.t() for part in self.parts], dim=1)
+
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        if len(self.parts) == 1:
+            return dy @ self.parts[0]
+        grads = dy.split([part.shape[0] for part in self.parts], dim=1)
+        dx: Tensor = grads[0] @ self.parts[0]
+        for part, grad in zip(self.parts[1:], grads[1:], strict=True):
+            dx.addmm_(grad, part)
+        return dx
+
+
+def stacked_dense(parts: Sequence[Tensor]) -> DenseWeight:
+    """One matrix in memory for the parts, which become views of it."""
+    stacked = torch.cat(list(parts)) if len(parts) > 1 else parts[0].detach()
+    for part, piece in zip(parts, stacked.split([part.shape[0] for part in parts]), strict=True):
+        part.data = piece
+    return DenseWeight([stacked])
+
+
+class Fp8Weight:
+    """Quantised once, as it is and transposed, since the scaled product takes its right side by columns alone."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight, self._scales = quantize_rows(weight)
+        self._transposed, self._transposed_scales = quantize_rows(weight.t().contiguous())
+        self.nbytes = 2 * self._weight.nbytes + self._scales.nbytes + self._transposed_scales.nbytes
+        self._dtype = weight.dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._product(x, self._weight, self._scales)
+
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        return self._product(dy, self._transposed, self._transposed_scales)
+
+    def _product(self, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+        q, row_scales = quantize_rows(x)
+        if not x.is_cuda:
+            return ((q.float() @ weight.float().t()) * row_scales * scales.t()).to(self._dtype)
+        y: Tensor = torch._scaled_mm(
+            q, weight.t(), scale_a=row_scales, scale_b=scales.t(), out_dtype=self._dtype, use_fast_accum=True
+        )
+        return y
+
+
+class Nf4Weight:
+    """Four bits an element; the dense matrix lives for one product."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._packed = quantize_nf4(weight)
+        self.nbytes = self._packed.codes.nbytes + self._packed.scales.nbytes
+        self._dtype = weight.dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ dequantize_nf4(self._packed, self._dtype).t()
+
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        return dy @ dequantize_nf4(self._packed, self._dtype)

@@ -1,0 +1,244 @@
+"""Each Triton kernel against its definition in torch: on a GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+pytest.importorskip("triton", reason="Triton has no build for this system")
+
+from lora_core.kernels import (
+    cross_entropy,
+    cross_entropy_triton,
+    layer_ops,
+    layer_ops_triton,
+    low_rank,
+    low_rank_triton,
+    quantize,
+    quantize_triton,
+)
+from lora_core.kernels.layer_ops import Rope
+from lora_core.kernels.low_rank import NO_ADAPTER, GroupAdapter, LinearGroup, LowRank, Part, Segments
+
+CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RUNS = [(0, 70), (NO_ADAPTER, 5), (1, 3), (2, 41), (0, 9)]
+"""Stretches longer and shorter than a tile, of one adapter twice, and of none."""
+
+T = sum(rows for _, rows in RUNS)
+POISONED, CLEAN = 1, [0, 2]
+
+Adapters = Sequence[GroupAdapter | None]
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def adapter_on(group: LinearGroup, ranks: Sequence[int | None], seed: int) -> GroupAdapter:
+    """An adapter with these ranks (None: that linear is not adapted) and a scale of its own on each."""
+    width = sum(rank or 0 for rank in ranks)
+    scales = torch.cat([torch.full((rank or 0,), 0.5 + place) for place, rank in enumerate(ranks)])
+    parts: list[Part | None] = []
+    offset = 0
+    for rank, size in zip(ranks, group.outputs, strict=True):
+        b = None if rank is None else randn(rank, size, seed=seed).t()
+        parts.append(None if b is None else Part(b, torch.zeros_like(b), offset))
+        offset += rank or 0
+    return GroupAdapter(randn(width, group.inputs, seed=seed), torch.zeros(width, group.inputs), scales, tuple(parts))
+
+
+GROUPS = {
+    "qkv": (LinearGroup(0, ("q", "k", "v"), 96, (64, 32, 32)), [(4, 4, 4), (16, None, 70), (None, 3, None)]),
+    "o": (LinearGroup(0, ("o",), 64, (96,)), [(4,), (70,), (1,)]),
+    "gate_up": (LinearGroup(0, ("gate", "up"), 96, (80, 80)), [(4, 8), (70, 3), (None, 2)]),
+    "down": (LinearGroup(0, ("down",), 80, (96,)), [(8,), (70,), (5,)]),
+}
+
+
+def low_rank_on(kind: str, device: torch.device = CPU) -> LowRank:
+    """Three adapters on a group, with the table that Triton reads."""
+    group, ranks = GROUPS[kind]
+    adapters = [moved(adapter_on(group, of_one, seed), device) for seed, of_one in enumerate(ranks)]
+    rows = [low_rank_triton.table_row(adapter, group) for adapter in (*adapters, None)]
+    width = -(-max(adapter.width for adapter in adapters) // 8) * 8
+    rank = max(adapter.largest_rank for adapter in adapters)
+    table = torch.tensor(rows, dtype=torch.int64, device=device)
+    return LowRank(group, adapters, Segments(RUNS, device), width, rank, table)
+
+
+def moved(adapter: GroupAdapter, device: torch.device) -> GroupAdapter:
+    parts = [part and Part(part.b.to(device), part.b_gradient.to(device), part.offset) for part in adapter.parts]
+    return GroupAdapter(adapter.a.to(device), adapter.a_gradient.to(device), adapter.scales.to(device), tuple(parts))
+
+
+def gradients(low: LowRank) -> list[Tensor]:
+    found = []
+    for adapter in low.adapters:
+        assert adapter is not None
+        found += [adapter.a_gradient, *(part.b_gradient for part in adapter.parts if part is not None)]
+    return [gradient.cpu() for gradient in found]
+
+
+def close(ours: Tensor, reference: Tensor) -> None:
+    assert torch.isfinite(ours).all()
+    assert float((ours.cpu() - reference).norm() / reference.norm()) < 1e-5
+
+
+def own(h: Tensor, low: LowRank) -> Tensor:
+    """h with zeros where no adapter has a rank: there the kernels write nothing."""
+    kept = torch.zeros_like(h)
+    for adapter, rows in low.present():
+        kept[rows, : adapter.width] = h[rows, : adapter.width]
+    return kept
+
+
+@pytest.mark.parametrize("kind", list(GROUPS))
+def test_shrink(kind: str) -> None:
+    here, there = low_rank_on(kind), low_rank_on(kind, DEVICE)
+    x = randn(T, here.group.inputs)
+    close(own(low_rank_triton.shrink(x.to(DEVICE), there), there), low_rank.shrink(x, here))
+
+
+@pytest.mark.parametrize("kind", list(GROUPS))
+def test_shrink_gradient(kind: str) -> None:
+    here, there = low_rank_on(kind), low_rank_on(kind, DEVICE)
+    dy = randn(T, sum(here.group.outputs))
+    close(own(low_rank_triton.shrink_gradient(dy.to(DEVICE), there), there), low_rank.shrink_gradient(dy, here))
+
+
+@pytest.mark.parametrize("kind", list(GROUPS))
+def test_weight_gradients_are_added(kind: str) -> None:
+    here, there = low_rank_on(kind), low_rank_on(kind, DEVICE)
+    arguments = [randn(T, width) for width in (here.group.inputs, here.width, sum(here.group.outputs), here.width)]
+    for _ in range(2):
+        low_rank.add_weight_gradients(*arguments, here)
+        low_rank_triton.add_weight_gradients(*(tensor.to(DEVICE) for tensor in arguments), there)
+    for ours, reference in zip(gradients(there), gradients(here), strict=True):
+        close(ours, reference)
+
+
+@pytest.mark.parametrize("kind", list(GROUPS))
+def test_expand_gradient(kind: str) -> None:
+    here, there = low_rank_on(kind), low_rank_on(kind, DEVICE)
+    dx, dh = randn(T, here.group.inputs), randn(T, here.width)
+    ours = low_rank_triton.expand_gradient_(dx.to(DEVICE, copy=True), dh.to(DEVICE), there)
+    close(ours, low_rank.expand_gradient_(dx.clone(), dh, here))
+
+
+@pytest.mark.parametrize("with_update", [True, False])
+@pytest.mark.parametrize("with_sum", [True, False])
+def test_norm_forward(with_sum: bool, with_update: bool) -> None:
+    here, there = low_rank_on("down"), low_rank_on("down", DEVICE)
+    x, y, h, weight = randn(T, 96), randn(T, 96, seed=1), randn(T, here.width), randn(96)
+    given: Sequence[Tensor | None] = [x, y if with_sum else None, h if with_sum and with_update else None]
+    reference = layer_ops.norm_forward(*copies(given), here, weight, 1e-5)  # type: ignore[arg-type]
+    ours = layer_ops_triton.norm_forward(*copies(given, DEVICE), there, weight.to(DEVICE), 1e-5)  # type: ignore[arg-type]
+    for one, other in zip(ours, reference, strict=True):
+        close(one, other)
+
+
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize("with_update", [True, False])
+def test_norm_backward(with_update: bool, with_residual: bool) -> None:
+    here, there = low_rank_on("qkv"), low_rank_on("qkv", DEVICE)
+    dn, x, rstd, weight, residual = randn(T, 96), randn(T, 96, seed=1), randn(T).abs(), randn(96), randn(T, 96, seed=2)
+    dh = randn(T, here.width) if with_update else None
+    rest = [x, rstd, weight, residual if with_residual else None]
+    reference = layer_ops.norm_backward(*copies([dn, dh]), here, *copies(rest))  # type: ignore[arg-type]
+    ours = layer_ops_triton.norm_backward(*copies([dn, dh], DEVICE), there, *copies(rest, DEVICE))  # type: ignore[arg-type]
+    close(ours, reference)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("with_update", [True, False])
+def test_rope(with_update: bool, with_bias: bool) -> None:
+    here, there = low_rank_on("qkv"), low_rank_on("qkv", DEVICE)
+    y, h, angle = randn(T, 128), randn(T, here.width) if with_update else None, randn(T, 8)
+    bias = randn(128) if with_bias else None
+    rope = Rope(angle.cos(), angle.sin(), 16, 6, bias)
+    on_device = Rope(*copies([rope.cos, rope.sin], DEVICE), 16, 6, *copies([bias], DEVICE))  # type: ignore[arg-type]
+    reference = layer_ops.rope_forward_(*copies([y, h]), here, rope)  # type: ignore[arg-type]
+    close(layer_ops_triton.rope_forward_(*copies([y, h], DEVICE), there, on_device), reference)  # type: ignore[arg-type]
+    parts = [randn(T, heads, 16, seed=heads) for heads in (4, 2, 2)]
+    reference = layer_ops.rope_backward(*parts, rope)
+    close(layer_ops_triton.rope_backward(*(part.to(DEVICE) for part in parts), on_device), reference)
+
+
+@pytest.mark.parametrize("with_update", [True, False])
+def test_swiglu(with_update: bool) -> None:
+    (here, there), (down, down_there) = ((low_rank_on(k), low_rank_on(k, DEVICE)) for k in ("gate_up", "down"))
+    y, dact = randn(T, 160), randn(T, 80)
+    h, dh = (randn(T, low.width) if with_update else None for low in (here, down))
+    y_here, y_there = y.clone(), y.to(DEVICE, copy=True)
+    reference = layer_ops.swiglu_forward(y_here, h, here)
+    on_device = copies([h, dh], DEVICE)
+    close(layer_ops_triton.swiglu_forward(y_there, on_device[0], there), reference)
+    dact_here, dact_there = dact.clone(), dact.to(DEVICE, copy=True)
+    layer_ops.swiglu_backward_(dact_here, dh, down, y_here, h, here)
+    layer_ops_triton.swiglu_backward_(dact_there, on_device[1], down_there, y_there, on_device[0], there)
+    close(y_there, y_here)
+    close(dact_there, dact_here)
+    close(dact_there, reference)  # what the next product's A needs
+
+
+def test_cross_entropy() -> None:
+    logits, labels = randn(7, 10_001) * 3, torch.tensor([0, 10_000, 5, 8191, 8192, 77, 3])
+    logits[2, 5] = 50.0
+    ours, reference = logits.to(DEVICE, copy=True), logits.clone()
+    losses, correct = cross_entropy_triton.cross_entropy_(ours, labels.to(DEVICE))
+    losses_reference, correct_reference = cross_entropy.cross_entropy_(reference, labels)
+    close(losses, losses_reference)
+    close(ours, reference)
+    assert correct.tolist() == correct_reference.tolist() == [False, False, True, False, False, False, False]
+
+
+def test_fp8_rows() -> None:
+    x = randn(5, 300) * torch.tensor([1e-3, 1.0, 1e3, 0.0, 7.0])[:, None]
+    q, scales = quantize_triton.quantize_rows(x.to(DEVICE))
+    q_reference, scales_reference = quantize.quantize_rows(x)
+    assert torch.equal(scales.cpu(), scales_reference)
+    for numbers in (q.cpu(), q_reference):
+        error = (numbers.float() * scales_reference - x).norm(dim=1) / x.norm(dim=1).clamp(min=1e-9)
+        assert float(error.max()) < 0.1  # three bits of mantissa; the interpreter rounds some the wrong way
+
+
+def test_nf4_is_bit_equal() -> None:
+    packed = quantize.quantize_nf4(randn(6, 192))
+    on_device = quantize.Nf4(packed.codes.to(DEVICE), packed.scales.to(DEVICE), packed.shape)
+    dense = quantize_triton.dequantize_nf4(on_device, torch.float32)
+    assert torch.equal(dense.cpu(), quantize.dequantize_nf4(packed, torch.float32))
+
+
+@pytest.mark.parametrize("kind", list(GROUPS))
+def test_a_neighbours_nan_stays_with_it(kind: str) -> None:
+    """Rows, weights and gradients of one adapter NaN: nothing of the others'."""
+    low = low_rank_on(kind, DEVICE)
+    poisoned = low.adapters[POISONED]
+    assert poisoned is not None
+    poisoned.a.fill_(torch.nan)
+    rows = torch.zeros(T, dtype=torch.bool)
+    for place, where in low.segments.slices():
+        rows[where] = place == POISONED
+    x, dy = (randn(T, width).to(DEVICE) for width in (low.group.inputs, sum(low.group.outputs)))
+    x[rows] = dy[rows] = torch.nan
+    h, dh = low_rank_triton.shrink(x, low), low_rank_triton.shrink_gradient(dy, low)
+    low_rank_triton.add_weight_gradients(x, h, dy, dh, low)
+    dx = low_rank_triton.expand_gradient_(x.clone(), dh, low)
+    for tensor in (own(h, low), own(dh, low), dx):
+        assert torch.isfinite(tensor[~rows]).all()
+    assert not torch.isfinite(dx[rows]).any()
+    for place in CLEAN:
+        adapter = low.adapters[place]
+        assert adapter is not None and torch.isfinite(adapter.a_gradient).all() and adapter.a_gradient.any()
+        assert all(torch.isfinite(part.b_gradient).all() for part in adapter.parts if part is not None)
+
+
+def copies(tensors: Sequence[Tensor | None], device: torch.device = CPU) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.to(device, copy=True) for tensor in tensors]
