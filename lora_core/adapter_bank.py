@@ -38,6 +38,9 @@ class Adapter:
     `dropout` acts on the input of A, in training only (when the run carries keys). `cast` holds A and B of each module
     in the dtype that the base computes in, kept up to date by whoever changes `a` and `b`; without it they are cast at
     each use.
+
+    `residual` is a second adapter that stays as it is and joins in every product, without dropout: PiSSA trains
+    `s B A` on the base `W - s B0 A0`, and where W is shared, `- s B0 A0` is the adapter's own.
     """
 
     scale: dict[str, float]
@@ -45,6 +48,7 @@ class Adapter:
     b: dict[str, Tensor]
     dropout: float = 0.0
     cast: dict[str, tuple[Tensor, Tensor]] | None = None
+    residual: Adapter | None = None
     module_keys: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -77,6 +81,7 @@ class AdapterBank:
         self.linears = adaptable_linears(model)
         self._head_names = _head_and_embedding_names(model)
         self._runs: Sequence[Run] = ()
+        self._residual_runs: Sequence[Run] = ()  # the same rows, by the residuals of their adapters
         self._hooks = [module.register_forward_hook(self._hook_for(name)) for name, module in self.linears.items()]
         self._hooks += [
             module.register_forward_hook(self._activate_by_run) for module in model.modules() if _is_activation(module)
@@ -113,10 +118,13 @@ class AdapterBank:
     def routed(self, runs: Sequence[Run]) -> Iterator[None]:
         """Within it, forward passes over `[1, sum of rows]` tokens add each run's adapter to its rows."""
         self._runs = [run for run in runs if run.rows]
+        residuals = [run.adapter and run.adapter.residual for run in self._runs]
+        if any(residuals):
+            self._residual_runs = [Run(one, run.rows) for one, run in zip(residuals, self._runs, strict=True)]
         try:
             yield
         finally:
-            self._runs = ()
+            self._runs = self._residual_runs = ()
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -125,15 +133,19 @@ class AdapterBank:
 
     def _hook_for(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         def add_updates(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            runs = self._runs
+            for runs in filter(None, (self._residual_runs, self._runs)):
+                output = added(runs, args[0], output)
+            return output
+
+        def added(runs: Sequence[Run], x: Tensor, output: Tensor) -> Tensor:
             adapters = [run.adapter for run in runs if run.adapter is not None and name in run.adapter.a]
             if not adapters:
-                return None
+                return output
             # The trained weights are named as inputs so that a graph grows from the first adapted linear on.
             trained = [
                 weight for adapter in adapters for weight in (adapter.a[name], adapter.b[name]) if weight.requires_grad
             ]
-            x = args[0].reshape(-1, args[0].shape[-1])
+            x = x.reshape(-1, x.shape[-1])
             rows = output.reshape(-1, output.shape[-1])
             updated: Tensor = _AddUpdates.apply(rows, x, name, runs, *trained)  # type: ignore[no-untyped-call]
             return updated.view_as(output)

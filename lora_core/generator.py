@@ -176,7 +176,8 @@ def for_inference(adapter: Adapter, base: BaseModel) -> Adapter:
     dtype, device = base.model.dtype, base.device
     a = {name: weight.to(device, dtype) for name, weight in adapter.a.items()}
     b = {name: weight.to(device, dtype) for name, weight in adapter.b.items()}
-    return Adapter(scale=adapter.scale, a=a, b=b, cast={name: (a[name], b[name]) for name in a})
+    residual = None if adapter.residual is None else for_inference(adapter.residual, base)
+    return Adapter(adapter.scale, a, b, cast={name: (a[name], b[name]) for name in a}, residual=residual)
 
 
 def _runs(adapters: Sequence[Adapter | None]) -> list[Run]:

@@ -1,9 +1,10 @@
 """An adapter on disk, exactly as PEFT and vLLM read it: `adapter_config.json` and `adapter_model.safetensors`.
 
 Keys are `base_model.model.<module>.lora_A.weight` `[r, in]` and `.lora_B.weight` `[out, r]`, for GPT-2's `Conv1D` too
-(PEFT 0.21, `peft/utils/save_and_load.py`). The published form has the scale folded into B and says `lora_alpha = r`, so
-that every reader computes the same whatever it makes of rsLoRA or alpha patterns (vLLM ignores patterns); the unfolded
-fp32 master stays in the checkpoint.
+(PEFT 0.21, `peft/utils/save_and_load.py`). The published form has each module's scale folded into B, zeros up to the
+largest rank, and says `lora_alpha = r`, so that every reader computes the same whatever it makes of rsLoRA or patterns
+(vLLM ignores them); the unfolded fp32 master stays in the checkpoint. A residual (PiSSA) becomes further ranks, as in
+PEFT's conversion: `s B A - s B0 A0 = [s B, -s B0] [A; A0]`, which belongs to the base as it is.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+import torch
+from pydantic import ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from lora_core.adapter_bank import Adapter, AdapterBank
+from lora_core.config import RanksAndScales
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -49,15 +53,17 @@ changed one.
 """
 
 
-class _PeftConfig(BaseModel):
+class _PeftConfig(RanksAndScales):
     """What is read of `adapter_config.json`."""
 
     peft_type: Literal["LORA"]
-    r: int = Field(ge=1)
-    lora_alpha: float
     target_modules: str | list[str]
-    use_rslora: bool = False
     bias: Literal["none"] = "none"
+
+    @field_validator("rank_pattern", "alpha_pattern", mode="before")
+    @classmethod
+    def _null_is_no_pattern(cls, pattern: object) -> object:
+        return {} if pattern is None else pattern
 
 
 class AdapterFormatError(ValueError):
@@ -66,13 +72,13 @@ class AdapterFormatError(ValueError):
 
 def adapter_files(adapter: Adapter, bank: AdapterBank, base_name: str) -> dict[str, bytes]:
     """The two files of a published adapter. Equal weights give equal bytes, so their digest names the content."""
+    folded = {module: _folded(adapter, module) for module in sorted(adapter.a)}
+    r = max(a.shape[0] for a, _ in folded.values())
     tensors: dict[str, Tensor] = {}
-    for module in sorted(adapter.a):
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = adapter.a[module].detach().float().cpu().contiguous()
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = (
-            (adapter.b[module].detach().float() * adapter.scale[module]).cpu().contiguous()
-        )
-    r = next(iter(adapter.a.values())).shape[0]
+    for module, (a, b) in folded.items():
+        missing = r - a.shape[0]
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = pad(a, (0, 0, 0, missing)).cpu().contiguous()
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = pad(b, (0, missing)).cpu().contiguous()
     config: dict[str, Any] = {
         "auto_mapping": None,
         "base_model_name_or_path": base_name,
@@ -97,10 +103,19 @@ def adapter_files(adapter: Adapter, bank: AdapterBank, base_name: str) -> dict[s
     }
 
 
+def _folded(adapter: Adapter, module: str) -> tuple[Tensor, Tensor]:
+    """A and B of one module with scale 1."""
+    a, b = adapter.a[module].detach().float(), adapter.b[module].detach().float() * adapter.scale[module]
+    if adapter.residual is None:
+        return a, b
+    more_a, more_b = _folded(adapter.residual, module)
+    return torch.cat([a, more_a]), torch.cat([b, more_b], dim=1)
+
+
 def read_adapter(folder: Path, bank: AdapterBank) -> Adapter:
     """Load PEFT files strictly: every key is used, every module exists, every shape fits.
 
-    Returns an adapter without gradients, its scale as the config says (1 for what this project published).
+    Returns an adapter without gradients, ranks and scales as the config says (1 for what this project published).
 
     Raises:
         AdapterFormatError: all that does not fit, in one sentence each.
@@ -123,11 +138,9 @@ def read_adapter(folder: Path, bank: AdapterBank) -> Adapter:
         if part is None or module not in shapes:
             problems.append(f"{key} belongs to no linear of this base model")
             continue
-        fan_in, fan_out = shapes[module]
-        if tuple(tensor.shape) != ((config.r, fan_in) if part == "A" else (fan_out, config.r)):
-            problems.append(
-                f"{key} has shape {list(tensor.shape)}, which does not fit r={config.r}, {fan_in} -> {fan_out}"
-            )
+        (fan_in, fan_out), r = shapes[module], config.rank_of(module)
+        if tuple(tensor.shape) != ((r, fan_in) if part == "A" else (fan_out, r)):
+            problems.append(f"{key} has shape {list(tensor.shape)}, which does not fit r={r}, {fan_in} -> {fan_out}")
         elif not tensor.is_floating_point():
             problems.append(f"{key} is {tensor.dtype}, not a floating-point tensor")
         else:
@@ -140,9 +153,8 @@ def read_adapter(folder: Path, bank: AdapterBank) -> Adapter:
     if problems:
         shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
         raise AdapterFormatError(f"{folder.name}: {shown}")
-    scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
     order = [module for module in bank.linears if module in a]
-    return Adapter(scale=dict.fromkeys(order, scale), a={m: a[m] for m in order}, b={m: b[m] for m in order})
+    return Adapter({m: config.scale_of(m) for m in order}, {m: a[m] for m in order}, {m: b[m] for m in order})
 
 
 def _unsupported(config: dict[str, Any]) -> list[str]:
@@ -151,8 +163,6 @@ def _unsupported(config: dict[str, Any]) -> list[str]:
         problems.append(
             f"init_lora_weights is {config['init_lora_weights']}, so it belongs to a changed base: convert it to LoRA"
         )
-    if config.get("rank_pattern") or config.get("alpha_pattern"):
-        problems.append("it has rank_pattern or alpha_pattern: publish it with the scale folded into B")
     return problems
 
 

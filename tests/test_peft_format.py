@@ -55,6 +55,17 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-one-layer": ("llama", {"r": 4, "lora_alpha": 9, "target_modules": ["layers.1.self_attn.v_proj", "o_proj"]}),
     "qwen2": ("qwen2", {"r": 3, "lora_alpha": 7}),
     "gpt2": ("gpt2", {"r": 8, "lora_alpha": 12}),
+    "llama-patterns": (
+        "llama",
+        {
+            "r": 4,
+            "lora_alpha": 6,
+            "rank_pattern": {r"layers\.0\..*q_proj": 2, "q_proj": 9, "mlp.down_proj": 3},
+            "alpha_pattern": {"v_proj": 1, r"model\.layers\.1\..*": 9},
+            "use_rslora": True,
+        },
+    ),
+    "gpt2-patterns": ("gpt2", {"rank_pattern": {"attn.c_proj": 2, "c_proj": 5}, "alpha_pattern": {"c_attn": 3}}),
     "gpt2-rslora": ("gpt2", {"r": 4, "lora_alpha": 2, "use_rslora": True, "target_modules": ["c_attn", "mlp.c_proj"]}),
 }
 
@@ -96,7 +107,29 @@ def test_we_compute_the_same_from_pefts_files(name: str, tmp_path: Path) -> None
     bank = AdapterBank(base.model)
     adapter = read_adapter(tmp_path, bank)
     assert not any(weight.requires_grad for weight in (*adapter.a.values(), *adapter.b.values()))
+    # Read back by PEFT, since it writes a pattern's keys in alphabetic order, and the first that matches counts.
+    model = peft.PeftModel.from_pretrained(tiny_model(kind, attention="eager"), str(tmp_path)).eval()
     torch.testing.assert_close(our_logits(base, bank, adapter), model(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_pissa_adapter_is_published_for_the_base_as_it_is(kind: str, tmp_path: Path) -> None:
+    """Ranks of the trained and the first product side by side; untrained it changes nothing, trained it does."""
+    base = tiny_base(kind)
+    bank = AdapterBank(base.model)
+    adapter = init_adapter(bank, LoraConfig(r=5, rank_pattern={"c_proj|q_proj": 3}, init_lora_weights="pissa"), seed=0)
+    plain = tiny_model(kind, attention="eager")(IDS).logits
+    for step in range(2):
+        folder = write(adapter, bank, tmp_path / str(step))
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (10, 10, True)
+        theirs = peft.PeftModel.from_pretrained(tiny_model(kind, attention="eager"), str(folder)).eval()(IDS).logits
+        torch.testing.assert_close(theirs, our_logits(base, bank, adapter), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(theirs, our_logits(base, bank, read_adapter(folder, bank)), rtol=1e-4, atol=1e-4)
+        assert (float((theirs - plain).abs().max()) > 0.1) == bool(step)
+        for b in adapter.b.values():
+            b.mul_(1.2)
 
 
 def test_config_is_what_peft_and_vllm_read(tmp_path: Path) -> None:
@@ -206,8 +239,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "some layers": (edit_config(layers_to_transform=[0]), "layers_to_transform is set"),
     "excluded": (edit_config(exclude_modules=["q_proj"]), "exclude_modules is set"),
     "tokens": (edit_config(trainable_token_indices=[1]), "trainable_token_indices is set"),
-    "patterns": (edit_config(rank_pattern={"q_proj": 8}), "rank_pattern or alpha_pattern"),
-    "alpha patterns": (edit_config(alpha_pattern={"q_proj": 8}), "rank_pattern or alpha_pattern"),
+    "another rank": (edit_config(rank_pattern={"q_proj": 8}), "q_proj.lora_A.weight has .* does not fit r=8, 64 -> 64"),
+    "no rank": (edit_config(rank_pattern={"q_proj": 0}), "rank_pattern.q_proj: Input should be greater"),
+    "no number": (edit_config(alpha_pattern={"q_proj": "x"}), "alpha_pattern.q_proj: Input should be a valid number"),
+    "no expression": (edit_config(alpha_pattern={"(": 2}), "alpha_pattern: .* no regular expression"),
     "changed base": (edit_config(init_lora_weights="pissa"), "init_lora_weights is pissa"),
     "more targets": (edit_config(target_modules="all-linear"), "k_proj is a target without weights"),
     "a target of another family": (
@@ -265,9 +300,9 @@ def test_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
 def test_all_damage_is_told_at_once(tmp_path: Path) -> None:
     bank = AdapterBank(tiny_model("llama"))
     folder = write(trained(bank, LoraConfig(r=4)), bank, tmp_path)
-    edit_config(use_dora=True, rank_pattern={"q_proj": 2})(folder)
+    edit_config(use_dora=True, rank_pattern={"k_proj": 2})(folder)
     edit_weights(renamed)(folder)
     with pytest.raises(AdapterFormatError) as caught:
         read_adapter(folder, bank)
-    for part in ("use_dora", "rank_pattern", "query", "q_proj has only one"):
+    for part in ("use_dora", "does not fit r=2", "query", "q_proj has only one"):
         assert part in str(caught.value)
