@@ -56,7 +56,8 @@ def adapted_modules(bank: AdapterBank, lora: LoraConfig) -> list[str]:
 
 
 def init_adapter(bank: AdapterBank, lora: LoraConfig, seed: int) -> Adapter:
-    """A fresh adapter, without gradients, whose product is zero at the start (with PiSSA by its residual).
+    """A fresh adapter, without gradients, whose product is zero at the start (with PiSSA by its residual); with
+    DoRA, m is the row norms of the weights.
 
     The random stream depends on the seed and the module's name alone, so that every rank, and every choice of other
     target modules, starts from the same numbers.
@@ -65,12 +66,12 @@ def init_adapter(bank: AdapterBank, lora: LoraConfig, seed: int) -> Adapter:
         LoraConfigError: `lora` does not fit the model.
     """
     modules = adapted_modules(bank, lora)
-    shapes = bank.shapes("all-linear")
+    shapes = bank.shapes(list(bank.modules))
     scale, a, b = {name: lora.scale_of(name) for name in modules}, {}, {}
     for name in modules:
         (fan_in, fan_out), rank = shapes[name], lora.rank_of(name)
         if lora.init_lora_weights == "pissa":
-            a[name], b[name] = _pissa(bank.linears[name], rank, scale[name])
+            a[name], b[name] = _pissa(bank.modules[name], rank, scale[name])
             continue
         stream = torch.Generator().manual_seed(key_of(f"{seed}:{name}") & (2**63 - 1))
         a[name], b[name] = torch.empty(rank, fan_in), torch.zeros(fan_out, rank)
@@ -81,7 +82,10 @@ def init_adapter(bank: AdapterBank, lora: LoraConfig, seed: int) -> Adapter:
     residual = None
     if lora.init_lora_weights == "pissa":
         residual = Adapter(scale, a, {name: -weight for name, weight in b.items()})
-    return Adapter(scale, a, b, lora.lora_dropout, residual=residual)
+    adapter = Adapter(scale, a, b, lora.lora_dropout, residual=residual)
+    if lora.use_dora:
+        adapter.magnitude = {name: bank.row_norms.of(name, *adapter.folded(name)) for name in modules}
+    return adapter
 
 
 @torch.no_grad()
@@ -117,7 +121,7 @@ def _unused_keys(option: str, pattern: dict[str, int] | dict[str, float], module
 
 
 def _ranks_above_a_weights(bank: AdapterBank, lora: LoraConfig, modules: Sequence[str]) -> list[str]:
-    shapes = bank.shapes("all-linear")
+    shapes = bank.shapes(list(bank.modules))
     return [
         f"init_lora_weights: {name} has {min(shapes[name])} singular vectors, and pissa was asked to train"
         f" {lora.rank_of(name)}; lower r or rank_pattern"

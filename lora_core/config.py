@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Rank = Annotated[int, Field(ge=1, le=1024)]
 Alpha = Annotated[float, Field(gt=0)]
@@ -62,11 +62,13 @@ class LoraConfig(RanksAndScales):
     """Shape and scale of one adapter (Hu et al. 2021, https://arxiv.org/abs/2106.09685): `W x + scale * B A x`.
 
     `target_modules` is `"all-linear"` (every linear but the output head), a list of module names matched as PEFT does
-    (equal to the full name or to its last parts), or one regular expression that must match the full name. Of the
-    modules that it selects, `layers_to_transform` keeps those in layers of these indices.
+    (equal to the full name or to its last parts), or one regular expression that must match the full name; an
+    output head that does not share its weight with the embedding is adapted where it is named. Of the modules that it
+    selects, `layers_to_transform` keeps those in layers of these indices.
 
     `init_lora_weights`: True is uniform A and zero B, "gaussian" is normal A of deviation 1/r and zero B, and "pissa"
     trains the r largest singular vectors of each weight (Meng et al. 2024, https://arxiv.org/abs/2404.02948).
+    `use_dora` trains a length of every row of the weights too (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -79,6 +81,16 @@ class LoraConfig(RanksAndScales):
     alpha_pattern: dict[str, Alpha] = Field(default_factory=dict)
     layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
     init_lora_weights: Literal[True, "gaussian", "pissa"] = True
+    use_dora: bool = False
+
+    @model_validator(mode="after")
+    def _refuse_dropout_with_dora(self) -> Self:
+        if self.use_dora and self.lora_dropout > 0:
+            raise ValueError(
+                "lora_dropout must be 0 with use_dora: in PEFT, dropout then acts on the frozen weights' product too,"
+                " which is another formula than DoRA's"
+            )
+        return self
 
 
 class TrainConfig(BaseModel):

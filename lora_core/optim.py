@@ -1,11 +1,11 @@
 """One flat fp32 vector a job: A and B, their gradient, and AdamW's two moments.
 
 The vector is the unit of everything that happens between steps: one optimizer call, one all-reduce, one checkpoint
-blob. A and B are views into it: all A in the model's order, then all B, so that each kind is one slice. Every tensor
-starts at a multiple of 8 numbers, as vector loads want; what lies between stays zero. The gradient carries two more
-numbers at its end, the sum of token losses and the count of supervised tokens, so that ranks agree on all three in one
-message. Where the base computes in bf16, a bf16 copy of the vector is what products use; it is made anew after each
-step. A base in fp64 makes all of it fp64.
+blob. A and B are views into it: all A in the model's order, then all B, then DoRA's m, so that each kind is one slice.
+Every tensor starts at a multiple of 8 numbers, as vector loads want; what lies between stays zero. The gradient carries
+two more numbers at its end, the sum of token losses and the count of supervised tokens, so that ranks agree on all
+three in one message. Where the base computes in bf16, a bf16 copy of the vector is what products use; it is made anew
+after each step. A base in fp64 makes all of it fp64.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ class NoGradientError(ValueError):
 
 
 class FlatAdapter:
-    """A copy of an adapter's A and B on one vector, and the vector in the dtype that the base computes in.
+    """A copy of an adapter's A, B and m on one vector, and the vector in the dtype that the base computes in.
 
     `adapter` has views into both, `size_a` is where B begins.
     """
 
     def __init__(self, start: Adapter, device: torch.device, dtype: torch.dtype) -> None:
-        weights = [*start.a.values(), *start.b.values()]
+        weights = start.trained
         offsets = [0, *accumulate(-(-weight.numel() // ALIGNMENT) * ALIGNMENT for weight in weights)]
         self.size_a = offsets[len(start.a)]
         self.vector = torch.zeros(offsets[-1], device=device, dtype=torch.promote_types(dtype, torch.float32))
@@ -79,15 +79,17 @@ class FlatAdapter:
             view.copy_(weight.detach())
         self.cast = self.vector.to(dtype)  # the vector itself where the dtype is its own
         views, casts, count = self.views(self.vector), self.views(self.cast), len(start.a)
+        pairs = zip(casts[:count], casts[count : 2 * count], strict=True)
         self.adapter = replace(
             start,
             a=dict(zip(start.a, views[:count], strict=True)),
-            b=dict(zip(start.b, views[count:], strict=True)),
-            cast=dict(zip(start.a, zip(casts[:count], casts[count:], strict=True), strict=True)),
+            b=dict(zip(start.b, views[count : 2 * count], strict=True)),
+            cast=dict(zip(start.a, pairs, strict=True)),
+            magnitude=dict(zip(start.magnitude, views[2 * count :], strict=True)),
         )
 
     def views(self, vector: Tensor) -> list[Tensor]:
-        """Every A, then every B, in a vector of this layout."""
+        """Every A, then every B, then every m, in a vector of this layout."""
         return [vector[offset : offset + shape.numel()].view(shape) for offset, shape in self._layout]
 
     def update_cast(self) -> None:
@@ -111,13 +113,13 @@ class FlatAdamW:
         self.flat, self._cast = self._trained.vector, self._trained.cast
         self._message = self.flat.new_zeros(self.flat.numel() + 2)
         self._grad = self._message[:-2]
-        for weight, grad in zip(self._weights(), self._trained.views(self._grad), strict=True):
+        for weight, grad in zip(self.adapter.trained, self._trained.views(self._grad), strict=True):
             weight.requires_grad_().grad = grad  # the bank adds into it
         self.moments = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
         self._adamw = self._two_groups()
 
     def _two_groups(self) -> torch.optim.AdamW:
-        """AdamW of the slice of A and the slice of B, whose moments are slices of `moments`."""
+        """AdamW of the slice of A and the slice of B and m, whose moments are slices of `moments`."""
         parts = self.flat[: self._trained.size_a], self.flat[self._trained.size_a :]
         adamw = torch.optim.AdamW(
             [{"params": [part]} for part in parts],
@@ -133,13 +135,10 @@ class FlatAdamW:
             adamw.state[part] = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         return adamw
 
-    def _weights(self) -> list[Tensor]:
-        return [*self.adapter.a.values(), *self.adapter.b.values()]
-
     @property
     def parameters(self) -> int:
         """How many numbers are trained."""
-        return sum(weight.numel() for weight in self._weights())
+        return sum(weight.numel() for weight in self.adapter.trained)
 
     def add_loss(self, loss_sum: Tensor, tokens: int) -> None:
         """Count a micro-batch: its summed loss (detached) and its supervised tokens."""
@@ -172,10 +171,16 @@ class FlatAdamW:
             group_a["lr"], group_b["lr"] = rate, rate * self.train.loraplus_lr_ratio
             self._adamw.step()
             self.steps += 1
-            self._trained.update_cast()
+            self._refresh(self._trained)
         outcome = StepOutcome(loss=loss_sum / tokens, tokens=int(tokens), grad_norm=norm)
         self._message.zero_()
         return outcome
+
+    def _refresh(self, *changed: FlatAdapter) -> None:
+        """What is made from A and B: their bf16 copy now, DoRA's norms at their next use."""
+        for part in changed:
+            part.update_cast()
+        self.adapter.norm.clear()
 
     def _refuse_missing_gradient(self) -> None:
         """On the first step every module must have a gradient: of B where B is zero, of A where A is. Without one it
@@ -222,8 +227,7 @@ class FlatAdamW:
         with torch.no_grad():
             for name, own in self._state().items():
                 own.copy_(tensors[name])
-        for part in filter(None, (self._trained, self._residual)):
-            part.update_cast()
+        self._refresh(*filter(None, (self._trained, self._residual)))
         self.steps = int(counters["adam_steps"])
         for state in self._adamw.state.values():
             state["step"].fill_(self.steps)

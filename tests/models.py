@@ -46,6 +46,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "gemma2": transformers.Gemma2Config(
         **_LLAMA, head_dim=16, sliding_window=7, attn_logit_softcapping=3.0, final_logit_softcapping=5.0
     ),
+    "gemma2-untied": transformers.Gemma2Config(
+        **_LLAMA, head_dim=16, sliding_window=7, final_logit_softcapping=5.0, tie_word_embeddings=False
+    ),
     "gemma3": transformers.Gemma3TextConfig(
         **_LLAMA, head_dim=16, sliding_window=7, layer_types=["sliding_attention", "full_attention"]
     ),

@@ -26,13 +26,19 @@ from lora_core.peft_format import CONFIG_FILE, WEIGHTS_FILE, AdapterFormatError,
 from tests.models import VOCABULARY, tiny_base, tiny_model
 
 IDS = torch.randint(3, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(0))
-pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:Unable to fetch")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:fan_in_fan_out", "ignore:Unable to fetch", "ignore:Setting `save_embedding_layers`"
+)
 
 
 def trained(bank: AdapterBank, config: LoraConfig, seed: int = 1) -> Adapter:
     fresh = init_adapter(bank, config, seed)
     stream = torch.Generator().manual_seed(seed)
-    return replace(fresh, b={name: torch.randn(b.shape, generator=stream) * 0.1 for name, b in fresh.b.items()})
+    return replace(
+        fresh,
+        b={name: torch.randn(b.shape, generator=stream) * 0.1 for name, b in fresh.b.items()},
+        magnitude={name: m + torch.rand(m.shape, generator=stream) for name, m in fresh.magnitude.items()},
+    )
 
 
 def write(adapter: Adapter, bank: AdapterBank, folder: Path) -> Path:
@@ -54,6 +60,11 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-few": ("llama", {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"]}),
     "llama-one-layer": ("llama", {"r": 4, "lora_alpha": 9, "target_modules": ["layers.1.self_attn.v_proj", "o_proj"]}),
     "qwen2": ("qwen2", {"r": 3, "lora_alpha": 7}),
+    "llama-dora": ("llama", {"r": 8, "lora_alpha": 12, "use_dora": True}),
+    "qwen2-dora-rslora": ("qwen2", {"r": 4, "lora_alpha": 7, "use_rslora": True, "use_dora": True}),
+    "gpt2-dora": ("gpt2", {"r": 8, "lora_alpha": 12, "use_dora": True, "rank_pattern": {"c_fc": 3}}),
+    "llama-head": ("llama", {"r": 4, "lora_alpha": 6, "target_modules": ["lm_head"]}),
+    "llama-head-dora": ("llama", {"r": 4, "lora_alpha": 6, "target_modules": ["lm_head", "q_proj"], "use_dora": True}),
     "gpt2": ("gpt2", {"r": 8, "lora_alpha": 12}),
     "llama-patterns": (
         "llama",
@@ -102,6 +113,8 @@ def test_we_compute_the_same_from_pefts_files(name: str, tmp_path: Path) -> None
     for parameter_name, parameter in model.named_parameters():
         if "lora_B" in parameter_name:
             parameter.normal_(0, 0.1)
+        if "lora_magnitude_vector" in parameter_name:
+            parameter.add_(torch.rand_like(parameter))
     model.save_pretrained(str(tmp_path))
     base = tiny_base(kind)
     bank = AdapterBank(base.model)
@@ -113,12 +126,14 @@ def test_we_compute_the_same_from_pefts_files(name: str, tmp_path: Path) -> None
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_pissa_adapter_is_published_for_the_base_as_it_is(kind: str, tmp_path: Path) -> None:
+def test_a_pissa_adapter_is_published_for_the_base_as_it_is(kind: str, dora: bool, tmp_path: Path) -> None:
     """Ranks of the trained and the first product side by side; untrained it changes nothing, trained it does."""
     base = tiny_base(kind)
     bank = AdapterBank(base.model)
-    adapter = init_adapter(bank, LoraConfig(r=5, rank_pattern={"c_proj|q_proj": 3}, init_lora_weights="pissa"), seed=0)
+    options: dict[str, Any] = {"r": 5, "rank_pattern": {"c_proj|q_proj": 3}, "init_lora_weights": "pissa"}
+    adapter = init_adapter(bank, LoraConfig(**options, use_dora=dora), seed=0)
     plain = tiny_model(kind, attention="eager")(IDS).logits
     for step in range(2):
         folder = write(adapter, bank, tmp_path / str(step))
@@ -130,6 +145,7 @@ def test_a_pissa_adapter_is_published_for_the_base_as_it_is(kind: str, tmp_path:
         assert (float((theirs - plain).abs().max()) > 0.1) == bool(step)
         for b in adapter.b.values():
             b.mul_(1.2)
+        adapter.norm.clear()
 
 
 def test_config_is_what_peft_and_vllm_read(tmp_path: Path) -> None:
@@ -234,7 +250,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "another method": (edit_config(peft_type="LOHA"), "peft_type: Input should be 'LORA'"),
     "other r": (edit_config(r=8), r"does not fit r=8"),
     "biases": (edit_config(bias="lora_only"), "bias: Input should be 'none'"),
-    "dora": (edit_config(use_dora=True), "use_dora is set"),
+    "dora without m": (edit_config(use_dora=True), "q_proj has no lora_magnitude_vector"),
     "whole modules": (edit_config(modules_to_save=["lm_head"]), "modules_to_save is set"),
     "some layers": (edit_config(layers_to_transform=[0]), "layers_to_transform is set"),
     "excluded": (edit_config(exclude_modules=["q_proj"]), "exclude_modules is set"),
@@ -255,13 +271,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "renamed": (edit_weights(renamed), "query.lora_A.weight belongs to no linear"),
     "head": (
         edit_weights(lambda tensors: tensors.update({"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 64)})),
-        "lm_head.lora_A.weight belongs to no linear",
+        "lm_head has only one of",
     ),
     "magnitudes": (
         edit_weights(
             lambda tensors: tensors.update({Q_A.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(64)})
         ),
-        "lora_magnitude_vector belongs to no linear",
+        "q_proj has a lora_magnitude_vector, which only use_dora",
     ),
     "no prefix": (edit_weights(lambda tensors: tensors.update({"x" + Q_A: tensors.pop(Q_A)})), "belongs to no linear"),
     "transposed": (
@@ -288,6 +304,40 @@ def test_damaged_adapter_is_refused(damage: str, tmp_path: Path) -> None:
     assert str(caught.value).startswith("triage: ")
 
 
+M = Q_A.replace("lora_A.weight", "lora_magnitude_vector")
+DORA_DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "not said": (edit_config(use_dora=False), "q_proj has a lora_magnitude_vector, which only use_dora"),
+    "one is gone": (edit_weights(lambda tensors: tensors.pop(M)), "layers.0.self_attn.q_proj has no lora_magnitude"),
+    "alone": (
+        edit_weights(lambda tensors: tensors.update({M.replace("q_proj", "v_proj"): torch.ones(32)})),
+        "v_proj has a lora_magnitude_vector, which only use_dora and a lora_A",
+    ),
+    "a matrix": (edit_weights(lambda tensors: tensors.update({M: torch.ones(64, 1)})), r"has shape \[64, 1\]"),
+    "another head": (
+        edit_weights(
+            lambda tensors: tensors.update({"base_model.model.lm_head.base_layer.weight": torch.ones(VOCABULARY, 64)})
+        ),
+        "lm_head.base_layer.weight is another weight than this base model has",
+    ),
+    "a head that is none": (
+        edit_weights(lambda tensors: tensors.update({"base_model.model.head.base_layer.weight": torch.ones(2, 2)})),
+        "head.base_layer.weight belongs to no linear",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DORA_DAMAGES)
+def test_damaged_dora_adapter_is_refused(damage: str, tmp_path: Path) -> None:
+    bank = AdapterBank(tiny_model("llama"))
+    targets = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], use_dora=True)
+    folder = write(trained(bank, targets), bank, tmp_path / "triage")
+    read_adapter(folder, bank)
+    change, message = DORA_DAMAGES[damage]
+    change(folder)
+    with pytest.raises(AdapterFormatError, match=message):
+        read_adapter(folder, bank)
+
+
 def test_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
     bank = AdapterBank(tiny_model("llama"))
     folder = write(trained(bank, LoraConfig(r=4)), bank, tmp_path)
@@ -300,9 +350,9 @@ def test_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
 def test_all_damage_is_told_at_once(tmp_path: Path) -> None:
     bank = AdapterBank(tiny_model("llama"))
     folder = write(trained(bank, LoraConfig(r=4)), bank, tmp_path)
-    edit_config(use_dora=True, rank_pattern={"k_proj": 2})(folder)
+    edit_config(lora_bias=True, rank_pattern={"k_proj": 2})(folder)
     edit_weights(renamed)(folder)
     with pytest.raises(AdapterFormatError) as caught:
         read_adapter(folder, bank)
-    for part in ("use_dora", "does not fit r=2", "query", "q_proj has only one"):
+    for part in ("lora_bias is set", "does not fit r=2", "query", "q_proj has only one"):
         assert part in str(caught.value)
