@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Rank = Annotated[int, Field(ge=1, le=1024)]
 Alpha = Annotated[float, Field(gt=0)]
@@ -83,14 +83,15 @@ class LoraConfig(RanksAndScales):
     init_lora_weights: Literal[True, "gaussian", "pissa"] = True
     use_dora: bool = False
 
-    @model_validator(mode="after")
-    def _refuse_dropout_with_dora(self) -> Self:
-        if self.use_dora and self.lora_dropout > 0:
+    @field_validator("use_dora")
+    @classmethod
+    def _dora_is_without_dropout(cls, use_dora: bool, info: ValidationInfo) -> bool:
+        if use_dora and info.data.get("lora_dropout", 0) > 0:
             raise ValueError(
-                "lora_dropout must be 0 with use_dora: in PEFT, dropout then acts on the frozen weights' product too,"
-                " which is another formula than DoRA's"
+                "needs lora_dropout to be 0: with dropout PEFT computes another formula, in which the frozen weights'"
+                " product is dropped too"
             )
-        return self
+        return use_dora
 
 
 class TrainConfig(BaseModel):

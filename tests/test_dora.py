@@ -270,7 +270,7 @@ def test_tail_of_the_vector_is_all_m_in_order() -> None:
 
 
 def test_dropout_with_dora_is_refused_with_the_reason() -> None:
-    with pytest.raises(ValueError, match=r"lora_dropout must be 0 with use_dora: in PEFT"):
+    with pytest.raises(ValueError, match="needs lora_dropout to be 0: with dropout PEFT"):
         LoraConfig(use_dora=True, lora_dropout=0.1)
 
 
