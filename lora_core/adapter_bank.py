@@ -286,8 +286,8 @@ class _AddUpdates(torch.autograd.Function):
 def _add_dora(
     adapter: Adapter, module: str, update: Tensor, output: Tensor, bias: Tensor | None, target: Tensor
 ) -> Tensor:
-    """Write y into `target`, rounded once; returns v. In steps whose rounding does not depend on an element's place: an
-    `add` with another alpha than one is fused in vectors, and not in the few elements that are left over.
+    """Write y into `target`, rounded once to its dtype; returns v. One product or sum at a time, which round alike
+    wherever a row lies; a fused one need not.
     """
     gain = adapter.gain(module)
     v = update.to(gain.dtype).mul_(adapter.scale[module]).add_(output)
