@@ -12,13 +12,16 @@ neighbour's NaN: a mask is not one, since 0 x NaN is NaN.
 Backward, for each run, with h = dropout(x) A^T:
 
     dh = scale * dy B        dx += dropout(dh A)        A.grad += dh^T dropout(x)        B.grad += scale * dy^T h
+
+With DoRA (`dora.py`), v = x W^T + scale * h B^T and y = g * v + bias: dy is g * dy in the line above and for the base's
+own output, and m.grad += sum over rows of dy * v / ||W + scale B A||.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +32,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lora_core.dora import RowNorms
+
 
 @dataclass
 class Adapter:
@@ -37,7 +42,11 @@ class Adapter:
 
     `dropout` acts on the input of A, in training only (when the run carries keys). `cast` holds A and B of each module
     in the dtype that the base computes in, kept up to date by whoever changes `a` and `b`; without it they are cast at
-    each use.
+    each use. With DoRA, `magnitude` holds m `[out]` of every module, and `norm` the row norms of the whole weight:
+    whoever changes `a` and `b` clears it, and the bank computes it at the next use.
+
+    `residual` is a second adapter that stays as it is and joins in every product, without dropout: PiSSA trains
+    `s B A` on the base `W - s B0 A0`, and where W is shared, `- s B0 A0` is the adapter's own.
     """
 
     scale: dict[str, float]
@@ -45,6 +54,9 @@ class Adapter:
     b: dict[str, Tensor]
     dropout: float = 0.0
     cast: dict[str, tuple[Tensor, Tensor]] | None = None
+    residual: Adapter | None = None
+    magnitude: dict[str, Tensor] = field(default_factory=dict)
+    norm: dict[str, Tensor] = field(init=False, default_factory=dict)
     module_keys: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -55,6 +67,24 @@ class Adapter:
         if self.cast is not None:
             return self.cast[module]
         return self.a[module].detach().to(dtype), self.b[module].detach().to(dtype)
+
+    def folded(self, module: str) -> tuple[Tensor, Tensor]:
+        """A and B of the module's whole update with scale 1, in fp32 or wider: the residual's ranks come last."""
+        wide = torch.promote_types(self.a[module].dtype, torch.float32)
+        a, b = self.a[module].detach().to(wide), self.b[module].detach().to(wide) * self.scale[module]
+        if self.residual is None:
+            return a, b
+        more_a, more_b = self.residual.folded(module)
+        return torch.cat([a, more_a]), torch.cat([b, more_b], dim=1)
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """All A, then all B, then all m."""
+        return [*self.a.values(), *self.b.values(), *self.magnitude.values()]
+
+    def gain(self, module: str) -> Tensor:
+        """DoRA's g `[out]`, in the precision of m: in bf16 it could only be 1 or 0.4 % and more away from it."""
+        return self.magnitude[module].detach() / self.norm[module]
 
 
 @dataclass(frozen=True)
@@ -71,13 +101,20 @@ class Run:
 
 
 class AdapterBank:
-    """Hooks on a frozen model's linears, through which the rows of `routed` runs get their own adapter's update."""
+    """Hooks on a frozen model's linears, through which the rows of `routed` runs get their own adapter's update.
+
+    `linears` are those of "all-linear"; `modules` are all that can be adapted: the output head too, if it has a weight
+    of its own.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.linears = adaptable_linears(model)
-        self._head_names = _head_and_embedding_names(model)
+        self.modules = self.linears | untied_head(model)
+        self.row_norms = RowNorms(self.modules)
+        self._refused = _refused_names(model)
         self._runs: Sequence[Run] = ()
-        self._hooks = [module.register_forward_hook(self._hook_for(name)) for name, module in self.linears.items()]
+        self._residual_runs: Sequence[Run] = ()  # the same rows, by the residuals of their adapters
+        self._hooks = [module.register_forward_hook(self._hook_for(name)) for name, module in self.modules.items()]
         self._hooks += [
             module.register_forward_hook(self._activate_by_run) for module in model.modules() if _is_activation(module)
         ]
@@ -88,7 +125,7 @@ class AdapterBank:
         Raises:
             ValueError: an entry matches nothing, or a module that cannot be adapted; the sentence names those that can.
         """
-        return {name: _in_out(self.linears[name]) for name in self.select(target_modules)}
+        return {name: _in_out(self.modules[name]) for name in self.select(target_modules)}
 
     def select(self, target_modules: str | list[str]) -> list[str]:
         """Names of the linears that `target_modules` selects; see `shapes`."""
@@ -98,25 +135,39 @@ class AdapterBank:
         matches = _full_match if isinstance(target_modules, str) else _ends_with
         problems, chosen = [], set()
         for entry in entries:
-            found = [name for name in self.linears if matches(entry, name)]
-            if any(matches(entry, name) for name in self._head_names):
-                problems.append(f"{entry!r} selects the output head or an embedding, which LoRA does not adapt here")
-            elif not found:
+            found = [name for name in self.modules if matches(entry, name)]
+            refused = [f"{entry!r} selects {what}" for name, what in self._refused.items() if matches(entry, name)]
+            problems += refused
+            if not found and not refused:
                 problems.append(f"{entry!r} matches no module")
             chosen.update(found)
         if problems:
-            leaves = ", ".join(sorted({name.rpartition(".")[2] for name in self.linears}))
+            leaves = ", ".join(sorted({name.rpartition(".")[2] for name in self.modules}))
             raise ValueError(f"target_modules: {'; '.join(problems)}. Choose from {leaves}, or all-linear.")
-        return [name for name in self.linears if name in chosen]
+        return [name for name in self.modules if name in chosen]
+
+    def add_norms(self, adapter: Adapter, modules: Iterable[str]) -> None:
+        """Compute what DoRA divides by where it is not known; nothing for an adapter without DoRA."""
+        for name in modules:
+            if name in adapter.magnitude and name not in adapter.norm:
+                adapter.norm[name] = self.row_norms.of(name, *adapter.folded(name))
 
     @contextmanager
     def routed(self, runs: Sequence[Run]) -> Iterator[None]:
         """Within it, forward passes over `[1, sum of rows]` tokens add each run's adapter to its rows."""
         self._runs = [run for run in runs if run.rows]
+        residuals = [run.adapter and run.adapter.residual for run in self._runs]
+        if any(residuals):
+            self._residual_runs = [Run(one, run.rows) for one, run in zip(residuals, self._runs, strict=True)]
         try:
             yield
         finally:
-            self._runs = ()
+            self._runs = self._residual_runs = ()
+
+    def head_weights(self, runs: Sequence[Run]) -> list[Tensor]:
+        """The trained A and B that `runs` have on the output head."""
+        heads = self.modules.keys() - self.linears.keys()
+        return [weight for name in heads for weight in _trained(name, runs)]
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -125,17 +176,22 @@ class AdapterBank:
 
     def _hook_for(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         def add_updates(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            runs = self._runs
+            for runs in filter(None, (self._residual_runs, self._runs)):
+                output = added(runs, args[0], output)
+            return output
+
+        def added(runs: Sequence[Run], x: Tensor, output: Tensor) -> Tensor:
             adapters = [run.adapter for run in runs if run.adapter is not None and name in run.adapter.a]
             if not adapters:
-                return None
+                return output
+            for adapter in adapters:
+                self.add_norms(adapter, [name])
             # The trained weights are named as inputs so that a graph grows from the first adapted linear on.
-            trained = [
-                weight for adapter in adapters for weight in (adapter.a[name], adapter.b[name]) if weight.requires_grad
-            ]
-            x = args[0].reshape(-1, args[0].shape[-1])
+            trained = _trained(name, runs)
+            x = x.reshape(-1, x.shape[-1])
             rows = output.reshape(-1, output.shape[-1])
-            updated: Tensor = _AddUpdates.apply(rows, x, name, runs, *trained)  # type: ignore[no-untyped-call]
+            bias = getattr(self.modules[name], "bias", None)
+            updated: Tensor = _AddUpdates.apply(rows, x, name, bias, runs, *trained)  # type: ignore[no-untyped-call]
             return updated.view_as(output)
 
         return add_updates
@@ -153,6 +209,11 @@ class AdapterBank:
         return torch.cat([module.forward(part) for part in x.split([run.rows for run in self._runs], dim=1)], dim=1)
 
 
+def _trained(name: str, runs: Sequence[Run]) -> list[Tensor]:
+    adapters = [run.adapter for run in runs if run.adapter is not None and name in run.adapter.a]
+    return [weight for adapter in adapters for weight in (adapter.a[name], adapter.b[name]) if weight.requires_grad]
+
+
 class _AddUpdates(torch.autograd.Function):
     """output `[tokens, out]` and x `[tokens, in]` -> output plus each run's update.
 
@@ -161,7 +222,9 @@ class _AddUpdates(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, module: str, runs: Sequence[Run], *trained: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, output: Tensor, x: Tensor, module: str, bias: Tensor | None, runs: Sequence[Run], *trained: Tensor
+    ) -> Tensor:
         updated = torch.empty_like(output)
         rows = [run.rows for run in runs]
         kept: list[Tensor | None] = []
@@ -179,8 +242,12 @@ class _AddUpdates(torch.autograd.Function):
                 keep = mask.to(x.dtype)
                 x_rows = _dropped(x_rows, keep, adapter.dropout)
             h = F.linear(x_rows, a)
-            torch.addmm(out_rows, h, b.t(), alpha=adapter.scale[module], out=target)
-            kept += [h, keep]
+            v = None
+            if module in adapter.magnitude:
+                v = _add_dora(adapter, module, F.linear(h, b), out_rows, bias, target).to(x.dtype)
+            else:
+                torch.addmm(out_rows, h, b.t(), alpha=adapter.scale[module], out=target)
+            kept += [h, keep, v]
         ctx.save_for_backward(x, *kept)
         ctx.module, ctx.runs, ctx.trained = module, runs, len(trained)
         return updated
@@ -190,15 +257,19 @@ class _AddUpdates(torch.autograd.Function):
         (dy,) = grads
         x, *kept = ctx.saved_tensors
         module, rows = ctx.module, [run.rows for run in ctx.runs]
+        doutput = dy.clone() if any(v is not None for v in kept[2::3]) else dy
         dx = torch.empty_like(x) if ctx.needs_input_grad[1] else None
         dx_parts = [None] * len(rows) if dx is None else dx.split(rows)
-        for run, x_rows, dy_rows, dx_rows in zip(ctx.runs, x.split(rows), dy.split(rows), dx_parts, strict=True):
+        for run, x_rows, dy_rows, dx_rows in zip(ctx.runs, x.split(rows), doutput.split(rows), dx_parts, strict=True):
             adapter = run.adapter
             if adapter is None or module not in adapter.a:
                 if dx_rows is not None:
                     dx_rows.zero_()
                 continue
-            (h, keep), kept = kept[:2], kept[2:]
+            (h, keep, v), kept = kept[:3], kept[3:]
+            if v is not None:
+                _add_magnitude_gradient(adapter, module, dy_rows, v)
+                dy_rows.copy_(dy_rows * adapter.gain(module))
             a, b = adapter.weights(module, x.dtype)
             dh = dy_rows @ b
             if keep is not None:
@@ -209,7 +280,31 @@ class _AddUpdates(torch.autograd.Function):
                 torch.addmm(dx_rows, dh, a, beta=0, alpha=adapter.scale[module], out=dx_rows)
                 if keep is not None:
                     dx_rows.copy_(_dropped(dx_rows, keep, adapter.dropout))
-        return (dy, dx, None, None, *[None] * ctx.trained)
+        return (doutput, dx, None, None, None, *[None] * ctx.trained)
+
+
+def _add_dora(
+    adapter: Adapter, module: str, update: Tensor, output: Tensor, bias: Tensor | None, target: Tensor
+) -> Tensor:
+    """Write y into `target`, rounded once to its dtype; returns v. One product or sum at a time, which round alike
+    wherever a row lies; a fused one need not.
+    """
+    gain = adapter.gain(module)
+    v = update.to(gain.dtype).mul_(adapter.scale[module]).add_(output)
+    if bias is None:
+        target.copy_(v * gain)
+        return v
+    v.sub_(bias)
+    target.copy_((v * gain).add_(bias))
+    return v
+
+
+def _add_magnitude_gradient(adapter: Adapter, module: str, dy: Tensor, v: Tensor) -> None:
+    m = adapter.magnitude[module]
+    if m.requires_grad:
+        if m.grad is None:
+            m.grad = torch.zeros_like(m)
+        m.grad.add_((dy.to(m.dtype) * v).sum(0).div_(adapter.norm[module]))
 
 
 def _add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
@@ -225,13 +320,21 @@ def _add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> N
 
 
 def adaptable_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Every `nn.Linear` and GPT-2 `Conv1D` by name, without the output head (which is often tied to the embedding)."""
+    """Every `nn.Linear` and GPT-2 `Conv1D` by name, without the output head: what PEFT calls "all-linear"."""
     head = model.get_output_embeddings()
     return {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and module is not head
     }
+
+
+def untied_head(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The output head by name, if its weight is its own: the update of a tied one would be wrong for the embedding."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is embedding.weight:
+        return {}
+    return {name: module for name, module in model.named_modules() if module is head}
 
 
 def dropout_mask(features: int, p: float, row_keys: Tensor, module_key: int) -> Tensor:
@@ -285,9 +388,13 @@ def _is_activation(module: nn.Module) -> bool:
     return kept_in in ("torch.nn.modules.activation", "transformers.activations") and not any(module.children())
 
 
-def _head_and_embedding_names(model: PreTrainedModel) -> list[str]:
-    excluded = (model.get_output_embeddings(), model.get_input_embeddings())
-    return [name for name, module in model.named_modules() if any(module is other for other in excluded)]
+def _refused_names(model: PreTrainedModel) -> dict[str, str]:
+    """Name of each module that a user may well name, and that cannot be adapted -> what it is."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    why: dict[nn.Module, str] = {embedding: "an embedding, which LoRA does not adapt here"}
+    if not untied_head(model):
+        why[head] = "the output head, which shares its weight with the embedding here and so cannot be adapted alone"
+    return {name: why[module] for name, module in model.named_modules() if module in why}
 
 
 def _ends_with(entry: str, name: str) -> bool:

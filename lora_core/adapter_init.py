@@ -2,22 +2,129 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from lora_core.adapter_bank import Adapter, AdapterBank, key_of
-from lora_core.config import LoraConfig
+from lora_core.config import LoraConfig, pattern_key
+
+
+class LoraConfigError(ValueError):
+    """Options that do not fit this base model: `problems`, one sentence each, which begins with the option's name."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__(problems)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        return "; ".join(self.problems)
+
+
+def adapted_modules(bank: AdapterBank, lora: LoraConfig) -> list[str]:
+    """Names of the linears that get an A and a B, in the model's order.
+
+    Raises:
+        LoraConfigError: an option matches nothing, or does not fit what it matches.
+    """
+    problems: list[str] = []
+    try:
+        modules = bank.select(lora.target_modules)
+    except ValueError as error:
+        problems.append(str(error))
+        modules = list(bank.linears)  # what else is wrong is told too
+    if lora.layers_to_transform is not None:
+        layers = {name: _layer_of(name) for name in modules}
+        absent = sorted(set(lora.layers_to_transform) - set(layers.values()))
+        if absent:
+            known = sorted({layer for layer in layers.values() if layer is not None})
+            problems.append(
+                f"layers_to_transform: no adapted module lies in layer {', '.join(map(str, absent))}; the layers are"
+                f" {', '.join(map(str, known)) or 'not numbered'}"
+            )
+        modules = [name for name in modules if layers[name] in lora.layers_to_transform] or modules
+    problems += _unused_keys("rank_pattern", lora.rank_pattern, modules)
+    problems += _unused_keys("alpha_pattern", lora.alpha_pattern, modules)
+    if lora.init_lora_weights == "pissa":
+        problems += _ranks_above_a_weights(bank, lora, modules)
+    if problems:
+        raise LoraConfigError(problems)
+    return modules
 
 
 def init_adapter(bank: AdapterBank, lora: LoraConfig, seed: int) -> Adapter:
-    """A fresh adapter, without gradients: A uniform in +-1/sqrt(in) as PEFT's default, B zero.
+    """A fresh adapter, without gradients, whose product is zero at the start (with PiSSA by its residual); with
+    DoRA, m is the row norms of the weights.
 
     The random stream depends on the seed and the module's name alone, so that every rank, and every choice of other
     target modules, starts from the same numbers.
+
+    Raises:
+        LoraConfigError: `lora` does not fit the model.
     """
-    adapter = Adapter(scale={}, a={}, b={}, dropout=lora.lora_dropout)
-    for name, (fan_in, fan_out) in bank.shapes(lora.target_modules).items():
-        rank, stream = lora.rank_of(name), torch.Generator().manual_seed(key_of(f"{seed}:{name}") & (2**63 - 1))
-        adapter.a[name] = torch.empty(rank, fan_in).uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=stream)
-        adapter.b[name] = torch.zeros(fan_out, rank)
-        adapter.scale[name] = lora.scale_of(name)
+    modules = adapted_modules(bank, lora)
+    shapes = bank.shapes(list(bank.modules))
+    scale, a, b = {name: lora.scale_of(name) for name in modules}, {}, {}
+    for name in modules:
+        (fan_in, fan_out), rank = shapes[name], lora.rank_of(name)
+        if lora.init_lora_weights == "pissa":
+            a[name], b[name] = _pissa(bank.modules[name], rank, scale[name])
+            continue
+        stream = torch.Generator().manual_seed(key_of(f"{seed}:{name}") & (2**63 - 1))
+        a[name], b[name] = torch.empty(rank, fan_in), torch.zeros(fan_out, rank)
+        if lora.init_lora_weights == "gaussian":
+            a[name].normal_(std=1 / rank, generator=stream)
+        else:
+            a[name].uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=stream)
+    residual = None
+    if lora.init_lora_weights == "pissa":
+        residual = Adapter(scale, a, {name: -weight for name, weight in b.items()})
+    adapter = Adapter(scale, a, b, lora.lora_dropout, residual=residual)
+    if lora.use_dora:
+        adapter.magnitude = {name: bank.row_norms.of(name, *adapter.folded(name)) for name in modules}
     return adapter
+
+
+@torch.no_grad()
+def _pissa(linear: torch.nn.Module, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """A and B with `scale B A` = the part of the weight in its `rank` largest singular vectors. A singular vector's
+    sign is free; the largest entry of each row of A is positive, so that ranks on different machines agree.
+    """
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    u, s, vh = torch.linalg.svd(weight.t() if isinstance(linear, Conv1D) else weight, full_matrices=False)
+    u, s, vh = u[:, :rank], (s[:rank] / scale).sqrt(), vh[:rank]
+    sign = vh.gather(1, vh.abs().argmax(1, keepdim=True)).sign()
+    return s[:, None] * vh * sign, u * s * sign[:, 0]
+
+
+def _layer_of(module: str) -> int | None:
+    """The first number in a name that two names precede, as PEFT finds it: `model.layers.3.mlp.up_proj` -> 3."""
+    found = re.match(r".*?\.[^.]*\.(\d+)\.", module)
+    return int(found[1]) if found else None
+
+
+def _unused_keys(option: str, pattern: dict[str, int] | dict[str, float], modules: Sequence[str]) -> list[str]:
+    used = {pattern_key(pattern, name) for name in modules}
+    leaves = ", ".join(sorted({name.rpartition(".")[2] for name in modules}))
+    problems = []
+    for key in pattern:
+        if not any(pattern_key({key: None}, name) for name in modules):
+            problems.append(f"{option}: {key!r} matches no adapted module; choose from {leaves}, or leave it out")
+        elif key not in used:
+            problems.append(f"{option}: {key!r} never counts, as earlier keys match all its modules; put it first")
+    return problems
+
+
+def _ranks_above_a_weights(bank: AdapterBank, lora: LoraConfig, modules: Sequence[str]) -> list[str]:
+    shapes = bank.shapes(list(bank.modules))
+    return [
+        f"init_lora_weights: {name} has {min(shapes[name])} singular vectors, and pissa was asked to train"
+        f" {lora.rank_of(name)}; lower r or rank_pattern"
+        for name in modules
+        if lora.rank_of(name) > min(shapes[name])
+    ]

@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -204,7 +204,7 @@ def _converted_gguf(file: Path, cache_dir: Path) -> Path:
                 model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **arguments)
                 tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
             tokenizer.save_pretrained(scratch)
-            _write_dense(model, scratch)
+            write_dense(model, scratch)
             (scratch / "source.json").write_text(json.dumps({"sha256": digest, "file": file.name}))
     return target
 
@@ -217,7 +217,7 @@ def _dense_folder(folder: Path, fingerprint: str, precision: str, cache_dir: Pat
     config = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
     with _built_once(cache_dir / "bases" / f"{fingerprint[:16]}-{config[:8]}-{precision}") as (target, scratch):
         if scratch is not None:
-            _write_dense(_open_model(folder, DTYPES[precision]), scratch)
+            write_dense(_open_model(folder, DTYPES[precision]), scratch)
             (scratch / "source.json").write_text(json.dumps({"sha256": fingerprint, "folder": str(folder)}))
     return target
 
@@ -231,10 +231,13 @@ def _dtypes(files: list[Path]) -> set[str]:
     return {names.get(dtype, dtype) for dtype in found}
 
 
-def _write_dense(model: PreTrainedModel, folder: Path) -> None:
-    """Weights and config; `save_pretrained` would refuse a model that came from GGUF."""
+def write_dense(model: PreTrainedModel, folder: Path, replaced: Mapping[str, Tensor] | None = None) -> None:
+    """Weights (some `replaced` by others, by name) and config; `save_pretrained` would refuse a model that came from
+    GGUF.
+    """
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+    state = model.state_dict() | dict(replaced or {})
+    state = {name: tensor.contiguous() for name, tensor in state.items() if name not in tied}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     config = model.config.to_dict()
     config.pop("quantization_config", None)  # it would say "gguf" of a dense file

@@ -4,43 +4,103 @@ disk and in PEFT.
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+Rank = Annotated[int, Field(ge=1, le=1024)]
+Alpha = Annotated[float, Field(gt=0)]
 
 
-class LoraConfig(BaseModel):
+def pattern_key(pattern: Mapping[str, object], module: str) -> str | None:
+    """The first key of a rank or alpha pattern that is this module's: a regular expression that matches its full name
+    or its last parts (PEFT's `get_pattern_key`).
+    """
+    return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", module)), None)
+
+
+class RanksAndScales(BaseModel):
+    """The part of PEFT's config that says which rank and scale each module has.
+
+    `rank_pattern` and `alpha_pattern` give some modules another r and lora_alpha: a key is a regular expression that
+    matches a module's full name or its last parts, and the first that does counts.
+    """
+
+    r: int = Field(ge=1)
+    lora_alpha: float
+    use_rslora: bool = False
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _keys_are_expressions(cls, pattern: dict[str, float]) -> dict[str, float]:
+        for key in pattern:
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise ValueError(f"has the key {key!r}, which is no regular expression ({error})") from error
+        return pattern
+
+    def rank_of(self, module: str) -> int:
+        """The rank of this module's A and B."""
+        key = pattern_key(self.rank_pattern, module)
+        return self.r if key is None else self.rank_pattern[key]
+
+    def scale_of(self, module: str) -> float:
+        """`lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora` (Kalajdzievski 2023,
+        https://arxiv.org/abs/2312.03732), with this module's alpha and rank.
+        """
+        key, rank = pattern_key(self.alpha_pattern, module), self.rank_of(module)
+        alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
+        return alpha / (rank**0.5 if self.use_rslora else rank)
+
+
+class LoraConfig(RanksAndScales):
     """Shape and scale of one adapter (Hu et al. 2021, https://arxiv.org/abs/2106.09685): `W x + scale * B A x`.
 
     `target_modules` is `"all-linear"` (every linear but the output head), a list of module names matched as PEFT does
-    (equal to the full name or to its last parts), or one regular expression that must match the full name.
+    (equal to the full name or to its last parts), or one regular expression that must match the full name; an
+    output head that does not share its weight with the embedding is adapted where it is named. Of the modules that it
+    selects, `layers_to_transform` keeps those in layers of these indices.
+
+    `init_lora_weights`: True is uniform A and zero B, "gaussian" is normal A of deviation 1/r and zero B, and "pissa"
+    trains the r largest singular vectors of each weight (Meng et al. 2024, https://arxiv.org/abs/2404.02948).
+    `use_dora` trains a length of every row of the weights too (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    r: int = Field(default=16, ge=1, le=1024)
-    lora_alpha: float = Field(default=32.0, gt=0)
+    r: Rank = 16
+    lora_alpha: Alpha = 32.0
     target_modules: str | list[str] = Field(default="all-linear", min_length=1)
     lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    use_rslora: bool = False
+    rank_pattern: dict[str, Rank] = Field(default_factory=dict)
+    alpha_pattern: dict[str, Alpha] = Field(default_factory=dict)
+    layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
+    init_lora_weights: Literal[True, "gaussian", "pissa"] = True
+    use_dora: bool = False
 
-    def rank_of(self, module: str) -> int:
-        """The rank of this module's A and B."""
-        return self.r
-
-    def scale_of(self, module: str) -> float:
-        """`lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora` (Kalajdzievski 2023,
-        https://arxiv.org/abs/2312.03732), with this module's rank.
-        """
-        rank = self.rank_of(module)
-        return self.lora_alpha / (rank**0.5 if self.use_rslora else rank)
+    @field_validator("use_dora")
+    @classmethod
+    def _dora_is_without_dropout(cls, use_dora: bool, info: ValidationInfo) -> bool:
+        if use_dora and info.data.get("lora_dropout", 0) > 0:
+            raise ValueError(
+                "needs lora_dropout to be 0: with dropout PEFT computes another formula, in which the frozen weights'"
+                " product is dropped too"
+            )
+        return use_dora
 
 
 class TrainConfig(BaseModel):
     """How one adapter is trained. Every job has its own; nothing here is shared with a neighbour in the same session.
 
     `batch_size` counts examples of one optimizer step over all ranks. `warmup_ratio` is the share of all steps in which
-    the learning rate grows linearly from zero. `train_on` says which tokens are labels, `overlong` what becomes of rows
+    the learning rate grows linearly from zero. `loraplus_lr_ratio` times the learning rate is that of B (LoRA+, Hayou
+    et al. 2024, https://arxiv.org/abs/2402.12354). A gradient longer than `max_grad_norm` is cut to it (null: never).
+    `train_on` says which tokens are labels, `overlong` what becomes of rows
     longer than `max_seq_len` tokens.
     """
 
@@ -52,7 +112,8 @@ class TrainConfig(BaseModel):
     lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_ratio: float = Field(default=0.03, ge=0.0, le=1.0)
     weight_decay: float = Field(default=0.0, ge=0.0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    loraplus_lr_ratio: float = Field(default=1.0, gt=0)
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
     max_seq_len: int = Field(default=1024, ge=2)
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     train_on: Literal["completion", "all"] = "completion"

@@ -143,7 +143,8 @@ class Generator:
         positions = torch.arange(count, device=self.base.device)[None]
         with self.bank.routed([Run(request.adapter, count)]):
             hidden = self.base.hidden(ids, positions, self._cache.prefill(slot, count))
-        return self.base.head(hidden[:, -1])
+        with self.bank.routed([Run(request.adapter, 1)]):
+            return self.base.head(hidden[:, -1])
 
     def _decode(self, batch: Sequence[tuple[int, int]]) -> Tensor:
         """The last token of each request in `batch` -> logits `[n, vocabulary]`."""
@@ -153,7 +154,7 @@ class Generator:
         attend = self._cache.decode([slot for _, slot in batch], positions)
         with self.bank.routed(_runs([one.request.adapter for one in live])):
             hidden = self.base.hidden(ids, torch.tensor(positions, device=self.base.device)[:, None], attend)
-        return self.base.head(hidden[:, 0])
+            return self.base.head(hidden[:, 0])
 
     def _take(self, number: int, token: int) -> Event:
         """Record a token, and let the request go where the answer is over."""
@@ -176,7 +177,12 @@ def for_inference(adapter: Adapter, base: BaseModel) -> Adapter:
     dtype, device = base.model.dtype, base.device
     a = {name: weight.to(device, dtype) for name, weight in adapter.a.items()}
     b = {name: weight.to(device, dtype) for name, weight in adapter.b.items()}
-    return Adapter(scale=adapter.scale, a=a, b=b, cast={name: (a[name], b[name]) for name in a})
+    residual = None if adapter.residual is None else for_inference(adapter.residual, base)
+    cast = {name: (a[name], b[name]) for name in a}
+    magnitude = {name: m.to(device) for name, m in adapter.magnitude.items()}
+    served = Adapter(adapter.scale, a, b, cast=cast, residual=residual, magnitude=magnitude)
+    served.norm.update(adapter.norm)
+    return served
 
 
 def _runs(adapters: Sequence[Adapter | None]) -> list[Run]:

@@ -3,7 +3,8 @@
     loss_c = sum over the label rows i of chunk c of  -log softmax(head(hidden_i))[label_i]
 
 Only label rows go through the output head, a slice at a time, and each slice's gradient with respect to the hidden
-states is taken at once: the head is frozen, so nothing else is needed from its logits. A slice never spans two chunks.
+states is taken at once, so that nothing is needed from its logits later. A slice never spans two chunks. An adapter on
+the head gets its gradient in the same moment (`AdapterBank` adds it to `.grad`): that of the plain sum of all losses.
 """
 
 from __future__ import annotations
@@ -19,23 +20,30 @@ SLICE_ROWS = 512  # at a vocabulary of 128 K: 0.26 GB of fp32 logits at a time
 LabelledRows = tuple[Tensor, Tensor]
 """(rows int64 [n] of the hidden states, labels int64 [n])"""
 
+Head = Callable[[Tensor, int, Tensor], Tensor]
+"""(hidden states [n, h], number of their chunk, their rows int64 [n]) -> logits [n, vocabulary]"""
 
-def chunk_losses(hidden: Tensor, head: Callable[[Tensor], Tensor], chunks: Sequence[LabelledRows]) -> Tensor:
-    """hidden `[tokens, h]`, frozen `head: [n, h] -> [n, vocabulary]` -> `[len(chunks)]`, each the sum of its token
-    losses, in fp32 or wider.
+
+def chunk_losses(hidden: Tensor, head: Head, chunks: Sequence[LabelledRows], trained: Sequence[Tensor] = ()) -> Tensor:
+    """hidden `[tokens, h]` -> `[len(chunks)]`, each the sum of its token losses, in fp32 or wider.
+
+    `trained` are the weights of the head's own adapters: they make a graph grow where the hidden states have none.
     """
-    losses: Tensor = _ChunkLosses.apply(hidden, head, chunks)  # type: ignore[no-untyped-call]
+    with_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, *trained))
+    losses: Tensor = _ChunkLosses.apply(hidden, head, chunks, with_gradient, *trained)  # type: ignore[no-untyped-call]
     return losses
 
 
 class _ChunkLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Callable[[Tensor], Tensor], chunks: Sequence[LabelledRows]) -> Tensor:
-        ctx.hidden_shape, ctx.rows = hidden.shape, [rows for rows, _ in chunks]
+    def forward(
+        ctx: Any, hidden: Tensor, head: Head, chunks: Sequence[LabelledRows], with_gradient: bool, *trained: Tensor
+    ) -> Tensor:
+        ctx.hidden_shape, ctx.rows, ctx.trained = hidden.shape, [rows for rows, _ in chunks], len(trained)
         losses, gradients = [], []
-        for rows, labels in chunks:
+        for number, (rows, labels) in enumerate(chunks):
             slices = [
-                _slice_loss(hidden[row_slice].detach(), head, label_slice, ctx.needs_input_grad[0])
+                _slice_loss(hidden, head, number, row_slice, label_slice, with_gradient)
                 for row_slice, label_slice in zip(rows.split(SLICE_ROWS), labels.split(SLICE_ROWS), strict=True)
             ]
             losses.append(torch.stack([loss for loss, _ in slices]).sum())
@@ -44,28 +52,29 @@ class _ChunkLosses(torch.autograd.Function):
         return torch.stack(losses)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.saved_tensors
         total = gradients[0].new_zeros(ctx.hidden_shape)
         for rows, gradient, scale in zip(ctx.rows, gradients, grads[0].to(total.dtype), strict=True):
             total[rows] = gradient * scale
-        return total, None, None
+        return total, None, None, None, *[None] * ctx.trained
 
 
 def _slice_loss(
-    hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, with_gradient: bool
+    hidden: Tensor, head: Head, chunk: int, rows: Tensor, labels: Tensor, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """Summed loss of a few rows, and its gradient with respect to them: `(softmax(logits) - one_hot(labels)) d logits /
     d hidden`.
     """
+    part = hidden[rows].detach().requires_grad_(with_gradient)
     with torch.set_grad_enabled(with_gradient):
-        logits = head(hidden.requires_grad_(with_gradient))
+        logits = head(part, chunk, rows)
     wide = torch.promote_types(logits.dtype, torch.float32)
     log_p = torch.log_softmax(logits.detach(), dim=-1, dtype=wide)
     loss = -log_p.gather(1, labels[:, None]).sum()
     if not with_gradient:
-        return loss, hidden.new_empty(0)
+        return loss, part.new_empty(0)
     dlogits = log_p.exp_()
     dlogits[torch.arange(len(labels), device=labels.device), labels] -= 1.0
-    (gradient,) = torch.autograd.grad(logits, hidden, dlogits.to(logits.dtype))
+    (gradient,) = torch.autograd.grad(logits, part, dlogits.to(logits.dtype))
     return loss, gradient

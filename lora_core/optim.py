@@ -1,19 +1,20 @@
 """One flat fp32 vector a job: A and B, their gradient, and AdamW's two moments.
 
 The vector is the unit of everything that happens between steps: one optimizer call, one all-reduce, one checkpoint
-blob. A and B are views into it: all A in the model's order, then all B, so that each kind is one slice. Every tensor
-starts at a multiple of 8 numbers, as vector loads want; what lies between stays zero. The gradient carries two more
-numbers at its end, the sum of token losses and the count of supervised tokens, so that ranks agree on all three in one
-message. Where the base computes in bf16, a bf16 copy of the vector is what products use; it is made anew after each
-step. A base in fp64 makes all of it fp64.
+blob. A and B are views into it: all A in the model's order, then all B, then DoRA's m, so that each kind is one slice.
+Every tensor starts at a multiple of 8 numbers, as vector loads want; what lies between stays zero. The gradient carries
+two more numbers at its end, the sum of token losses and the count of supervised tokens, so that ranks agree on all
+three in one message. Where the base computes in bf16, a bf16 copy of the vector is what products use; it is made anew
+after each step. A base in fp64 makes all of it fp64.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from safetensors.torch import load, save
@@ -62,6 +63,41 @@ class NoGradientError(ValueError):
     """Some adapted modules take no part in the model's output, so that they would never learn."""
 
 
+class FlatAdapter:
+    """A copy of an adapter's A, B and m on one vector, and the vector in the dtype that the base computes in.
+
+    `adapter` has views into both, `size_a` is where B begins.
+    """
+
+    def __init__(self, start: Adapter, device: torch.device, dtype: torch.dtype) -> None:
+        weights = start.trained
+        offsets = [0, *accumulate(-(-weight.numel() // ALIGNMENT) * ALIGNMENT for weight in weights)]
+        self.size_a = offsets[len(start.a)]
+        self.vector = torch.zeros(offsets[-1], device=device, dtype=torch.promote_types(dtype, torch.float32))
+        self._layout = list(zip(offsets, [weight.shape for weight in weights], strict=False))
+        for view, weight in zip(self.views(self.vector), weights, strict=True):
+            view.copy_(weight.detach())
+        self.cast = self.vector.to(dtype)  # the vector itself where the dtype is its own
+        views, casts, count = self.views(self.vector), self.views(self.cast), len(start.a)
+        pairs = zip(casts[:count], casts[count : 2 * count], strict=True)
+        self.adapter = replace(
+            start,
+            a=dict(zip(start.a, views[:count], strict=True)),
+            b=dict(zip(start.b, views[count : 2 * count], strict=True)),
+            cast=dict(zip(start.a, pairs, strict=True)),
+            magnitude=dict(zip(start.magnitude, views[2 * count :], strict=True)),
+        )
+
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """Every A, then every B, then every m, in a vector of this layout."""
+        return [vector[offset : offset + shape.numel()].view(shape) for offset, shape in self._layout]
+
+    def update_cast(self) -> None:
+        """After the vector changed."""
+        if self.cast is not self.vector:
+            self.cast.copy_(self.vector)
+
+
 class FlatAdamW:
     """A, B and AdamW of one job, on one vector. `adapter` is what the bank computes with; its A and B are views."""
 
@@ -70,54 +106,39 @@ class FlatAdamW:
     ) -> None:
         """`start` holds the weights to begin with, which are copied; `dtype` is what the base computes in."""
         self.train, self.steps = train, 0
-        master = torch.promote_types(dtype, torch.float32)
-        places_a, size_a = _places(start.a.values(), 0)
-        places_b, size = _places(start.b.values(), size_a)
-        self.flat = torch.zeros(size, device=device, dtype=master)
-        for place, weight in zip((*places_a, *places_b), (*start.a.values(), *start.b.values()), strict=True):
-            self.flat[place] = weight.detach().reshape(-1).to(device, master)
-        self._cast = self.flat.to(dtype)  # the vector itself where the dtype is its own
-        self._message = torch.zeros(size + 2, device=device, dtype=master)
+        self._trained = FlatAdapter(start, device, dtype)
+        self._residual = FlatAdapter(start.residual, device, dtype) if start.residual is not None else None
+        residual = self._residual.adapter if self._residual is not None else None
+        self.adapter = replace(self._trained.adapter, residual=residual)
+        self.flat, self._cast = self._trained.vector, self._trained.cast
+        self._message = self.flat.new_zeros(self.flat.numel() + 2)
         self._grad = self._message[:-2]
-        a = {name: self._leaf(place, start.a[name]) for name, place in zip(start.a, places_a, strict=True)}
-        b = {name: self._leaf(place, start.b[name]) for name, place in zip(start.b, places_b, strict=True)}
-        cast = [
-            self._cast[place].view(like.shape)
-            for place, like in zip((*places_a, *places_b), (*a.values(), *b.values()), strict=True)
-        ]
-        pairs = zip(cast[: len(a)], cast[len(a) :], strict=True)
-        self.adapter = replace(start, a=a, b=b, cast=dict(zip(a, pairs, strict=True)))
+        for weight, grad in zip(self.adapter.trained, self._trained.views(self._grad), strict=True):
+            weight.requires_grad_().grad = grad  # the bank adds into it
         self.moments = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
-        self._adamw = self._optimizer(size_a)
+        self._adamw = self._two_groups()
 
-    def _leaf(self, place: slice, like: Tensor) -> Tensor:
-        """A leaf that shares the vector's memory; its .grad shares the message's, and the bank adds into it."""
-        leaf = self.flat[place].view(like.shape).detach().requires_grad_()
-        leaf.grad = self._grad[place].view(like.shape)
-        return leaf
-
-    def _optimizer(self, size_a: int) -> torch.optim.AdamW:
-        """Two groups, the slice of A and that of B, whose moments are slices of `moments`."""
-        groups = []
-        states = {}
-        for place in (slice(0, size_a), slice(size_a, None)):
-            part = self.flat[place]
-            part.grad = self._grad[place]
-            groups.append({"params": [part]})
-            exp_avg, exp_avg_sq = (moment[place] for moment in self.moments)
-            states[part] = {
-                "step": torch.zeros((), device=part.device),
-                "exp_avg": exp_avg,
-                "exp_avg_sq": exp_avg_sq,
-            }
-        adamw = torch.optim.AdamW(groups, lr=self.train.learning_rate, weight_decay=self.train.weight_decay, fused=True)
-        adamw.state.update(states)
+    def _two_groups(self) -> torch.optim.AdamW:
+        """AdamW of the slice of A and the slice of B and m, whose moments are slices of `moments`."""
+        parts = self.flat[: self._trained.size_a], self.flat[self._trained.size_a :]
+        adamw = torch.optim.AdamW(
+            [{"params": [part]} for part in parts],
+            lr=self.train.learning_rate,
+            weight_decay=self.train.weight_decay,
+            fused=True,
+        )
+        split = [self._trained.size_a, self.flat.numel() - self._trained.size_a]
+        slices = (vector.split(split) for vector in (self._grad, *self.moments))
+        for part, grad, exp_avg, exp_avg_sq in zip(parts, *slices, strict=True):
+            part.grad = grad
+            step = torch.zeros((), device=part.device)
+            adamw.state[part] = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         return adamw
 
     @property
     def parameters(self) -> int:
         """How many numbers are trained."""
-        return sum(weight.numel() for weight in (*self.adapter.a.values(), *self.adapter.b.values()))
+        return sum(weight.numel() for weight in self.adapter.trained)
 
     def add_loss(self, loss_sum: Tensor, tokens: int) -> None:
         """Count a micro-batch: its summed loss (detached) and its supervised tokens."""
@@ -144,26 +165,32 @@ class FlatAdamW:
         self._grad.div_(tokens)
         norm = float(torch.linalg.vector_norm(self._grad))
         if math.isfinite(norm) and math.isfinite(loss_sum):
-            if norm > self.train.max_grad_norm:
+            if self.train.max_grad_norm is not None and norm > self.train.max_grad_norm:
                 self._grad.mul_(self.train.max_grad_norm / norm)
-            for group in self._adamw.param_groups:
-                group["lr"] = rate
+            group_a, group_b = self._adamw.param_groups
+            group_a["lr"], group_b["lr"] = rate, rate * self.train.loraplus_lr_ratio
             self._adamw.step()
             self.steps += 1
-            self._update_cast()
+            self._refresh(self._trained)
         outcome = StepOutcome(loss=loss_sum / tokens, tokens=int(tokens), grad_norm=norm)
         self._message.zero_()
         return outcome
 
-    def _update_cast(self) -> None:
-        if self._cast is not self.flat:
-            self._cast.copy_(self.flat)
+    def _refresh(self, *changed: FlatAdapter) -> None:
+        """What is made from A and B: their bf16 copy now, DoRA's norms at their next use."""
+        for part in changed:
+            part.update_cast()
+        self.adapter.norm.clear()
 
     def _refuse_missing_gradient(self) -> None:
-        """On the first step every B must have a gradient (A has none yet, since B is zero); without one it would never
-        learn.
+        """On the first step every module must have a gradient: of B where B is zero, of A where A is. Without one it
+        would never learn.
         """
-        silent = [name for name, b in self.adapter.b.items() if b.grad is None or not bool(b.grad.any())]
+        silent = [
+            name
+            for name, a in self.adapter.a.items()
+            if not any(weight.grad is not None and bool(weight.grad.any()) for weight in (a, self.adapter.b[name]))
+        ]
         if silent:
             self._message.zero_()
             raise NoGradientError(
@@ -171,9 +198,14 @@ class FlatAdamW:
                 " target_modules"
             )
 
+    def _state(self) -> dict[str, Tensor]:
+        """PiSSA's residual counts: another machine may find other singular vectors."""
+        state = {"flat": self.flat, "exp_avg": self.moments[0], "exp_avg_sq": self.moments[1]}
+        return state if self._residual is None else state | {"residual": self._residual.vector}
+
     def dump(self, counters: dict[str, float | int | str]) -> bytes:
         """One safetensors blob from which `restore` continues bit for bit."""
-        tensors = {"flat": self.flat, "exp_avg": self.moments[0], "exp_avg_sq": self.moments[1]}
+        tensors = self._state()
         counters = {**counters, "adam_steps": self.steps}
         return save(
             {name: tensor.detach().cpu() for name, tensor in tensors.items()}, {"counters": json.dumps(counters)}
@@ -193,19 +225,10 @@ class FlatAdamW:
                 f"the checkpoint holds {tensors['flat'].numel()} parameters, this job has {self.flat.numel()}"
             )
         with torch.no_grad():
-            for own, saved in zip((self.flat, *self.moments), ("flat", "exp_avg", "exp_avg_sq"), strict=True):
-                own.copy_(tensors[saved])
-            self._update_cast()
+            for name, own in self._state().items():
+                own.copy_(tensors[name])
+        self._refresh(*filter(None, (self._trained, self._residual)))
         self.steps = int(counters["adam_steps"])
         for state in self._adamw.state.values():
             state["step"].fill_(self.steps)
         return counters
-
-
-def _places(tensors: Iterable[Tensor], start: int) -> tuple[list[slice], int]:
-    """Where each tensor lies in a vector from `start` on, and where the next one may."""
-    places = []
-    for tensor in tensors:
-        places.append(slice(start, start + tensor.numel()))
-        start += -(-tensor.numel() // ALIGNMENT) * ALIGNMENT
-    return places, start

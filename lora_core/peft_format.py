@@ -1,9 +1,11 @@
 """An adapter on disk, exactly as PEFT and vLLM read it: `adapter_config.json` and `adapter_model.safetensors`.
 
-Keys are `base_model.model.<module>.lora_A.weight` `[r, in]` and `.lora_B.weight` `[out, r]`, for GPT-2's `Conv1D` too
-(PEFT 0.21, `peft/utils/save_and_load.py`). The published form has the scale folded into B and says `lora_alpha = r`, so
-that every reader computes the same whatever it makes of rsLoRA or alpha patterns (vLLM ignores patterns); the unfolded
-fp32 master stays in the checkpoint.
+Keys are `base_model.model.<module>.lora_A.weight` `[r, in]` and `.lora_B.weight` `[out, r]`, for GPT-2's `Conv1D` too,
+and with DoRA `.lora_magnitude_vector` `[out]` (PEFT 0.21, `peft/utils/save_and_load.py`). The published form has each
+module's scale folded into B, zeros up to the largest rank, and says `lora_alpha = r`, so that every reader computes the
+same whatever it makes of rsLoRA or patterns (vLLM ignores them); the unfolded fp32 master stays in the checkpoint. A
+residual (PiSSA) becomes further ranks, as in PEFT's conversion: `s B A - s B0 A0 = [s B, -s B0] [A; A0]`, which belongs
+to the base as it is.
 """
 
 from __future__ import annotations
@@ -13,17 +15,27 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+import torch
+from pydantic import ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from lora_core.adapter_bank import Adapter, AdapterBank
+from lora_core.config import RanksAndScales
+from lora_core.dora import weight_of
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_Part = Literal["A", "B", "magnitude"]
+_SUFFIXES: dict[_Part, str] = {
+    "A": ".lora_A.weight",
+    "B": ".lora_B.weight",
+    "magnitude": ".lora_magnitude_vector",
+}
 _UNREADABLE = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -37,7 +49,6 @@ _UNREADABLE = (
     "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
-    "use_dora",
     "use_qalora",
     "velora_config",
 )
@@ -49,15 +60,18 @@ changed one.
 """
 
 
-class _PeftConfig(BaseModel):
+class _PeftConfig(RanksAndScales):
     """What is read of `adapter_config.json`."""
 
     peft_type: Literal["LORA"]
-    r: int = Field(ge=1)
-    lora_alpha: float
     target_modules: str | list[str]
-    use_rslora: bool = False
+    use_dora: bool = False
     bias: Literal["none"] = "none"
+
+    @field_validator("rank_pattern", "alpha_pattern", mode="before")
+    @classmethod
+    def _null_is_no_pattern(cls, pattern: object) -> object:
+        return {} if pattern is None else pattern
 
 
 class AdapterFormatError(ValueError):
@@ -66,18 +80,20 @@ class AdapterFormatError(ValueError):
 
 def adapter_files(adapter: Adapter, bank: AdapterBank, base_name: str) -> dict[str, bytes]:
     """The two files of a published adapter. Equal weights give equal bytes, so their digest names the content."""
+    folded = {module: adapter.folded(module) for module in sorted(adapter.a)}
+    r = max(a.shape[0] for a, _ in folded.values())
     tensors: dict[str, Tensor] = {}
-    for module in sorted(adapter.a):
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = adapter.a[module].detach().float().cpu().contiguous()
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = (
-            (adapter.b[module].detach().float() * adapter.scale[module]).cpu().contiguous()
-        )
-    r = next(iter(adapter.a.values())).shape[0]
+    for module, (a, b) in folded.items():
+        missing = r - a.shape[0]
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = pad(a, (0, 0, 0, missing)).float().cpu().contiguous()
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = pad(b, (0, missing)).float().cpu().contiguous()
+    for module, m in adapter.magnitude.items():
+        tensors[f"{_PREFIX}{module}.lora_magnitude_vector"] = m.detach().float().cpu()
     config: dict[str, Any] = {
         "auto_mapping": None,
         "base_model_name_or_path": base_name,
         "bias": "none",
-        "fan_in_fan_out": any(isinstance(bank.linears[module], Conv1D) for module in adapter.a),
+        "fan_in_fan_out": any(isinstance(bank.modules[module], Conv1D) for module in adapter.a),
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": r,
@@ -89,6 +105,7 @@ def adapter_files(adapter: Adapter, bank: AdapterBank, base_name: str) -> dict[s
         "alpha_pattern": {},
         "target_modules": _target_list(adapter, bank),
         "task_type": "CAUSAL_LM",
+        "use_dora": bool(adapter.magnitude),
         "use_rslora": False,
     }
     return {
@@ -100,7 +117,7 @@ def adapter_files(adapter: Adapter, bank: AdapterBank, base_name: str) -> dict[s
 def read_adapter(folder: Path, bank: AdapterBank) -> Adapter:
     """Load PEFT files strictly: every key is used, every module exists, every shape fits.
 
-    Returns an adapter without gradients, its scale as the config says (1 for what this project published).
+    Returns an adapter without gradients, ranks and scales as the config says (1 for what this project published).
 
     Raises:
         AdapterFormatError: all that does not fit, in one sentence each.
@@ -115,24 +132,28 @@ def read_adapter(folder: Path, bank: AdapterBank) -> Adapter:
     except (OSError, ValueError, SafetensorError) as error:
         raise AdapterFormatError(f"{folder.name}: not a readable PEFT adapter ({error})") from error
     problems = _unsupported(raw)
-    a: dict[str, Tensor] = {}
-    b: dict[str, Tensor] = {}
-    shapes = bank.shapes("all-linear")
+    parts: dict[_Part, dict[str, Tensor]] = {"A": {}, "B": {}, "magnitude": {}}
+    shapes = bank.shapes(list(bank.modules))
     for key, tensor in tensors.items():
         module, part = _split_key(key)
         if part is None or module not in shapes:
-            problems.append(f"{key} belongs to no linear of this base model")
+            problems += _base_weight_problems(key, tensor, bank)
             continue
-        fan_in, fan_out = shapes[module]
-        if tuple(tensor.shape) != ((config.r, fan_in) if part == "A" else (fan_out, config.r)):
-            problems.append(
-                f"{key} has shape {list(tensor.shape)}, which does not fit r={config.r}, {fan_in} -> {fan_out}"
-            )
+        (fan_in, fan_out), r = shapes[module], config.rank_of(module)
+        if tuple(tensor.shape) != {"A": (r, fan_in), "B": (fan_out, r), "magnitude": (fan_out,)}[part]:
+            problems.append(f"{key} has shape {list(tensor.shape)}, which does not fit r={r}, {fan_in} -> {fan_out}")
         elif not tensor.is_floating_point():
             problems.append(f"{key} is {tensor.dtype}, not a floating-point tensor")
         else:
-            (a if part == "A" else b)[module] = tensor.float()
+            parts[part][module] = tensor.float()
+    a, b, magnitude = parts["A"], parts["B"], parts["magnitude"]
     problems += [f"{module} has only one of lora_A and lora_B" for module in sorted(a.keys() ^ b.keys())]
+    problems += [
+        f"{module} has a lora_magnitude_vector, which only use_dora and a lora_A give a meaning"
+        for module in sorted(magnitude.keys() - (a.keys() if config.use_dora else set()))
+    ]
+    if config.use_dora:
+        problems += [f"{module} has no lora_magnitude_vector" for module in sorted(a.keys() - magnitude.keys())]
     problems += [
         f"{module} is a target without weights" for module in _targets(config.target_modules, bank) if module not in a
     ]
@@ -140,9 +161,12 @@ def read_adapter(folder: Path, bank: AdapterBank) -> Adapter:
     if problems:
         shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
         raise AdapterFormatError(f"{folder.name}: {shown}")
-    scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
-    order = [module for module in bank.linears if module in a]
-    return Adapter(scale=dict.fromkeys(order, scale), a={m: a[m] for m in order}, b={m: b[m] for m in order})
+    order = [module for module in bank.modules if module in a]
+    scale = {module: config.scale_of(module) for module in order}
+    parts = {part: {module: held[module] for module in order if module in held} for part, held in parts.items()}
+    adapter = Adapter(scale, parts["A"], parts["B"], magnitude=parts["magnitude"])
+    bank.add_norms(adapter, order)
+    return adapter
 
 
 def _unsupported(config: dict[str, Any]) -> list[str]:
@@ -151,16 +175,25 @@ def _unsupported(config: dict[str, Any]) -> list[str]:
         problems.append(
             f"init_lora_weights is {config['init_lora_weights']}, so it belongs to a changed base: convert it to LoRA"
         )
-    if config.get("rank_pattern") or config.get("alpha_pattern"):
-        problems.append("it has rank_pattern or alpha_pattern: publish it with the scale folded into B")
     return problems
 
 
-def _split_key(key: str) -> tuple[str, Literal["A", "B"] | None]:
-    for part, suffix in (("A", ".lora_A.weight"), ("B", ".lora_B.weight")):
+def _split_key(key: str) -> tuple[str, _Part | None]:
+    for part, suffix in _SUFFIXES.items():
         if key.startswith(_PREFIX) and key.endswith(suffix):
-            return key[len(_PREFIX) : -len(suffix)], "A" if part == "A" else "B"
+            return key[len(_PREFIX) : -len(suffix)], part
     return key, None
+
+
+def _base_weight_problems(key: str, tensor: Tensor, bank: AdapterBank) -> list[str]:
+    """PEFT saves the base's own weight of an adapted output head along; it must be the one here."""
+    module = key.removeprefix(_PREFIX).removesuffix(".base_layer.weight")
+    if key != f"{_PREFIX}{module}.base_layer.weight" or module not in bank.modules:
+        return [f"{key} belongs to no linear of this base model"]
+    own = weight_of(bank.modules[module])
+    if own.shape == tensor.shape and torch.equal(own, tensor.to(own.device, own.dtype)):
+        return []
+    return [f"{key} is another weight than this base model has there"]
 
 
 def _target_list(adapter: Adapter, bank: AdapterBank) -> list[str]:
@@ -177,4 +210,4 @@ def _targets(target_modules: str | list[str], bank: AdapterBank) -> list[str]:
     for entry in [target_modules] if isinstance(target_modules, str) else [[name] for name in target_modules]:
         with contextlib.suppress(ValueError):
             chosen.update(bank.select(entry))
-    return [module for module in bank.linears if module in chosen]
+    return [module for module in bank.modules if module in chosen]

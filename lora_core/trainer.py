@@ -17,6 +17,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -232,9 +233,18 @@ class TrainEngine:
 
 
 def _losses(base: BaseModel, bank: AdapterBank, runs: Sequence[Run], batch: PackedBatch) -> Tensor:
+    starts = list(accumulate((run.rows for run in runs), initial=0))
+
+    def head(hidden: Tensor, chunk: int, rows: Tensor) -> Tensor:
+        run = runs[chunk]
+        keys = None if run.dropout_keys is None else run.dropout_keys[rows - starts[chunk]]
+        with bank.routed([Run(run.adapter, len(rows), keys)]):
+            return base.head(hidden)
+
     with bank.routed(runs):
         hidden = base.hidden(batch.ids, batch.positions, PackedAttention(batch.lengths))[0]
-    return chunk_losses(hidden, base.head, [(chunk.label_rows, chunk.labels) for chunk in batch.chunks])
+    labelled = [(chunk.label_rows, chunk.labels) for chunk in batch.chunks]
+    return chunk_losses(hidden, head, labelled, bank.head_weights(runs))
 
 
 @torch.no_grad()

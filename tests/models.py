@@ -46,6 +46,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "gemma2": transformers.Gemma2Config(
         **_LLAMA, head_dim=16, sliding_window=7, attn_logit_softcapping=3.0, final_logit_softcapping=5.0
     ),
+    "gemma2-untied": transformers.Gemma2Config(
+        **_LLAMA, head_dim=16, sliding_window=7, final_logit_softcapping=5.0, tie_word_embeddings=False
+    ),
     "gemma3": transformers.Gemma3TextConfig(
         **_LLAMA, head_dim=16, sliding_window=7, layer_types=["sliding_attention", "full_attention"]
     ),
@@ -54,7 +57,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
 
 
 def tiny_model(kind: str, seed: int = 0, attention: str = ATTENTION_NAME) -> PreTrainedModel:
-    """Random weights large enough that attention, windows and caps show in the logits; frozen, in eval mode."""
+    """Random weights and biases large enough that attention, windows and caps show in the logits; frozen, in eval mode."""
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         copy.deepcopy(CONFIGS[kind]), attn_implementation=attention
@@ -63,6 +66,9 @@ def tiny_model(kind: str, seed: int = 0, attention: str = ATTENTION_NAME) -> Pre
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 1.5 * parameter.shape[-1] ** -0.5)
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_(0, 0.3)
     return model.eval().requires_grad_(False)
 
 

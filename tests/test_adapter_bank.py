@@ -52,6 +52,9 @@ LLAMA_TARGETS: list[str | list[str]] = [
     ["model.layers.1.mlp.up_proj"],
     r".*layers\.1\..*(q_proj|gate_proj)",
     r"model\.layers\.\d+\.self_attn\.(k|o)_proj",
+    ["lm_head"],
+    ["v_proj", "lm_head"],
+    r".*(q_proj|lm_head)",
 ]
 GPT2_TARGETS: list[str | list[str]] = [
     "all-linear",
@@ -89,11 +92,11 @@ def test_shapes_are_in_and_out_for_linear_and_conv1d() -> None:
 @pytest.mark.parametrize(
     ("kind", "targets"),
     [
-        ("llama", ["lm_head"]),
-        ("llama", ["q_proj", "lm_head"]),
+        ("gemma", ["lm_head"]),
+        ("gemma", ["q_proj", "lm_head"]),
+        ("gemma", r".*(q_proj|lm_head)"),
         ("llama", ["embed_tokens"]),
         ("llama", ["model.embed_tokens"]),
-        ("llama", r".*(q_proj|lm_head)"),
         ("llama", ".*"),
         ("gpt2", ["wte"]),
         ("gpt2", ["c_attn", "lm_head"]),
@@ -102,7 +105,7 @@ def test_shapes_are_in_and_out_for_linear_and_conv1d() -> None:
 )
 def test_head_and_embedding_are_refused_with_the_reason(kind: str, targets: str | list[str]) -> None:
     with pytest.raises(
-        ValueError, match=r"output head or an embedding.*Choose from c_attn|output head.*Choose from down_proj"
+        ValueError, match=r"(an embedding|shares its weight with the embedding).*Choose from (c_attn|down_proj)"
     ):
         AdapterBank(tiny_model(kind)).select(targets)
 
@@ -113,7 +116,7 @@ def test_head_and_embedding_are_refused_with_the_reason(kind: str, targets: str 
 def test_entry_that_matches_nothing_is_named_with_what_exists(targets: str | list[str]) -> None:
     with pytest.raises(ValueError, match="matches no module") as caught:
         AdapterBank(tiny_model("llama")).select(targets)
-    assert "Choose from down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj, or all-linear." in str(
+    assert "Choose from down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj, or all-linear." in str(
         caught.value
     )
     for wrong in [targets] if isinstance(targets, str) else set(targets) - {"q_proj"}:

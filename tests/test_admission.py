@@ -58,7 +58,7 @@ def test_an_admitted_job_has_its_rows_in_storage_and_a_summary(tmp_path: Path, s
     ("options", "sentence"),
     [
         ({"lora": {"target_modules": ["q_porj"]}}, "'q_porj' matches no module. Choose from down_proj, gate_proj"),
-        ({"lora": {"target_modules": ["lm_head"]}}, "the output head or an embedding"),
+        ({"lora": {"target_modules": ["lm_head"]}}, "the output head, which shares its weight with the embedding"),
         ({"base_model": "/no/such/model"}, "base_model: base model /no/such/model: there is no such file or directory"),
         ({"base_model": "no-such/model"}, "it is no alias of LORA_BASE_MODELS, no local path, and the hub did not"),
         ({"dataset": "/no/such/rows.jsonl"}, "dataset: /no/such/rows.jsonl is not a file that can be read here"),

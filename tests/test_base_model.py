@@ -57,7 +57,7 @@ def no_building(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         def build(*_: Any) -> None:
             raise AssertionError("it was converted again")
 
-        monkeypatch.setattr(base_model, "_write_dense", build)
+        monkeypatch.setattr(base_model, "write_dense", build)
 
     return forbid
 
@@ -194,13 +194,13 @@ import sys, time
 from pathlib import Path
 import torch
 from lora_core import base_model
-write = base_model._write_dense
+write = base_model.write_dense
 def slow_write(model, folder):
     with open(sys.argv[3], "a") as log:
         log.write("built\\n")
     time.sleep(1.5)
     write(model, folder)
-base_model._write_dense = slow_write
+base_model.write_dense = slow_write
 print("ready", flush=True)
 sys.stdin.readline()
 base = base_model.load_base(sys.argv[1], precision="bf16", cache_dir=Path(sys.argv[2]), device=torch.device("cpu"))
@@ -253,7 +253,7 @@ def test_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(base_model, "_write_dense", full_disk)
+        patch.setattr(base_model, "write_dense", full_disk)
         with pytest.raises(OSError, match="No space left"):
             load(folder, tmp_path / "cache", "bf16")
     assert [path.suffix for path in (tmp_path / "cache" / "bases").iterdir()] == [".lock"]

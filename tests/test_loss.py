@@ -15,12 +15,16 @@ from lora_core.loss import chunk_losses
 WEIGHT = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
 
 
-def head(hidden: Tensor) -> Tensor:
+def logits_of(hidden: Tensor) -> Tensor:
     return hidden @ WEIGHT.to(hidden.dtype).t()
 
 
-def capped_head(hidden: Tensor) -> Tensor:
-    return torch.tanh(head(hidden) / 3.0) * 3.0
+def head(hidden: Tensor, chunk: int, rows: Tensor) -> Tensor:
+    return logits_of(hidden)
+
+
+def capped_head(hidden: Tensor, chunk: int, rows: Tensor) -> Tensor:
+    return torch.tanh(logits_of(hidden) / 3.0) * 3.0
 
 
 def chunk(rows: list[int], seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -44,7 +48,12 @@ def test_losses_and_gradient_are_cross_entropys(
     monkeypatch.setattr(loss, "SLICE_ROWS", slice_rows)
     hidden, same = hidden_rows(), hidden_rows()
     losses = chunk_losses(hidden, function, CHUNKS)
-    expected = torch.stack([F.cross_entropy(function(same[rows]), labels, reduction="sum") for rows, labels in CHUNKS])
+    expected = torch.stack(
+        [
+            F.cross_entropy(function(same[rows], number, rows), labels, reduction="sum")
+            for number, (rows, labels) in enumerate(CHUNKS)
+        ]
+    )
     torch.testing.assert_close(losses, expected)
     weights = torch.tensor([1.0, -2.0, 0.5, 3.0])  # each chunk by its own factor
     (losses * weights).sum().backward()
@@ -58,11 +67,14 @@ def test_only_label_rows_meet_the_head_and_few_at_a_time(monkeypatch: pytest.Mon
     monkeypatch.setattr(loss, "SLICE_ROWS", 5)
     seen: list[int] = []
 
-    def counting(hidden: Tensor) -> Tensor:
-        seen.append(len(hidden))
-        return head(hidden)
+    def counting(part: Tensor, chunk: int, rows: Tensor) -> Tensor:
+        assert torch.equal(part, hidden[rows])
+        assert set(rows.tolist()) <= set(CHUNKS[chunk][0].tolist())
+        seen.append(len(part))
+        return logits_of(part)
 
-    chunk_losses(hidden_rows(), counting, CHUNKS)
+    hidden = hidden_rows()
+    chunk_losses(hidden, counting, CHUNKS)
     assert max(seen) == 5
     assert sum(seen) == 23
 
@@ -81,7 +93,7 @@ def test_softmax_is_taken_in_fp32_or_wider(dtype: torch.dtype, wide: torch.dtype
     losses = chunk_losses(hidden, head, CHUNKS)
     assert losses.dtype == wide
     expected = torch.stack(
-        [F.cross_entropy(head(hidden[rows]).to(wide), labels, reduction="sum") for rows, labels in CHUNKS]
+        [F.cross_entropy(logits_of(hidden[rows]).to(wide), labels, reduction="sum") for rows, labels in CHUNKS]
     )
     torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
     losses.sum().backward()

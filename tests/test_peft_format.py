@@ -26,13 +26,19 @@ from lora_core.peft_format import CONFIG_FILE, WEIGHTS_FILE, AdapterFormatError,
 from tests.models import VOCABULARY, tiny_base, tiny_model
 
 IDS = torch.randint(3, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(0))
-pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:Unable to fetch")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:fan_in_fan_out", "ignore:Unable to fetch", "ignore:Setting `save_embedding_layers`"
+)
 
 
 def trained(bank: AdapterBank, config: LoraConfig, seed: int = 1) -> Adapter:
     fresh = init_adapter(bank, config, seed)
     stream = torch.Generator().manual_seed(seed)
-    return replace(fresh, b={name: torch.randn(b.shape, generator=stream) * 0.1 for name, b in fresh.b.items()})
+    return replace(
+        fresh,
+        b={name: torch.randn(b.shape, generator=stream) * 0.1 for name, b in fresh.b.items()},
+        magnitude={name: m + torch.rand(m.shape, generator=stream) for name, m in fresh.magnitude.items()},
+    )
 
 
 def write(adapter: Adapter, bank: AdapterBank, folder: Path) -> Path:
@@ -54,7 +60,23 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-few": ("llama", {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"]}),
     "llama-one-layer": ("llama", {"r": 4, "lora_alpha": 9, "target_modules": ["layers.1.self_attn.v_proj", "o_proj"]}),
     "qwen2": ("qwen2", {"r": 3, "lora_alpha": 7}),
+    "llama-dora": ("llama", {"r": 8, "lora_alpha": 12, "use_dora": True}),
+    "qwen2-dora-rslora": ("qwen2", {"r": 4, "lora_alpha": 7, "use_rslora": True, "use_dora": True}),
+    "gpt2-dora": ("gpt2", {"r": 8, "lora_alpha": 12, "use_dora": True, "rank_pattern": {"c_fc": 3}}),
+    "llama-head": ("llama", {"r": 4, "lora_alpha": 6, "target_modules": ["lm_head"]}),
+    "llama-head-dora": ("llama", {"r": 4, "lora_alpha": 6, "target_modules": ["lm_head", "q_proj"], "use_dora": True}),
     "gpt2": ("gpt2", {"r": 8, "lora_alpha": 12}),
+    "llama-patterns": (
+        "llama",
+        {
+            "r": 4,
+            "lora_alpha": 6,
+            "rank_pattern": {r"layers\.0\..*q_proj": 2, "q_proj": 9, "mlp.down_proj": 3},
+            "alpha_pattern": {"v_proj": 1, r"model\.layers\.1\..*": 9},
+            "use_rslora": True,
+        },
+    ),
+    "gpt2-patterns": ("gpt2", {"rank_pattern": {"attn.c_proj": 2, "c_proj": 5}, "alpha_pattern": {"c_attn": 3}}),
     "gpt2-rslora": ("gpt2", {"r": 4, "lora_alpha": 2, "use_rslora": True, "target_modules": ["c_attn", "mlp.c_proj"]}),
 }
 
@@ -91,12 +113,39 @@ def test_we_compute_the_same_from_pefts_files(name: str, tmp_path: Path) -> None
     for parameter_name, parameter in model.named_parameters():
         if "lora_B" in parameter_name:
             parameter.normal_(0, 0.1)
+        if "lora_magnitude_vector" in parameter_name:
+            parameter.add_(torch.rand_like(parameter))
     model.save_pretrained(str(tmp_path))
     base = tiny_base(kind)
     bank = AdapterBank(base.model)
     adapter = read_adapter(tmp_path, bank)
     assert not any(weight.requires_grad for weight in (*adapter.a.values(), *adapter.b.values()))
+    # Read back by PEFT, since it writes a pattern's keys in alphabetic order, and the first that matches counts.
+    model = peft.PeftModel.from_pretrained(tiny_model(kind, attention="eager"), str(tmp_path)).eval()
     torch.testing.assert_close(our_logits(base, bank, adapter), model(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_pissa_adapter_is_published_for_the_base_as_it_is(kind: str, dora: bool, tmp_path: Path) -> None:
+    """Ranks of the trained and the first product side by side; untrained it changes nothing, trained it does."""
+    base = tiny_base(kind)
+    bank = AdapterBank(base.model)
+    options: dict[str, Any] = {"r": 5, "rank_pattern": {"c_proj|q_proj": 3}, "init_lora_weights": "pissa"}
+    adapter = init_adapter(bank, LoraConfig(**options, use_dora=dora), seed=0)
+    plain = tiny_model(kind, attention="eager")(IDS).logits
+    for step in range(2):
+        folder = write(adapter, bank, tmp_path / str(step))
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (10, 10, True)
+        theirs = peft.PeftModel.from_pretrained(tiny_model(kind, attention="eager"), str(folder)).eval()(IDS).logits
+        torch.testing.assert_close(theirs, our_logits(base, bank, adapter), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(theirs, our_logits(base, bank, read_adapter(folder, bank)), rtol=1e-4, atol=1e-4)
+        assert (float((theirs - plain).abs().max()) > 0.1) == bool(step)
+        for b in adapter.b.values():
+            b.mul_(1.2)
+        adapter.norm.clear()
 
 
 def test_config_is_what_peft_and_vllm_read(tmp_path: Path) -> None:
@@ -201,13 +250,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "another method": (edit_config(peft_type="LOHA"), "peft_type: Input should be 'LORA'"),
     "other r": (edit_config(r=8), r"does not fit r=8"),
     "biases": (edit_config(bias="lora_only"), "bias: Input should be 'none'"),
-    "dora": (edit_config(use_dora=True), "use_dora is set"),
+    "dora without m": (edit_config(use_dora=True), "q_proj has no lora_magnitude_vector"),
     "whole modules": (edit_config(modules_to_save=["lm_head"]), "modules_to_save is set"),
     "some layers": (edit_config(layers_to_transform=[0]), "layers_to_transform is set"),
     "excluded": (edit_config(exclude_modules=["q_proj"]), "exclude_modules is set"),
     "tokens": (edit_config(trainable_token_indices=[1]), "trainable_token_indices is set"),
-    "patterns": (edit_config(rank_pattern={"q_proj": 8}), "rank_pattern or alpha_pattern"),
-    "alpha patterns": (edit_config(alpha_pattern={"q_proj": 8}), "rank_pattern or alpha_pattern"),
+    "another rank": (edit_config(rank_pattern={"q_proj": 8}), "q_proj.lora_A.weight has .* does not fit r=8, 64 -> 64"),
+    "no rank": (edit_config(rank_pattern={"q_proj": 0}), "rank_pattern.q_proj: Input should be greater"),
+    "no number": (edit_config(alpha_pattern={"q_proj": "x"}), "alpha_pattern.q_proj: Input should be a valid number"),
+    "no expression": (edit_config(alpha_pattern={"(": 2}), "alpha_pattern: .* no regular expression"),
     "changed base": (edit_config(init_lora_weights="pissa"), "init_lora_weights is pissa"),
     "more targets": (edit_config(target_modules="all-linear"), "k_proj is a target without weights"),
     "a target of another family": (
@@ -220,13 +271,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "renamed": (edit_weights(renamed), "query.lora_A.weight belongs to no linear"),
     "head": (
         edit_weights(lambda tensors: tensors.update({"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 64)})),
-        "lm_head.lora_A.weight belongs to no linear",
+        "lm_head has only one of",
     ),
     "magnitudes": (
         edit_weights(
             lambda tensors: tensors.update({Q_A.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(64)})
         ),
-        "lora_magnitude_vector belongs to no linear",
+        "q_proj has a lora_magnitude_vector, which only use_dora",
     ),
     "no prefix": (edit_weights(lambda tensors: tensors.update({"x" + Q_A: tensors.pop(Q_A)})), "belongs to no linear"),
     "transposed": (
@@ -253,6 +304,40 @@ def test_damaged_adapter_is_refused(damage: str, tmp_path: Path) -> None:
     assert str(caught.value).startswith("triage: ")
 
 
+M = Q_A.replace("lora_A.weight", "lora_magnitude_vector")
+DORA_DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "not said": (edit_config(use_dora=False), "q_proj has a lora_magnitude_vector, which only use_dora"),
+    "one is gone": (edit_weights(lambda tensors: tensors.pop(M)), "layers.0.self_attn.q_proj has no lora_magnitude"),
+    "alone": (
+        edit_weights(lambda tensors: tensors.update({M.replace("q_proj", "v_proj"): torch.ones(32)})),
+        "v_proj has a lora_magnitude_vector, which only use_dora and a lora_A",
+    ),
+    "a matrix": (edit_weights(lambda tensors: tensors.update({M: torch.ones(64, 1)})), r"has shape \[64, 1\]"),
+    "another head": (
+        edit_weights(
+            lambda tensors: tensors.update({"base_model.model.lm_head.base_layer.weight": torch.ones(VOCABULARY, 64)})
+        ),
+        "lm_head.base_layer.weight is another weight than this base model has",
+    ),
+    "a head that is none": (
+        edit_weights(lambda tensors: tensors.update({"base_model.model.head.base_layer.weight": torch.ones(2, 2)})),
+        "head.base_layer.weight belongs to no linear",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DORA_DAMAGES)
+def test_damaged_dora_adapter_is_refused(damage: str, tmp_path: Path) -> None:
+    bank = AdapterBank(tiny_model("llama"))
+    targets = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], use_dora=True)
+    folder = write(trained(bank, targets), bank, tmp_path / "triage")
+    read_adapter(folder, bank)
+    change, message = DORA_DAMAGES[damage]
+    change(folder)
+    with pytest.raises(AdapterFormatError, match=message):
+        read_adapter(folder, bank)
+
+
 def test_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
     bank = AdapterBank(tiny_model("llama"))
     folder = write(trained(bank, LoraConfig(r=4)), bank, tmp_path)
@@ -265,9 +350,9 @@ def test_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
 def test_all_damage_is_told_at_once(tmp_path: Path) -> None:
     bank = AdapterBank(tiny_model("llama"))
     folder = write(trained(bank, LoraConfig(r=4)), bank, tmp_path)
-    edit_config(use_dora=True, rank_pattern={"q_proj": 2})(folder)
+    edit_config(lora_bias=True, rank_pattern={"k_proj": 2})(folder)
     edit_weights(renamed)(folder)
     with pytest.raises(AdapterFormatError) as caught:
         read_adapter(folder, bank)
-    for part in ("use_dora", "rank_pattern", "query", "q_proj has only one"):
+    for part in ("lora_bias is set", "does not fit r=2", "query", "q_proj has only one"):
         assert part in str(caught.value)

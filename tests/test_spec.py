@@ -93,13 +93,19 @@ def test_every_problem_is_reported_at_once_and_none_twice() -> None:
         ({"train": {"priority": 1}}, "unknown key 'train.priority': 'priority' belongs at the top level"),
         (
             {"lora": {"zzz": 1}},
-            "unknown key 'lora.zzz': the keys here are r, lora_alpha, target_modules, lora_dropout, use_rslora",
+            "unknown key 'lora.zzz': the keys here are r, lora_alpha, use_rslora, rank_pattern, alpha_pattern,"
+            " target_modules, lora_dropout, layers_to_transform, init_lora_weights, use_dora",
         ),
         ({"lora": 3}, "lora must be a block of options, not 3"),
         ({"train": None}, "train must be a block of options, not empty"),
         ({"lora": {"target_modules": ["q_proj", 1]}}, "lora.target_modules[1] must be text, not 1"),
         ({"lora": {"target_modules": []}}, "lora.target_modules must not be empty"),
         ({"lora": {"lora_alpha": True}}, "lora.lora_alpha must be a number, not true"),
+        (
+            {"lora": {"lora_dropout": 0.1, "use_dora": True}},
+            "lora.use_dora needs lora_dropout to be 0: with dropout PEFT computes another formula, in which the frozen"
+            " weights' product is dropped too",
+        ),
         ({"lora": {"lora_dropout": 1.0}}, "lora.lora_dropout must be less than 1.0, not 1.0"),
         ({"train": {"epochs": 1.5}}, "train.epochs must be a whole number, not 1.5"),
         ({"train": {"learning_rate": 0}}, "train.learning_rate must be more than 0.0, not 0"),

@@ -324,13 +324,14 @@ STEPS = 8
 JOINS, LEAVES, POISONED_AT = 3, 5, 4
 
 
-def eight_jobs(kind: str) -> list[EngineJob]:
+def nine_jobs(kind: str) -> list[EngineJob]:
     """Different ranks, targets, lengths, batches, schedules, dropout; enough chunks that a job's share one
     micro-batch.
     """
     some = ["c_attn", "mlp.c_proj"] if kind == "gpt2" else ["k_proj", "gate_proj"]
+    last = some[-1]
     return [
-        job("r1", examples=documents(9, 1), lora={"r": 1}, batch_size=3),
+        job("r1", examples=documents(9, 1), lora={"r": 1, "rank_pattern": {last: 7}}, batch_size=3),
         job("r64", examples=documents(20, 2), lora={"r": 64, "lora_dropout": 0.3}, batch_size=16, seed=1),
         job(
             "rs",
@@ -343,12 +344,17 @@ def eight_jobs(kind: str) -> list[EngineJob]:
         job(
             "some",
             examples=documents(12, 4),
-            lora={"r": 3, "target_modules": some},
+            lora={"r": 3, "target_modules": some, "alpha_pattern": {last: 20}, "layers_to_transform": [1]},
             batch_size=6,
             weight_decay=0.2,
+            loraplus_lr_ratio=3.0,
+            max_grad_norm=None,
             seed=3,
         ),
         job("short", examples=documents(8, 5, 2, 3), lora={"r": 16}, batch_size=2, lr_scheduler="constant", seed=4),
+        job(
+            "pissa", examples=documents(9, 9), lora={"r": 6, "init_lora_weights": "pissa", "lora_dropout": 0.2}, seed=8
+        ),
         job("poison", examples=documents(10, 6), lora={"r": 4, "lora_dropout": 0.1}, batch_size=5, seed=5),
         job(
             "late",
@@ -395,7 +401,7 @@ def train_in_company(kind: str, jobs: dict[str, EngineJob]) -> dict[str, tuple[l
 )
 def test_company_equals_alone_bit_for_bit(kind: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "CHUNK_TOKENS", 64)
-    jobs = {wanted.name: wanted for wanted in eight_jobs(kind)}
+    jobs = {wanted.name: wanted for wanted in nine_jobs(kind)}
     steps = dict.fromkeys(jobs, STEPS) | {"late": STEPS - JOINS, "early": LEAVES}
     with threads(count):
         company = train_in_company(kind, jobs)
@@ -560,6 +566,8 @@ def test_checkpoint_of_other_settings_or_rows_is_refused() -> None:
         {"warmup_ratio": 0.5},
         {"weight_decay": 0.1},
         {"max_grad_norm": 0.01},
+        {"max_grad_norm": None},
+        {"loraplus_lr_ratio": 4.0},
         {"seed": 3},
     ],
     ids=str,
@@ -579,7 +587,18 @@ def test_every_option_of_training_changes_the_result(option: dict[str, Any]) -> 
 
 @pytest.mark.parametrize(
     "option",
-    [{"r": 5}, {"lora_alpha": 9}, {"lora_dropout": 0.1}, {"use_rslora": True}, {"target_modules": ["q_proj"]}],
+    [
+        {"r": 5},
+        {"lora_alpha": 9},
+        {"lora_dropout": 0.1},
+        {"use_rslora": True},
+        {"target_modules": ["q_proj"]},
+        {"rank_pattern": {"down_proj": 2}},
+        {"alpha_pattern": {"down_proj": 16}},
+        {"layers_to_transform": [1]},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "pissa"},
+    ],
     ids=str,
 )
 def test_every_option_of_the_adapter_changes_the_result(option: dict[str, Any]) -> None:

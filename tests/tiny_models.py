@@ -73,14 +73,23 @@ def save_tiny_model(kind: str, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def random_adapter(bank: AdapterBank, seed: int, r: int = 4, size: float = 0.3, targets: str = "all-linear") -> Adapter:
-    """An adapter with a B that is not zero, strong enough to change answers."""
+def random_adapter(
+    bank: AdapterBank, seed: int, r: int = 4, size: float = 0.3, targets: str = "all-linear", dora: bool = False
+) -> Adapter:
+    """An adapter with a B that is not zero, strong enough to change answers; with DoRA m is not the norm either."""
     config = LoraConfig(
-        r=r, lora_alpha=2 * r, target_modules=targets if targets == "all-linear" else targets.split(",")
+        r=r,
+        lora_alpha=2 * r,
+        target_modules=targets if targets == "all-linear" else targets.split(","),
+        use_dora=dora,
     )
     fresh = init_adapter(bank, config, seed)
     stream = torch.Generator().manual_seed(seed)
-    return replace(fresh, b={name: torch.randn(b.shape, generator=stream) * size for name, b in fresh.b.items()})
+    return replace(
+        fresh,
+        b={name: torch.randn(b.shape, generator=stream) * size for name, b in fresh.b.items()},
+        magnitude={name: m + torch.rand(m.shape, generator=stream) * size for name, m in fresh.magnitude.items()},
+    )
 
 
 def write_adapter(adapter: Adapter, bank: AdapterBank, folder: Path) -> Path:

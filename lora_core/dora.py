@@ -1,0 +1,51 @@
+"""DoRA (Liu et al. 2024, https://arxiv.org/abs/2402.09353): every row of W + s B A gets a trained length m.
+
+    y = g * (W x + s B A x) + bias          g = m / ||W + s B A||          all [out], norms of rows
+
+The norm is a constant to the gradient (section 4.3 of the paper, and PEFT). The sum W + s B A is never made:
+
+    ||W + B A||^2 = ||W||^2 + 2 B . (W A^T) + B . (B A A^T)       s is in B; . multiplies by element and sums each row
+
+with ||W||^2 computed once for each linear. W A^T is one product of W with r rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+SLICE_ROWS = 4096
+"""Rows of a bf16 W that are widened at a time: 64 MB at 4,096 inputs, where a whole output head would be 2 GB."""
+
+
+class RowNorms:
+    """Row norms of W + s B A for the linears of one frozen base."""
+
+    def __init__(self, linears: Mapping[str, nn.Module]) -> None:
+        self._linears = linears
+        self._squared: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    @torch.no_grad()
+    def of(self, module: str, a: Tensor, b: Tensor) -> Tensor:
+        """[out] of A `[r, in]` and s B `[out, r]`, in fp32 or wider, where the base's weights are."""
+        weight = weight_of(self._linears[module])
+        wide = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
+        a, b = a.to(weight.device, wide), b.to(weight.device, wide)
+        parts = weight.split(SLICE_ROWS)
+        if (module, wide) not in self._squared:
+            self._squared[module, wide] = torch.cat([part.to(wide).square().sum(1) for part in parts])
+        wa = torch.cat([F.linear(part.to(wide), a) for part in parts])
+        squared = self._squared[module, wide] + 2 * (b * wa).sum(1) + (b * (b @ (a @ a.t()))).sum(1)
+        # A row of zeros (padding of a vocabulary) would otherwise divide 0 by 0 until B gives it a direction.
+        return squared.clamp_min(torch.finfo(wide).tiny).sqrt()
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """W `[out, in]` of an `nn.Linear`, or of GPT-2's `Conv1D`, which keeps its transpose."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    return weight.t() if isinstance(linear, Conv1D) else weight

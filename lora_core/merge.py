@@ -1,0 +1,40 @@
+"""An adapter merged into its base: a model directory that transformers and vLLM load like any other.
+
+vLLM serves no DoRA adapter; this is how it gets one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from lora_core.adapter_bank import Adapter, AdapterBank
+from lora_core.base_model import BaseModel, write_dense
+from lora_core.dora import weight_of
+
+
+def write_merged(adapter: Adapter, base: BaseModel, bank: AdapterBank, folder: Path) -> None:
+    """Config, tokenizer and weights W + scale B A (DoRA: each row times its gain), in the dtype of the base.
+
+    The sum is taken in fp32 and rounded once. The whole model is in memory twice until it is written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    merged = {f"{module}.weight": _merged_weight(adapter, bank, module) for module in adapter.a}
+    write_dense(base.model, folder, merged)
+    base.tokenizer.save_pretrained(folder)
+
+
+@torch.no_grad()
+def _merged_weight(adapter: Adapter, bank: AdapterBank, module: str) -> Tensor:
+    linear = bank.modules[module]
+    weight = weight_of(linear)
+    a, b = (part.to(weight.device) for part in adapter.folded(module))
+    wide = torch.promote_types(weight.dtype, a.dtype)
+    total = weight.to(wide) + b.to(wide) @ a.to(wide)
+    if module in adapter.magnitude:
+        norm = torch.linalg.vector_norm(total, dim=1).clamp_min(torch.finfo(wide).tiny)
+        total *= (adapter.magnitude[module].to(weight.device, wide) / norm)[:, None]
+    return (total.t() if isinstance(linear, Conv1D) else total).to(weight.dtype)

@@ -1,0 +1,274 @@
+"""What one adapter may choose for itself, against PEFT: ranks and alphas by module, layers, PiSSA, LoRA+."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.optimizers import create_loraplus_optimizer
+from torch import Tensor
+
+from lora_core import trainer
+from lora_core.adapter_bank import AdapterBank
+from lora_core.adapter_init import LoraConfigError, adapted_modules, init_adapter
+from lora_core.config import LoraConfig, TrainConfig
+from lora_core.packing import pack
+from lora_core.trainer import EngineJob, LiveJob, StepOutcome, TrainEngine
+from tests.models import documents, tiny_base, tiny_model
+from tests.test_trainer import padded_loss, random_b, relative
+
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+PATTERNS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "r": 4,
+        "lora_alpha": 6,
+        "rank_pattern": {r"layers\.0\..*q_proj": 2, "q_proj": 9, "mlp.down_proj": 3},
+        "alpha_pattern": {"v_proj": 1, r"model\.layers\.1\..*": 20},
+    },
+    "gpt2": {"r": 4, "lora_alpha": 6, "rank_pattern": {"attn.c_proj": 2, "c_proj": 5}, "alpha_pattern": {"c_attn": 3}},
+}
+
+
+def wanted(lora: dict[str, Any], **train: Any) -> EngineJob:
+    options = {"epochs": 20, "batch_size": 4, "learning_rate": 2e-3, "warmup_ratio": 0.0, "lr_scheduler": "constant"}
+    return EngineJob("job", LoraConfig(**lora), TrainConfig(**options | train), documents(10, seed=0))
+
+
+def peft_model(kind: str, lora: dict[str, Any]) -> Any:
+    config = peft.LoraConfig(**{"target_modules": "all-linear", "task_type": "CAUSAL_LM"} | lora)
+    return peft.get_peft_model(tiny_model(kind, attention="eager"), config)
+
+
+def layers_of(model: Any, live: LiveJob) -> dict[str, Any]:
+    """PEFT's layer of every module of ours; there are no others."""
+    found = {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    assert list(found) == list(live.adapter.a)
+    return found
+
+
+def copy_weights(model: Any, live: LiveJob) -> None:
+    with torch.no_grad():
+        for name, layer in layers_of(model, live).items():
+            layer.lora_A["default"].weight.copy_(live.adapter.a[name])
+            layer.lora_B["default"].weight.copy_(live.adapter.b[name])
+
+
+def gradients_of_peft(model: Any, live: LiveJob) -> dict[str, Tensor]:
+    examples = [live.job.examples[index] for index in live.job.examples_of(0)]
+    padded_loss(model, examples).backward()
+    return {
+        f"{name}.{part}": getattr(layer, f"lora_{part}")["default"].weight.grad
+        for name, layer in layers_of(model, live).items()
+        for part in "AB"
+    }
+
+
+def gradients_of_ours(engine: TrainEngine, live: LiveJob) -> dict[str, Tensor]:
+    for chunks in trainer.micro_batches([live.chunks(0, 1)], 2048):
+        engine.forward_backward(pack(chunks, engine.base.device))
+    tokens = live.optimizer._message[-1]
+    pairs = ((live.adapter.a, "A"), (live.adapter.b, "B"))
+    return {
+        f"{name}.{part}": weight.grad / tokens
+        for weights, part in pairs
+        for name, weight in weights.items()
+        if weight.grad is not None
+    }
+
+
+def outcomes(engine: TrainEngine, steps: int) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        outcome = engine.step()["job"]
+        assert isinstance(outcome, StepOutcome), outcome
+        losses.append(outcome.loss)
+    return losses
+
+
+@pytest.mark.parametrize("kind", PATTERNS)
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_gradients_with_patterns_equal_pefts(kind: str, use_rslora: bool) -> None:
+    lora = PATTERNS[kind] | {"use_rslora": use_rslora}
+    live = (engine := TrainEngine(tiny_base(kind))).add(wanted(lora))
+    random_b(live)
+    model = peft_model(kind, lora)
+    copy_weights(model, live)
+    theirs, ours = gradients_of_peft(model, live), gradients_of_ours(engine, live)
+    assert theirs.keys() == ours.keys()
+    assert len({weight.shape[0] for weight in live.adapter.a.values()}) > 2
+    assert len(set(live.adapter.scale.values())) > 2
+    for name in theirs:
+        assert relative(ours[name], theirs[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_layers_are_those_that_peft_chooses(kind: str) -> None:
+    names = ["q_proj", "down_proj"] if kind == "llama" else ["c_attn", "mlp.c_proj"]
+    lora = {"target_modules": names, "layers_to_transform": [1]}
+    live = TrainEngine(tiny_base(kind)).add(wanted(lora))
+    assert len(layers_of(peft_model(kind, lora), live)) == 2
+    everything = adapted_modules(AdapterBank(tiny_model(kind)), LoraConfig(layers_to_transform=[1]))
+    assert {name.split(".")[2] for name in everything} == {"1"}
+
+
+def test_gaussian_start_is_normal_with_deviation_one_by_its_rank() -> None:
+    lora = LoraConfig(r=32, rank_pattern={"q_proj": 64}, init_lora_weights="gaussian")
+    start = init_adapter(AdapterBank(tiny_model("llama")), lora, seed=0)
+    for name, a in start.a.items():
+        assert float(a.std()) == pytest.approx(1 / (64 if "q_proj" in name else 32), rel=0.1)
+        assert float(a.abs().max()) > 2.5 * float(a.std())  # no uniform
+        assert not start.b[name].any()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_pissa_starts_and_trains_as_pefts(kind: str) -> None:
+    """The first gradients, and ten steps; a singular vector's sign is free, so products are compared."""
+    lora = PATTERNS[kind] | {"init_lora_weights": "pissa"}
+    base = tiny_base(kind)
+    live = (engine := TrainEngine(base)).add(wanted(lora))
+    model = peft_model(kind, lora)
+    signs: dict[str, Tensor] = {}
+    for name, layer in layers_of(model, live).items():
+        theirs, ours = layer.lora_A["default"].weight.detach(), live.adapter.a[name].detach()
+        signs[name] = (theirs * ours).sum(1).sign()
+        torch.testing.assert_close(ours * signs[name][:, None], theirs, rtol=1e-4, atol=1e-5)
+    theirs, ours = gradients_of_peft(model, live), gradients_of_ours(engine, live)
+    for name, sign in signs.items():
+        assert relative(ours[f"{name}.A"] * sign[:, None], theirs[f"{name}.A"]) < 1e-4, name
+        assert relative(ours[f"{name}.B"] * sign, theirs[f"{name}.B"]) < 1e-4, name
+    engine.live.clear()
+    engine.add(live.job)
+    expected = reference_losses(model, live.job, torch.optim.AdamW(trained(model), lr=2e-3, weight_decay=0.0), 10)
+    losses = outcomes(engine, 10)
+    assert losses == pytest.approx(expected, rel=1e-4)
+    plain = (other := TrainEngine(tiny_base(kind))).add(wanted(PATTERNS[kind]))
+    assert plain.adapter.residual is None
+    assert abs(outcomes(other, 10)[-1] - losses[-1]) > 1e-2
+
+
+def trained(model: Any) -> list[Tensor]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def reference_losses(model: Any, job: EngineJob, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    losses = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = padded_loss(model, [job.examples[index] for index in job.examples_of(step)])
+        loss.backward()
+        if job.train.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(trained(model), job.train.max_grad_norm)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def test_loraplus_equals_pefts_optimizer() -> None:
+    lora = PATTERNS["llama"]
+    live = (engine := TrainEngine(tiny_base("llama"))).add(
+        wanted(lora, loraplus_lr_ratio=8.0, weight_decay=0.1, max_grad_norm=None, learning_rate=5e-4)
+    )
+    model = peft_model("llama", lora)
+    copy_weights(model, live)
+    optimizer = create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=5e-4, loraplus_lr_ratio=8.0, loraplus_weight_decay=0.1
+    )
+    expected = reference_losses(model, live.job, optimizer, 10)
+    assert outcomes(engine, 10) == pytest.approx(expected, rel=1e-4)
+    for name, layer in layers_of(model, live).items():
+        assert relative(live.adapter.b[name].detach(), layer.lora_B["default"].weight.detach()) < 2e-2
+
+
+def test_no_clipping_leaves_the_gradient_as_it_is() -> None:
+    def first_moment(limit: float | None) -> Tensor:
+        live = (engine := TrainEngine(tiny_base("llama"))).add(wanted({"r": 4}, max_grad_norm=limit))
+        outcomes(engine, 1)
+        return live.optimizer.moments[0]
+
+    assert torch.equal(first_moment(None), first_moment(1e9))
+    assert not torch.equal(first_moment(None), first_moment(1e-3))
+
+
+def test_pissa_resumes_bit_equal_where_other_singular_vectors_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = wanted({"r": 4, "init_lora_weights": "pissa"}, epochs=2)
+    live = (engine := TrainEngine(tiny_base("llama"))).add(job)
+    outcomes(engine, 2)
+    blob = live.checkpoint()
+    losses = outcomes(engine, 3)
+    svd = torch.linalg.svd
+
+    def rounded_elsewhere(*args: Any, **options: Any) -> Any:
+        return tuple(part * (1 + 1e-6) for part in svd(*args, **options))
+
+    monkeypatch.setattr(torch.linalg, "svd", rounded_elsewhere)
+    resumed = (other := TrainEngine(tiny_base("llama"))).add(job, blob)
+    assert outcomes(other, 3) == losses
+    assert torch.equal(resumed.optimizer.flat, live.optimizer.flat)
+
+
+def test_pissa_on_bf16_is_the_base_at_the_start_and_follows_fp32() -> None:
+    def losses(dtype: torch.dtype) -> list[float]:
+        engine = TrainEngine(tiny_base("llama", dtype=dtype))
+        engine.add(wanted({"r": 4, "init_lora_weights": "pissa"}))
+        return outcomes(engine, 10)
+
+    exact, rounded = losses(torch.float32), losses(torch.bfloat16)
+    assert rounded == pytest.approx(exact, rel=0.02)
+
+
+# --- what does not fit -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lora", "sentence"),
+    [
+        ({"rank_pattern": {"q_porj": 8}}, "rank_pattern: 'q_porj' matches no adapted module; choose from down_proj,"),
+        ({"alpha_pattern": {"lm_head": 8}}, "alpha_pattern: 'lm_head' matches no adapted module"),
+        (
+            {"target_modules": ["q_proj"], "rank_pattern": {"k_proj": 8}},
+            "rank_pattern: 'k_proj' matches no adapted module; choose from q_proj",
+        ),
+        (
+            {"rank_pattern": {".*_proj": 4, "q_proj": 8}},
+            "rank_pattern: 'q_proj' never counts, as earlier keys match all its modules; put it first",
+        ),
+        (
+            {"layers_to_transform": [0, 2, 7]},
+            "layers_to_transform: no adapted module lies in layer 2, 7; the layers are 0, 1",
+        ),
+        (
+            {"target_modules": ["q_proj"], "r": 65, "layers_to_transform": [1], "init_lora_weights": "pissa"},
+            "init_lora_weights: model.layers.1.self_attn.q_proj has 64 singular vectors, and pissa was asked to train"
+            " 65; lower r or rank_pattern",
+        ),
+    ],
+)
+def test_what_fits_no_module_is_one_sentence(lora: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(LoraConfigError) as caught:
+        init_adapter(AdapterBank(tiny_model("llama")), LoraConfig(**lora), seed=0)
+    assert len(caught.value.problems) == 1
+    assert sentence in str(caught.value)
+
+
+def test_all_that_fits_no_module_is_told_at_once() -> None:
+    lora = LoraConfig(
+        target_modules=["nothing"], rank_pattern={"x": 1}, alpha_pattern={"y": 1}, layers_to_transform=[9]
+    )
+    with pytest.raises(LoraConfigError) as caught:
+        adapted_modules(AdapterBank(tiny_model("llama")), lora)
+    options = [problem.partition(":")[0] for problem in pickle.loads(pickle.dumps(caught.value)).problems]
+    assert options == ["target_modules", "layers_to_transform", "rank_pattern", "alpha_pattern"]
+
+
+def test_the_order_of_a_pattern_survives_json() -> None:
+    lora = LoraConfig(rank_pattern={"q_proj": 2, ".*_proj": 4})
+    again = LoraConfig.model_validate_json(json.dumps(lora.model_dump(mode="json")))
+    assert [again.rank_of("layers.0.q_proj"), again.rank_of("layers.0.k_proj")] == [2, 4]
