@@ -31,6 +31,7 @@ from cluster.runtime import log_to_stderr
 from cluster.settings import Settings
 from cluster.storage import Storage, checkpoint_state_key, open_storage
 from jobs.admission import examples_of
+from jobs.initial_adapter import load_initial
 from jobs.orders import Assignment, CheckpointWritten, JobFailed, Orders, Progressed, RankBroke, RanksStarted, Trained
 from jobs.spec import JobSpec
 from lora_core.base_model import BaseModel, chat_template_hash, load_base
@@ -153,7 +154,10 @@ class Rank:
             checkpoint = None
             if assignment.checkpoint_key is not None:
                 checkpoint = self.storage.get(assignment.checkpoint_key, sha256=assignment.checkpoint_sha256)
-            live = self.engine.add(EngineJob(assignment.job_id, spec.lora, spec.train, train), checkpoint)
+            start = None
+            if assignment.init_adapter_sha is not None:
+                start = load_initial(self.storage, assignment.init_adapter_sha, self.engine.bank)
+            live = self.engine.add(EngineJob(assignment.job_id, spec.lora, spec.train, train, start), checkpoint)
         except Exception as error:  # whatever it is, it is this job's, and the others go on
             log.exception("job=%s rank=%d event=join_failed", assignment.job_id, self.rank)
             problem = f"rank {self.rank}: {type(error).__name__}: {error}"

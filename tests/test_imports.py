@@ -41,6 +41,7 @@ ORDER = {
     "jobs": [
         "spec",
         "job",
+        "initial_adapter",
         "admission",
         "database",
         "session_table",
