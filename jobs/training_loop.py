@@ -166,6 +166,7 @@ class Rank:
             self.engine.live.pop(assignment.job_id, None)
             self._fail(assignment.job_id, problems[0])
             return
+        live.optimizer.synchronise(self._broadcast)
         held = Held(assignment, spec, live, validation, started_tokens=live.progress.tokens)
         self.held[assignment.job_id] = held
         log.info(
@@ -302,6 +303,9 @@ class Rank:
 
     def _all_reduce(self, tensor: torch.Tensor) -> None:
         self._collective(lambda: dist.all_reduce(tensor))
+
+    def _broadcast(self, tensor: torch.Tensor) -> None:
+        self._collective(lambda: dist.broadcast(tensor, src=0))
 
     def _agree(self, ask: Callable[[], Orders]) -> Orders:
         """Rank 0's answer, on every rank. Ranks that each asked would leave at different steps and hang."""

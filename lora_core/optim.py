@@ -32,6 +32,9 @@ ALIGNMENT = 8
 AllReduce = Callable[[Tensor], None]
 """Sums a tensor over all ranks in place."""
 
+Broadcast = Callable[[Tensor], None]
+"""Fills a tensor with rank 0's."""
+
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     """The rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then constant, linear to zero or cosine to
@@ -193,10 +196,21 @@ class FlatAdamW:
                 " target_modules"
             )
 
+    def _update_casts(self) -> None:
+        for part in filter(None, (self._trained, self._residual)):
+            part.update_cast()
+
     def _state(self) -> dict[str, Tensor]:
         """PiSSA's residual counts: another machine may find other singular vectors."""
         state = {"flat": self.flat, "exp_avg": self.moments[0], "exp_avg_sq": self.moments[1]}
         return state if self._residual is None else state | {"residual": self._residual.vector}
+
+    def synchronise(self, broadcast: Broadcast) -> None:
+        """Go on from rank 0's numbers on every rank: machines may round PiSSA's singular vectors differently."""
+        with torch.no_grad():
+            for vector in self._state().values():
+                broadcast(vector)
+        self._update_casts()
 
     def dump(self, counters: dict[str, float | int | str]) -> bytes:
         """One safetensors blob from which `restore` continues bit for bit."""
@@ -222,8 +236,7 @@ class FlatAdamW:
         with torch.no_grad():
             for name, own in self._state().items():
                 own.copy_(tensors[name])
-        for part in filter(None, (self._trained, self._residual)):
-            part.update_cast()
+        self._update_casts()
         self.steps = int(counters["adam_steps"])
         for state in self._adamw.state.values():
             state["step"].fill_(self.steps)

@@ -15,7 +15,7 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor
 
 from lora_core import trainer
-from lora_core.adapter_bank import Adapter, AdapterBank
+from lora_core.adapter_bank import Adapter, AdapterBank, Run
 from lora_core.adapter_init import LoraConfigError, adapted_modules, continued_adapter, init_adapter
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.packing import pack
@@ -215,6 +215,48 @@ def test_pissa_resumes_bit_equal_where_other_singular_vectors_are_found(monkeypa
     resumed = (other := TrainEngine(tiny_base("llama"))).add(job, blob)
     assert outcomes(other, 3) == losses
     assert torch.equal(resumed.optimizer.flat, live.optimizer.flat)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ranks_that_found_other_singular_vectors_go_on_from_those_of_rank_0(dtype: torch.dtype) -> None:
+    job = wanted({"r": 4, "init_lora_weights": "pissa"})
+    rank_0, rank_1 = (TrainEngine(tiny_base("llama", seed=seed, dtype=dtype)).add(job) for seed in (0, 1))
+    sent: list[Tensor] = []
+
+    def receive(tensor: Tensor) -> None:
+        tensor.copy_(sent.pop(0))
+
+    rank_0.optimizer.synchronise(lambda tensor: sent.append(tensor.clone()))
+    rank_1.optimizer.synchronise(receive)
+    assert not sent
+    residuals = rank_0.adapter.residual, rank_1.adapter.residual
+    assert residuals[0] is not None and residuals[1] is not None
+    for one, other in ((rank_0.adapter, rank_1.adapter), (residuals[0], residuals[1])):
+        for name, a in one.a.items():
+            assert torch.equal(a, other.a[name]) and torch.equal(one.b[name], other.b[name])
+            pairs = zip(one.weights(name, dtype), other.weights(name, dtype), strict=True)
+            assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
+
+
+@torch.no_grad()
+def test_pissa_drops_nothing_of_what_the_base_computes() -> None:
+    """PEFT's dropout is before the trained A alone; W - s B0 A0 sees all of x."""
+    bank = AdapterBank(tiny_model("llama"))
+    name = "model.layers.0.self_attn.q_proj"
+    adapter = init_adapter(bank, LoraConfig(r=4, lora_dropout=0.5, init_lora_weights="pissa"), seed=0)
+    x, keys = torch.randn(1, 8, 64), torch.arange(8)
+
+    def update(run: Run) -> Tensor:
+        with bank.routed([run]):
+            seen: Tensor = bank.linears[name](x)
+        return seen - bank.linears[name](x)
+
+    both = update(Run(adapter, 8, keys))
+    trained_alone = update(Run(replace(adapter, residual=None), 8, keys))
+    residual = update(Run(adapter.residual, 8))
+    torch.testing.assert_close(both, trained_alone + residual, rtol=1e-4, atol=1e-5)
+    assert float((trained_alone + residual).abs().max()) > 0.1
+    assert float((update(Run(adapter, 8))).abs().max()) < 1e-4
 
 
 def test_pissa_on_bf16_is_the_base_at_the_start_and_follows_fp32() -> None:

@@ -132,7 +132,7 @@ def test_submit_follows_a_job_and_exits_zero_when_it_succeeded(laptop: Laptop) -
 
 
 def test_a_job_goes_on_from_a_published_adapter(laptop: Laptop) -> None:
-    """Its first loss is about where the first job ended; other ranks than that one's are refused before it is queued."""
+    """Its first loss is about where the first one ended; other ranks than its start's are refused at submission."""
     lora = {"r": 4, "rank_pattern": {"q_proj": 2}}
     first = laptop.finished(laptop.submit(laptop.spec("start", lora=lora)))
     version = version_of(first)
