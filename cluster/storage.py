@@ -57,6 +57,7 @@ __all__ = [
     "checkpoints_prefix",
     "committed_checkpoint",
     "dataset_key",
+    "init_adapter_key",
     "job_result_key",
     "job_spec_key",
     "open_storage",
@@ -71,6 +72,10 @@ ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 def dataset_key(sha256: str) -> str:
     return f"datasets/{sha256}"
+
+
+def init_adapter_key(digest: str, file: str) -> str:
+    return f"init_adapters/{digest}/{file}"
 
 
 def job_spec_key(job_id: str) -> str:

@@ -19,22 +19,28 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cluster.bases import fetch_url, local_source
 from cluster.settings import Settings
 from cluster.storage import Storage, StorageError, dataset_key, job_spec_key, open_storage
+from jobs.initial_adapter import fetch_initial, store_initial
 from jobs.job import Job
 from jobs.spec import JobSpec, SpecError
-from lora_core.adapter_bank import AdapterBank
+from lora_core.adapter_bank import Adapter, AdapterBank
+from lora_core.adapter_init import LoraConfigError, adapted_modules, continued_adapter
 from lora_core.base_model import BaseModelError, describe_base
 from lora_core.dataset import Dataset, DatasetError, build_examples, check_rows, read_rows, split
+from lora_core.peft_format import read_adapter
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Admitted:
-    """A job that may be queued: the sha256 of its rows, which are in storage now, and a summary for people."""
+    """A job that may be queued: the sha256 of its rows, and of the adapter that it starts from, which are in storage
+    now; and a summary for people.
+    """
 
     storage: Storage
     dataset_sha: str
     validation_sha: str | None
+    init_adapter_sha: str | None
     summary: list[str]
 
     def record(self, job: Job) -> None:
@@ -57,11 +63,16 @@ def admit(spec: JobSpec, settings: Settings, max_workers: int | None) -> Admitte
     storage = _checked(lambda: _writable(settings), problems, "storage")
     described = _checked(lambda: _described(spec, settings), problems, "base_model")
     if described is not None:
-        _checked(lambda: AdapterBank(described[0]).select(spec.lora.target_modules), problems, "lora.target_modules")
+        bank = AdapterBank(described[0])
+        _fits(lambda: adapted_modules(bank, spec.lora), problems)
     with (
         _local(spec.dataset, problems, "dataset") as dataset,
         _local(spec.validation, problems, "validation") as validation,
+        tempfile.TemporaryDirectory() as folder,
     ):
+        adapter = Path(folder) / Path(spec.init_adapter or "").name
+        if spec.init_adapter is not None and described is not None and storage is not None:
+            _check_initial(spec, settings, storage, bank, adapter, problems)
         summary: list[str] = []
         if described is not None and dataset is not None:
             examples = _checked(lambda: examples_of(spec, dataset, validation, described[1]), problems, "dataset")
@@ -69,8 +80,9 @@ def admit(spec: JobSpec, settings: Settings, max_workers: int | None) -> Admitte
         if problems or storage is None or dataset is None:
             raise SpecError(problems)
         stored = [_store(storage, path) if path is not None else None for path in (dataset, validation)]
+        init_adapter_sha = None if spec.init_adapter is None else store_initial(storage, adapter)
     assert stored[0] is not None
-    return Admitted(storage, stored[0], stored[1], summary)
+    return Admitted(storage, stored[0], stored[1], init_adapter_sha, summary)
 
 
 def examples_of(
@@ -94,6 +106,29 @@ def examples_of(
     return build([rows[index] for index in kept]), build([rows[index] for index in held_out])
 
 
+def _check_initial(
+    spec: JobSpec, settings: Settings, storage: Storage, bank: AdapterBank, folder: Path, problems: list[str]
+) -> None:
+    """Fetch the adapter to start from into `folder`, and see that the job can go on from it."""
+    source, base = str(spec.init_adapter), settings.base_name(spec.base_model)
+
+    def fetch() -> Adapter:
+        folder.mkdir()
+        fetch_initial(source, base, storage, settings, folder)
+        return read_adapter(folder, bank)
+
+    given = _checked(fetch, problems, "init_adapter")
+    if given is not None and not any(problem.startswith("lora.") for problem in problems):
+        _fits(lambda: continued_adapter(bank, spec.lora, given), problems)
+
+
+def _fits(check: Callable[[], object], problems: list[str]) -> None:
+    try:
+        check()
+    except LoraConfigError as error:
+        problems += [p if p.startswith("init_adapter") else f"lora.{p}" for p in error.problems]
+
+
 def _described(spec: JobSpec, settings: Settings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     source = local_source(settings.resolve_base(spec.base_model), settings.cache_dir, weights=False)
     return describe_base(source, settings.cache_dir)
@@ -109,11 +144,8 @@ def _checked(check: Callable[[], T], problems: list[str], option: str) -> T | No
     """The result, or None and a problem more."""
     try:
         return check()
-    except (BaseModelError, DatasetError, StorageError) as error:
+    except (BaseModelError, DatasetError, StorageError, ValueError) as error:
         problems.append(f"{option}: {error}")
-    except ValueError as error:
-        block, _, leaf = option.rpartition(".")
-        problems.append(f"{block}.{error}" if block and str(error).startswith(leaf) else f"{option}: {error}")
     return None
 
 

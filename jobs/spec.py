@@ -16,7 +16,7 @@ import json
 import re
 from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -43,9 +43,10 @@ class SpecError(ValueError):
 
 
 class JobSpec(BaseModel):
-    """One fine-tuning job. `validation` is a fraction of the dataset or the path of a second one; `precision` is that
-    of the frozen base; `num_workers` counts data-parallel ranks; among waiting jobs the highest `priority` goes
-    first."""
+    """One fine-tuning job. `validation` is a fraction of the dataset or the path of a second one; `init_adapter` is
+    where training starts: a published `<base>:<adapter>` or `<base>:<adapter>@<version>`, or the directory or s3://
+    prefix of a PEFT adapter; `precision` is that of the frozen base; `num_workers` counts data-parallel ranks; among
+    waiting jobs the highest `priority` goes first."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -53,6 +54,7 @@ class JobSpec(BaseModel):
     dataset: str = Field(min_length=1)
     validation: float | str | None = None
     adapter: str
+    init_adapter: str | None = Field(default=None, min_length=1)
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -88,14 +90,17 @@ class JobSpec(BaseModel):
         """The spec as one line in which equal specs are equal bytes; `JobSpec.model_validate_json` reads it back."""
         return _canonical(self.model_dump(mode="json"))
 
-    def content_key(self, dataset_sha: str, validation_sha: str | None = None) -> str:
-        """Sha256 of what would be trained: the datasets count by their content, not by where they lie, and `priority`
-        does not count, since it changes when a job runs and not what comes out. Two submissions with one key ask for
-        the same adapter."""
+    def content_key(
+        self, dataset_sha: str, validation_sha: str | None = None, init_adapter_sha: str | None = None
+    ) -> str:
+        """Sha256 of what would be trained: datasets and the first adapter count by their content, not by where they
+        lie, and `priority` does not count, since it changes when a job runs and not what comes out. Two submissions
+        with one key ask for the same adapter."""
         assert isinstance(self.validation, str) == (validation_sha is not None), "one sha256 for each dataset"
+        assert (self.init_adapter is None) == (init_adapter_sha is None), "and one for the adapter to start from"
         content = self.model_dump(mode="json", exclude={"priority"}) | {"dataset": dataset_sha}
-        if validation_sha is not None:
-            content["validation"] = validation_sha
+        content |= {} if validation_sha is None else {"validation": validation_sha}
+        content |= {} if init_adapter_sha is None else {"init_adapter": init_adapter_sha}
         return hashlib.sha256(_canonical(content).encode()).hexdigest()
 
 
@@ -124,6 +129,8 @@ def load_spec(source: Path | str) -> JobSpec:
     located = {"dataset": _absolute(spec.dataset)}
     if isinstance(spec.validation, str):
         located["validation"] = _absolute(spec.validation)
+    if spec.init_adapter is not None and not is_published_adapter(spec.init_adapter):
+        located["init_adapter"] = _absolute(spec.init_adapter)
     if spec.base_model.startswith((".", "~")) or spec.base_model.endswith(".gguf"):
         located["base_model"] = _absolute(spec.base_model)
     return spec.model_copy(update=located)
@@ -140,8 +147,17 @@ def check_spec(values: object, source: str = "the job spec") -> JobSpec:
         raise SpecError(list(_sentences(error)), source) from None
 
 
+def is_published_adapter(source: str) -> bool:
+    """Whether it is `<base>:<adapter>`, and no path or URL."""
+    return ":" in source and "://" not in source and not source.startswith(("/", ".", "~"))
+
+
 def _canonical(values: dict[str, Any]) -> str:
-    return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    """Options in alphabetic order, but a pattern's keys as they are, since the first that matches counts."""
+    in_order = {
+        key: dict(sorted(value.items())) if isinstance(value, dict) else value for key, value in sorted(values.items())
+    }
+    return json.dumps(in_order, separators=(",", ":"), allow_nan=False)
 
 
 def _absolute(location: str) -> str:
@@ -204,6 +220,9 @@ def _split(loc: tuple[int | str, ...]) -> tuple[str, list[int], type[BaseModel]]
     block = _fields_of(model).get(names[0])
     if block is not None and len(loc) > 1:
         names, model = [*names, str(loc[1])], block
+        field = block.model_fields.get(names[1])
+        if field is not None and get_origin(field.annotation) is dict and len(loc) > 2:
+            names.append(str(loc[2]))  # a key of the user's
     return ".".join(names), [part for part in loc[len(names) :] if isinstance(part, int)], model
 
 
@@ -214,6 +233,7 @@ _EXPECTED = {
     "bool_type": "true or false",
     "list_type": "a list",
     "model_type": "a block of options",
+    "dict_type": "a block of options",
 }
 _BOUNDS = {
     "greater_than_equal": ("at least", "ge"),
@@ -251,7 +271,7 @@ def _sentence(error: ErrorDetails) -> str:
         return f"{place} {context['error']}"
     if kind in _BOUNDS:
         words, bound = _BOUNDS[kind]
-        return f"{place} must be {words} {context[bound]}, not {given}"
+        return f"{place} must be {words} {str(context[bound]).replace('True', 'true')}, not {given}"
     if kind in ("string_too_short", "too_short"):
         return f"{place} must not be empty"
     if kind in _EXPECTED:

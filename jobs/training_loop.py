@@ -31,6 +31,7 @@ from cluster.runtime import log_to_stderr
 from cluster.settings import Settings
 from cluster.storage import Storage, checkpoint_state_key, open_storage
 from jobs.admission import examples_of
+from jobs.initial_adapter import load_initial
 from jobs.orders import Assignment, CheckpointWritten, JobFailed, Orders, Progressed, RankBroke, RanksStarted, Trained
 from jobs.spec import JobSpec
 from lora_core.base_model import BaseModel, chat_template_hash, load_base
@@ -153,7 +154,10 @@ class Rank:
             checkpoint = None
             if assignment.checkpoint_key is not None:
                 checkpoint = self.storage.get(assignment.checkpoint_key, sha256=assignment.checkpoint_sha256)
-            live = self.engine.add(EngineJob(assignment.job_id, spec.lora, spec.train, train), checkpoint)
+            start = None
+            if assignment.init_adapter_sha is not None:
+                start = load_initial(self.storage, assignment.init_adapter_sha, self.engine.bank)
+            live = self.engine.add(EngineJob(assignment.job_id, spec.lora, spec.train, train, start), checkpoint)
         except Exception as error:  # whatever it is, it is this job's, and the others go on
             log.exception("job=%s rank=%d event=join_failed", assignment.job_id, self.rank)
             problem = f"rank {self.rank}: {type(error).__name__}: {error}"
@@ -162,6 +166,7 @@ class Rank:
             self.engine.live.pop(assignment.job_id, None)
             self._fail(assignment.job_id, problems[0])
             return
+        live.optimizer.synchronise(self._broadcast)
         held = Held(assignment, spec, live, validation, started_tokens=live.progress.tokens)
         self.held[assignment.job_id] = held
         log.info(
@@ -298,6 +303,9 @@ class Rank:
 
     def _all_reduce(self, tensor: torch.Tensor) -> None:
         self._collective(lambda: dist.all_reduce(tensor))
+
+    def _broadcast(self, tensor: torch.Tensor) -> None:
+        self._collective(lambda: dist.broadcast(tensor, src=0))
 
     def _agree(self, ask: Callable[[], Orders]) -> Orders:
         """Rank 0's answer, on every rank. Ranks that each asked would leave at different steps and hang."""

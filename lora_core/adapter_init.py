@@ -88,6 +88,43 @@ def init_adapter(bank: AdapterBank, lora: LoraConfig, seed: int) -> Adapter:
     return adapter
 
 
+def continued_adapter(bank: AdapterBank, lora: LoraConfig, given: Adapter) -> Adapter:
+    """An adapter of `lora` that computes what `given` does, which is as `read_adapter` returns it: A is the same, and B
+    takes up what the two scales differ by.
+
+    Raises:
+        LoraConfigError: `lora` does not fit the model, or wants other modules or ranks than `given` has.
+    """
+    assert given.residual is None
+    modules, problems = adapted_modules(bank, lora), []
+    if lora.init_lora_weights is not True:
+        problems.append("init_lora_weights: leave it out, since init_adapter says where A and B start")
+    more, less = sorted(given.a.keys() - set(modules)), sorted(set(modules) - given.a.keys())
+    if more or less:
+        what = f"it also adapts {more[0]}" if more else f"it does not adapt {less[0]}"
+        problems.append(f"init_adapter: {what}, so set target_modules and layers_to_transform to its modules")
+    scale, a, b = {name: lora.scale_of(name) for name in modules}, {}, {}
+    for name in (name for name in modules if name in given.a):
+        a[name], b[name] = _without_zero_ranks(given.a[name], given.b[name])
+        b[name] = b[name] * (given.scale[name] / scale[name])
+    other = [name for name in a if a[name].shape[0] != lora.rank_of(name)]
+    if other:
+        problems.append(
+            f"init_adapter: its rank is {a[other[0]].shape[0]} in {other[0]}, and this job's is"
+            f" {lora.rank_of(other[0])}; set r and rank_pattern to its ranks"
+        )
+    if problems:
+        raise LoraConfigError(problems)
+    return Adapter(scale, a, b, lora.lora_dropout)
+
+
+def _without_zero_ranks(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Without the zeros of a published adapter up to its largest rank: where A and B are both zero, neither learns."""
+    used = a.any(dim=1) | b.any(dim=0)
+    rank = int(used.nonzero().max()) + 1 if used.any() else 0
+    return a[:rank], b[:, :rank]
+
+
 @torch.no_grad()
 def _pissa(linear: torch.nn.Module, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """A and B with `scale B A` = the part of the weight in its `rank` largest singular vectors. A singular vector's

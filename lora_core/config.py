@@ -100,8 +100,7 @@ class TrainConfig(BaseModel):
     `batch_size` counts examples of one optimizer step over all ranks. `warmup_ratio` is the share of all steps in which
     the learning rate grows linearly from zero. `loraplus_lr_ratio` times the learning rate is that of B (LoRA+, Hayou
     et al. 2024, https://arxiv.org/abs/2402.12354). A gradient longer than `max_grad_norm` is cut to it (null: never).
-    `train_on` says which tokens are labels, `overlong` what becomes of rows
-    longer than `max_seq_len` tokens.
+    `train_on` says which tokens are labels, `overlong` what becomes of rows longer than `max_seq_len` tokens.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

@@ -32,6 +32,9 @@ ALIGNMENT = 8
 AllReduce = Callable[[Tensor], None]
 """Sums a tensor over all ranks in place."""
 
+Broadcast = Callable[[Tensor], None]
+"""Fills a tensor with rank 0's."""
+
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     """The rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then constant, linear to zero or cosine to
@@ -75,6 +78,7 @@ class FlatAdapter:
         self.size_a = offsets[len(start.a)]
         self.vector = torch.zeros(offsets[-1], device=device, dtype=torch.promote_types(dtype, torch.float32))
         self._layout = list(zip(offsets, [weight.shape for weight in weights], strict=False))
+        self._b_places = range(len(start.a), 2 * len(start.a))
         for view, weight in zip(self.views(self.vector), weights, strict=True):
             view.copy_(weight.detach())
         self.cast = self.vector.to(dtype)  # the vector itself where the dtype is its own
@@ -89,8 +93,15 @@ class FlatAdapter:
         )
 
     def views(self, vector: Tensor) -> list[Tensor]:
-        """Every A, then every B, then every m, in a vector of this layout."""
-        return [vector[offset : offset + shape.numel()].view(shape) for offset, shape in self._layout]
+        """Every A, then every B, then every m, in a vector of this layout. B lies transposed, `[r, out]`, which is how
+        the decoder's kernels read it fastest (`kernels/low_rank_triton.py`).
+        """
+        views = []
+        for place, (offset, shape) in enumerate(self._layout):
+            part = vector[offset : offset + shape.numel()]
+            is_b = place in self._b_places
+            views.append(part.view(shape[1], shape[0]).t() if is_b else part.view(shape))
+        return views
 
     def update_cast(self) -> None:
         """After the vector changed."""
@@ -198,10 +209,21 @@ class FlatAdamW:
                 " target_modules"
             )
 
+    @property
+    def _vectors(self) -> list[FlatAdapter]:
+        return [self._trained] if self._residual is None else [self._trained, self._residual]
+
     def _state(self) -> dict[str, Tensor]:
         """PiSSA's residual counts: another machine may find other singular vectors."""
         state = {"flat": self.flat, "exp_avg": self.moments[0], "exp_avg_sq": self.moments[1]}
         return state if self._residual is None else state | {"residual": self._residual.vector}
+
+    def synchronise(self, broadcast: Broadcast) -> None:
+        """Go on from rank 0's numbers on every rank: machines may round PiSSA's singular vectors differently."""
+        with torch.no_grad():
+            for vector in self._state().values():
+                broadcast(vector)
+        self._refresh(*self._vectors)
 
     def dump(self, counters: dict[str, float | int | str]) -> bytes:
         """One safetensors blob from which `restore` continues bit for bit."""
@@ -227,7 +249,7 @@ class FlatAdamW:
         with torch.no_grad():
             for name, own in self._state().items():
                 own.copy_(tensors[name])
-        self._refresh(*filter(None, (self._trained, self._residual)))
+        self._refresh(*self._vectors)
         self.steps = int(counters["adam_steps"])
         for state in self._adamw.state.values():
             state["step"].fill_(self.steps)

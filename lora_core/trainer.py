@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lora_core.adapter_bank import Adapter, AdapterBank, Run, mix64
-from lora_core.adapter_init import init_adapter
+from lora_core.adapter_init import continued_adapter, init_adapter
 from lora_core.attention import PackedAttention
 from lora_core.base_model import BaseModel
 from lora_core.config import LoraConfig, TrainConfig
@@ -38,13 +38,14 @@ CHUNK_TOKENS = 1024
 @dataclass(frozen=True)
 class EngineJob:
     """What to train: a name that is unique in the engine, the adapter, how, and the examples (all of them, on every
-    rank).
+    rank). With `init_adapter` training starts from what that adapter computes (see `continued_adapter`).
     """
 
     name: str
     lora: LoraConfig
     train: TrainConfig
     examples: Sequence[Example]
+    init_adapter: Adapter | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -67,12 +68,15 @@ class EngineJob:
         return indices
 
     def digest(self) -> str:
-        """What a checkpoint must agree on to be continued: the adapter's and training's configuration and every
-        example.
+        """What a checkpoint must agree on to be continued: the adapter's and training's configuration, where it starts,
+        and every example.
         """
         digest = hashlib.sha256(f"{self.lora.model_dump_json()}{self.train.model_dump_json()}".encode())
         for example in self.examples:
             digest.update(array("q", [len(example.ids), *example.ids]).tobytes() + bytes(example.labels_mask))
+        if self.init_adapter is not None:
+            for name, weight in (*self.init_adapter.a.items(), *self.init_adapter.b.items()):
+                digest.update(f"{name} {self.init_adapter.scale[name]}".encode() + weight.cpu().numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -181,7 +185,10 @@ class TrainEngine:
         """
         if not job.examples:
             raise ValueError(f"{job.name} has no examples to train on")
-        start = init_adapter(self.bank, job.lora, job.train.seed)
+        if job.init_adapter is None:
+            start = init_adapter(self.bank, job.lora, job.train.seed)
+        else:
+            start = continued_adapter(self.bank, job.lora, job.init_adapter)
         live = LiveJob(job, FlatAdamW(start, job.train, self.base.device, self.base.model.dtype))
         if checkpoint is not None:
             live.restore(checkpoint)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -13,11 +15,12 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor
 
 from lora_core import trainer
-from lora_core.adapter_bank import AdapterBank
-from lora_core.adapter_init import LoraConfigError, adapted_modules, init_adapter
+from lora_core.adapter_bank import Adapter, AdapterBank, Run
+from lora_core.adapter_init import LoraConfigError, adapted_modules, continued_adapter, init_adapter
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.packing import pack
-from lora_core.trainer import EngineJob, LiveJob, StepOutcome, TrainEngine
+from lora_core.peft_format import adapter_files, read_adapter
+from lora_core.trainer import EngineJob, LiveJob, StepOutcome, TrainEngine, probe_losses
 from tests.models import documents, tiny_base, tiny_model
 from tests.test_trainer import padded_loss, random_b, relative
 
@@ -214,6 +217,48 @@ def test_pissa_resumes_bit_equal_where_other_singular_vectors_are_found(monkeypa
     assert torch.equal(resumed.optimizer.flat, live.optimizer.flat)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ranks_that_found_other_singular_vectors_go_on_from_those_of_rank_0(dtype: torch.dtype) -> None:
+    job = wanted({"r": 4, "init_lora_weights": "pissa"})
+    rank_0, rank_1 = (TrainEngine(tiny_base("llama", seed=seed, dtype=dtype)).add(job) for seed in (0, 1))
+    sent: list[Tensor] = []
+
+    def receive(tensor: Tensor) -> None:
+        tensor.copy_(sent.pop(0))
+
+    rank_0.optimizer.synchronise(lambda tensor: sent.append(tensor.clone()))
+    rank_1.optimizer.synchronise(receive)
+    assert not sent
+    residuals = rank_0.adapter.residual, rank_1.adapter.residual
+    assert residuals[0] is not None and residuals[1] is not None
+    for one, other in ((rank_0.adapter, rank_1.adapter), (residuals[0], residuals[1])):
+        for name, a in one.a.items():
+            assert torch.equal(a, other.a[name]) and torch.equal(one.b[name], other.b[name])
+            pairs = zip(one.weights(name, dtype), other.weights(name, dtype), strict=True)
+            assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
+
+
+@torch.no_grad()
+def test_pissa_drops_nothing_of_what_the_base_computes() -> None:
+    """PEFT's dropout is before the trained A alone; W - s B0 A0 sees all of x."""
+    bank = AdapterBank(tiny_model("llama"))
+    name = "model.layers.0.self_attn.q_proj"
+    adapter = init_adapter(bank, LoraConfig(r=4, lora_dropout=0.5, init_lora_weights="pissa"), seed=0)
+    x, keys = torch.randn(1, 8, 64), torch.arange(8)
+
+    def update(run: Run) -> Tensor:
+        with bank.routed([run]):
+            seen: Tensor = bank.linears[name](x)
+        return seen - bank.linears[name](x)
+
+    both = update(Run(adapter, 8, keys))
+    trained_alone = update(Run(replace(adapter, residual=None), 8, keys))
+    residual = update(Run(adapter.residual, 8))
+    torch.testing.assert_close(both, trained_alone + residual, rtol=1e-4, atol=1e-5)
+    assert float((trained_alone + residual).abs().max()) > 0.1
+    assert float((update(Run(adapter, 8))).abs().max()) < 1e-4
+
+
 def test_pissa_on_bf16_is_the_base_at_the_start_and_follows_fp32() -> None:
     def losses(dtype: torch.dtype) -> list[float]:
         engine = TrainEngine(tiny_base("llama", dtype=dtype))
@@ -272,3 +317,85 @@ def test_the_order_of_a_pattern_survives_json() -> None:
     lora = LoraConfig(rank_pattern={"q_proj": 2, ".*_proj": 4})
     again = LoraConfig.model_validate_json(json.dumps(lora.model_dump(mode="json")))
     assert [again.rank_of("layers.0.q_proj"), again.rank_of("layers.0.k_proj")] == [2, 4]
+
+
+# --- a start from another adapter ------------------------------------------------------------------------------------
+
+
+def published(live: LiveJob, engine: TrainEngine, folder: Path) -> Adapter:
+    """What a reader of a job's published files gets: scale 1, zeros up to the largest rank."""
+    for name, content in adapter_files(live.adapter, engine.bank, "tiny").items():
+        (folder / name).write_bytes(content)
+    return read_adapter(folder, engine.bank)
+
+
+def started_from(given: Adapter, lora: dict[str, Any], **train: Any) -> EngineJob:
+    return replace(wanted(lora, **train), init_adapter=given)
+
+
+def test_a_job_goes_on_from_a_published_adapter_with_another_scale(tmp_path: Path) -> None:
+    """Its first loss is the last adapter's, and its A and B are the trained ones, up to what the scales differ by."""
+    first = (engine := TrainEngine(tiny_base("llama"))).add(wanted(PATTERNS["llama"]))
+    outcomes(engine, 10)
+    given = published(first, engine, tmp_path)
+    assert {a.shape[0] for a in given.a.values()} == {9}
+    engine.live.clear()
+    other = PATTERNS["llama"] | {"lora_alpha": 31, "use_rslora": True}
+    second = engine.add(started_from(given, other, learning_rate=1e-9))
+    for name, a in first.adapter.a.items():
+        assert torch.equal(second.adapter.a[name], a)
+        scaled = second.adapter.b[name] * second.adapter.scale[name]
+        torch.testing.assert_close(scaled, first.adapter.b[name] * first.adapter.scale[name], rtol=1e-6, atol=0)
+    examples = first.job.examples
+    losses = [probe_losses(engine.base, engine.bank, live.adapter, examples) for live in (first, second)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[1] != pytest.approx(probe_losses(engine.base, engine.bank, None, examples), rel=1e-2)
+
+
+def test_where_a_job_starts_counts_in_its_checkpoints_and_company_changes_nothing(tmp_path: Path) -> None:
+    first = (engine := TrainEngine(tiny_base("llama"))).add(wanted({"r": 4}))
+    outcomes(engine, 3)
+    given = published(first, engine, tmp_path)
+    engine.live.clear()
+    alone = engine.add(started_from(given, {"r": 4}))
+    losses = outcomes(engine, 4)
+    other = TrainEngine(tiny_base("llama"), capacity=64)
+    other.add(replace(wanted(PATTERNS["llama"] | {"init_lora_weights": "pissa"}), name="neighbour"))
+    company = other.add(started_from(given, {"r": 4}))
+    assert outcomes(other, 4) == losses
+    assert torch.equal(company.optimizer.flat, alone.optimizer.flat)
+    blob = company.checkpoint()
+    changed = replace(given, b={name: b * 1.5 for name, b in given.b.items()})
+    for job in (wanted({"r": 4}), started_from(changed, {"r": 4})):
+        with pytest.raises(ValueError, match="the checkpoint is not one of job"):
+            TrainEngine(tiny_base("llama")).add(job, blob)
+    resumed = TrainEngine(tiny_base("llama")).add(started_from(given, {"r": 4}), blob)
+    assert torch.equal(resumed.optimizer.flat, company.optimizer.flat)
+
+
+def test_zeros_up_to_the_largest_rank_are_no_ranks(tmp_path: Path) -> None:
+    """A and B of zero would never learn, so that a job may not count them as ranks of its own."""
+    live = (engine := TrainEngine(tiny_base("llama"))).add(wanted({"r": 4, "rank_pattern": {"q_proj": 2}}))
+    given = published(live, engine, tmp_path)
+    with pytest.raises(LoraConfigError, match=r"its rank is 2 in model.layers.0.self_attn.q_proj, and this job's is 4"):
+        continued_adapter(engine.bank, LoraConfig(r=4), given)
+
+
+@pytest.mark.parametrize(
+    ("lora", "sentence"),
+    [
+        ({"r": 8}, "init_adapter: its rank is 4 in model.layers.0.self_attn.q_proj, and this job's is 8; set r and"),
+        ({"r": 2}, "init_adapter: its rank is 4 in model.layers.0.self_attn.q_proj, and this job's is 2"),
+        ({"rank_pattern": {"k_proj": 3}}, "init_adapter: its rank is 4 in model.layers.0.self_attn.k_proj, and this"),
+        ({"target_modules": ["q_proj"]}, "init_adapter: it also adapts model.layers.0.self_attn.k_proj, so set target"),
+        ({"target_modules": "all-linear"}, "init_adapter: it does not adapt model.layers.0.mlp.down_proj, so set"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights: leave it out, since init_adapter says where A and B"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_one_sentence(lora: dict[str, Any], sentence: str) -> None:
+    bank, options = AdapterBank(tiny_model("llama")), {"r": 4, "target_modules": ["q_proj", "k_proj"]}
+    given = init_adapter(bank, LoraConfig(**options), seed=0)
+    with pytest.raises(LoraConfigError) as caught:
+        continued_adapter(bank, LoraConfig(**options | lora), given)
+    assert len(caught.value.problems) == 1
+    assert caught.value.problems[0].startswith(sentence)

@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from cluster.registry import AdapterRegistry
 from cluster.settings import Settings
-from cluster.storage import dataset_key, open_storage
+from cluster.storage import StorageCorrupt, dataset_key, init_adapter_key, open_storage
 from jobs.admission import admit, examples_of
+from jobs.initial_adapter import load_initial
 from jobs.spec import JobSpec, SpecError
+from lora_core.adapter_bank import AdapterBank
+from lora_core.base_model import describe_base
 from tests.s3_server import S3Server
-from tests.tiny_models import byte_tokenizer, save_tiny_model
+from tests.tiny_models import byte_tokenizer, random_adapter, save_tiny_model, write_adapter
 
 ROWS = [{"prompt": f"item {i}: ", "completion": f"code {i}"} for i in range(10)]
 
@@ -126,3 +131,93 @@ def test_a_fraction_holds_out_rows_that_are_not_trained(tmp_path: Path) -> None:
     assert held_out is not None
     assert (len(train.examples), len(held_out.examples)) == (8, 2)
     assert not {tuple(e.ids) for e in train.examples} & {tuple(e.ids) for e in held_out.examples}
+
+
+# --- the adapter to start from ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, model: Path) -> Path:
+    """A PEFT directory of rank 4 on the base."""
+    bank = AdapterBank(describe_base(str(model), tmp_path)[0])
+    return write_adapter(random_adapter(bank, seed=1), bank, tmp_path / "adapter")
+
+
+def test_the_first_adapter_may_lie_anywhere_and_is_copied(
+    tmp_path: Path, settings: Settings, adapter: Path, model: Path, s3_url: str
+) -> None:
+    """A published version, a directory and a bucket give the same digest, from which ranks load the same weights."""
+    storage = open_storage(settings.storage_url)
+    files = {file.name: file.read_bytes() for file in adapter.iterdir()}
+    registry = AdapterRegistry(storage, settings.tenant)
+    version = registry.publish("tiny", "triage", files, {}).version
+    registry.publish("tiny", "triage", files | {"adapter_config.json": files["adapter_config.json"] + b" "}, {})
+    for name, content in files.items():
+        open_storage(s3_url).put(f"x/{name}", content)
+    sources = [str(adapter), f"{s3_url}/x", f"tiny:triage@{version}", "tiny:triage"]
+    shas = [
+        admit(spec(tmp_path, init_adapter=source, lora={"r": 4}), settings, 2).init_adapter_sha for source in sources
+    ]
+    assert shas[0] == shas[1] == shas[2] != shas[3]  # the latest is another version
+    assert shas[0] is not None
+    for file in files:
+        (adapter / file).unlink()
+    bank = AdapterBank(describe_base(str(model), tmp_path)[0])
+    loaded = load_initial(storage, shas[0], bank)
+    assert all(torch.equal(loaded.a[name], a) for name, a in random_adapter(bank, seed=1).a.items())
+    assert admit(spec(tmp_path), settings, 2).init_adapter_sha is None
+
+
+def test_a_first_adapter_whose_copy_was_changed_is_not_loaded(
+    tmp_path: Path, settings: Settings, adapter: Path, model: Path
+) -> None:
+    sha = admit(spec(tmp_path, init_adapter=str(adapter), lora={"r": 4}), settings, 2).init_adapter_sha
+    assert sha is not None
+    storage = open_storage(settings.storage_url)
+    key = init_adapter_key(sha, "adapter_config.json")
+    storage.put(key, storage.get(key) + b" ")
+    with pytest.raises(StorageCorrupt, match="is damaged; submit the job again"):
+        load_initial(storage, sha, AdapterBank(describe_base(str(model), tmp_path)[0]))
+
+
+@pytest.mark.parametrize(
+    ("source", "lora", "sentence"),
+    [
+        (
+            "/no/such",
+            {},
+            "init_adapter: /no/such holds no adapter_config.json; give a PEFT adapter's directory or s3://",
+        ),
+        ("tiny:nothing", {}, "init_adapter: there is no adapter tiny:nothing; published: nothing yet"),
+        ("tiny:", {}, "init_adapter: there is no adapter tiny:; published: nothing yet"),
+        ("other:triage", {}, "init_adapter: other:triage belongs to the base other, and this job's is tiny; give"),
+        ("ftp://x/y", {}, "init_adapter: the storage URL 'ftp://x/y' must be file:///absolute/path or s3://"),
+        (None, {"r": 8}, "init_adapter: its rank is 4 in model.layers.0.self_attn.q_proj, and this job's is 8"),
+        (None, {"r": 4, "init_lora_weights": "pissa"}, "lora.init_lora_weights: leave it out, since init_adapter says"),
+    ],
+)
+def test_a_first_adapter_that_cannot_be_used_is_one_sentence(
+    tmp_path: Path, settings: Settings, adapter: Path, source: str | None, lora: dict[str, Any], sentence: str
+) -> None:
+    (problem,) = problems(tmp_path, settings, init_adapter=source or str(adapter), lora=lora)
+    assert problem.startswith(sentence)
+
+
+def test_a_damaged_first_adapter_and_all_of_lora_come_at_once(
+    tmp_path: Path, settings: Settings, adapter: Path
+) -> None:
+    (adapter / "adapter_model.safetensors").write_bytes(b"x")
+    found = problems(
+        tmp_path,
+        settings,
+        init_adapter=str(adapter),
+        lora={"target_modules": ["x"], "rank_pattern": {"y": 2}, "alpha_pattern": {"z": 2}, "layers_to_transform": [7]},
+    )
+    assert [problem.split(":")[0] for problem in found] == [
+        "lora.target_modules",
+        "lora.layers_to_transform",
+        "lora.rank_pattern",
+        "lora.alpha_pattern",
+        "init_adapter",
+    ]
+    assert "adapter: not a readable PEFT adapter" in found[-1]

@@ -43,6 +43,7 @@ ORDER = {
     "jobs": [
         "spec",
         "job",
+        "initial_adapter",
         "admission",
         "database",
         "session_table",

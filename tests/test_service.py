@@ -131,6 +131,22 @@ def test_submit_follows_a_job_and_exits_zero_when_it_succeeded(laptop: Laptop) -
     assert (laptop.home / "storage").is_dir()
 
 
+def test_a_job_goes_on_from_a_published_adapter(laptop: Laptop) -> None:
+    """Its first loss is about where the first one ended; other ranks than its start's are refused at submission."""
+    lora = {"r": 4, "rank_pattern": {"q_proj": 2}}
+    first = laptop.finished(laptop.submit(laptop.spec("start", lora=lora)))
+    version = version_of(first)
+    rows = str(laptop.home / "start.jsonl")
+    job_id = laptop.submit(laptop.spec("more", lora=lora, init_adapter=f"tiny:start@{version}", dataset=rows))
+    second = laptop.finished(job_id)
+    assert version_of(second) != version
+    assert first.progress is not None and second.progress is not None
+    assert second.progress["first_loss"] < 0.5 * first.progress["first_loss"]
+    wrong = laptop.jobs("submit", str(laptop.spec("wrong", lora={"r": 8}, init_adapter="tiny:start")))
+    assert wrong.returncode != 0
+    assert "init_adapter: its rank is 2 in model.layers.0.self_attn.q_proj" in wrong.stderr
+
+
 def test_the_same_job_is_found_and_not_trained_again(laptop: Laptop) -> None:
     first = laptop.submit(laptop.spec("twice"))
     assert laptop.submit(laptop.spec("twice")) == first

@@ -112,6 +112,25 @@ def test_every_problem_is_reported_at_once_and_none_twice() -> None:
         ({"train": {"learning_rate": float("nan")}}, "train.learning_rate must be a number, not the text 'NaN'"),
         ({"base_model": ""}, "base_model must not be empty"),
         ({"validation": True}, "validation must be a number or text, not true"),
+        ({"lora": {"rank_pattern": {"q_proj": 0}}}, "lora.rank_pattern.q_proj must be at least 1, not 0"),
+        ({"lora": {"alpha_pattern": {"q_proj": "8"}}}, "lora.alpha_pattern.q_proj must be a number, not the text '8'"),
+        ({"lora": {"rank_pattern": 8}}, "lora.rank_pattern must be a block of options, not 8"),
+        (
+            {"lora": {"rank_pattern": {"(q": 8}}},
+            "lora.rank_pattern has the key '(q', which is no regular expression (missing ), unterminated subpattern at"
+            " position 0)",
+        ),
+        ({"lora": {"layers_to_transform": [0, -1]}}, "lora.layers_to_transform[1] must be at least 0, not -1"),
+        ({"lora": {"layers_to_transform": 1}}, "lora.layers_to_transform must be a list, not 1"),
+        ({"lora": {"layers_to_transform": []}}, "lora.layers_to_transform must not be empty"),
+        (
+            {"lora": {"init_lora_weights": "olora"}},
+            "lora.init_lora_weights must be one of true, 'gaussian' or 'pissa', not the text 'olora'",
+        ),
+        ({"train": {"loraplus_lr_ratio": 0}}, "train.loraplus_lr_ratio must be more than 0.0, not 0"),
+        ({"train": {"max_grad_norm": 0}}, "train.max_grad_norm must be more than 0.0, not 0"),
+        ({"init_adapter": ""}, "init_adapter must not be empty"),
+        ({"init_adapter": 3}, "init_adapter must be text, not 3"),
         ({"priority": 5000}, "priority must be at most 1000, not 5000"),
     ],
 )
@@ -175,6 +194,17 @@ def test_paths_are_absolute_from_the_current_directory(tmp_path: Path, monkeypat
     assert local.base_model == str(tmp_path / "base")
     weights = load_spec("base_model: models/base.gguf\ndataset: /rows.jsonl\nadapter: a\n")
     assert weights.base_model == str(tmp_path / "models/base.gguf")
+    start = {
+        "adapters/triage": str(tmp_path / "adapters/triage"),
+        "./a:b": str(tmp_path / "a:b"),
+        "~/triage": str(tmp_path / "home/triage"),
+        "s3://bucket/triage": "s3://bucket/triage",
+        "smollm2-135m:triage": "smollm2-135m:triage",
+        "smollm2-135m:triage@0123456789abcdef": "smollm2-135m:triage@0123456789abcdef",
+    }
+    for given, located in start.items():
+        text = f"base_model: b\ndataset: /rows.jsonl\nadapter: a\ninit_adapter: {given}\n"
+        assert load_spec(text).init_adapter == located
     for name in ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct", "s3://bucket/base", "/models/base"):
         spec = load_spec(f"base_model: {name}\ndataset: s3://bucket/rows.jsonl\nvalidation: 0.2\nadapter: a\n")
         assert (spec.base_model, spec.dataset, spec.validation) == (name, "s3://bucket/rows.jsonl", 0.2)
@@ -204,8 +234,22 @@ def test_content_is_what_is_trained_and_not_where_it_lies_or_when_it_runs() -> N
         ),
     ]
     assert len({key, *other}) == len(other) + 1
+    started = [
+        JobSpec.model_validate(GOOD | {"init_adapter": source}).content_key("d1", None, sha)
+        for source, sha in (("b:x", "a1"), ("/x", "a1"), ("/x", "a2"))
+    ]
+    assert started[0] == started[1] and len({key, *started}) == 3
     moved = spec.model_copy(update={"validation": "/v", "dataset": "/x"}), spec.model_copy(update={"validation": "/w"})
     assert moved[0].content_key("d1", "v1") == moved[1].content_key("d1", "v1")
+
+
+def test_the_order_of_a_pattern_is_content() -> None:
+    """The first key that matches counts, so that both readings must survive storage and differ as content."""
+    patterns: list[dict[str, int]] = [{"q_proj": 2, ".*_proj": 4}, {".*_proj": 4, "q_proj": 2}]
+    specs = [JobSpec.model_validate(GOOD | {"lora": {"rank_pattern": pattern}}) for pattern in patterns]
+    stored = [JobSpec.model_validate_json(spec.canonical_json()) for spec in specs]
+    assert [[*spec.lora.rank_pattern] for spec in stored] == [[*pattern] for pattern in patterns]
+    assert specs[0].content_key("d1") != specs[1].content_key("d1")
 
 
 def test_errors_survive_the_way_between_processes() -> None:

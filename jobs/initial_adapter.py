@@ -1,0 +1,83 @@
+"""The adapter that a job starts from: found when the job is admitted, copied to where every rank finds it.
+
+    init_adapter: smollm2-135m:triage                   its latest version now; @<version> names one
+    init_adapter: /adapters/triage, s3://bucket/triage  PEFT's two files
+
+The copy lies below the digest of the files, written once, so that nobody changes or deletes a job's start afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from pathlib import Path
+
+from cluster.registry import LATEST, AdapterNotFound, AdapterRegistry, content_digest
+from cluster.settings import Settings
+from cluster.storage import Storage, StorageCorrupt, StorageNotFound, init_adapter_key, open_storage
+from jobs.spec import is_published_adapter
+from lora_core.adapter_bank import Adapter, AdapterBank
+from lora_core.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+
+FILES = (CONFIG_FILE, WEIGHTS_FILE)
+
+
+def fetch_initial(source: str, base: str, storage: Storage, settings: Settings, folder: Path) -> None:
+    """Copy the files of `source` into `folder`; `base` is the short name of the job's base model.
+
+    Raises:
+        ValueError: there is no such adapter, or it belongs to another base; the sentence says what to give.
+        StorageError: the store does not answer, or what it holds is damaged.
+    """
+    if is_published_adapter(source):
+        _fetch_published(source, base, AdapterRegistry(storage, settings.tenant), folder)
+        return
+    for file in FILES:
+        try:
+            if "://" in source:
+                open_storage(source).fetch(file, folder / file)
+            else:
+                (folder / file).write_bytes((Path(source) / file).read_bytes())
+        except (OSError, StorageNotFound):
+            raise ValueError(
+                f"{source} holds no {file}; give a PEFT adapter's directory or s3:// prefix, or <base>:<adapter>"
+            ) from None
+
+
+def store_initial(storage: Storage, folder: Path) -> str:
+    """Put the files where ranks find them; returns their digest."""
+    digest = _digest(folder)
+    for file in FILES:
+        storage.put(init_adapter_key(digest, file), folder / file, if_absent=True)
+    return digest
+
+
+def load_initial(storage: Storage, digest: str, bank: AdapterBank) -> Adapter:
+    """The adapter of this digest, on the base of `bank`.
+
+    Raises:
+        StorageCorrupt: the files are others.
+        AdapterFormatError: they do not fit the base.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for file in FILES:
+            storage.fetch(init_adapter_key(digest, file), Path(folder) / file)
+        if _digest(Path(folder)) != digest:
+            raise StorageCorrupt(f"the adapter {digest[:16]} that the job starts from is damaged; submit the job again")
+        return read_adapter(Path(folder), bank)
+
+
+def _fetch_published(source: str, base: str, registry: AdapterRegistry, folder: Path) -> None:
+    model, _, version = source.partition("@")
+    trained_on, _, name = model.rpartition(":")
+    if trained_on != base:
+        raise ValueError(f"{source} belongs to the base {trained_on}, and this job's is {base}; give an adapter of it")
+    try:
+        registry.fetch(registry.resolve(trained_on, name, version or LATEST), folder)
+    except AdapterNotFound as error:
+        raise ValueError(str(error)) from None
+
+
+def _digest(folder: Path) -> str:
+    shas = {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in FILES}
+    return content_digest({file: {"sha256": sha} for file, sha in shas.items()})
