@@ -17,7 +17,19 @@ from lora_core.attention import ATTENTION_NAME
 from lora_core.trainer import EngineJob, LiveJob, StepOutcome, TrainEngine
 from tests.bench.engines import base_of, bench_job, checked_step, set_jobs
 from tests.bench.peers import SHAPES, random_llama
-from tests.bench.report import MANY_JOBS, ONE_JOB, OURS, Conditions, Report, Row, Timing, measure, seconds_of
+from tests.bench.report import (
+    MANY_JOBS,
+    ONE_JOB,
+    OURS,
+    Conditions,
+    Report,
+    Row,
+    Timing,
+    free_memory,
+    measure,
+    peak_gib,
+    seconds_of,
+)
 
 STEP_TOKENS = 8192
 SWEEP = (1, 2, 4, 8, 16, 32)
@@ -51,20 +63,23 @@ def sweep(report: Report, conditions: Conditions, precision: str) -> None:
     """The same documents whoever they belong to, short enough that each of 32 jobs has one."""
     engine = _engine(conditions, precision)
     tokens = STEP_TOKENS // SWEEP[-1]
-    bare: dict[int, float] = {}
-    whole: dict[int, float] = {}
+    medians: dict[int, tuple[float, float]] = {}
     for jobs in SWEEP:
         documents = SWEEP[-1] // jobs
         set_jobs(engine, jobs, documents, tokens)
+        free_memory()
+        split = [_split_step(engine, conditions.device) for _ in range(conditions.warm + conditions.timed)]
+        timed = split[conditions.warm :]
+        whole = statistics.median(step for step, _ in timed)
+        bare = statistics.median(step - optimizer for step, optimizer in timed)
         case = f"sweep, {precision}, {jobs} x {documents} x {tokens}"
-        row = measure(report, conditions, case, OURS, "sweep", STEP_TOKENS, functools.partial(checked_step, engine))
-        split = [_split_step(engine, conditions.device) for _ in range(conditions.timed)]
-        without = Timing(row.timing.first, statistics.median(step - optimizer for step, optimizer in split))
-        report.add(Row(f"{case}, no optimizer", OURS, "sweep", STEP_TOKENS, without))
-        whole[jobs], bare[jobs] = row.timing.median, without.median
-    for name, seconds in (("with", whole), ("without", bare)):
-        lost = 100 * (1 - seconds[1] / seconds[SWEEP[-1]])
-        report.figure(f"{precision}: % lost at 32 jobs, {name} optimizer", lost)
+        for title, median in ((case, whole), (f"{case}, no optimizer", bare)):
+            timing = Timing(split[0][0], median)
+            report.add(Row(title, OURS, "sweep", STEP_TOKENS, timing, peak_gib(conditions.device)))
+        medians[jobs] = (whole, bare)
+    for place, name in enumerate(("with", "without")):
+        lost = 100 * (1 - medians[SWEEP[0]][place] / medians[SWEEP[-1]][place])
+        report.figure(f"{precision}: % lost at {SWEEP[-1]} jobs, {name} optimizer", lost)
 
 
 def _split_step(engine: TrainEngine, device: torch.device) -> tuple[float, float]:
@@ -87,28 +102,29 @@ def _split_step(engine: TrainEngine, device: torch.device) -> tuple[float, float
 
 
 def swap(report: Report, conditions: Conditions, precision: str) -> None:
-    """What a swap and the step after it take beyond a step; and how many graphs torch compiled in them."""
+    """What a swap and the step after it take beyond the step before; and how many graphs torch compiled for them."""
     engine = _engine(conditions, precision)
     documents = _documents(8, conditions.tokens)
     set_jobs(engine, 8, documents, conditions.tokens)
-    case = f"swap, {precision}: the session of 8 x {documents} x {conditions.tokens}"
-    tokens = 8 * documents * conditions.tokens
-    normal = measure(report, conditions, case, OURS, MANY_JOBS, tokens, functools.partial(checked_step, engine))
+    for _ in range(conditions.warm):
+        checked_step(engine)
     graphs = counters["stats"]["unique_graphs"]
     pauses = []
     for number in range(SWAPS):
         newcomer = bench_job(f"newcomer{number}", documents, conditions.tokens, _vocabulary(conditions), 100 + number)
         leaver = next(iter(engine.live))
-
-        def exchange(leaver: str = leaver, newcomer: EngineJob = newcomer) -> None:
-            engine.remove(leaver)
-            engine.add(newcomer)
-            checked_step(engine)
-
-        pauses.append(1000 * (seconds_of(exchange, conditions.device) - normal.timing.median))
+        normal = seconds_of(functools.partial(checked_step, engine), conditions.device)
+        swapped = seconds_of(functools.partial(_exchange_and_step, engine, leaver, newcomer), conditions.device)
+        pauses.append(1000 * (swapped - normal))
     report.figure(f"{precision}: ms of pause at a swap, median", statistics.median(pauses))
     report.figure(f"{precision}: ms of pause at a swap, longest", max(pauses))
     report.figure(f"{precision}: graphs compiled in {SWAPS} swaps", counters["stats"]["unique_graphs"] - graphs)
+
+
+def _exchange_and_step(engine: TrainEngine, leaver: str, newcomer: EngineJob) -> None:
+    engine.remove(leaver)
+    engine.add(newcomer)
+    checked_step(engine)
 
 
 def first_step_latency(report: Report, conditions: Conditions, precision: str) -> None:
@@ -120,7 +136,8 @@ def first_step_latency(report: Report, conditions: Conditions, precision: str) -
         for state in ("cold", "warm"):
             done = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True)
             if done.returncode:
-                raise RuntimeError(f"the process of the first step ended so: {done.stderr.strip()[-250:]}")
+                last_words = (done.stderr.strip() or "no word").splitlines()[-1]
+                raise RuntimeError(f"the process of the first step ended with {done.returncode}: {last_words}")
             for name, seconds in json.loads(done.stdout.splitlines()[-1]).items():
                 report.figure(f"{precision}: s, {name}, {state} caches", seconds)
 

@@ -26,7 +26,6 @@ _LLAMA3: dict[str, Any] = {
     "num_key_value_heads": 8,
     "vocab_size": 128_256,
     "max_position_embeddings": 8192,
-    "rope_theta": 500_000.0,
 }
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, **_LLAMA3},
@@ -61,7 +60,7 @@ def random_llama(shape: str, device: torch.device, attention: str = "sdpa") -> P
                 parameter.normal_(0, 0.02, generator=stream)
             else:
                 parameter.fill_(1.0)
-    model.model.rotary_emb = LlamaRotaryEmbedding(model.config, device=device)  # its buffers come with no checkpoint
+    model.model.rotary_emb = LlamaRotaryEmbedding(model.config).to(device)  # its buffers come with no checkpoint
     return model.requires_grad_(False)
 
 
