@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import get_args
 
 import torch
@@ -11,6 +12,7 @@ from lora_core.base_model import BaseModel, Precision
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import Example
 from lora_core.trainer import EngineJob, TrainEngine
+from tests.bench.report import Step
 
 
 def random_documents(count: int, tokens: int, vocabulary: int, seed: int = 0) -> list[Example]:
@@ -46,3 +48,9 @@ def checked_step(engine: TrainEngine) -> None:
     for outcome in engine.step().values():
         if isinstance(outcome, Exception):
             raise outcome
+
+
+def session_step(engine: TrainEngine, jobs: int, documents: int, tokens: int) -> Step:
+    """A step of the engine with these jobs and no others."""
+    set_jobs(engine, jobs, documents, tokens)
+    return functools.partial(checked_step, engine)

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 from lora_core.attention import ATTENTION_NAME
 from lora_core.trainer import EngineJob, LiveJob, StepOutcome, TrainEngine
-from tests.bench.engines import base_of, bench_job, checked_step, set_jobs
+from tests.bench.engines import base_of, bench_job, checked_step, session_step, set_jobs
 from tests.bench.peers import SHAPES, random_llama
 from tests.bench.report import (
     MANY_JOBS,
@@ -42,21 +42,9 @@ def one_and_eight_jobs(report: Report, conditions: Conditions, precision: str) -
     for jobs, workload in ((1, ONE_JOB), (8, MANY_JOBS)):
         documents = _documents(jobs, conditions.tokens)
         case = f"ours, {precision}, {jobs} x {documents} x {conditions.tokens}"
-        report.attempt(case, functools.partial(_jobs_row, report, conditions, engine, case, workload, jobs, documents))
-
-
-def _jobs_row(
-    report: Report,
-    conditions: Conditions,
-    engine: TrainEngine,
-    case: str,
-    workload: str,
-    jobs: int,
-    documents: int,
-) -> None:
-    set_jobs(engine, jobs, documents, conditions.tokens)
-    tokens = jobs * documents * conditions.tokens
-    measure(report, conditions, case, OURS, workload, tokens, functools.partial(checked_step, engine))
+        tokens = jobs * documents * conditions.tokens
+        make_step = functools.partial(session_step, engine, jobs, documents, conditions.tokens)
+        measure(report, conditions, case, OURS, workload, tokens, make_step)
 
 
 def sweep(report: Report, conditions: Conditions, precision: str) -> None:

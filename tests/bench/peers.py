@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from tests.bench.report import Step
+
 LEARNING_RATE, MAX_GRAD_NORM = 2e-4, 1.0
 IGNORED = -100
 SLICE_ROWS = 2048  # at a vocabulary of 128 K: 1 GB of fp32 logits at a time
-
-Step = Callable[[], object]
 
 _LLAMA3: dict[str, Any] = {
     "num_attention_heads": 32,

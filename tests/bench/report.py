@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 T = TypeVar("T")
+Step = Callable[[], object]
 
 PEFT, COMPILED, OURS = "peft", "peft compiled", "ours"
 ONE_JOB, MANY_JOBS = "one job", "many jobs"
@@ -151,19 +152,26 @@ class Report:
 
 
 def measure(
-    report: Report, conditions: Conditions, case: str, who: str, workload: str, tokens: int, step: Callable[[], object]
-) -> Row:
-    """Time one step of `tokens` alone, and report it."""
-    free_memory()
-    timing = time_steps({case: step}, warm=conditions.warm, timed=conditions.timed, device=conditions.device)[case]
-    row = Row(case, who, workload, tokens, timing, peak_gib(conditions.device))
-    report.add(row)
-    return row
+    report: Report,
+    conditions: Conditions,
+    case: str,
+    who: str,
+    workload: str,
+    tokens: int,
+    make_step: Callable[[], Step],
+) -> bool:
+    """Report the time of a step of `tokens`, run alone; False where it cannot be made or run."""
+
+    def timed() -> bool:
+        free_memory()
+        times = time_steps({case: make_step()}, warm=conditions.warm, timed=conditions.timed, device=conditions.device)
+        report.add(Row(case, who, workload, tokens, times[case], peak_gib(conditions.device)))
+        return True
+
+    return report.attempt(case, timed) is not None
 
 
-def time_steps(
-    steps: Mapping[str, Callable[[], object]], *, warm: int, timed: int, device: torch.device
-) -> dict[str, Timing]:
+def time_steps(steps: Mapping[str, Step], *, warm: int, timed: int, device: torch.device) -> dict[str, Timing]:
     """Run the steps in turns, so that what else the machine does hits all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(warm + timed):
@@ -172,7 +180,7 @@ def time_steps(
     return {name: Timing(taken[0], statistics.median(taken[warm:])) for name, taken in seconds.items()}
 
 
-def seconds_of(action: Callable[[], object], device: torch.device) -> float:
+def seconds_of(action: Step, device: torch.device) -> float:
     """Wall time until the device is done with it."""
     synchronize(device)
     began = time.perf_counter()

@@ -9,7 +9,6 @@ loss.
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import sys
@@ -18,12 +17,13 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from lora_core.base_model import BaseModel, load_base, local_folder
 from lora_core.trainer import TrainEngine
-from tests.bench.engines import checked_step, set_jobs
-from tests.bench.peers import Step, compiled_step, stock_step, with_peft
-from tests.bench.report import COMPILED, MANY_JOBS, ONE_JOB, OURS, PEFT, Report, Row, time_steps
+from tests.bench.engines import session_step
+from tests.bench.peers import compiled_step, stock_step, with_peft
+from tests.bench.report import COMPILED, MANY_JOBS, ONE_JOB, OURS, PEFT, Report, Row, Step, time_steps
 from tests.tiny_models import smollm2_gguf
 
 CPU = torch.device("cpu")
@@ -33,6 +33,7 @@ WARM, TIMED = 2, 7
 def main(threads: int) -> None:
     """Measure and print."""
     torch.set_num_threads(threads)
+    logging.disable_progress_bar()
     cache = Path(os.environ.get("LORA_TEST_CACHE") or tempfile.mkdtemp())
     source = smollm2_gguf()
     folder = local_folder(source, cache)
@@ -49,11 +50,10 @@ def compare(
 ) -> None:
     """Rows of everybody on `jobs` jobs of `documents` documents a step; PEFT has one job at a time."""
     engine = TrainEngine(base)
-    set_jobs(engine, jobs, documents, tokens)
     size = f"{documents} x {tokens}"
     ids = torch.randint(0, base.model.config.vocab_size, (documents, tokens))
     programs: dict[str, tuple[str, Step]] = {
-        f"ours, {jobs} x {size}": (OURS, functools.partial(checked_step, engine)),
+        f"ours, {jobs} x {size}": (OURS, session_step(engine, jobs, documents, tokens)),
         f"peft, {size}": (PEFT, stock_step(_with_peft(folder), ids, autocast=False)),
         f"peft, autocast, {size}": (PEFT, stock_step(_with_peft(folder), ids, autocast=True)),
     }

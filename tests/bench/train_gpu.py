@@ -27,7 +27,6 @@ import torch
 from tests.bench import gpu_parts
 from tests.bench.peers import (
     SHAPES,
-    Step,
     compiled_step,
     empty_llama,
     random_llama,
@@ -35,7 +34,7 @@ from tests.bench.peers import (
     stock_step,
     with_peft,
 )
-from tests.bench.report import COMPILED, MANY_JOBS, ONE_JOB, PEFT, Conditions, Report, measure
+from tests.bench.report import COMPILED, MANY_JOBS, ONE_JOB, PEFT, Conditions, Report, Step, measure
 
 PARTS = ("peft", "compiled", "ours", "sweep", "swap", "first")
 PRECISIONS = ("bf16", "fp8")
@@ -149,21 +148,8 @@ def _growing_batch(
     for documents in COMPILED_DOCUMENTS if who == COMPILED else DOCUMENTS:
         ids = torch.randint(0, vocabulary, (documents, conditions.tokens), device=conditions.device)
         case = f"{title}, {documents} x {conditions.tokens}"
-        run = functools.partial(_measured, report, conditions, case, who, ids, make_step)
-        if report.attempt(case, run) is None:
+        if not measure(report, conditions, case, who, ONE_JOB, ids.numel(), functools.partial(make_step, ids)):
             break
-
-
-def _measured(
-    report: Report,
-    conditions: Conditions,
-    case: str,
-    who: str,
-    ids: torch.Tensor,
-    make_step: Callable[[torch.Tensor], Step],
-) -> bool:
-    measure(report, conditions, case, who, ONE_JOB, ids.numel(), make_step(ids))
-    return True
 
 
 def _eight_in_turn(report: Report, conditions: Conditions, who: str) -> None:
