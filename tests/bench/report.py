@@ -87,7 +87,7 @@ class Report:
     def figure(self, name: str, value: float) -> None:
         """A number that is no throughput; its unit is in its name."""
         self._figures[name] = round(value, 4)
-        print(f"{name:<46}{value:>10.4g}", flush=True)
+        print(f"{name:<64}{value:>10.4g}", flush=True)
 
     def attempt(self, case: str, measure: Callable[[], T]) -> T | None:
         """What `measure` returns; None where it fails, which is reported and lets the other cases go on."""
@@ -114,28 +114,28 @@ class Report:
             texts = ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
             print(f"{self._line(row)}{texts[0]:>8}{texts[1]:>12}")
         for name, value in self._figures.items():
-            print(f"{name:<46}{value:>10.4g}")
+            print(f"{name:<64}{value:>10.4g}")
         for case, reason in self._failures.items():
-            print(f"{case:<46}{reason.splitlines()[0]}")
+            print(f"{case:<64}{reason.splitlines()[0]}")
         head = {"bench": self._bench, **self._conditions, "bf16_flops": self._flops, "floor": round(self._floor, 1)}
         rows = [self._as_json(row) for row in self.rows]
         print("\n" + json.dumps({**head, "rows": rows, "figures": self._figures, "failed": self._failures}))
 
     def _failed(self, case: str, reason: str) -> None:
         self._failures[case] = reason
-        print(f"{case:<46}{reason}", flush=True)
+        print(f"{case:<64}{reason}", flush=True)
 
     def _ratio(self, row: Row, who: str) -> float | None:
         peer = self.best(who, row.workload)
         return None if peer is None else row.rate / peer.rate
 
     def _titles(self) -> str:
-        return f"{'case':<46}{'tokens/s':>10}{'of floor':>10}{'s a step':>10}{'first s':>9}{'peak GiB':>10}"
+        return f"{'case':<64}{'tokens/s':>10}{'of floor':>10}{'s a step':>10}{'first s':>9}{'peak GiB':>10}"
 
     def _line(self, row: Row) -> str:
         peak = "-" if row.peak_gib is None else f"{row.peak_gib:.1f}"
         share = f"{row.rate / self._floor:.3f}"
-        return f"{row.case:<46}{row.rate:>10.0f}{share:>10}{row.timing.median:>10.4f}{row.timing.first:>9.2f}{peak:>10}"
+        return f"{row.case:<64}{row.rate:>10.0f}{share:>10}{row.timing.median:>10.4f}{row.timing.first:>9.2f}{peak:>10}"
 
     def _as_json(self, row: Row) -> dict[str, object]:
         ratios = {f"x {who}": self._ratio(row, who) for who in (PEFT, COMPILED)}
