@@ -1,0 +1,155 @@
+"""The parts of `train_gpu` that measure this engine, each on a base and an engine of its own."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+
+import torch
+from torch._dynamo.utils import counters
+
+from lora_core.attention import ATTENTION_NAME
+from lora_core.trainer import EngineJob, LiveJob, StepOutcome, TrainEngine
+from tests.bench.engines import base_of, bench_job, checked_step, session_step, set_jobs
+from tests.bench.peers import SHAPES, random_llama
+from tests.bench.report import (
+    MANY_JOBS,
+    ONE_JOB,
+    OURS,
+    Conditions,
+    Report,
+    Row,
+    Timing,
+    free_memory,
+    measure,
+    peak_gib,
+    seconds_of,
+)
+
+STEP_TOKENS = 8192
+SWEEP = (1, 2, 4, 8, 16, 32)
+SWAPS = 5
+
+
+def one_and_eight_jobs(report: Report, conditions: Conditions, precision: str) -> None:
+    """A step of 8,192 tokens of one job, and of eight (where documents are longer than 1,024, each has one)."""
+    engine = _engine(conditions, precision)
+    for jobs, workload in ((1, ONE_JOB), (8, MANY_JOBS)):
+        documents = _documents(jobs, conditions.tokens)
+        case = f"ours, {precision}, {jobs} x {documents} x {conditions.tokens}"
+        tokens = jobs * documents * conditions.tokens
+        make_step = functools.partial(session_step, engine, jobs, documents, conditions.tokens)
+        measure(report, conditions, case, OURS, workload, tokens, make_step)
+
+
+def sweep(report: Report, conditions: Conditions, precision: str) -> None:
+    """The same documents whoever they belong to, short enough that each of 32 jobs has one."""
+    engine = _engine(conditions, precision)
+    tokens = STEP_TOKENS // SWEEP[-1]
+    medians: dict[int, tuple[float, float]] = {}
+    for jobs in SWEEP:
+        documents = SWEEP[-1] // jobs
+        set_jobs(engine, jobs, documents, tokens)
+        free_memory()
+        split = [_split_step(engine, conditions.device) for _ in range(conditions.warm + conditions.timed)]
+        timed = split[conditions.warm :]
+        whole = statistics.median(step for step, _ in timed)
+        bare = statistics.median(step - optimizer for step, optimizer in timed)
+        case = f"sweep, {precision}, {jobs} x {documents} x {tokens}"
+        for title, median in ((case, whole), (f"{case}, no optimizer", bare)):
+            timing = Timing(split[0][0], median)
+            report.add(Row(title, OURS, "sweep", STEP_TOKENS, timing, peak_gib(conditions.device)))
+        medians[jobs] = (whole, bare)
+    for place, name in enumerate(("with", "without")):
+        lost = 100 * (1 - medians[SWEEP[0]][place] / medians[SWEEP[-1]][place])
+        report.figure(f"{precision}: % lost at {SWEEP[-1]} jobs, {name} optimizer", lost)
+
+
+def _split_step(engine: TrainEngine, device: torch.device) -> tuple[float, float]:
+    """Seconds of a step, and of those the optimizer's of all jobs (each waits for the device in any case)."""
+    optim_step = engine.optim_step
+    taken: list[float] = []
+
+    def timed(live: LiveJob) -> StepOutcome | Exception:
+        outcomes: list[StepOutcome | Exception] = []
+        taken.append(seconds_of(lambda: outcomes.append(optim_step(live)), device))
+        return outcomes[0]
+
+    engine.optim_step = timed  # type: ignore[method-assign]
+    try:
+        whole = seconds_of(lambda: checked_step(engine), device)
+    finally:
+        del engine.optim_step
+    assert taken, "the engine's step went past optim_step, so its time is not known"
+    return whole, sum(taken)
+
+
+def swap(report: Report, conditions: Conditions, precision: str) -> None:
+    """What a swap and the step after it take beyond the step before; and how many graphs torch compiled for them."""
+    engine = _engine(conditions, precision)
+    documents = _documents(8, conditions.tokens)
+    set_jobs(engine, 8, documents, conditions.tokens)
+    for _ in range(conditions.warm):
+        checked_step(engine)
+    graphs = counters["stats"]["unique_graphs"]
+    pauses = []
+    for number in range(SWAPS):
+        newcomer = bench_job(f"newcomer{number}", documents, conditions.tokens, _vocabulary(conditions), 100 + number)
+        leaver = next(iter(engine.live))
+        normal = seconds_of(functools.partial(checked_step, engine), conditions.device)
+        swapped = seconds_of(functools.partial(_exchange_and_step, engine, leaver, newcomer), conditions.device)
+        pauses.append(1000 * (swapped - normal))
+    report.figure(f"{precision}: ms of pause at a swap, median", statistics.median(pauses))
+    report.figure(f"{precision}: ms of pause at a swap, longest", max(pauses))
+    report.figure(f"{precision}: graphs compiled in {SWAPS} swaps", counters["stats"]["unique_graphs"] - graphs)
+
+
+def _exchange_and_step(engine: TrainEngine, leaver: str, newcomer: EngineJob) -> None:
+    engine.remove(leaver)
+    engine.add(newcomer)
+    checked_step(engine)
+
+
+def first_step_latency(report: Report, conditions: Conditions, precision: str) -> None:
+    """Two processes one after the other, which share caches that are empty at the start."""
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {"TRITON_CACHE_DIR": f"{folder}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
+        command = [sys.executable, "-m", "tests.bench.train_gpu", "--first-step", precision]
+        command += ["--shape", conditions.shape, "--tokens", str(conditions.tokens), "--device", conditions.device.type]
+        for state in ("cold", "warm"):
+            done = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True)
+            if done.returncode:
+                last_words = (done.stderr.strip() or "no word").splitlines()[-1]
+                raise RuntimeError(f"the process of the first step ended with {done.returncode}: {last_words}")
+            for name, seconds in json.loads(done.stdout.splitlines()[-1]).items():
+                report.figure(f"{precision}: s, {name}, {state} caches", seconds)
+
+
+def first_steps(conditions: Conditions, precision: str) -> dict[str, float]:
+    """Seconds of this process's first steps, of one job and then of eight, the base loaded before."""
+    engine = _engine(conditions, precision)
+    seconds = {}
+    for jobs in (1, 8):
+        set_jobs(engine, jobs, _documents(jobs, conditions.tokens), conditions.tokens)
+        seconds[f"first step of {jobs}"] = seconds_of(lambda: checked_step(engine), conditions.device)
+    return seconds
+
+
+def _engine(conditions: Conditions, precision: str) -> TrainEngine:
+    model = random_llama(conditions.shape, conditions.device, ATTENTION_NAME)
+    return TrainEngine(base_of(model, precision), capacity=STEP_TOKENS)
+
+
+def _documents(jobs: int, tokens: int) -> int:
+    """Of each job in a step."""
+    return max(1, STEP_TOKENS // (jobs * tokens))
+
+
+def _vocabulary(conditions: Conditions) -> int:
+    vocabulary: int = SHAPES[conditions.shape]["vocab_size"]
+    return vocabulary

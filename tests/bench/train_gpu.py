@@ -1,0 +1,164 @@
+"""Tokens/s of training on one GPU, this engine against PEFT in the same run: `python -m tests.bench.train_gpu`.
+
+Random weights in the shape of Llama, r 16 on all linears, documents of `--tokens` random tokens, all supervised; a step
+of ours has 8,192 tokens. Each part frees what it held before the next begins; `--only` chooses parts:
+
+    peft      PEFT as it is: with and without checkpointing and autocast, 1 to 8 documents a step, until memory ends
+    compiled  PEFT with compiled layers and a chunked loss, with and without checkpointing
+    ours      one job and eight jobs
+    sweep     1 to 32 jobs at the same tokens a step, with and without the optimizer's time
+    swap      a job leaves a live session of eight and another takes its place
+    first     the first step of a fresh process, with empty compile caches and with full ones
+
+`ours` and what follows it run in each of `--precisions`. Eight PEFT jobs run one after another, so that their tokens/s
+are those of one job with one document a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+
+import torch
+
+from tests.bench import gpu_parts
+from tests.bench.peers import (
+    SHAPES,
+    compiled_step,
+    empty_llama,
+    random_llama,
+    set_checkpointing,
+    stock_step,
+    with_peft,
+)
+from tests.bench.report import COMPILED, MANY_JOBS, ONE_JOB, PEFT, Conditions, Report, Step, measure
+
+PARTS = ("peft", "compiled", "ours", "sweep", "swap", "first")
+PRECISIONS = ("bf16", "fp8")
+DOCUMENTS = (1, 2, 4, 8)
+COMPILED_DOCUMENTS = (1, 4, 8)  # each is compiled for up to a minute
+
+
+def main() -> None:
+    """Measure what the command line asks for."""
+    arguments = _arguments()
+    conditions = Conditions(arguments.shape, arguments.tokens, torch.device(arguments.device), *_steps(arguments.quick))
+    if arguments.first_step:
+        print(json.dumps(gpu_parts.first_steps(conditions, arguments.first_step)))
+        return
+    # By default a function that was compiled eight times runs eagerly from then on, without a word.
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    report = _report(conditions)
+    for name, part in _parts(report, conditions, arguments.precisions).items():
+        if name.split()[0] in arguments.only:
+            report.attempt(name, part)
+            torch._dynamo.reset()
+    report.finish()
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), default="8b")
+    parser.add_argument("--tokens", type=int, default=1024, help="of a document")
+    parser.add_argument("--only", type=_some_of(PARTS), default=PARTS, help="parts, by commas")
+    parser.add_argument("--precisions", type=_some_of(PRECISIONS), default=PRECISIONS, help="of our base, by commas")
+    parser.add_argument("--quick", action="store_true", help="fewer steps")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries the program out")
+    parser.add_argument("--first-step", choices=PRECISIONS, help="what the part 'first' runs in a process of its own")
+    return parser.parse_args()
+
+
+def _some_of(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        chosen = tuple(text.split(","))
+        if unknown := sorted(set(chosen) - set(known)):
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose from {', '.join(known)}")
+        return chosen
+
+    return parse
+
+
+def _steps(quick: bool) -> tuple[int, int]:
+    """Steps to warm up, and steps to time."""
+    return (1, 3) if quick else (2, 7)
+
+
+def _report(conditions: Conditions) -> Report:
+    cuda = conditions.device.type == "cuda"
+    words = {
+        "shape": conditions.shape,
+        "document": conditions.tokens,
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "torch": torch.__version__,
+    }
+    return Report("train_gpu", words, conditions.device, empty_llama(conditions.shape))
+
+
+def _parts(report: Report, conditions: Conditions, precisions: tuple[str, ...]) -> dict[str, Callable[[], None]]:
+    """Every part by name; the first word is what `--only` calls it."""
+    parts = {
+        "peft": functools.partial(peft_as_it_is, report, conditions),
+        "compiled": functools.partial(peft_compiled, report, conditions),
+    }
+    ours = {
+        "ours": gpu_parts.one_and_eight_jobs,
+        "sweep": gpu_parts.sweep,
+        "swap": gpu_parts.swap,
+        "first": gpu_parts.first_step_latency,
+    }
+    for precision in precisions:
+        for name, part in ours.items():
+            parts[f"{name} {precision}"] = functools.partial(part, report, conditions, precision)
+    return parts
+
+
+def peft_as_it_is(report: Report, conditions: Conditions) -> None:
+    """The batch grows until memory ends; rows that fail are named as such."""
+    model = with_peft(random_llama(conditions.shape, conditions.device))
+    for checkpointing in (True, False):
+        set_checkpointing(model, checkpointing)
+        for autocast in (True, False):
+            title = f"peft{', checkpointing' * checkpointing}{', autocast' * autocast}"
+            _growing_batch(report, conditions, title, PEFT, functools.partial(stock_step, model, autocast=autocast))
+    _eight_in_turn(report, conditions, PEFT)
+
+
+def peft_compiled(report: Report, conditions: Conditions) -> None:
+    """Compiled anew for every batch, since a compiled function with a dynamic batch is slower."""
+    model = with_peft(random_llama(conditions.shape, conditions.device))
+
+    def freshly_compiled(ids: torch.Tensor) -> Step:
+        torch._dynamo.reset()
+        return compiled_step(model, ids)
+
+    for checkpointing in (True, False):
+        set_checkpointing(model, checkpointing)
+        title = f"peft compiled{', checkpointing' * checkpointing}"
+        _growing_batch(report, conditions, title, COMPILED, freshly_compiled)
+    _eight_in_turn(report, conditions, COMPILED)
+
+
+def _growing_batch(
+    report: Report, conditions: Conditions, title: str, who: str, make_step: Callable[[torch.Tensor], Step]
+) -> None:
+    vocabulary = SHAPES[conditions.shape]["vocab_size"]
+    for documents in COMPILED_DOCUMENTS if who == COMPILED else DOCUMENTS:
+        ids = torch.randint(0, vocabulary, (documents, conditions.tokens), device=conditions.device)
+        case = f"{title}, {documents} x {conditions.tokens}"
+        if not measure(report, conditions, case, who, ONE_JOB, ids.numel(), functools.partial(make_step, ids)):
+            break
+
+
+def _eight_in_turn(report: Report, conditions: Conditions, who: str) -> None:
+    """The fastest way to give one job a step of one document, as a row for many jobs."""
+    rows = [row for row in report.rows if (row.who, row.workload, row.tokens) == (who, ONE_JOB, conditions.tokens)]
+    if rows:
+        fastest = max(rows, key=lambda row: row.rate)
+        report.add(dataclasses.replace(fastest, case=f"eight jobs in turn: {fastest.case}", workload=MANY_JOBS))
+
+
+if __name__ == "__main__":
+    main()
