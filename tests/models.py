@@ -57,7 +57,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
 
 
 def tiny_model(kind: str, seed: int = 0, attention: str = ATTENTION_NAME) -> PreTrainedModel:
-    """Random weights and biases large enough that attention, windows and caps show in the logits; frozen, in eval mode."""
+    """Random weights and biases, large enough that attention, windows and caps show in the logits; frozen, in eval
+    mode.
+    """
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         copy.deepcopy(CONFIGS[kind]), attn_implementation=attention

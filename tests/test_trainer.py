@@ -242,14 +242,14 @@ def test_packed_or_padded_same_gradient() -> None:
     examples = [wanted.examples[index] for index in wanted.examples_of(0)]
     tokens = sum(sum(example.labels_mask) for example in examples)
     (padded_loss(model, examples) * tokens).backward()
-    theirs = torch.cat([weight.grad.t().flatten() for weight in weights if weight.grad is not None])
+    theirs = _as_flat([weight.grad for weight in weights if weight.grad is not None])
     assert relative(ours[:-2], theirs) < 1e-6
     assert ours[-1] == tokens
 
 
 def _as_tutorial(model: torch.nn.Module, live: LiveJob) -> list[Tensor]:
-    """`replace_linear_with_lora` with the weights of `live`; its A and B in the order of the flat vector,
-    transposed.
+    """`replace_linear_with_lora` with the weights of `live`; every A `[in, r]`, then every B
+    `[r, out]`.
     """
     replace_linear_with_lora(model, live.job.lora.r, live.job.lora.lora_alpha / live.job.lora.r, list(live.adapter.a))
     all_a: list[Tensor] = []
@@ -262,6 +262,12 @@ def _as_tutorial(model: torch.nn.Module, live: LiveJob) -> list[Tensor]:
         all_a.append(layer.lora.A)
         all_b.append(layer.lora.B)
     return all_a + all_b
+
+
+def _as_flat(parts: list[Tensor]) -> Tensor:
+    """In the order of the flat vector, where A lies as `[r, in]` and B as `[r, out]`."""
+    half = len(parts) // 2
+    return torch.cat([part.t().flatten() for part in parts[:half]] + [part.flatten() for part in parts[half:]])
 
 
 def test_every_cut_is_the_same_formula_after_200_steps_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +301,7 @@ def test_every_cut_is_the_same_formula_after_200_steps_in_fp64(monkeypatch: pyte
     start = live.optimizer.flat.clone()
     weights = _as_tutorial(model, live)
     reference_training(model, weights, wanted, 200, exact_clip)
-    plain = torch.cat([part.t().flatten() for part in (w.detach() for w in weights)])
+    plain = _as_flat([weight.detach() for weight in weights])
 
     assert relative(whole, start) > 0.1
     for other in (one_by_one, company, two[0], two[1], plain):
