@@ -15,7 +15,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,9 +26,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_core.attention import ATTENTION_NAME, Attend, PackedAttention
+from lora_core.decoder import Decoder, Rows
+from lora_core.kernels.low_rank import NO_ADAPTER
+from lora_core.precision import DenseWeight, Fp8Weight, FrozenWeight, Nf4Weight, stacked_dense
 
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "fp8", "nf4"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+QUANTISED = ("fp8", "nf4")
 SUPPORTED = "use a Llama, Mistral, Qwen, Gemma or GPT-2 model"
 
 
@@ -38,7 +42,11 @@ class BaseModelError(ValueError):
 
 @dataclass
 class BaseModel:
-    """A frozen base. `fingerprint` is the sha256 of the source weights; `precision` is what it computes in here."""
+    """A frozen base. `fingerprint` is the sha256 of the source weights; `precision` is what it computes in here.
+
+    `decoder` holds the same weights for the faster pass, where there is one: for the Llama family on a GPU and, but in
+    fp32, on a CPU. In fp8 and nf4 it alone has them, and `hidden` cannot be called.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -46,6 +54,7 @@ class BaseModel:
     fingerprint: str
     precision: str
     device: torch.device
+    decoder: Decoder | None = None
 
     def hidden(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Last hidden states `[batch, tokens, h]` of ids and positions int64 `[batch, tokens]`."""
@@ -82,18 +91,54 @@ def load_base(source: str, *, precision: Precision, cache_dir: Path, device: tor
     computed = resolve_precision(precision, device)
     folder = local_folder(source, cache_dir)
     fingerprint = fingerprint_of(folder, cache_dir)
-    dense = _dense_folder(folder, fingerprint, computed, cache_dir)
-    model = _open_model(dense, DTYPES[computed])
-    model.to(device)  # type: ignore[arg-type]
+    dense = dense_precision(computed, device)
+    model = _open_model(_dense_folder(folder, fingerprint, dense, cache_dir), DTYPES[dense])
     model.requires_grad_(False)
     model.eval()
-    base = BaseModel(model, load_tokenizer(folder), source, fingerprint, computed, device)
+    base = BaseModel(model, load_tokenizer(folder), source, fingerprint, computed, torch.device("cpu"))
+    if computed in QUANTISED:
+        return _quantised(base, device)
+    model.to(device)  # type: ignore[arg-type]
+    base.device = device
     _refuse_unfaithful(base)
+    if Decoder.fits(model.config) and (device.type == "cuda" or computed == "bf16"):
+        base.decoder = Decoder(model, stacked_dense if device.type == "cuda" else DenseWeight)
+        _refuse_unfaithful(base)
     return base
 
 
+def _quantised(base: BaseModel, device: torch.device) -> BaseModel:
+    """The base with its linears in fp8 or nf4 on `device`, group by group, so that it need not fit there before."""
+    if not Decoder.fits(base.model.config):
+        raise BaseModelError(
+            f"base model {base.source}: precision {base.precision} is there for the Llama family alone, not for"
+            f" {base.model.config.model_type}; use bf16"
+        )
+    _refuse_unfaithful(base)
+    quantise: type[Fp8Weight | Nf4Weight] = Fp8Weight if base.precision == "fp8" else Nf4Weight
+    frozen: list[FrozenWeight] = []
+    for parts in Decoder.stacks(base.model):
+        frozen.append(quantise(torch.cat([part.to(device) for part in parts])))
+        for part in parts:
+            part.data = part.new_empty(0)
+    base.model.to(device)  # type: ignore[arg-type]  # what is left: embedding, norms, head
+    weights = iter(frozen)
+    return replace(base, device=device, decoder=Decoder(base.model, lambda _: next(weights)))
+
+
+def dense_precision(precision: str, device: torch.device) -> str:
+    """What is computed in around the linears: in fp8 and nf4 what `auto` would be."""
+    return resolve_precision("auto", device) if precision in QUANTISED else precision
+
+
 def resolve_precision(precision: Precision, device: torch.device) -> str:
-    """`auto` is bf16 where the hardware computes in it, else fp32."""
+    """`auto` is bf16 where the hardware computes in it, else fp32.
+
+    Raises:
+        BaseModelError: the hardware cannot do what is asked for.
+    """
+    if precision == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
+        raise BaseModelError("precision fp8 needs a GPU with fp8 matrix units (Hopper, Ada or later); use bf16 or nf4")
     if precision != "auto":
         return precision
     if device.type == "cuda":
@@ -336,7 +381,11 @@ def _packing_error(base: BaseModel) -> float:
     ids = torch.arange(12, device=base.device)[None] % base.model.config.vocab_size
     lengths = [7, 5]
     positions = torch.cat([torch.arange(length, device=base.device) for length in lengths])[None]
-    ours = base.head(base.hidden(ids, positions, PackedAttention(lengths))).float()
+    if base.decoder is None:
+        hidden = base.hidden(ids, positions, PackedAttention(lengths))
+    else:
+        hidden = base.decoder.hidden(Rows(ids[0], positions[0], lengths, [(NO_ADAPTER, len(ids[0]))]), [])[None]
+    ours = base.head(hidden).float()
     base.model.set_attn_implementation("eager")
     try:
         alone = [base.model(input_ids=document, use_cache=False).logits for document in ids.split(lengths, dim=1)]

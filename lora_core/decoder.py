@@ -142,16 +142,43 @@ class Decoder:
     def _layer(self, place: int, layer: Any, freeze: Callable[[Sequence[Tensor]], FrozenWeight]) -> Layer:
         weights = []
         for leaves in _GROUPS:
-            parts = [layer.get_submodule(leaf).weight for leaf in leaves]
+            linears = [layer.get_submodule(leaf) for leaf in leaves]
             names = tuple(f"model.layers.{place}.{leaf}" for leaf in leaves)
-            outputs = tuple(part.shape[0] for part in parts)
-            self.groups.append(LinearGroup(len(self.groups), names, parts[0].shape[1], outputs))
-            weights.append(freeze(parts))
+            outputs = tuple(linear.out_features for linear in linears)
+            self.groups.append(LinearGroup(len(self.groups), names, linears[0].in_features, outputs))
+            weights.append(freeze([linear.weight for linear in linears]))
         biases = [layer.get_submodule(leaf).bias for leaf in _GROUPS[QKV]]
-        return Layer(
-            tuple(weights),
-            (layer.input_layernorm.weight, layer.post_attention_layernorm.weight),
-            None if biases[0] is None else torch.cat(biases),
+        bias = None if biases[0] is None else torch.cat(biases)
+        norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+        return Layer(tuple(weights), norms, bias)
+
+    @staticmethod
+    def stacks(model: PreTrainedModel) -> list[list[Tensor]]:
+        """The weights of each group of linears, in the order in which `freeze` gets them."""
+        layers = cast(Any, model.base_model).layers
+        return [[layer.get_submodule(leaf).weight for leaf in leaves] for layer in layers for leaves in _GROUPS]
+
+    @staticmethod
+    def fits(config: Any) -> bool:
+        """Whether a model of this config is computed here: Llama, Mistral and Qwen2 as they usually come."""
+        windowed = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None) is not None
+        return (
+            config.model_type in ("llama", "mistral", "qwen2")
+            and config.hidden_act == "silu"
+            and not windowed
+            and not getattr(config, "attention_bias", False)
+            and not getattr(config, "mlp_bias", False)
+            and config.hidden_size % 8 == config.intermediate_size % 8 == 0
+        )
+
+    @staticmethod
+    def adapts(adapter: Adapter) -> bool:
+        """Whether this adapter is computed here: A and B on the layers' linears, without dropout, DoRA or PiSSA."""
+        return (
+            adapter.dropout == 0
+            and not adapter.magnitude
+            and adapter.residual is None
+            and all(name.startswith("model.layers.") for name in adapter.a)
         )
 
     def view(self, adapter: Adapter) -> AdapterView:
@@ -180,13 +207,17 @@ class Decoder:
     @torch.no_grad()
     def evaluate(self, rows: Rows, adapters: Sequence[AdapterView], labels: Labels) -> tuple[Tensor, Tensor]:
         """(summed token loss, number of labels that have the largest logit) of each chunk of `labels`."""
+        losses, correct, _ = self._head_losses(self.hidden(rows, adapters), labels, with_gradient=False)
+        return losses, correct
+
+    @torch.no_grad()
+    def hidden(self, rows: Rows, adapters: Sequence[AdapterView]) -> Tensor:
+        """Last hidden states `[T, H]`, normed."""
         batch = _Batch(self, rows, adapters)
         x, pending = F.embedding(rows.ids, self.embedding), None
         for place in range(len(self.layers)):
             _, x, pending = batch.forward(place, x, pending, "full")
-        _, normed, _ = batch.add_and_norm(x, pending, self.final_norm)
-        losses, correct, _ = self._head_losses(normed, labels, with_gradient=False)
-        return losses, correct
+        return batch.add_and_norm(x, pending, self.final_norm)[1]
 
     def _head_losses(self, normed: Tensor, labels: Labels, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Only labelled rows go through the head, a slice at a time; also the gradient of the normed rows `[T, H]`."""
