@@ -19,7 +19,7 @@ from lora_core.adapter_bank import Adapter, AdapterBank, Run
 from lora_core.adapter_init import LoraConfigError, init_adapter
 from lora_core.attention import PackedAttention
 from lora_core.config import LoraConfig
-from lora_core.dora import RowNorms
+from lora_core.dora import RowNorms, weight_of
 from lora_core.merge import write_merged
 from lora_core.packing import pack
 from lora_core.peft_format import read_adapter
@@ -239,6 +239,17 @@ def test_one_micro_batch_or_many_same_gradient(lora: dict[str, Any], monkeypatch
     assert relative(gradient(base, wanted, capacity=4096), whole) < 1e-6
 
 
+def test_bf16_follows_fp32() -> None:
+    def losses(dtype: torch.dtype) -> list[float]:
+        engine = TrainEngine(tiny_base("llama", dtype=dtype))
+        engine.add(job(lora=DORA_HEAD | {"lora_alpha": 4}, learning_rate=2e-3))
+        return [outcome_of(engine.step()["job"]).loss for _ in range(10)]
+
+    exact = losses(torch.float32)
+    assert losses(torch.bfloat16) == pytest.approx(exact, rel=0.02)
+    assert exact[-1] < 0.99 * exact[0]
+
+
 def test_restart_continues_bit_for_bit() -> None:
     wanted = job(lora=DORA_HEAD)
     whole = (engine := TrainEngine(tiny_base("llama"))).add(wanted)
@@ -315,14 +326,18 @@ def logits(base: Any, bank: AdapterBank, adapter: Adapter | None) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [*ADAPTERS, "plain", "tied"])
-def test_merged_directory_computes_the_same(name: str, tmp_path: Path) -> None:
-    kind, lora = (ADAPTERS | {"plain": ("qwen2", {}), "tied": ("gemma", {"use_dora": True})})[name]
+@pytest.mark.parametrize("case", [*ADAPTERS, "plain", "tied"])
+def test_merged_directory_computes_the_same(case: str, tmp_path: Path) -> None:
+    kind, lora = (ADAPTERS | {"plain": ("qwen2", {}), "tied": ("gemma", {"use_dora": True})})[case]
     base = replace(tiny_base(kind), tokenizer=byte_tokenizer())
     bank = AdapterBank(base.model)
+    name = next(iter(bank.modules))
+    weight_of(bank.modules[name])[5] = 0
     adapter = init_adapter(bank, LoraConfig(**{"r": 4, "lora_alpha": 6} | lora), seed=1)
     for weight in (*adapter.b.values(), *adapter.magnitude.values()):
         weight.add_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)), alpha=0.2)
+    if name in adapter.b:
+        adapter.b[name][5] = 0  # a row of zeros, whose norm is none to divide by
     ours = logits(base, bank, adapter)
     write_merged(adapter, base, bank, tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager").eval()
