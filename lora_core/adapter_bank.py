@@ -20,7 +20,6 @@ own output, and m.grad += sum over rows of dy * v / ||W + scale B A||.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,9 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from lora_core.dora import RowNorms
+from lora_core.targets import adaptable_linears, in_and_out, refused_names, selected, untied_head
 
 
 @dataclass
@@ -111,7 +110,7 @@ class AdapterBank:
         self.linears = adaptable_linears(model)
         self.modules = self.linears | untied_head(model)
         self.row_norms = RowNorms(self.modules)
-        self._refused = _refused_names(model)
+        self._refused = refused_names(model)
         self._runs: Sequence[Run] = ()
         self._residual_runs: Sequence[Run] = ()  # the same rows, by the residuals of their adapters
         self._hooks = [module.register_forward_hook(self._hook_for(name)) for name, module in self.modules.items()]
@@ -125,26 +124,11 @@ class AdapterBank:
         Raises:
             ValueError: an entry matches nothing, or a module that cannot be adapted; the sentence names those that can.
         """
-        return {name: _in_out(self.modules[name]) for name in self.select(target_modules)}
+        return {name: in_and_out(self.modules[name]) for name in self.select(target_modules)}
 
     def select(self, target_modules: str | list[str]) -> list[str]:
         """Names of the linears that `target_modules` selects; see `shapes`."""
-        if target_modules == "all-linear":
-            return list(self.linears)
-        entries = [target_modules] if isinstance(target_modules, str) else target_modules
-        matches = _full_match if isinstance(target_modules, str) else _ends_with
-        problems, chosen = [], set()
-        for entry in entries:
-            found = [name for name in self.modules if matches(entry, name)]
-            refused = [f"{entry!r} selects {what}" for name, what in self._refused.items() if matches(entry, name)]
-            problems += refused
-            if not found and not refused:
-                problems.append(f"{entry!r} matches no module")
-            chosen.update(found)
-        if problems:
-            leaves = ", ".join(sorted({name.rpartition(".")[2] for name in self.modules}))
-            raise ValueError(f"target_modules: {'; '.join(problems)}. Choose from {leaves}, or all-linear.")
-        return [name for name in self.modules if name in chosen]
+        return selected(target_modules, self.linears, self.modules, self._refused)
 
     def add_norms(self, adapter: Adapter, modules: Iterable[str]) -> None:
         """Compute what DoRA divides by where it is not known; nothing for an adapter without DoRA."""
@@ -319,24 +303,6 @@ def _add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> N
         weight.grad.add_(left @ right, alpha=scale)
 
 
-def adaptable_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Every `nn.Linear` and GPT-2 `Conv1D` by name, without the output head: what PEFT calls "all-linear"."""
-    head = model.get_output_embeddings()
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
-    }
-
-
-def untied_head(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The output head by name, if its weight is its own: the update of a tied one would be wrong for the embedding."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or head.weight is embedding.weight:
-        return {}
-    return {name: module for name, module in model.named_modules() if module is head}
-
-
 def dropout_mask(features: int, p: float, row_keys: Tensor, module_key: int) -> Tensor:
     """bool `[rows, features]`, False with probability p: a function of (row key, module, feature) alone.
 
@@ -375,34 +341,7 @@ def key_of(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def _in_out(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    assert isinstance(module, Conv1D)
-    return int(module.nx), int(module.nf)
-
-
 def _is_activation(module: nn.Module) -> bool:
     """SiLU, GELU and their like, by where torch and transformers keep them (torch keeps its attention there too)."""
     kept_in = type(module).__module__
     return kept_in in ("torch.nn.modules.activation", "transformers.activations") and not any(module.children())
-
-
-def _refused_names(model: PreTrainedModel) -> dict[str, str]:
-    """Name of each module that a user may well name, and that cannot be adapted -> what it is."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    why: dict[nn.Module, str] = {embedding: "an embedding, which LoRA does not adapt here"}
-    if not untied_head(model):
-        why[head] = "the output head, which shares its weight with the embedding here and so cannot be adapted alone"
-    return {name: why[module] for name, module in model.named_modules() if module in why}
-
-
-def _ends_with(entry: str, name: str) -> bool:
-    return name == entry or name.endswith("." + entry)
-
-
-def _full_match(entry: str, name: str) -> bool:
-    try:
-        return re.fullmatch(entry, name) is not None
-    except re.error as error:
-        raise ValueError(f"target_modules: {entry!r} is no regular expression ({error})") from error

@@ -56,8 +56,7 @@ def adapted_modules(bank: AdapterBank, lora: LoraConfig) -> list[str]:
 
 
 def init_adapter(bank: AdapterBank, lora: LoraConfig, seed: int) -> Adapter:
-    """A fresh adapter, without gradients, whose product is zero at the start (with PiSSA by its residual); with
-    DoRA, m is the row norms of the weights.
+    """A fresh adapter, without gradients, whose product is zero at the start (with PiSSA by its residual).
 
     The random stream depends on the seed and the module's name alone, so that every rank, and every choice of other
     target modules, starts from the same numbers.
@@ -82,10 +81,7 @@ def init_adapter(bank: AdapterBank, lora: LoraConfig, seed: int) -> Adapter:
     residual = None
     if lora.init_lora_weights == "pissa":
         residual = Adapter(scale, a, {name: -weight for name, weight in b.items()})
-    adapter = Adapter(scale, a, b, lora.lora_dropout, residual=residual)
-    if lora.use_dora:
-        adapter.magnitude = {name: bank.row_norms.of(name, *adapter.folded(name)) for name in modules}
-    return adapter
+    return _with_magnitude(Adapter(scale, a, b, lora.lora_dropout, residual=residual), bank, lora)
 
 
 def continued_adapter(bank: AdapterBank, lora: LoraConfig, given: Adapter) -> Adapter:
@@ -113,9 +109,18 @@ def continued_adapter(bank: AdapterBank, lora: LoraConfig, given: Adapter) -> Ad
             f"init_adapter: its rank is {a[other[0]].shape[0]} in {other[0]}, and this job's is"
             f" {lora.rank_of(other[0])}; set r and rank_pattern to its ranks"
         )
+    if given.magnitude and not lora.use_dora:
+        problems.append("init_adapter: it was trained with DoRA, so set use_dora")
     if problems:
         raise LoraConfigError(problems)
-    return Adapter(scale, a, b, lora.lora_dropout)
+    return _with_magnitude(Adapter(scale, a, b, lora.lora_dropout, magnitude=given.magnitude), bank, lora)
+
+
+def _with_magnitude(adapter: Adapter, bank: AdapterBank, lora: LoraConfig) -> Adapter:
+    """With DoRA's m, if `lora` wants it: the row norms of the weights, which change nothing, where it has none yet."""
+    if lora.use_dora and not adapter.magnitude:
+        adapter.magnitude = {name: bank.row_norms.of(name, *adapter.folded(name)) for name in adapter.a}
+    return adapter
 
 
 def _without_zero_ranks(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

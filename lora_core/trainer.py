@@ -28,7 +28,7 @@ from lora_core.attention import PackedAttention
 from lora_core.base_model import BaseModel
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import Example
-from lora_core.loss import chunk_losses
+from lora_core.loss import Head, chunk_losses
 from lora_core.optim import AllReduce, FlatAdamW, NoGradientError, StepOutcome, learning_rate
 from lora_core.packing import Chunk, PackedBatch, PackedChunk, cut_into_chunks, micro_batches, pack
 
@@ -75,8 +75,9 @@ class EngineJob:
         for example in self.examples:
             digest.update(array("q", [len(example.ids), *example.ids]).tobytes() + bytes(example.labels_mask))
         if self.init_adapter is not None:
-            for name, weight in (*self.init_adapter.a.items(), *self.init_adapter.b.items()):
-                digest.update(f"{name} {self.init_adapter.scale[name]}".encode() + weight.cpu().numpy().tobytes())
+            given = self.init_adapter
+            for name, weight in (*given.a.items(), *given.b.items(), *given.magnitude.items()):
+                digest.update(f"{name} {given.scale[name]}".encode() + weight.cpu().numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -240,6 +241,14 @@ class TrainEngine:
 
 
 def _losses(base: BaseModel, bank: AdapterBank, runs: Sequence[Run], batch: PackedBatch) -> Tensor:
+    with bank.routed(runs):
+        hidden = base.hidden(batch.ids, batch.positions, PackedAttention(batch.lengths))[0]
+    labelled = [(chunk.label_rows, chunk.labels) for chunk in batch.chunks]
+    return chunk_losses(hidden, _routed_head(base, bank, runs), labelled, bank.head_weights(runs))
+
+
+def _routed_head(base: BaseModel, bank: AdapterBank, runs: Sequence[Run]) -> Head:
+    """The output head with the adapters that chunks have on it; chunk i is `runs[i]`."""
     starts = list(accumulate((run.rows for run in runs), initial=0))
 
     def head(hidden: Tensor, chunk: int, rows: Tensor) -> Tensor:
@@ -248,10 +257,7 @@ def _losses(base: BaseModel, bank: AdapterBank, runs: Sequence[Run], batch: Pack
         with bank.routed([Run(run.adapter, len(rows), keys)]):
             return base.head(hidden)
 
-    with bank.routed(runs):
-        hidden = base.hidden(batch.ids, batch.positions, PackedAttention(batch.lengths))[0]
-    labelled = [(chunk.label_rows, chunk.labels) for chunk in batch.chunks]
-    return chunk_losses(hidden, head, labelled, bank.head_weights(runs))
+    return head
 
 
 @torch.no_grad()

@@ -16,14 +16,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lora_core import dora, trainer
 from lora_core.adapter_bank import Adapter, AdapterBank, Run
-from lora_core.adapter_init import init_adapter
+from lora_core.adapter_init import LoraConfigError, init_adapter
 from lora_core.attention import PackedAttention
 from lora_core.config import LoraConfig
-from lora_core.dora import RowNorms
+from lora_core.dora import RowNorms, weight_of
 from lora_core.merge import write_merged
 from lora_core.packing import pack
+from lora_core.peft_format import read_adapter
 from lora_core.trainer import EngineJob, JobDiverged, LiveJob, TrainEngine, probe_losses
-from tests.models import VOCABULARY, documents, threads, tiny_base, tiny_model
+from tests.models import CONFIGS, VOCABULARY, documents, threads, tiny_base, tiny_model
 from tests.test_trainer import gradient, job, outcome_of, padded_loss, reference_training, relative, state
 from tests.tiny_models import byte_tokenizer
 
@@ -238,6 +239,17 @@ def test_one_micro_batch_or_many_same_gradient(lora: dict[str, Any], monkeypatch
     assert relative(gradient(base, wanted, capacity=4096), whole) < 1e-6
 
 
+def test_bf16_follows_fp32() -> None:
+    def losses(dtype: torch.dtype) -> list[float]:
+        engine = TrainEngine(tiny_base("llama", dtype=dtype))
+        engine.add(job(lora=DORA_HEAD | {"lora_alpha": 4}, learning_rate=2e-3))
+        return [outcome_of(engine.step()["job"]).loss for _ in range(10)]
+
+    exact = losses(torch.float32)
+    assert losses(torch.bfloat16) == pytest.approx(exact, rel=0.02)
+    assert exact[-1] < 0.99 * exact[0]
+
+
 def test_restart_continues_bit_for_bit() -> None:
     wanted = job(lora=DORA_HEAD)
     whole = (engine := TrainEngine(tiny_base("llama"))).add(wanted)
@@ -269,6 +281,35 @@ def test_tail_of_the_vector_is_all_m_in_order() -> None:
     assert list(live.adapter.magnitude) == list(live.adapter.b) == list(live.adapter.a)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("before", [True, False])
+def test_a_start_from_another_adapter_computes_the_same(before: bool) -> None:
+    """From a DoRA adapter with its m, from a plain one with the norms."""
+    base = tiny_base("llama")
+    bank = AdapterBank(base.model)
+    given = init_adapter(bank, LoraConfig(r=4, lora_alpha=9, use_dora=before), seed=0)
+    for weight in (*given.b.values(), *given.magnitude.values()):
+        weight.add_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)), alpha=0.1)
+    wanted = replace(job(lora={"use_dora": True}), init_adapter=given)
+    live = TrainEngine(base).add(wanted)
+    torch.testing.assert_close(logits(base, bank, live.adapter), logits(base, bank, given), rtol=1e-5, atol=1e-5)
+    assert live.adapter.magnitude.keys() == live.adapter.a.keys()
+    if before:
+        with pytest.raises(LoraConfigError, match="init_adapter: it was trained with DoRA, so set use_dora"):
+            TrainEngine(base).add(replace(wanted, lora=LoraConfig(r=4)))
+        other = replace(given, magnitude={name: 1.1 * m for name, m in given.magnitude.items()})
+        assert replace(wanted, init_adapter=other).digest() != wanted.digest()
+
+
+def test_peft_files_with_a_head_can_be_checked_without_the_bases_weights(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["lm_head"], use_dora=True)
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        peft.get_peft_model(tiny_model("llama"), config).save_pretrained(str(tmp_path))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIGS["llama"])
+    assert list(read_adapter(tmp_path, AdapterBank(model)).a) == ["lm_head"]
+
+
 def test_dropout_with_dora_is_refused_with_the_reason() -> None:
     with pytest.raises(ValueError, match="needs lora_dropout to be 0: with dropout PEFT"):
         LoraConfig(use_dora=True, lora_dropout=0.1)
@@ -285,14 +326,18 @@ def logits(base: Any, bank: AdapterBank, adapter: Adapter | None) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [*ADAPTERS, "plain", "tied"])
-def test_merged_directory_computes_the_same(name: str, tmp_path: Path) -> None:
-    kind, lora = (ADAPTERS | {"plain": ("qwen2", {}), "tied": ("gemma", {"use_dora": True})})[name]
+@pytest.mark.parametrize("case", [*ADAPTERS, "plain", "tied"])
+def test_merged_directory_computes_the_same(case: str, tmp_path: Path) -> None:
+    kind, lora = (ADAPTERS | {"plain": ("qwen2", {}), "tied": ("gemma", {"use_dora": True})})[case]
     base = replace(tiny_base(kind), tokenizer=byte_tokenizer())
     bank = AdapterBank(base.model)
+    name = next(iter(bank.modules))
+    weight_of(bank.modules[name])[5] = 0
     adapter = init_adapter(bank, LoraConfig(**{"r": 4, "lora_alpha": 6} | lora), seed=1)
     for weight in (*adapter.b.values(), *adapter.magnitude.values()):
         weight.add_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)), alpha=0.2)
+    if name in adapter.b:
+        adapter.b[name][5] = 0  # a row of zeros, whose norm is none to divide by
     ours = logits(base, bank, adapter)
     write_merged(adapter, base, bank, tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager").eval()

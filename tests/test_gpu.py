@@ -35,15 +35,14 @@ def base_on(folder: Path, device: str, precision: str = "fp32") -> BaseModel:
     )
 
 
-def losses(base: BaseModel, *, dropout: float = 0.1, names: tuple[str, ...] = ("one",)) -> dict[str, list[float]]:
+LORA = LoraConfig(r=4, lora_dropout=0.1)
+
+
+def losses(base: BaseModel, *, lora: LoraConfig = LORA, names: tuple[str, ...] = ("one",)) -> dict[str, list[float]]:
     """Loss at every step of jobs trained together."""
     engine = TrainEngine(base)
     for seed, name in enumerate(names):
-        engine.add(
-            EngineJob(
-                name, LoraConfig(r=4, lora_dropout=dropout), TrainConfig(epochs=5, batch_size=4, seed=seed), EXAMPLES
-            )
-        )
+        engine.add(EngineJob(name, lora, TrainConfig(epochs=5, batch_size=4, seed=seed), EXAMPLES))
     history: dict[str, list[float]] = {name: [] for name in names}
     while not all(live.done for live in engine.live.values()):
         for name, outcome in engine.step().items():
@@ -57,6 +56,16 @@ def test_training_on_the_gpu_follows_the_cpu(folder: Path) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     cpu, gpu = losses(base_on(folder, "cpu")), losses(base_on(folder, "cuda"))
     assert gpu["one"] == pytest.approx(cpu["one"], rel=1e-4)
+
+
+def test_dora_and_an_adapted_head_on_the_gpu_follow_the_cpu(tmp_path: Path) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    folder = save_tiny_model("gemma2", tmp_path / "model" / "gemma2")
+    lora = LoraConfig(r=4, use_dora=True, target_modules=["lm_head", "q_proj", "down_proj"])
+    places = (("cpu",), ("cuda",), ("cuda", "bf16"))
+    cpu, gpu, rounded = (losses(base_on(folder, *place), lora=lora) for place in places)
+    assert gpu["one"] == pytest.approx(cpu["one"], rel=1e-4)
+    assert rounded["one"] == pytest.approx(cpu["one"], rel=0.05)
 
 
 def test_a_neighbour_changes_a_gpu_run_by_rounding_only(folder: Path) -> None:

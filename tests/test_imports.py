@@ -19,6 +19,7 @@ ORDER = {
         "kernels",
         "attention",
         "dora",
+        "targets",
         "adapter_bank",
         "adapter_init",
         "precision",
