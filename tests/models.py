@@ -40,6 +40,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "llama": transformers.LlamaConfig(**_LLAMA),
     "llama-odd": transformers.LlamaConfig(**_LLAMA | _ODD),
     "mistral": transformers.MistralConfig(**_LLAMA, sliding_window=7),
+    "mistral-dense": transformers.MistralConfig(**_LLAMA, sliding_window=None),
     "qwen2": transformers.Qwen2Config(**_LLAMA),
     "qwen3": transformers.Qwen3Config(**_LLAMA, head_dim=16),
     "gemma": transformers.GemmaConfig(**_LLAMA, head_dim=16),
@@ -91,7 +92,7 @@ def norms_in_double(model: nn.Module) -> None:
         return normed
 
     for module in model.modules():
-        if type(module).__name__ == "LlamaRMSNorm":
+        if type(module).__name__ in ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm"):
             module.forward = MethodType(rms_norm, module)  # type: ignore[method-assign]
 
 

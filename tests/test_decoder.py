@@ -1,0 +1,162 @@
+"""The written-out decoder against transformers' modules with the bank's hooks: the same losses and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_core.config import LoraConfig, TrainConfig
+from lora_core.decoder import Checkpointing, Decoder, Rows
+from lora_core.kernels.low_rank import NO_ADAPTER
+from lora_core.packing import PackedBatch, pack
+from lora_core.precision import DenseWeight, stacked_dense
+from lora_core.trainer import EngineJob, LiveJob, TrainEngine
+from tests.models import CPU, documents, tiny_base
+
+CONFIGS = [
+    LoraConfig(r=4),
+    LoraConfig(r=16, lora_alpha=7, use_rslora=True, target_modules=["q_proj", "v_proj", "down_proj"]),
+    LoraConfig(r=3, target_modules=["k_proj", "up_proj"], rank_pattern={"up_proj": 70}, alpha_pattern={"k_proj": 5}),
+]
+GPU = pytest.param(
+    "cuda",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")],
+)
+
+
+class World:
+    """Three adapters with a B that is not zero, a batch of theirs, and both ways through the base."""
+
+    def __init__(self, kind: str = "llama", dtype: torch.dtype = torch.float64) -> None:
+        self.base = tiny_base(kind, dtype=dtype)
+        self.engine = TrainEngine(self.base)
+        for place, lora in enumerate(CONFIGS):
+            job = EngineJob(str(place), lora, TrainConfig(batch_size=5), documents(6, place))
+            optimizer = self.engine.add(job).optimizer
+            with torch.no_grad():
+                optimizer.flat.normal_(0, 0.1, generator=torch.Generator().manual_seed(place))
+            optimizer._refresh(optimizer._trained)
+        self.batch = pack([chunk for live in self.jobs for chunk in live.chunks(0, 1)], CPU)
+
+    @property
+    def jobs(self) -> list[LiveJob]:
+        return list(self.engine.live.values())
+
+    def taken_gradients(self) -> list[Tensor]:
+        """Gradient of each job, then the loss sum and tokens; all is zero afterwards."""
+        taken = [live.optimizer._message.clone() for live in self.jobs]
+        for live in self.jobs:
+            live.optimizer._message.zero_()
+        return taken
+
+    def by_hooks(self) -> list[Tensor]:
+        self.engine.forward_backward(self.batch)
+        return self.taken_gradients()
+
+    def by_decoder(self, checkpointing: Checkpointing = "none", absent: Sequence[str] = ()) -> list[Tensor]:
+        """`absent` jobs' rows go through the base alone."""
+        decoder = Decoder(self.base.model)
+        views = [decoder.view(live.adapter) for live in self.jobs]
+        rows, labels = as_rows(self.batch, absent)
+        losses = decoder.forward_backward(rows, views, labels, checkpointing)
+        for chunk, loss in zip(self.batch.chunks, losses, strict=True):
+            self.engine.live[chunk.job].optimizer.add_loss(loss, chunk.labels.numel())
+        return self.taken_gradients()
+
+
+def as_rows(batch: PackedBatch, absent: Sequence[str] = ()) -> tuple[Rows, list[tuple[Tensor, Tensor]]]:
+    runs = [(NO_ADAPTER if chunk.job in absent else int(chunk.job), chunk.rows) for chunk in batch.chunks]
+    labels = [(chunk.label_rows, chunk.labels) for chunk in batch.chunks]
+    return Rows(batch.ids[0], batch.positions[0], batch.lengths, runs), labels
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.cpu() - theirs).norm() / theirs.norm())
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("kind", ["llama", "mistral-dense", "qwen2"])
+def test_gradients_are_those_of_the_hooks(kind: str, checkpointing: Checkpointing) -> None:
+    world = World(kind)
+    for ours, theirs in zip(world.by_decoder(checkpointing), world.by_hooks(), strict=True):
+        assert relative(ours, theirs) < 1e-12
+
+
+def test_gradients_add_up_over_batches() -> None:
+    world = World()
+    once = world.by_hooks()
+    for _ in range(2):
+        world.engine.forward_backward(world.batch)
+    doubled = world.taken_gradients()
+    for one, two in zip(once, doubled, strict=True):
+        assert relative(two, 2 * one) < 1e-12
+
+
+def test_rows_of_no_adapter_go_through_the_base_alone() -> None:
+    world = World()
+    whole, without = world.by_decoder(), world.by_decoder(absent=["1"])
+    assert not without[1][:-2].any()
+    assert without[1][-2] != whole[1][-2]
+    for place in (0, 2):
+        assert relative(without[place], whole[place]) < 1e-12
+
+
+def test_a_poisoned_neighbour_changes_nothing() -> None:
+    world = World()
+    clean = world.by_decoder()
+    with torch.no_grad():
+        world.jobs[1].optimizer.flat.fill_(torch.nan)
+    poisoned = world.by_decoder()
+    assert poisoned[1].isnan().any()
+    for place in (0, 2):
+        assert torch.equal(poisoned[place], clean[place])
+
+
+def test_evaluation_is_the_loss_without_gradients() -> None:
+    world = World()
+    decoder = Decoder(world.base.model)
+    views = [decoder.view(live.adapter) for live in world.jobs]
+    rows, labels = as_rows(world.batch)
+    losses, hits = decoder.evaluate(rows, views, labels)
+    assert not any(live.optimizer._grad.any() for live in world.jobs)
+    assert torch.allclose(losses, decoder.forward_backward(rows, views, labels), rtol=1e-12)
+    logits = decoder.hidden(rows, views) @ decoder.head.t()
+    expected = [int((logits[at].argmax(-1) == wanted).sum()) for at, wanted in labels]
+    assert hits.tolist() == expected and sum(expected) > 0
+
+
+def test_stacked_weights_are_the_models_own() -> None:
+    """On a GPU each group is one matrix, and the model's parameters are views of it: nothing is there twice."""
+    world = World()
+    before = world.by_decoder()
+    decoder = Decoder(world.base.model, stacked_dense)
+    weight = decoder.layers[0].weights[0]
+    assert isinstance(weight, DenseWeight) and len(weight.parts) == 1
+    layer = world.base.model.base_model.layers[0].self_attn
+    assert layer.k_proj.weight.data_ptr() == weight.parts[0][layer.q_proj.out_features :].data_ptr()
+    for ours, theirs in zip(world.by_decoder(), before, strict=True):
+        assert relative(ours, theirs) < 1e-12
+    assert relative(world.by_hooks()[0], before[0]) < 1e-12
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("device", [GPU])
+def test_triton_follows_torch(device: str, dtype: torch.dtype, tolerance: float) -> None:
+    """The whole pass in the kernels, against fp64 on the CPU."""
+    exact = World().by_decoder()
+    world = World(dtype=dtype)
+    world.base.model.to(device)  # type: ignore[arg-type]
+    world.base.device = torch.device(device)
+    for place, live in enumerate(world.jobs):
+        moved = TrainEngine(world.base).add(live.job)
+        with torch.no_grad():
+            moved.optimizer.flat.copy_(live.optimizer.flat)
+        moved.optimizer._refresh(moved.optimizer._trained)
+        world.engine.live[str(place)] = moved
+    world.batch = pack([chunk for live in world.jobs for chunk in live.chunks(0, 1)], world.base.device)
+    for checkpointing in ("none", "selective", "full"):
+        for ours, theirs in zip(world.by_decoder(checkpointing), exact, strict=True):  # type: ignore[arg-type]
+            assert relative(ours, theirs) < tolerance
