@@ -276,6 +276,8 @@ def test_pissa_on_bf16_is_the_base_at_the_start_and_follows_fp32() -> None:
     ("lora", "sentence"),
     [
         ({"rank_pattern": {"q_porj": 8}}, "rank_pattern: 'q_porj' matches no adapted module; choose from down_proj,"),
+        ({"rank_pattern": {"proj": 8}}, "rank_pattern: 'proj' matches no adapted module"),  # no part of a name
+        ({"rank_pattern": {"q_proj.*x": 8}}, "rank_pattern: 'q_proj.*x' matches no adapted module"),
         ({"alpha_pattern": {"lm_head": 8}}, "alpha_pattern: 'lm_head' matches no adapted module"),
         (
             {"target_modules": ["q_proj"], "rank_pattern": {"k_proj": 8}},
