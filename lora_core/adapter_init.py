@@ -89,8 +89,8 @@ def init_adapter(bank: AdapterBank, lora: LoraConfig, seed: int) -> Adapter:
 
 
 def continued_adapter(bank: AdapterBank, lora: LoraConfig, given: Adapter) -> Adapter:
-    """An adapter of `lora` that computes what `given` does, which is as `read_adapter` returns it: A is the same, and B
-    takes up what the two scales differ by.
+    """An adapter of `lora` that computes what `given` does, which is as `read_adapter` returns it: A and m are the
+    same, and B takes up what the two scales differ by.
 
     Raises:
         LoraConfigError: `lora` does not fit the model, or wants other modules or ranks than `given` has.
@@ -103,6 +103,9 @@ def continued_adapter(bank: AdapterBank, lora: LoraConfig, given: Adapter) -> Ad
     if more or less:
         what = f"it also adapts {more[0]}" if more else f"it does not adapt {less[0]}"
         problems.append(f"init_adapter: {what}, so set target_modules and layers_to_transform to its modules")
+    if lora.use_dora != bool(given.magnitude):
+        which = "has no lora_magnitude_vector, so leave use_dora out" if lora.use_dora else "needs use_dora: true"
+        problems.append(f"init_adapter: it {which}")
     scale, a, b = {name: lora.scale_of(name) for name in modules}, {}, {}
     for name in (name for name in modules if name in given.a):
         a[name], b[name] = _without_zero_ranks(given.a[name], given.b[name])
@@ -115,7 +118,8 @@ def continued_adapter(bank: AdapterBank, lora: LoraConfig, given: Adapter) -> Ad
         )
     if problems:
         raise LoraConfigError(problems)
-    return Adapter(scale, a, b, lora.lora_dropout)
+    magnitude = {name: given.magnitude[name] for name in modules if lora.use_dora}
+    return Adapter(scale, a, b, lora.lora_dropout, magnitude=magnitude)
 
 
 def _without_zero_ranks(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

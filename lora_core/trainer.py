@@ -75,8 +75,9 @@ class EngineJob:
         for example in self.examples:
             digest.update(array("q", [len(example.ids), *example.ids]).tobytes() + bytes(example.labels_mask))
         if self.init_adapter is not None:
-            for name, weight in (*self.init_adapter.a.items(), *self.init_adapter.b.items()):
-                digest.update(f"{name} {self.init_adapter.scale[name]}".encode() + weight.cpu().numpy().tobytes())
+            start = self.init_adapter
+            for name, weight in (*start.a.items(), *start.b.items(), *start.magnitude.items()):
+                digest.update(f"{name} {start.scale[name]}".encode() + weight.cpu().numpy().tobytes())
         return digest.hexdigest()
 
 
