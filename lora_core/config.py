@@ -40,6 +40,7 @@ class RanksAndScales(BaseModel):
         for key in pattern:
             try:
                 re.compile(key)
+                pattern_key({key: None}, "")  # flags such as (?i) stand only at the start of a whole expression
             except re.error as error:
                 raise ValueError(f"has the key {key!r}, which is no regular expression ({error})") from error
         return pattern

@@ -276,6 +276,8 @@ def test_pissa_on_bf16_is_the_base_at_the_start_and_follows_fp32() -> None:
     ("lora", "sentence"),
     [
         ({"rank_pattern": {"q_porj": 8}}, "rank_pattern: 'q_porj' matches no adapted module; choose from down_proj,"),
+        ({"rank_pattern": {"proj": 8}}, "rank_pattern: 'proj' matches no adapted module"),  # no part of a name
+        ({"rank_pattern": {"q_proj.*x": 8}}, "rank_pattern: 'q_proj.*x' matches no adapted module"),
         ({"alpha_pattern": {"lm_head": 8}}, "alpha_pattern: 'lm_head' matches no adapted module"),
         (
             {"target_modules": ["q_proj"], "rank_pattern": {"k_proj": 8}},
@@ -333,17 +335,20 @@ def started_from(given: Adapter, lora: dict[str, Any], **train: Any) -> EngineJo
     return replace(wanted(lora, **train), init_adapter=given)
 
 
-def test_a_job_goes_on_from_a_published_adapter_with_another_scale(tmp_path: Path) -> None:
-    """Its first loss is the last adapter's, and its A and B are the trained ones, up to what the scales differ by."""
-    first = (engine := TrainEngine(tiny_base("llama"))).add(wanted(PATTERNS["llama"]))
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_job_goes_on_from_a_published_adapter_with_another_scale(use_dora: bool, tmp_path: Path) -> None:
+    """Its first loss is the last one's, and its A, B and m are the trained ones, up to what the scales differ by."""
+    plain = PATTERNS["llama"] | {"use_dora": use_dora}
+    first = (engine := TrainEngine(tiny_base("llama"))).add(wanted(plain))
     outcomes(engine, 10)
     given = published(first, engine, tmp_path)
     assert {a.shape[0] for a in given.a.values()} == {9}
     engine.live.clear()
-    other = PATTERNS["llama"] | {"lora_alpha": 31, "use_rslora": True}
+    other = plain | {"lora_alpha": 31, "use_rslora": True}
     second = engine.add(started_from(given, other, learning_rate=1e-9))
     for name, a in first.adapter.a.items():
         assert torch.equal(second.adapter.a[name], a)
+        assert not use_dora or torch.equal(second.adapter.magnitude[name], first.adapter.magnitude[name])
         scaled = second.adapter.b[name] * second.adapter.scale[name]
         torch.testing.assert_close(scaled, first.adapter.b[name] * first.adapter.scale[name], rtol=1e-6, atol=0)
     examples = first.job.examples
@@ -373,6 +378,16 @@ def test_where_a_job_starts_counts_in_its_checkpoints_and_company_changes_nothin
     assert torch.equal(resumed.optimizer.flat, company.optimizer.flat)
 
 
+def test_lengths_of_rows_are_part_of_a_start(tmp_path: Path) -> None:
+    live = (engine := TrainEngine(tiny_base("llama"))).add(wanted({"r": 4, "use_dora": True}))
+    given = published(live, engine, tmp_path)
+    with pytest.raises(LoraConfigError, match="init_adapter: it needs use_dora: true"):
+        continued_adapter(engine.bank, LoraConfig(r=4), given)
+    longer = replace(given, magnitude={name: m * 2 for name, m in given.magnitude.items()})
+    jobs = [started_from(start, {"r": 4, "use_dora": True}) for start in (given, longer)]
+    assert jobs[0].digest() != jobs[1].digest()
+
+
 def test_zeros_up_to_the_largest_rank_are_no_ranks(tmp_path: Path) -> None:
     """A and B of zero would never learn, so that a job may not count them as ranks of its own."""
     live = (engine := TrainEngine(tiny_base("llama"))).add(wanted({"r": 4, "rank_pattern": {"q_proj": 2}}))
@@ -389,6 +404,7 @@ def test_zeros_up_to_the_largest_rank_are_no_ranks(tmp_path: Path) -> None:
         ({"rank_pattern": {"k_proj": 3}}, "init_adapter: its rank is 4 in model.layers.0.self_attn.k_proj, and this"),
         ({"target_modules": ["q_proj"]}, "init_adapter: it also adapts model.layers.0.self_attn.k_proj, so set target"),
         ({"target_modules": "all-linear"}, "init_adapter: it does not adapt model.layers.0.mlp.down_proj, so set"),
+        ({"use_dora": True}, "init_adapter: it has no lora_magnitude_vector, so leave use_dora out"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: leave it out, since init_adapter says where A and B"),
     ],
 )

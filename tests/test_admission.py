@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from cluster.registry import AdapterRegistry
 from cluster.settings import Settings
@@ -166,6 +168,20 @@ def test_the_first_adapter_may_lie_anywhere_and_is_copied(
     loaded = load_initial(storage, shas[0], bank)
     assert all(torch.equal(loaded.a[name], a) for name, a in random_adapter(bank, seed=1).a.items())
     assert admit(spec(tmp_path), settings, 2).init_adapter_sha is None
+
+
+def test_a_first_adapter_of_dora_and_a_head_is_checked_without_the_bases_weights(
+    tmp_path: Path, settings: Settings
+) -> None:
+    """PEFT saves the weight of an adapted head along, which the ranks compare with the base's."""
+    model, folder = save_tiny_model("gemma2", tmp_path / "gemma2"), tmp_path / "dora"
+    options: dict[str, Any] = {"r": 4, "use_dora": True, "target_modules": ["q_proj", "lm_head"]}
+    base = AutoModelForCausalLM.from_pretrained(model)
+    peft.get_peft_model(base, peft.LoraConfig(**options)).save_pretrained(str(folder), save_embedding_layers=True)
+    asked: dict[str, Any] = {"base_model": str(model), "init_adapter": str(folder)}
+    assert admit(spec(tmp_path, **asked, lora=options), settings, 2).init_adapter_sha is not None
+    (problem,) = problems(tmp_path, settings, **asked, lora=options | {"use_dora": False})
+    assert problem == "init_adapter: it needs use_dora: true"
 
 
 def test_a_first_adapter_whose_copy_was_changed_is_not_loaded(

@@ -120,6 +120,11 @@ def test_every_problem_is_reported_at_once_and_none_twice() -> None:
             "lora.rank_pattern has the key '(q', which is no regular expression (missing ), unterminated subpattern at"
             " position 0)",
         ),
+        (
+            {"lora": {"alpha_pattern": {"(?i)Q": 8}}},
+            "lora.alpha_pattern has the key '(?i)Q', which is no regular expression (global flags not at the start of"
+            " the expression at position 8)",
+        ),
         ({"lora": {"layers_to_transform": [0, -1]}}, "lora.layers_to_transform[1] must be at least 0, not -1"),
         ({"lora": {"layers_to_transform": 1}}, "lora.layers_to_transform must be a list, not 1"),
         ({"lora": {"layers_to_transform": []}}, "lora.layers_to_transform must not be empty"),
