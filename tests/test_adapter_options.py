@@ -381,7 +381,7 @@ def test_where_a_job_starts_counts_in_its_checkpoints_and_company_changes_nothin
 def test_lengths_of_rows_are_part_of_a_start(tmp_path: Path) -> None:
     live = (engine := TrainEngine(tiny_base("llama"))).add(wanted({"r": 4, "use_dora": True}))
     given = published(live, engine, tmp_path)
-    with pytest.raises(LoraConfigError, match="init_adapter: it needs use_dora: true"):
+    with pytest.raises(LoraConfigError, match="init_adapter: it was trained with DoRA, so set use_dora"):
         continued_adapter(engine.bank, LoraConfig(r=4), given)
     longer = replace(given, magnitude={name: m * 2 for name, m in given.magnitude.items()})
     jobs = [started_from(start, {"r": 4, "use_dora": True}) for start in (given, longer)]
