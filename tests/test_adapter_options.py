@@ -404,7 +404,6 @@ def test_zeros_up_to_the_largest_rank_are_no_ranks(tmp_path: Path) -> None:
         ({"rank_pattern": {"k_proj": 3}}, "init_adapter: its rank is 4 in model.layers.0.self_attn.k_proj, and this"),
         ({"target_modules": ["q_proj"]}, "init_adapter: it also adapts model.layers.0.self_attn.k_proj, so set target"),
         ({"target_modules": "all-linear"}, "init_adapter: it does not adapt model.layers.0.mlp.down_proj, so set"),
-        ({"use_dora": True}, "init_adapter: it has no lora_magnitude_vector, so leave use_dora out"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: leave it out, since init_adapter says where A and B"),
     ],
 )
