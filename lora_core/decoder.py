@@ -293,7 +293,9 @@ class _Batch:
             x, product(O, attended), h[O], low_ranks[O], layer.norms[1], self._decoder.eps
         )
         gate_up = product(GATE_UP, middle_normed)
-        down = product(DOWN, swiglu_forward(gate_up, h[GATE_UP], low_ranks[GATE_UP]))
+        activation, h_down = swiglu_forward(gate_up, h[GATE_UP], low_ranks[GATE_UP], low_ranks[DOWN])
+        h.append(h_down)
+        down = layer.weights[DOWN].forward(activation)
         saved = _Saved(x)
         if keep:
             norms = (None, None) if checkpointing == "selective" else (normed, middle_normed)
@@ -318,11 +320,13 @@ class _Batch:
 
         dh = shrunk(DOWN, dx)
         activation = layer.weights[DOWN].input_gradient(dx)
-        swiglu_backward_(activation, dh, low_ranks[DOWN], kept.gate_up, kept.h[GATE_UP], low_ranks[GATE_UP])
+        gate_up_dh = swiglu_backward_(
+            activation, dh, low_ranks[DOWN], kept.gate_up, kept.h[GATE_UP], low_ranks[GATE_UP]
+        )
         add_gradients(DOWN, activation, dx, dh)
         del activation
 
-        dh = shrunk(GATE_UP, kept.gate_up)
+        dh = gate_up_dh
         normed = self._normed(kept.middle_normed, kept.middle, layer.norms[1])
         add_gradients(GATE_UP, normed, kept.gate_up, dh)
         dn = layer.weights[GATE_UP].input_gradient(kept.gate_up)

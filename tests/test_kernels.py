@@ -59,6 +59,8 @@ GROUPS = {
     "o": (LinearGroup(0, ("o",), 64, (96,)), [(4,), (70,), (1,)]),
     "gate_up": (LinearGroup(0, ("gate", "up"), 96, (80, 80)), [(4, 8), (70, 3), (None, 2)]),
     "down": (LinearGroup(0, ("down",), 80, (96,)), [(8,), (70,), (5,)]),
+    "gate_up_small": (LinearGroup(0, ("gate", "up"), 96, (80, 80)), [(4, 8), (3, 16), (None, 2)]),
+    "down_small": (LinearGroup(0, ("down",), 80, (96,)), [(8,), (17,), (5,)]),
 }
 
 
@@ -172,17 +174,24 @@ def test_rope(with_update: bool, with_bias: bool) -> None:
 
 
 @pytest.mark.parametrize("with_update", [True, False])
-def test_swiglu(with_update: bool) -> None:
-    (here, there), (down, down_there) = ((low_rank_on(k), low_rank_on(k, DEVICE)) for k in ("gate_up", "down"))
+@pytest.mark.parametrize("kinds", [("gate_up", "down"), ("gate_up_small", "down_small")])
+def test_swiglu(kinds: tuple[str, str], with_update: bool) -> None:
+    """Ranks that fit into one block of the kernels, and ranks that do not."""
+    (here, there), (down, down_there) = ((low_rank_on(k), low_rank_on(k, DEVICE)) for k in kinds)
     y, dact = randn(T, 160), randn(T, 80)
     h, dh = (randn(T, low.width) if with_update else None for low in (here, down))
     y_here, y_there = y.clone(), y.to(DEVICE, copy=True)
-    reference = layer_ops.swiglu_forward(y_here, h, here)
+    reference, shrunk = layer_ops.swiglu_forward(y_here, h, here, down)
     on_device = copies([h, dh], DEVICE)
-    close(layer_ops_triton.swiglu_forward(y_there, on_device[0], there), reference)
+    activation, shrunk_there = layer_ops_triton.swiglu_forward(y_there, on_device[0], there, down_there)
+    assert shrunk is not None and shrunk_there is not None
+    close(activation, reference)
+    close(own(shrunk_there, down_there), shrunk)
     dact_here, dact_there = dact.clone(), dact.to(DEVICE, copy=True)
-    layer_ops.swiglu_backward_(dact_here, dh, down, y_here, h, here)
-    layer_ops_triton.swiglu_backward_(dact_there, on_device[1], down_there, y_there, on_device[0], there)
+    shrunk = layer_ops.swiglu_backward_(dact_here, dh, down, y_here, h, here)
+    shrunk_there = layer_ops_triton.swiglu_backward_(dact_there, on_device[1], down_there, y_there, on_device[0], there)
+    assert shrunk is not None and shrunk_there is not None
+    close(own(shrunk_there, there), shrunk)
     close(y_there, y_here)
     close(dact_there, dact_here)
     close(dact_there, reference)  # what the next product's A needs

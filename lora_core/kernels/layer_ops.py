@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_core.kernels.low_rank import LowRank, expand_, expand_gradient_
+from lora_core.kernels.low_rank import LowRank, expand_, expand_gradient_, shrink, shrink_gradient
 
 
 @dataclass(frozen=True)
@@ -103,32 +103,34 @@ def rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, rope: Rope) -> Tensor:
     return dy
 
 
-def swiglu_forward(y: Tensor, h: Tensor | None, low_rank: LowRank) -> Tensor:
-    """y `[T, 2 I]`, the frozen gate and up side by side -> `silu(gate) * up` `[T, I]` of the updated ones.
+def swiglu_forward(y: Tensor, h: Tensor | None, low_rank: LowRank, down: LowRank) -> tuple[Tensor, Tensor | None]:
+    """y `[T, 2 I]`, the frozen gate and up side by side -> `silu(gate) * up` `[T, I]` of the updated ones, and its
+    shrink for the next product, `[T, width]` (None where nothing adapts it).
 
     On CPU y is updated in place, on CUDA it stays; `swiglu_backward_` knows.
     """
     if y.is_cuda:
         from lora_core.kernels import layer_ops_triton
 
-        return layer_ops_triton.swiglu_forward(y, h, low_rank)
+        return layer_ops_triton.swiglu_forward(y, h, low_rank, down)
     if h is not None:
         expand_(y, h, low_rank)
     gate, up = y.chunk(2, dim=1)
-    return F.silu(gate).mul_(up)
+    activation = F.silu(gate).mul_(up)
+    return activation, shrink(activation, down) if down.width else None
 
 
 def swiglu_backward_(
     dact: Tensor, dh_down: Tensor | None, down: LowRank, y: Tensor, h: Tensor | None, low_rank: LowRank
-) -> None:
+) -> Tensor | None:
     """dact + dh A `[T, I]` is the activation's gradient; afterwards y `[T, 2 I]` holds that of gate and up, and dact
-    holds the activation itself, which the gradient of the next product's A needs.
+    holds the activation itself, which the gradient of the next product's A needs. Returns the shrunk gradient of gate
+    and up, `[T, width]`.
     """
     if dact.is_cuda:
         from lora_core.kernels import layer_ops_triton
 
-        layer_ops_triton.swiglu_backward_(dact, dh_down, down, y, h, low_rank)
-        return
+        return layer_ops_triton.swiglu_backward_(dact, dh_down, down, y, h, low_rank)
     if dh_down is not None:
         expand_gradient_(dact, dh_down, down)
     gate, up = y.chunk(2, dim=1)
@@ -139,6 +141,7 @@ def swiglu_backward_(
     torch.mul(dact, silu, out=up)
     gate.copy_(dgate)
     dact.copy_(activation)
+    return shrink_gradient(y, low_rank) if low_rank.width else None
 
 
 def _turn_(y: Tensor, rope: Rope, direction: float) -> None:
