@@ -36,6 +36,7 @@ from jobs.orders import Assignment, CheckpointWritten, JobFailed, Orders, Progre
 from jobs.spec import JobSpec
 from lora_core.base_model import BaseModel, chat_template_hash, load_base
 from lora_core.dataset import Example
+from lora_core.memory import available_bytes
 from lora_core.peft_format import adapter_files
 from lora_core.trainer import EngineJob, JobDiverged, LiveJob, TrainEngine, probe_losses
 
@@ -89,19 +90,26 @@ class Rank:
         self.settings, self.mailbox = settings, mailbox
         self.storage: Storage = open_storage(settings.storage_url)
         self.held: dict[str, Held] = {}
-        self._base_model, self._precision = base_model, precision
+        self._base_model, self._precision, self._local_ranks = base_model, precision, context.get_local_world_size()
         # Control messages go through gloo on GPU too: they are small Python objects, and NCCL would stall the stream.
         self._control = dist.new_group(backend="gloo")
         self._next_orders: ray.ObjectRef[Orders] | None = None
         self._reported = 0.0
-        torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) // self._local_ranks))
 
     def run(self) -> None:
         """Until told to stop."""
         self.base = self._load_base()
         if self.rank == 0:
             self.mailbox.report.remote(RanksStarted())
-        self.engine = TrainEngine(self.base, rank=self.rank, ranks=self.ranks, all_reduce=self._all_reduce)
+        self.engine = TrainEngine(
+            self.base,
+            capacity=None,
+            budget_bytes=self._share_of_memory(),
+            rank=self.rank,
+            ranks=self.ranks,
+            all_reduce=self._all_reduce,
+        )
         while True:
             orders = self._agree(self._orders)
             for job_id in [job_id for job_id in self.held if job_id not in {a.job_id for a in orders.assignments}]:
@@ -133,6 +141,11 @@ class Rank:
             dist.get_backend(),
         )
         return base
+
+    def _share_of_memory(self) -> int:
+        """Of what this node can give: GPUs are each rank's own, while ranks on CPUs share one memory."""
+        available = available_bytes(self.base.device)
+        return available if self.base.device.type == "cuda" else available // self._local_ranks
 
     def _orders(self) -> Orders:
         """Ask without waiting while there is work: an answer that is not there yet is taken at the next step."""

@@ -111,7 +111,7 @@ class AdapterBank:
         self.modules = self.linears | untied_head(model)
         self.row_norms = RowNorms(self.modules)
         self._refused = refused_names(model)
-        self._runs: Sequence[Run] = ()
+        self.runs: Sequence[Run] = ()
         self._residual_runs: Sequence[Run] = ()  # the same rows, by the residuals of their adapters
         self._hooks = [module.register_forward_hook(self._hook_for(name)) for name, module in self.modules.items()]
         self._hooks += [
@@ -139,14 +139,15 @@ class AdapterBank:
     @contextmanager
     def routed(self, runs: Sequence[Run]) -> Iterator[None]:
         """Within it, forward passes over `[1, sum of rows]` tokens add each run's adapter to its rows."""
-        self._runs = [run for run in runs if run.rows]
-        residuals = [run.adapter and run.adapter.residual for run in self._runs]
+        before = self.runs, self._residual_runs
+        self.runs, self._residual_runs = [run for run in runs if run.rows], ()
+        residuals = [run.adapter and run.adapter.residual for run in self.runs]
         if any(residuals):
-            self._residual_runs = [Run(one, run.rows) for one, run in zip(residuals, self._runs, strict=True)]
+            self._residual_runs = [Run(one, run.rows) for one, run in zip(residuals, self.runs, strict=True)]
         try:
             yield
         finally:
-            self._runs = self._residual_runs = ()
+            self.runs, self._residual_runs = before
 
     def head_weights(self, runs: Sequence[Run]) -> list[Tensor]:
         """The trained A and B that `runs` have on the output head."""
@@ -160,7 +161,7 @@ class AdapterBank:
 
     def _hook_for(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         def add_updates(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            for runs in filter(None, (self._residual_runs, self._runs)):
+            for runs in filter(None, (self._residual_runs, self.runs)):
                 output = added(runs, args[0], output)
             return output
 
@@ -188,9 +189,9 @@ class AdapterBank:
         threads at 172 features, with three at 11,008).
         """
         (x,) = args
-        if len(self._runs) < 2 or x.shape[0] != 1 or x.dtype not in (torch.float32, torch.float64):
+        if len(self.runs) < 2 or x.shape[0] != 1 or x.dtype not in (torch.float32, torch.float64):
             return None
-        return torch.cat([module.forward(part) for part in x.split([run.rows for run in self._runs], dim=1)], dim=1)
+        return torch.cat([module.forward(part) for part in x.split([run.rows for run in self.runs], dim=1)], dim=1)
 
 
 def _trained(name: str, runs: Sequence[Run]) -> list[Tensor]:

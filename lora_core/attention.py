@@ -54,10 +54,10 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, mas
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=spec.scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
-    return _plain_attention(q, k, v, spec, mask)
+    return plain_attention(q, k, v, spec, mask)
 
 
-def _plain_attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, mask: Tensor | None) -> Tensor:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, mask: Tensor | None) -> Tensor:
     """The same by two products and a softmax, with the cap between them where there is one."""
     batch, heads, n, d = q.shape
     groups = heads // k.shape[1]  # query heads that share a key head lie below each other in one matrix
@@ -93,7 +93,7 @@ class PackedAttention:
         tokens, window = q.shape[2], spec.sliding_window
         window = None if window is None or tokens <= window else window
         if q.requires_grad and q.dtype == torch.bfloat16 and tokens <= SHORT_DOCUMENT and q.device.type == "cpu":
-            return _plain_attention(q, k, v, spec, self._mask(tokens, window, q.device))
+            return plain_attention(q, k, v, spec, self._mask(tokens, window, q.device))
         causal = window is None and spec.softcap is None
         return scaled_dot_product(q, k, v, spec, None if causal else self._mask(tokens, window, q.device))
 

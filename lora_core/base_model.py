@@ -33,6 +33,9 @@ from lora_core.precision import DenseWeight, Fp8Weight, FrozenWeight, Nf4Weight,
 Precision = Literal["auto", "fp32", "bf16", "fp8", "nf4"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 QUANTISED = ("fp8", "nf4")
+CACHE_DIR = Path("~/.lora/cache")
+"""Where the service keeps the same files if nothing else is set."""
+
 SUPPORTED = "use a Llama, Mistral, Qwen, Gemma or GPT-2 model"
 
 
@@ -81,12 +84,15 @@ class BaseModel:
         return sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
 
 
-def load_base(source: str, *, precision: Precision, cache_dir: Path, device: torch.device | None = None) -> BaseModel:
+def load_base(
+    source: str, *, precision: Precision = "auto", cache_dir: Path | str = CACHE_DIR, device: torch.device | None = None
+) -> BaseModel:
     """Load, freeze and fingerprint a base; on CPU through the shared file in `cache_dir`.
 
     Raises:
         BaseModelError: no such source, not a causal language model, or a family whose forward pass differs from ours.
     """
+    cache_dir = Path(cache_dir).expanduser().absolute()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     computed = resolve_precision(precision, device)
     folder = local_folder(source, cache_dir)

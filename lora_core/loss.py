@@ -10,10 +10,16 @@ the head gets its gradient in the same moment (`AdapterBank` adds it to `.grad`)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lora_core.adapter_bank import AdapterBank, Run
+from lora_core.attention import Attend, PackedAttention
+from lora_core.base_model import BaseModel
+from lora_core.packing import PackedBatch
 
 SLICE_ROWS = 512  # at a vocabulary of 128 K: 0.26 GB of fp32 logits at a time
 
@@ -22,6 +28,32 @@ LabelledRows = tuple[Tensor, Tensor]
 
 Head = Callable[[Tensor, int, Tensor], Tensor]
 """(hidden states [n, h], number of their chunk, their rows int64 [n]) -> logits [n, vocabulary]"""
+
+
+def batch_losses(
+    base: BaseModel, bank: AdapterBank, runs: Sequence[Run], batch: PackedBatch, attend: Attend | None = None
+) -> Tensor:
+    """`[chunks]`: the summed token loss of each chunk of the batch, whose adapter and dropout keys its run has.
+
+    `attend` is another attention than `PackedAttention`.
+    """
+    with bank.routed(runs):
+        hidden = base.hidden(batch.ids, batch.positions, attend or PackedAttention(batch.lengths))[0]
+    labelled = [(chunk.label_rows, chunk.labels) for chunk in batch.chunks]
+    return chunk_losses(hidden, routed_head(base, bank, runs), labelled, bank.head_weights(runs))
+
+
+def routed_head(base: BaseModel, bank: AdapterBank, runs: Sequence[Run]) -> Head:
+    """The output head with the adapters that chunks have on it; chunk i is `runs[i]`."""
+    starts = list(accumulate((run.rows for run in runs), initial=0))
+
+    def head(hidden: Tensor, chunk: int, rows: Tensor) -> Tensor:
+        run = runs[chunk]
+        keys = None if run.dropout_keys is None else run.dropout_keys[rows - starts[chunk]]
+        with bank.routed([Run(run.adapter, len(rows), keys)]):
+            return base.head(hidden)
+
+    return head
 
 
 def chunk_losses(hidden: Tensor, head: Head, chunks: Sequence[LabelledRows], trained: Sequence[Tensor] = ()) -> Tensor:

@@ -12,25 +12,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from array import array
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from lora_core.adapter_bank import Adapter, AdapterBank, Run, mix64
 from lora_core.adapter_init import continued_adapter, init_adapter
-from lora_core.attention import PackedAttention
 from lora_core.base_model import BaseModel
+from lora_core.checkpointing import Checkpointing, recomputed_layers
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import Example
-from lora_core.loss import Head, chunk_losses
+from lora_core.loss import batch_losses
+from lora_core.memory import available_bytes, predictor, return_freed_memory
 from lora_core.optim import AllReduce, FlatAdamW, NoGradientError, StepOutcome, learning_rate
 from lora_core.packing import Chunk, PackedBatch, PackedChunk, cut_into_chunks, micro_batches, pack
+
+log = logging.getLogger("lora.engine")
 
 CHUNK_TOKENS = 1024
 
@@ -66,6 +70,17 @@ class EngineJob:
         order = _order(len(self.examples), self.train.seed, epoch)
         indices: list[int] = order[within * self.train.batch_size : (within + 1) * self.train.batch_size].tolist()
         return indices
+
+    @property
+    def chunk_limit(self) -> int:
+        """Tokens of a chunk. It depends on the job alone, whatever fits into a micro-batch (see `packing.py`)."""
+        return max(CHUNK_TOKENS, self.train.max_seq_len)
+
+    @property
+    def largest_chunk(self) -> int:
+        """Tokens that no chunk of any step exceeds."""
+        lengths = sorted((len(example.ids) for example in self.examples), reverse=True)
+        return max(lengths[0], min(self.chunk_limit, sum(lengths[: self.train.batch_size])))
 
     def digest(self) -> str:
         """What a checkpoint must agree on to be continued: the adapter's and training's configuration, where it starts,
@@ -129,7 +144,7 @@ class LiveJob:
         return cut_into_chunks(
             self.job.name,
             ((place, self.job.examples[index]) for place, index in places),
-            max(CHUNK_TOKENS, self.job.train.max_seq_len),
+            self.job.chunk_limit,
         )
 
     def dropout_keys(self, chunk: PackedChunk) -> Tensor | None:
@@ -161,13 +176,18 @@ class TrainEngine:
     """One rank's training of any number of jobs on one base.
 
     `all_reduce` sums a tensor over the ranks in place (None: one rank). `capacity` is the tokens of one micro-batch.
+    `checkpointing` "full" keeps the inputs of decoder layers alone and computes the rest twice. Where `capacity` is
+    None, both are chosen whenever a job joins or leaves, so that training fits into `budget_bytes` (None: what this
+    machine can give now).
     """
 
     def __init__(
         self,
         base: BaseModel,
         *,
-        capacity: int = 2048,
+        capacity: int | None = 2048,
+        checkpointing: Checkpointing = "none",
+        budget_bytes: int | None = None,
         rank: int = 0,
         ranks: int = 1,
         all_reduce: AllReduce | None = None,
@@ -176,13 +196,18 @@ class TrainEngine:
         self.base = base
         self.bank = AdapterBank(base.model)
         self.live: dict[str, LiveJob] = {}
-        self._capacity, self._rank, self._ranks, self._all_reduce = capacity, rank, ranks, all_reduce
+        self._capacity, self._checkpointing = capacity or 0, checkpointing
+        self._budget = None if capacity else budget_bytes or available_bytes(base.device)
+        if self._budget is not None:
+            self._predictor = predictor(base.model.config, base.model.dtype, base.device.type)
+        self._rank, self._ranks, self._all_reduce = rank, ranks, all_reduce
 
     def add(self, job: EngineJob, checkpoint: bytes | None = None) -> LiveJob:
         """Take a job in, from the start or from `LiveJob.checkpoint`.
 
         Raises:
-            ValueError: the target modules match nothing, the job has no examples, or the checkpoint is another job's.
+            ValueError: the target modules match nothing, the job has no examples, the checkpoint is another job's, or
+                training would not fit into memory with it.
         """
         if not job.examples:
             raise ValueError(f"{job.name} has no examples to train on")
@@ -190,6 +215,7 @@ class TrainEngine:
             start = init_adapter(self.bank, job.lora, job.train.seed)
         else:
             start = continued_adapter(self.bank, job.lora, job.init_adapter)
+        self._fit([*(live.job for live in self.live.values()), job])
         live = LiveJob(job, FlatAdamW(start, job.train, self.base.device, self.base.model.dtype))
         if checkpoint is not None:
             live.restore(checkpoint)
@@ -199,6 +225,26 @@ class TrainEngine:
     def remove(self, name: str) -> None:
         """Let a job go; its memory is free once the caller drops its `LiveJob`."""
         del self.live[name]
+        self._fit([live.job for live in self.live.values()])
+
+    def _fit(self, jobs: Sequence[EngineJob]) -> None:
+        """Choose capacity and checkpointing for these jobs, if they are to be chosen."""
+        if self._budget is None or not jobs:
+            return
+        longest = max(len(example.ids) for job in jobs for example in job.examples)
+        smallest = max(job.largest_chunk for job in jobs)
+        plan = self._predictor.fit(self._budget, [job.lora for job in jobs], longest, smallest)
+        self._capacity, self._checkpointing = plan.capacity, plan.checkpointing
+        if plan.exact_heap and self.base.device.type == "cpu":
+            return_freed_memory()
+        log.info(
+            "event=planned jobs=%d capacity=%d checkpointing=%s predicted=%.2fGB budget=%.2fGB",
+            len(jobs),
+            plan.capacity,
+            plan.checkpointing,
+            plan.predicted_bytes / 1e9,
+            self._budget / 1e9,
+        )
 
     def step(self) -> dict[str, StepOutcome | JobDiverged]:
         """One optimizer step of every live job that is not done. A job that cannot go on is returned as its error; the
@@ -215,7 +261,8 @@ class TrainEngine:
             Run(self.live[chunk.job].adapter, chunk.rows, self.live[chunk.job].dropout_keys(chunk))
             for chunk in batch.chunks
         ]
-        losses = _losses(self.base, self.bank, runs, batch)
+        with recomputed_layers(self.base.model, self.bank) if self._checkpointing == "full" else nullcontext():
+            losses = batch_losses(self.base, self.bank, runs, batch)
         losses.sum().backward()
         for chunk, loss in zip(batch.chunks, losses.detach(), strict=True):
             self.live[chunk.job].optimizer.add_loss(loss, chunk.labels.numel())
@@ -240,26 +287,6 @@ class TrainEngine:
         return outcome
 
 
-def _losses(base: BaseModel, bank: AdapterBank, runs: Sequence[Run], batch: PackedBatch) -> Tensor:
-    with bank.routed(runs):
-        hidden = base.hidden(batch.ids, batch.positions, PackedAttention(batch.lengths))[0]
-    labelled = [(chunk.label_rows, chunk.labels) for chunk in batch.chunks]
-    return chunk_losses(hidden, _routed_head(base, bank, runs), labelled, bank.head_weights(runs))
-
-
-def _routed_head(base: BaseModel, bank: AdapterBank, runs: Sequence[Run]) -> Head:
-    """The output head with the adapters that chunks have on it; chunk i is `runs[i]`."""
-    starts = list(accumulate((run.rows for run in runs), initial=0))
-
-    def head(hidden: Tensor, chunk: int, rows: Tensor) -> Tensor:
-        run = runs[chunk]
-        keys = None if run.dropout_keys is None else run.dropout_keys[rows - starts[chunk]]
-        with bank.routed([Run(run.adapter, len(rows), keys)]):
-            return base.head(hidden)
-
-    return head
-
-
 @torch.no_grad()
 def probe_losses(
     base: BaseModel, bank: AdapterBank, adapter: Adapter | None, examples: Iterable[Example]
@@ -270,7 +297,7 @@ def probe_losses(
     losses = []
     for place, example in enumerate(examples):
         batch = pack([Chunk("probe", ((place, example),))], base.device)
-        losses.append(float(_losses(base, bank, [Run(adapter, batch.chunks[0].rows)], batch)[0]))
+        losses.append(float(batch_losses(base, bank, [Run(adapter, batch.chunks[0].rows)], batch)[0]))
     return losses
 
 

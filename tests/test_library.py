@@ -1,0 +1,147 @@
+"""`lora_core` as a library: many jobs in, one PEFT directory a job out, or every mistake at once."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import lora_core
+from lora_core import LoraConfig, TrainConfig, TrainJob, TrainJobsError
+from lora_core.base_model import BaseModel, load_base
+from tests.tiny_models import save_tiny_model
+
+ROOT = Path(__file__).parent.parent
+SHORT = TrainConfig(epochs=2, batch_size=4, learning_rate=5e-3, max_seq_len=64)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> BaseModel:
+    folder = save_tiny_model("llama", tmp_path / "base")
+    return load_base(str(folder), precision="fp32", cache_dir=tmp_path / "cache", device=torch.device("cpu"))
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{n} + 1 = ", "completion": str(n + 1)}) + "\n" for n in range(10)))
+    return path
+
+
+def test_the_readmes_ten_lines_run(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a tiny base and ten rows of each dataset; `load_base` is asked for in the README's own words."""
+    (script,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len([line for line in script.splitlines() if line.strip()]) <= 10
+    (tmp_path / "jobs/examples").mkdir(parents=True)
+    for name in ("triage", "tone"):
+        rows = (ROOT / f"jobs/examples/{name}.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / f"jobs/examples/{name}.jsonl").write_text("".join(rows[:10]))
+    script = re.sub(r'load_base\("[^"]*"', f'load_base({base.source!r}, cache_dir="cache"', script)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(script, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    for name in ("triage", "tone"):
+        assert re.search(rf"^{name} adapters/{name}: loss \d", printed, re.MULTILINE), printed
+        peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.source), f"adapters/{name}")
+
+
+def test_two_jobs_together_leave_what_each_leaves_alone(base: BaseModel, dataset: Path, tmp_path: Path) -> None:
+    jobs = [
+        TrainJob("a", dataset, LoraConfig(r=4, lora_dropout=0.1), SHORT),
+        TrainJob("b", dataset, LoraConfig(r=8), SHORT.model_copy(update={"epochs": 3, "seed": 1})),
+    ]
+    together = lora_core.train(base, jobs, tmp_path / "together")
+    for job in jobs:
+        alone = lora_core.train(base, [job], tmp_path / "alone")[job.name]
+        result = together[job.name]
+        assert result.folder == tmp_path / "together" / job.name
+        assert alone.folder is not None and result.error is None
+        assert result.steps == 3 * job.train.epochs
+        assert (result.loss, result.first_loss) == (alone.loss, alone.first_loss)
+        assert result.loss < result.first_loss
+        names = sorted(path.name for path in result.folder.iterdir())
+        assert names == ["adapter_config.json", "adapter_model.safetensors"]
+        for name in names:
+            assert (result.folder / name).read_bytes() == (alone.folder / name).read_bytes()
+
+
+def test_a_job_starts_from_a_peft_directory(base: BaseModel, dataset: Path, tmp_path: Path) -> None:
+    first = lora_core.train(base, [TrainJob("a", dataset, train=SHORT)], tmp_path / "first")["a"]
+    again = TrainJob("a", dataset, train=SHORT, init_adapter=first.folder)
+    second = lora_core.train(base, [again], tmp_path / "second")["a"]
+    assert second.first_loss < 0.9 * first.first_loss
+    with pytest.raises(TrainJobsError, match="b: init_adapter: none: not a readable PEFT adapter"):
+        lora_core.train(base, [TrainJob("b", dataset, init_adapter=tmp_path / "none")], tmp_path / "third")
+
+
+def test_hooks_are_off_the_base_afterwards(base: BaseModel, dataset: Path, tmp_path: Path) -> None:
+    lora_core.train(base, [TrainJob("a", dataset, train=SHORT)], tmp_path / "out")
+    with pytest.raises(TrainJobsError):
+        lora_core.train(base, [], tmp_path / "out")
+    assert not any(module._forward_hooks for module in base.model.modules())
+
+
+def test_a_job_that_diverges_says_so_and_the_other_ends_well(base: BaseModel, dataset: Path, tmp_path: Path) -> None:
+    wild = SHORT.model_copy(update={"learning_rate": 1e30, "max_grad_norm": 1e30})
+    jobs = [TrainJob("wild", dataset, train=wild), TrainJob("good", dataset, train=SHORT)]
+    results = lora_core.train(base, jobs, tmp_path / "out")
+    assert list(results) == ["wild", "good"]
+    assert results["wild"].folder is None and "lower learning_rate" in str(results["wild"].error)
+    assert not (tmp_path / "out" / "wild").exists()
+    assert results["good"].folder is not None and math.isfinite(results["good"].loss)
+
+
+def test_files_that_cannot_be_written_are_that_jobs_error(base: BaseModel, dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("in the way")
+    results = lora_core.train(base, [TrainJob(name, dataset, train=SHORT) for name in "ab"], tmp_path / "out")
+    assert results["a"].folder is None and "could not be written" in str(results["a"].error)
+    assert results["b"].folder is not None
+
+
+def test_every_mistake_is_told_before_anything_trains(
+    base: BaseModel, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_step(_: object) -> Tensor:
+        raise AssertionError("it trained")
+
+    monkeypatch.setattr("lora_core.trainer.TrainEngine.step", no_step)
+    (tmp_path / "bad.jsonl").write_text('{"prompt": 1, "completion": "x"}\nno json\n')
+    (tmp_path / "file").write_text("")
+    jobs = [
+        TrainJob("twice", dataset),
+        TrainJob("twice", dataset),
+        TrainJob("../up", dataset),
+        TrainJob("missing", tmp_path / "none.jsonl"),
+        TrainJob("bad", tmp_path / "bad.jsonl"),
+        TrainJob("targets", dataset, LoraConfig(target_modules=["nothing_proj"], rank_pattern={"absent": 2})),
+    ]
+    with pytest.raises(TrainJobsError) as caught:
+        lora_core.train(base, jobs, tmp_path / "file" / "out")
+    told = str(caught.value)
+    for part in (
+        "2 jobs are named 'twice'",
+        "job name '../up' cannot be a folder's",
+        "missing: dataset",
+        "bad: line 1",
+        "bad: line 2",
+        "targets: target_modules: 'nothing_proj' matches no module",
+        "targets: rank_pattern",
+        "out: nothing can be written",
+    ):
+        assert part in told, told
+
+
+def test_the_packages_names_are_there_and_others_are_not() -> None:
+    assert all(getattr(lora_core, name) is not None for name in lora_core.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'absent'"):
+        _ = lora_core.absent

@@ -1,0 +1,191 @@
+"""The memory predictor: against what tensors come to, against what a process takes, and what it chooses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from lora_core import memory
+from lora_core.checkpointing import Checkpointing
+from lora_core.config import LoraConfig, TrainConfig
+from lora_core.memory import DoesNotFitError, Plan, Predictor, available_bytes, predictor, vector_bytes
+from lora_core.optim import FlatAdamW
+from lora_core.packing import pack
+from lora_core.trainer import EngineJob, TrainEngine
+from tests.models import CONFIGS, CPU, documents, tiny_base
+from tests.tiny_models import byte_tokenizer, smollm2_gguf
+
+ROOT = Path(__file__).parent.parent
+GB = 10**9
+LORA = LoraConfig(r=8, lora_dropout=0.1)
+
+
+def job(name: str = "job", count: int = 8, r: int = 8, longest: int = 30) -> EngineJob:
+    train = TrainConfig(batch_size=count, epochs=20, max_seq_len=64, learning_rate=5e-3)
+    return EngineJob(name, LoraConfig(r=r, lora_dropout=0.1), train, documents(count, seed=r, longest=longest))
+
+
+# --- what tensors come to --------------------------------------------------------------------------------------------
+
+
+def measured(kind: str, dtype: torch.dtype, checkpointing: Checkpointing, wanted: EngineJob) -> tuple[int, int]:
+    """Peak bytes of the tensors of one real micro-batch on the CPU, and its tokens."""
+    base = tiny_base(kind, dtype=dtype)
+    engine = TrainEngine(base, capacity=4096, checkpointing=checkpointing)
+    live = engine.add(wanted)
+    batch = pack(live.chunks(0, 1), base.device)
+    known = [*base.model.parameters(), *base.model.buffers(), *live.adapter.trained, live.optimizer._message]
+    meter = memory._Meter([*known, *memory._frozen(live.adapter)])
+    with meter:
+        engine.forward_backward(batch)
+    return meter.peak, batch.ids.numel()
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+def test_a_run_without_numbers_counts_what_a_real_one_holds(kind: str, checkpointing: Checkpointing) -> None:
+    wanted = EngineJob("job", LORA, TrainConfig(batch_size=20, max_seq_len=64), documents(20, 0, 32, 32))
+    taken, tokens = measured(kind, torch.float32, checkpointing, wanted)
+    told = predictor(CONFIGS[kind], torch.float32).activations.peak_bytes([LORA], tokens, 32, checkpointing)
+    assert told == pytest.approx(taken, rel=0.1)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"layers_to_transform": [1]}])
+def test_options_of_an_adapter_are_counted(options: dict[str, Any]) -> None:
+    lora = LoraConfig(**{"r": 8} | options)
+    wanted = EngineJob("job", lora, TrainConfig(batch_size=20, max_seq_len=64), documents(20, 0, 32, 32))
+    taken, tokens = measured("llama", torch.float32, "none", wanted)
+    told = predictor(CONFIGS["llama"], torch.float32).activations.peak_bytes([lora], tokens, 32, "none")
+    assert told == pytest.approx(taken, rel=0.1)
+
+
+def test_the_vectors_of_an_adapter_are_counted() -> None:
+    base = tiny_base("llama", dtype=torch.bfloat16)
+    optimizer: FlatAdamW = TrainEngine(base).add(job()).optimizer
+    vectors = (optimizer.flat, optimizer._message, optimizer._cast, *optimizer.moments)
+    of = predictor(CONFIGS["llama"], torch.bfloat16)
+    told = vector_bytes(of.model, job().lora)
+    assert of.predict([job().lora] * 3, 256, 32, "none") == of.predict([job().lora] * 2, 256, 32, "none") + told
+    assert told == pytest.approx(sum(vector.nbytes for vector in vectors), rel=0.01)
+
+
+# --- what a process takes --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Llama of 22 M parameters."""
+    folder = tmp_path_factory.mktemp("small")
+    config = LlamaConfig(
+        vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8,
+        num_key_value_heads=4, max_position_embeddings=4096, tie_word_embeddings=True,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("precision", "checkpointing", "tokens", "adapters", "dropout"),
+    [("fp32", "none", 1024, 2, 0.1), ("fp32", "full", 1024, 2, 0.1), ("bf16", "none", 1024, 1, 0.0)],
+)
+def test_a_small_models_peak_is_within_a_tenth(
+    small: str, tmp_path: Path, precision: str, checkpointing: str, tokens: int, adapters: int, dropout: float
+) -> None:
+    check_case(small, tmp_path, precision, checkpointing, tokens, adapters, dropout)
+
+
+@pytest.fixture(scope="module")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(os.environ.get("LORA_TEST_CACHE") or tmp_path_factory.mktemp("cache"))
+
+
+@pytest.mark.parametrize(("precision", "checkpointing"), [("fp32", "none"), ("bf16", "full")])
+def test_smollm2s_peak_is_within_a_tenth(shared_cache: Path, precision: str, checkpointing: str) -> None:
+    check_case(smollm2_gguf(), shared_cache, precision, checkpointing, 512, 1, 0.0)
+
+
+def check_case(source: str, cache: Path, *case: Any) -> None:
+    command = [sys.executable, "-m", "tests.memory_case", source, str(cache), *map(str, case)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == 0, done.stderr
+    predicted, taken = map(int, done.stdout.split()[-2:])
+    assert predicted == pytest.approx(taken, rel=0.1), f"{predicted / taken:.3f}"
+
+
+# --- what it chooses -------------------------------------------------------------------------------------------------
+
+
+def small_predictor() -> Predictor:
+    return predictor(CONFIGS["llama"], torch.float32)
+
+
+def test_the_plan_takes_what_it_can_and_fits() -> None:
+    of, loras = small_predictor(), [LORA, LORA]
+    plain = of.predict(loras, memory.LARGEST_CAPACITY, 32, "none")
+    assert of.fit(100 * plain, loras, 32, 256) == Plan(memory.LARGEST_CAPACITY, "none", plain, exact_heap=False)
+    assert of.fit(plain, loras, 32, 256) == Plan(memory.LARGEST_CAPACITY, "none", plain, exact_heap=True)
+    for share in (0.9, 0.6, 0.3, 0.1):
+        floor = of.predict(loras, 256, 32, "none")
+        budget = int(floor + share * (plain - floor))
+        plan = of.fit(budget, loras, 32, 256)
+        assert plan.checkpointing == "none" and 256 <= plan.capacity < memory.LARGEST_CAPACITY
+        assert 0.99 * budget < plan.predicted_bytes <= budget
+    tight = of.fit(floor - 1, loras, 32, 256)
+    assert tight.checkpointing == "full" and tight.predicted_bytes <= floor - 1
+    assert of.fit(100 * plain, loras, 32, 4096).capacity == 4096  # a chunk that is there is never cut
+
+
+def test_what_does_not_fit_says_what_to_change() -> None:
+    with pytest.raises(DoesNotFitError, match=r"0\.01 GB are there: lower max_seq_len or r, train fewer adapters"):
+        small_predictor().fit(GB // 100, [LORA], 32, 256)
+
+
+def test_an_engine_that_chooses_trains_the_same_bits() -> None:
+    given, chosen = TrainEngine(tiny_base("llama"), capacity=64), TrainEngine(tiny_base("llama"), capacity=None)
+    of = predictor(CONFIGS["llama"], torch.float32)
+    tight = TrainEngine(
+        tiny_base("llama"), capacity=None, budget_bytes=of.predict([job().lora], 256, 30, "none") - 1000
+    )
+    for engine in (given, chosen, tight):
+        live = engine.add(job())
+        for _ in range(3):
+            engine.step()
+    assert (chosen._capacity, chosen._checkpointing) == (memory.LARGEST_CAPACITY, "none")
+    assert tight._capacity < memory.LARGEST_CAPACITY or tight._checkpointing == "full"
+    blobs = [engine.live["job"].checkpoint() for engine in (given, chosen, tight)]
+    assert blobs[0] == blobs[1] == blobs[2]
+    assert live.progress.step == 3
+
+
+def test_a_job_that_does_not_fit_is_refused_and_the_others_stay() -> None:
+    of = predictor(CONFIGS["llama"], torch.float32)
+    budget = of.predict([job().lora], 256, 30, "full")
+    engine = TrainEngine(tiny_base("llama"), capacity=None, budget_bytes=budget)
+    engine.add(job())
+    with pytest.raises(DoesNotFitError):
+        engine.add(job("large", r=1024))
+    assert list(engine.live) == ["job"] and engine.step()
+
+
+def test_no_chunk_is_larger_than_a_job_says() -> None:
+    for batch_size, longest in ((3, 30), (60, 30), (5, 64)):
+        train = TrainConfig(batch_size=batch_size, epochs=1, max_seq_len=64)
+        wanted = EngineJob("job", LORA, train, documents(60, seed=0, longest=longest))
+        live = TrainEngine(tiny_base("llama")).add(wanted)
+        chunks = []
+        for live.progress.step in range(wanted.steps):
+            chunks += live.chunks(0, 1)
+        assert max(chunk.tokens for chunk in chunks) <= wanted.largest_chunk <= wanted.chunk_limit
+
+
+def test_available_memory_is_no_more_than_there_is() -> None:
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < available_bytes(CPU) <= physical
