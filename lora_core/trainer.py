@@ -1,22 +1,19 @@
-"""Train many adapters on one frozen base. `TrainEngine.step` is one optimizer step of every live job.
+"""Train many adapters on one frozen base. `TrainEngine.micro_batch` is what all ranks do together, again and again.
 
-    for job in jobs:                  its examples of this step, this rank's share, cut into chunks
-    for batch in micro_batches:       forward_backward(batch): chunks of several jobs side by side, gradients by job
-    for job in jobs:                  optim_step(job): one all-reduce of (gradient, loss, tokens), divide, clip, AdamW
+    for job between steps:             its next step's examples, or held-out ones: each rank's share, cut into chunks
+    batch = a fair share of every job  chunks of several jobs side by side, at most `capacity` rows
+    forward_backward(batch)            gradients by job
+    for job that is complete:          optim_step(job): one all-reduce of (gradient, loss, tokens), divide, clip, AdamW
 
-Each job has its own step count, data order, schedule, clipping, dropout stream and optimizer; a neighbour that joins,
+A job steps when its own batch is complete and begins its next one at once: it waits for no neighbour's. Each has its
+own step count, data order, schedule, clipping, dropout stream, evaluations and optimizer; a neighbour that joins,
 leaves or diverges changes nothing (DESIGN rule 4).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from functools import lru_cache
 from itertools import accumulate
 
 import torch
@@ -26,84 +23,14 @@ from lora_core.adapter_bank import Adapter, AdapterBank, Run, mix64
 from lora_core.adapter_init import continued_adapter, init_adapter
 from lora_core.attention import PackedAttention
 from lora_core.base_model import BaseModel
-from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import Example
-from lora_core.loss import Head, chunk_losses
-from lora_core.optim import AllReduce, FlatAdamW, NoGradientError, StepOutcome, learning_rate
-from lora_core.packing import Chunk, PackedBatch, PackedChunk, cut_into_chunks, micro_batches, pack
+from lora_core.engine_job import VALIDATION_NOT_FINITE, EngineJob, JobDiverged, Progress
+from lora_core.fair_queue import FairQueue
+from lora_core.loss import Head, chunk_losses, chunk_scores
+from lora_core.optim import AllReduce, Evaluation, FlatAdamW, NoGradientError, Snapshot, StepOutcome, learning_rate
+from lora_core.packing import Chunk, PackedBatch, PackedChunk, cut_into_chunks, pack
 
 CHUNK_TOKENS = 1024
-
-
-@dataclass(frozen=True)
-class EngineJob:
-    """What to train: a name that is unique in the engine, the adapter, how, and the examples (all of them, on every
-    rank). With `init_adapter` training starts from what that adapter computes (see `continued_adapter`).
-    """
-
-    name: str
-    lora: LoraConfig
-    train: TrainConfig
-    examples: Sequence[Example]
-    init_adapter: Adapter | None = None
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """The last step of an epoch takes what is left; its loss is divided by its own tokens, so it is no special
-        case.
-        """
-        return math.ceil(len(self.examples) / self.train.batch_size)
-
-    @property
-    def steps(self) -> int:
-        return self.steps_per_epoch * self.train.epochs
-
-    def examples_of(self, step: int) -> list[int]:
-        """Indices of the examples of one optimizer step: a fresh permutation every epoch, known from (seed, epoch)
-        alone.
-        """
-        epoch, within = divmod(step, self.steps_per_epoch)
-        order = _order(len(self.examples), self.train.seed, epoch)
-        indices: list[int] = order[within * self.train.batch_size : (within + 1) * self.train.batch_size].tolist()
-        return indices
-
-    def digest(self) -> str:
-        """What a checkpoint must agree on to be continued: the adapter's and training's configuration, where it starts,
-        and every example.
-        """
-        digest = hashlib.sha256(f"{self.lora.model_dump_json()}{self.train.model_dump_json()}".encode())
-        for example in self.examples:
-            digest.update(array("q", [len(example.ids), *example.ids]).tobytes() + bytes(example.labels_mask))
-        if self.init_adapter is not None:
-            given = self.init_adapter
-            for name, weight in (*given.a.items(), *given.b.items(), *given.magnitude.items()):
-                digest.update(f"{name} {given.scale[name]}".encode() + weight.cpu().numpy().tobytes())
-        return digest.hexdigest()
-
-
-@dataclass
-class Progress:
-    """Where a job stands. `tokens` and `supervised_tokens` count over all ranks and steps."""
-
-    step: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-    first_loss: float = math.nan
-    loss: float = math.nan
-
-
-NOT_FINITE = "the loss or its gradient was not finite: lower learning_rate, or look at the rows of that step"
-
-
-class JobDiverged(ValueError):  # noqa: N818 - the outcome of a step before it is an error
-    """A job that cannot go on. Its adapter is as it was before that step."""
-
-    def __init__(self, job: str, step: int, reason: str = NOT_FINITE) -> None:
-        super().__init__(job, step, reason)
-        self.job, self.step, self.reason = job, step, reason
-
-    def __str__(self) -> str:
-        return f"step {self.step}: {self.reason}"
 
 
 class LiveJob:
@@ -114,6 +41,8 @@ class LiveJob:
         self.optimizer = optimizer
         self.progress = Progress()
         self.digest = job.digest()
+        # Of the evaluation that is under way: sum of token losses, tokens that the model would have written, tokens.
+        self.scores = torch.zeros(3, dtype=torch.float64, device=optimizer.flat.device)
 
     @property
     def adapter(self) -> Adapter:
@@ -121,16 +50,25 @@ class LiveJob:
 
     @property
     def done(self) -> bool:
-        return self.progress.step >= self.job.steps
+        progress = self.progress
+        return (progress.step >= self.job.steps or progress.stopped is not None) and not self.evaluation_due
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether the held-out examples come before the next step. It follows from the progress alone, so that a
+        checkpoint taken before, during or after an evaluation continues alike.
+        """
+        step, last = self.progress.step, self.progress.evaluation
+        return self.job.evaluates_after(step) and (last is None or last.step != step)
 
     def chunks(self, rank: int, ranks: int) -> list[Chunk]:
-        """This rank's share of the next step: every `ranks`-th example of it."""
-        places = list(enumerate(self.job.examples_of(self.progress.step)))[rank::ranks]
-        return cut_into_chunks(
-            self.job.name,
-            ((place, self.job.examples[index]) for place, index in places),
-            max(CHUNK_TOKENS, self.job.train.max_seq_len),
-        )
+        """A rank's share of what comes next, the held-out examples or those of the next step: every `ranks`-th."""
+        if self.evaluation_due:
+            examples = self.job.validation
+        else:
+            examples = [self.job.examples[index] for index in self.job.examples_of(self.progress.step)]
+        limit = max(CHUNK_TOKENS, self.job.train.max_seq_len)
+        return cut_into_chunks(self.job.name, list(enumerate(examples))[rank::ranks], limit)
 
     def dropout_keys(self, chunk: PackedChunk) -> Tensor | None:
         """int64 [rows]: a hash of (job seed, step, example in the step, token in the document)."""
@@ -139,9 +77,15 @@ class LiveJob:
         seed = torch.tensor([self.job.train.seed], dtype=torch.int64, device=chunk.row_tokens.device)
         return mix64(mix64(mix64(mix64(seed) + self.progress.step) + chunk.row_examples) + chunk.row_tokens)
 
+    def snapshot(self) -> Snapshot:
+        """Everything that `TrainEngine.add` needs to continue exactly, as of the last step: of the next one's
+        gradient, what is there already is computed again.
+        """
+        return self.optimizer.snapshot({"job": self.digest, "progress": self.progress.to_json()})
+
     def checkpoint(self) -> bytes:
-        """Everything that `TrainEngine.add` needs to continue exactly."""
-        return self.optimizer.dump({"job": self.digest, "progress": json.dumps(asdict(self.progress))})
+        """`snapshot`, written."""
+        return self.snapshot().dump()
 
     def restore(self, checkpoint: bytes) -> None:
         """Continue from `checkpoint` of the same job.
@@ -154,13 +98,14 @@ class LiveJob:
             raise ValueError(
                 f"the checkpoint is not one of {self.job.name}: its lora or train settings, or its rows, are others"
             )
-        self.progress = Progress(**json.loads(str(counters["progress"])))
+        self.progress = Progress.from_json(str(counters["progress"]))
 
 
 class TrainEngine:
     """One rank's training of any number of jobs on one base.
 
-    `all_reduce` sums a tensor over the ranks in place (None: one rank). `capacity` is the tokens of one micro-batch.
+    `all_reduce` sums a tensor over the ranks in place (None: one rank). `capacity` is the rows of one micro-batch.
+    Ranks stay in step as long as they add and remove the same jobs in the same order between the same micro-batches.
     """
 
     def __init__(
@@ -177,15 +122,18 @@ class TrainEngine:
         self.bank = AdapterBank(base.model)
         self.live: dict[str, LiveJob] = {}
         self._capacity, self._rank, self._ranks, self._all_reduce = capacity, rank, ranks, all_reduce
+        self._queues = [
+            FairQueue() for _ in range(ranks)
+        ]  # every rank's, so that this one knows when a job is complete
 
     def add(self, job: EngineJob, checkpoint: bytes | None = None) -> LiveJob:
         """Take a job in, from the start or from `LiveJob.checkpoint`.
 
         Raises:
-            ValueError: the target modules match nothing, the job has no examples, or the checkpoint is another job's.
+            ValueError: the target modules match nothing, the job lacks examples, or the checkpoint is another job's.
         """
-        if not job.examples:
-            raise ValueError(f"{job.name} has no examples to train on")
+        if problems := job.problems():
+            raise ValueError("; ".join(problems))
         if job.init_adapter is None:
             start = init_adapter(self.bank, job.lora, job.train.seed)
         else:
@@ -199,15 +147,45 @@ class TrainEngine:
     def remove(self, name: str) -> None:
         """Let a job go; its memory is free once the caller drops its `LiveJob`."""
         del self.live[name]
+        for queue in self._queues:
+            queue.drop(name)
 
     def step(self) -> dict[str, StepOutcome | JobDiverged]:
-        """One optimizer step of every live job that is not done. A job that cannot go on is returned as its error; the
-        others went on.
+        """Micro-batches until some job has completed an optimizer step: the outcomes of those that have (none where
+        all are done).
+        """
+        while any(not live.done for live in self.live.values()):
+            if outcomes := self.micro_batch():
+                return outcomes
+        return {}
+
+    def micro_batch(self) -> dict[str, StepOutcome | JobDiverged]:
+        """One micro-batch on every rank, and the outcomes of the jobs that completed an optimizer step with it (and the
+        evaluation after it, where one was due). A job that cannot go on is returned as its error; the others went on.
         """
         jobs = [live for live in self.live.values() if not live.done]
-        for chunks in micro_batches([live.chunks(self._rank, self._ranks) for live in jobs], self._capacity):
-            self.forward_backward(pack(chunks, self.base.device))
-        return {live.job.name: self.optim_step(live) for live in jobs}
+        for live in jobs:
+            if not self._waits(live):
+                for rank, queue in enumerate(self._queues):
+                    queue.put(live.job.name, live.chunks(rank, self._ranks), training=not live.evaluation_due)
+        taken = [queue.take(self._capacity) for queue in self._queues]
+        chunks, training = taken[self._rank]
+        if chunks:  # the other ranks may have some where this one has none
+            batch = pack(chunks, self.base.device)
+            if training:
+                self.forward_backward(batch)
+            else:
+                self.evaluate(batch)
+        outcomes: dict[str, StepOutcome | JobDiverged] = {}
+        for live in jobs:
+            if not self._waits(live):
+                outcome = self._evaluated(live) if live.evaluation_due else self.optim_step(live)
+                if isinstance(outcome, JobDiverged) or (outcome is not None and not live.evaluation_due):
+                    outcomes[live.job.name] = outcome
+        return outcomes
+
+    def _waits(self, live: LiveJob) -> bool:
+        return any(live.job.name in queue for queue in self._queues)
 
     def forward_backward(self, batch: PackedBatch) -> None:
         """Add every chunk's loss and gradient to its job."""
@@ -220,6 +198,17 @@ class TrainEngine:
         for chunk, loss in zip(batch.chunks, losses.detach(), strict=True):
             self.live[chunk.job].optimizer.add_loss(loss, chunk.labels.numel())
 
+    @torch.no_grad()
+    def evaluate(self, batch: PackedBatch) -> None:
+        """Add every chunk's loss and number of hits to its job's evaluation."""
+        runs = [Run(self.live[chunk.job].adapter, chunk.rows) for chunk in batch.chunks]
+        hidden = _hidden(self.base, self.bank, runs, batch)
+        labelled = [(chunk.label_rows, chunk.labels) for chunk in batch.chunks]
+        scores = chunk_scores(hidden, _routed_head(self.base, self.bank, runs), labelled)
+        for chunk, score in zip(batch.chunks, scores, strict=True):
+            self.live[chunk.job].scores[:2] += score
+            self.live[chunk.job].scores[2] += chunk.labels.numel()
+
     def optim_step(self, live: LiveJob) -> StepOutcome | JobDiverged:
         """One optimizer step of one job, by all ranks together."""
         job, progress = live.job, live.progress
@@ -230,19 +219,33 @@ class TrainEngine:
             return JobDiverged(job.name, progress.step + 1, str(error))
         if not (math.isfinite(outcome.grad_norm) and math.isfinite(outcome.loss)):
             return JobDiverged(job.name, progress.step + 1)
-        progress.step += 1
-        progress.tokens += sum(len(job.examples[index].ids) for index in indices)
-        progress.supervised_tokens += outcome.tokens
-        if outcome.tokens:
-            progress.loss = outcome.loss
-            if math.isnan(progress.first_loss):
-                progress.first_loss = outcome.loss
+        progress.stepped(outcome, sum(len(job.examples[index].ids) for index in indices))
         return outcome
+
+    def _evaluated(self, live: LiveJob) -> StepOutcome | JobDiverged | None:
+        """The end of an evaluation, by all ranks together: the outcome of the step before it, if there was one."""
+        if self._all_reduce is not None:
+            self._all_reduce(live.scores)
+        loss, hits, tokens = live.scores.tolist()
+        live.scores.zero_()
+        progress, train = live.progress, live.job.train
+        if not math.isfinite(loss):
+            return JobDiverged(live.job.name, progress.step, VALIDATION_NOT_FINITE)
+        evaluation = Evaluation(progress.step, loss / tokens, hits / tokens, int(tokens))
+        if progress.evaluated(evaluation, train.early_stopping_patience) and train.keeps_best:
+            live.optimizer.keep_best()
+        if live.done and train.keeps_best:
+            live.optimizer.load_best()
+        return progress.outcome
+
+
+def _hidden(base: BaseModel, bank: AdapterBank, runs: Sequence[Run], batch: PackedBatch) -> Tensor:
+    with bank.routed(runs):
+        return base.hidden(batch.ids, batch.positions, PackedAttention(batch.lengths))[0]
 
 
 def _losses(base: BaseModel, bank: AdapterBank, runs: Sequence[Run], batch: PackedBatch) -> Tensor:
-    with bank.routed(runs):
-        hidden = base.hidden(batch.ids, batch.positions, PackedAttention(batch.lengths))[0]
+    hidden = _hidden(base, bank, runs, batch)
     labelled = [(chunk.label_rows, chunk.labels) for chunk in batch.chunks]
     return chunk_losses(hidden, _routed_head(base, bank, runs), labelled, bank.head_weights(runs))
 
@@ -272,9 +275,3 @@ def probe_losses(
         batch = pack([Chunk("probe", ((place, example),))], base.device)
         losses.append(float(_losses(base, bank, [Run(adapter, batch.chunks[0].rows)], batch)[0]))
     return losses
-
-
-@lru_cache(maxsize=64)  # one epoch of each job that is live, give or take
-def _order(examples: int, seed: int, epoch: int) -> Tensor:
-    mixed = int(mix64(mix64(torch.tensor(seed)) + epoch))
-    return torch.randperm(examples, generator=torch.Generator().manual_seed(mixed & (2**63 - 1)))
