@@ -62,6 +62,20 @@ JOB_LOSS = MetricSpec(
     labels=("job",),
     help="Loss of a running job's last optimizer step, per supervised token.",
 )
+JOB_VALIDATION_LOSS = MetricSpec(
+    name="lora_job_validation_loss",
+    kind="gauge",
+    source="scheduler",
+    labels=("job",),
+    help="Loss of a running job's held-out rows at their last evaluation, per supervised token.",
+)
+JOB_VALIDATION_ACCURACY = MetricSpec(
+    name="lora_job_validation_accuracy",
+    kind="gauge",
+    source="scheduler",
+    labels=("job",),
+    help="Share of a running job's held-out supervised tokens that the model would have written, from 0 to 1.",
+)
 JOB_STEP = MetricSpec(
     name="lora_job_step",
     kind="gauge",
@@ -142,6 +156,8 @@ METRICS = (
     SESSIONS,
     JOB_TOKENS,
     JOB_LOSS,
+    JOB_VALIDATION_LOSS,
+    JOB_VALIDATION_ACCURACY,
     JOB_STEP,
     JOB_STEP_SECONDS,
     REQUESTS,

@@ -208,8 +208,9 @@ def progress_line(progress: dict[str, float]) -> str:
         if step and progress["tokens_per_second"]
         else 0
     )
+    validation = f"  validation {progress['validation_loss']:.4f}" if "validation_loss" in progress else ""
     return (
-        f"[{'#' * filled}{'-' * (24 - filled)}] step {step}/{steps}  loss {progress['loss']:.4f}"
+        f"[{'#' * filled}{'-' * (24 - filled)}] step {step}/{steps}  loss {progress['loss']:.4f}{validation}"
         f"  {progress['tokens_per_second']:.0f} tokens/s  {int(left) // 60}:{int(left) % 60:02d} left"
     )
 
@@ -226,8 +227,14 @@ def _outcome(job: Job) -> int:
     )
     print(
         f"loss {progress['first_loss']:.4f} at the first step, {progress['loss']:.4f} at the last"
-        f" ({progress['steps']} steps)"
+        f" ({progress['step']} steps)"
     )
+    metrics = result["metrics"]
+    if "validation_loss" in metrics:
+        print(
+            f"validation loss {metrics['validation_loss_before']:.4f} before, {metrics['validation_loss']:.4f} after"
+            f" step {metrics['validation_step']}, token accuracy {metrics['validation_accuracy']:.1%}"
+        )
     print(f"adapter {result['adapter_bytes'] / 1e6:.1f} MB, base {progress['base_bytes'] / 1e6:.1f} MB")
     print(f'model="{result["model"]}" version {result["version"]}')
     return 0

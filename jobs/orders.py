@@ -54,6 +54,14 @@ class Progressed(Report):
 
 
 @dataclass(frozen=True)
+class Evaluated(Report):
+    """The held-out rows after some step (`lora_core.optim.Evaluation`), and why training ends with it, if it does."""
+
+    evaluation: dict[str, Any]
+    stopped: str | None
+
+
+@dataclass(frozen=True)
 class CheckpointWritten(Report):
     """A checkpoint is in storage and waits for its commit marker."""
 

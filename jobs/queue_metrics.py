@@ -14,6 +14,8 @@ from cluster.metrics import (
     JOB_STEP,
     JOB_STEP_SECONDS,
     JOB_TOKENS,
+    JOB_VALIDATION_ACCURACY,
+    JOB_VALIDATION_LOSS,
     JOBS,
     QUEUE_OLDEST_SECONDS,
     SESSIONS,
@@ -57,13 +59,20 @@ class QueueCollector(Collector):
 
     def _figures(self, now: float) -> Iterator[Metric]:
         tokens = CounterMetricFamily(JOB_TOKENS.name, JOB_TOKENS.help, labels=JOB_TOKENS.labels)
-        gauges = {"loss": _gauge(JOB_LOSS), "step": _gauge(JOB_STEP), "step_seconds": _gauge(JOB_STEP_SECONDS)}
+        gauges = {
+            "loss": _gauge(JOB_LOSS),
+            "validation_loss": _gauge(JOB_VALIDATION_LOSS),
+            "validation_accuracy": _gauge(JOB_VALIDATION_ACCURACY),
+            "step": _gauge(JOB_STEP),
+            "step_seconds": _gauge(JOB_STEP_SECONDS),
+        }
         for job in self._queue.list(self._cluster):
             if job.progress is None or (job.finished_at is not None and now - job.finished_at > RECENT_SECONDS):
                 continue
             tokens.add_metric([job.id, f"{job.base}:{job.spec.adapter}"], job.progress["tokens"])
             for field, gauge in gauges.items():
-                gauge.add_metric([job.id], job.progress[field])
+                if field in job.progress:  # a job without held-out rows has no figures of them
+                    gauge.add_metric([job.id], job.progress[field])
         yield tokens
         yield from gauges.values()
 

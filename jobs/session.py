@@ -41,6 +41,7 @@ from jobs.job_queue import JobQueue
 from jobs.orders import (
     Assignment,
     CheckpointWritten,
+    Evaluated,
     JobFailed,
     Orders,
     Progressed,
@@ -168,6 +169,8 @@ class Keeper:
         match report:
             case Progressed(job_id, progress):
                 self._queue.progress(job_id, self._session_id, self._fence, progress)
+            case Evaluated(job_id, evaluation, stopped):
+                self._tell_of_evaluation(job_id, evaluation, stopped)
             case RanksStarted():
                 self._starts += 1
                 if self._starts > 1:
@@ -180,6 +183,12 @@ class Keeper:
                 self._move(job_id, JobStatus.FAILED, reason, error=reason)
             case RankBroke(rank, reason, held):
                 self._blame(held or tuple(self._known), f"rank {rank}: {reason}")
+
+    def _tell_of_evaluation(self, job_id: str, evaluation: dict[str, Any], stopped: str | None) -> None:
+        message = f"step {evaluation['step']}: validation loss {evaluation['loss']:.4f}"
+        message += f", token accuracy {evaluation['accuracy']:.1%}{f'; {stopped}' if stopped else ''}"
+        if job_id in self._known:
+            self._queue.log(job_id, message, data=evaluation)
 
     def _tell_of_restart(self) -> None:
         for job_id, known in self._known.items():

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
 from lora_core.config import LoraConfig, TrainConfig
@@ -80,6 +80,18 @@ class JobSpec(BaseModel):
                 f"not {_shown(value)}"
             )
         return value
+
+    @field_validator("train")
+    @classmethod
+    def _options_of_evaluation_have_rows(cls, train: TrainConfig, info: ValidationInfo) -> TrainConfig:
+        # A validation that is wrong itself is not in `data`, and has a sentence of its own.
+        if train.needs_validation and info.data.get("validation", "wrong") is None:
+            options = " and ".join(train.needs_validation)
+            raise ValueError(
+                f"has {options} but there are no held-out rows to judge by: give validation, a fraction such as 0.1 or"
+                " the path of a second dataset"
+            )
+        return train
 
     @property
     def session_key(self) -> str:

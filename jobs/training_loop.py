@@ -1,9 +1,10 @@
 """What one rank of a session does: load the frozen base, then train whatever jobs it is told to, all of them together.
 
     while True:
-        orders = agree()                     rank 0 asks the mailbox and broadcasts, so all ranks join and leave at
-        the same step join / leave outcomes = engine.step()             one optimizer step of every job report,
-        checkpoint, finish
+        orders = agree()                   rank 0 asks the mailbox and broadcasts: ranks join and leave at one place
+        join / leave
+        outcomes = engine.micro_batch()    a fair share of every job; those whose batch is complete step
+        report, checkpoint, finish
 
 Every rank holds the same adapters, since each optimizer step ends in an all-reduce; so rank 0 alone reports and writes.
 """
@@ -17,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,25 @@ from cluster.settings import Settings
 from cluster.storage import Storage, checkpoint_state_key, open_storage
 from jobs.admission import examples_of
 from jobs.initial_adapter import load_initial
-from jobs.orders import Assignment, CheckpointWritten, JobFailed, Orders, Progressed, RankBroke, RanksStarted, Trained
+from jobs.orders import (
+    Assignment,
+    CheckpointWritten,
+    Evaluated,
+    JobFailed,
+    Orders,
+    Progressed,
+    RankBroke,
+    RanksStarted,
+    Trained,
+)
 from jobs.spec import JobSpec
 from lora_core.base_model import BaseModel, chat_template_hash, load_base
 from lora_core.dataset import Example
+from lora_core.engine_job import EngineJob, JobDiverged
 from lora_core.memory import available_bytes
+from lora_core.optim import Evaluation
 from lora_core.peft_format import adapter_files
-from lora_core.trainer import EngineJob, JobDiverged, LiveJob, TrainEngine, probe_losses
+from lora_core.trainer import LiveJob, TrainEngine, probe_losses
 
 log = logging.getLogger("lora.rank")
 
@@ -58,9 +71,9 @@ class Held:
     assignment: Assignment
     spec: JobSpec
     live: LiveJob
-    validation: Sequence[Example]
     started: float = field(default_factory=time.monotonic)
     started_tokens: int = 0
+    stepped: float = field(default_factory=time.monotonic)
     step_seconds: float = 0.0
     checkpointed: float = field(default_factory=time.monotonic)
     upload: threading.Thread | None = None
@@ -105,7 +118,7 @@ class Rank:
         self.engine = TrainEngine(
             self.base,
             capacity=None,
-            budget_bytes=self._share_of_memory(),
+            budget_bytes=min(int(share or 0) for share in self._gather(str(self._share_of_memory()))),
             rank=self.rank,
             ranks=self.ranks,
             all_reduce=self._all_reduce,
@@ -170,7 +183,8 @@ class Rank:
             start = None
             if assignment.init_adapter_sha is not None:
                 start = load_initial(self.storage, assignment.init_adapter_sha, self.engine.bank)
-            live = self.engine.add(EngineJob(assignment.job_id, spec.lora, spec.train, train, start), checkpoint)
+            job = EngineJob(assignment.job_id, spec.lora, spec.train, train, validation, start)
+            live = self.engine.add(job, checkpoint)
         except Exception as error:  # whatever it is, it is this job's, and the others go on
             log.exception("job=%s rank=%d event=join_failed", assignment.job_id, self.rank)
             problem = f"rank {self.rank}: {type(error).__name__}: {error}"
@@ -180,7 +194,7 @@ class Rank:
             self._fail(assignment.job_id, problems[0])
             return
         live.optimizer.synchronise(self._broadcast)
-        held = Held(assignment, spec, live, validation, started_tokens=live.progress.tokens)
+        held = Held(assignment, spec, live, started_tokens=live.progress.tokens)
         self.held[assignment.job_id] = held
         log.info(
             "job=%s rank=%d event=joined step=%d of %d",
@@ -211,16 +225,16 @@ class Rank:
         log.info("job=%s rank=%d event=left", job_id, self.rank)
 
     def _step(self) -> None:
-        began = time.monotonic()
-        outcomes = self.engine.step()
-        seconds = time.monotonic() - began
-        for job_id, outcome in outcomes.items():
+        for job_id, outcome in self.engine.micro_batch().items():
             held = self.held[job_id]
-            held.step_seconds = seconds
+            held.step_seconds, held.stepped = time.monotonic() - held.stepped, time.monotonic()
             if isinstance(outcome, JobDiverged):
                 self._leave(job_id)
                 self._fail(job_id, str(outcome))
-            elif held.live.done:
+                continue
+            if self.rank == 0 and outcome.evaluation is not None:
+                self._report(Evaluated(job_id, asdict(outcome.evaluation), held.live.progress.stopped))
+            if held.live.done:
                 self._finish(held)
             elif self.rank == 0:
                 self._maybe_checkpoint(held)
@@ -243,6 +257,8 @@ class Rank:
             "trainable_parameters": held.live.optimizer.parameters,
             "base_parameters": self.base.parameters,
             "base_bytes": self.base.nbytes,
+            **_held_out(progress.before, progress.evaluation),
+            **({"best_validation_loss": progress.best.loss, "best_step": progress.best.step} if progress.best else {}),
         }
 
     def _maybe_checkpoint(self, held: Held) -> None:
@@ -253,11 +269,13 @@ class Rank:
             return
         held.checkpointed = time.monotonic()
         job_id, attempt = held.assignment.job_id, held.assignment.attempt
-        step, blob = held.live.progress.step, held.live.checkpoint()
+        step, snapshot = held.live.progress.step, held.live.snapshot()
 
         def upload() -> None:
-            key, sha256 = checkpoint_state_key(job_id, attempt, step), hashlib.sha256(blob).hexdigest()
+            key = checkpoint_state_key(job_id, attempt, step)
             try:
+                blob = snapshot.dump()
+                sha256 = hashlib.sha256(blob).hexdigest()
                 self.storage.put(key, blob)
             except Exception:  # training goes on; the last committed checkpoint stays the one to resume from
                 log.exception("job=%s event=checkpoint_failed step=%d", job_id, step)
@@ -274,6 +292,7 @@ class Rank:
             job, live = held.assignment.job_id, held.live
             progress = self._progress(held)
             examples = live.job.examples
+            published = live.progress.best if live.job.train.keeps_best else live.progress.evaluation
             manifest: dict[str, Any] = {
                 "job": job,
                 "base_fingerprint": self.base.fingerprint,
@@ -282,9 +301,9 @@ class Rank:
                 "tokenizer": chat_template_hash(self.base.tokenizer),
                 "lora": held.spec.lora.model_dump(),
                 "train": held.spec.train.model_dump(),
-                "metrics": {
-                    key: progress[key] for key in ("step", "loss", "first_loss", "tokens", "supervised_tokens")
-                },
+                "metrics": {key: progress[key] for key in ("step", "loss", "first_loss", "tokens", "supervised_tokens")}
+                | _held_out(live.progress.before, published)
+                | ({"stopped": live.progress.stopped} if live.progress.stopped else {}),
                 "probes": [
                     {"ids": example.ids, "labels_mask": example.labels_mask, "loss": loss}
                     for example, loss in zip(
@@ -294,24 +313,15 @@ class Rank:
                     )
                 ],
             }
-            if held.validation:
-                manifest["metrics"] |= {
-                    "validation_loss_before": self._mean_loss(None, held.validation),
-                    "validation_loss": self._mean_loss(live, held.validation),
-                }
             files = adapter_files(live.adapter, self.engine.bank, self._base_model)
             ray.get(self.mailbox.report.remote(Trained(job, files, manifest, progress)))
         self._leave(held.assignment.job_id)
-
-    def _mean_loss(self, live: LiveJob | None, examples: Sequence[Example]) -> float:
-        losses = probe_losses(self.base, self.engine.bank, live.adapter if live else None, examples)
-        return sum(losses) / sum(sum(example.labels_mask) for example in examples)
 
     def _fail(self, job_id: str, reason: str) -> None:
         if self.rank == 0:
             ray.get(self.mailbox.report.remote(JobFailed(job_id, reason)))
 
-    def _report(self, report: Progressed | CheckpointWritten) -> None:
+    def _report(self, report: Progressed | CheckpointWritten | Evaluated) -> None:
         self.mailbox.report.remote(report)
 
     def _all_reduce(self, tensor: torch.Tensor) -> None:
@@ -338,3 +348,15 @@ class Rank:
             operation()
         except RuntimeError as error:
             raise PeerLostError(str(error)) from error
+
+
+def _held_out(before: Evaluation | None, after: Evaluation | None) -> dict[str, float]:
+    """An evaluation as progress and manifest name its figures, beside that of what training started from."""
+    figures: dict[str, float] = {"validation_loss_before": before.loss} if before else {}
+    if after is not None and after is not before:
+        figures |= {
+            "validation_loss": after.loss,
+            "validation_accuracy": after.accuracy,
+            "validation_step": after.step,
+        }
+    return figures

@@ -102,6 +102,11 @@ class TrainConfig(BaseModel):
     the learning rate grows linearly from zero. `loraplus_lr_ratio` times the learning rate is that of B (LoRA+, Hayou
     et al. 2024, https://arxiv.org/abs/2402.12354). A gradient longer than `max_grad_norm` is cut to it (null: never).
     `train_on` says which tokens are labels, `overlong` what becomes of rows longer than `max_seq_len` tokens.
+
+    Where there are held-out rows, they are evaluated before the first step, every `eval_steps` optimizer steps (null:
+    after each epoch) and after the last. `load_best_model_at_end` publishes the weights of the lowest validation loss
+    instead of the last ones (null: where `early_stopping_patience` is given). `early_stopping_patience` ends training
+    after that many evaluations in a row that are no better than the best.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -118,3 +123,19 @@ class TrainConfig(BaseModel):
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     train_on: Literal["completion", "all"] = "completion"
     overlong: Literal["truncate", "drop"] = "truncate"
+    eval_steps: int | None = Field(default=None, ge=1)
+    load_best_model_at_end: bool | None = None
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the adapter that comes out is the one of the lowest validation loss."""
+        if self.load_best_model_at_end is None:
+            return self.early_stopping_patience is not None
+        return self.load_best_model_at_end
+
+    @property
+    def needs_validation(self) -> list[str]:
+        """The options in use that mean nothing without held-out rows."""
+        options = ("eval_steps", "load_best_model_at_end", "early_stopping_patience")
+        return [option for option in options if getattr(self, option)]

@@ -19,8 +19,9 @@ from lora_core.adapter_init import LoraConfigError
 from lora_core.base_model import BaseModel
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import DatasetError, Example, build_examples, read_rows
+from lora_core.engine_job import EngineJob, JobDiverged
 from lora_core.peft_format import AdapterFormatError, adapter_files, read_adapter
-from lora_core.trainer import EngineJob, JobDiverged, LiveJob, TrainEngine
+from lora_core.trainer import LiveJob, TrainEngine
 
 log = logging.getLogger("lora.library")
 
@@ -82,9 +83,8 @@ def train(base: BaseModel, jobs: Sequence[TrainJob], out: str | Path) -> dict[st
             raise TrainJobsError(problems)
         results = {}
         while engine.live:
-            outcomes = engine.step()
-            for name, live in list(engine.live.items()):
-                outcome = outcomes[name]
+            for name, outcome in engine.step().items():
+                live = engine.live[name]
                 if isinstance(outcome, JobDiverged) or live.done:
                     engine.remove(name)
                     error = str(outcome) if isinstance(outcome, JobDiverged) else None
@@ -110,7 +110,7 @@ def _add(engine: TrainEngine, jobs: Sequence[TrainJob]) -> list[str]:
         try:
             examples = _examples(engine.base, job)
             start = None if job.init_adapter is None else read_adapter(Path(job.init_adapter), engine.bank)
-            engine.add(EngineJob(job.name, job.lora, job.train, examples, start))
+            engine.add(EngineJob(job.name, job.lora, job.train, examples, init_adapter=start))
         except DatasetError as error:
             problems += [f"{job.name}: {line}" for line in str(error).splitlines()]
         except LoraConfigError as error:

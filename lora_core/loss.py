@@ -43,6 +43,14 @@ def batch_losses(
     return chunk_losses(hidden, routed_head(base, bank, runs), labelled, bank.head_weights(runs))
 
 
+def batch_scores(base: BaseModel, bank: AdapterBank, runs: Sequence[Run], batch: PackedBatch) -> Tensor:
+    """fp64 `[chunks, 2]`: each chunk's summed token loss, and how many of its labels are the most probable token."""
+    with bank.routed(runs):
+        hidden = base.hidden(batch.ids, batch.positions, PackedAttention(batch.lengths))[0]
+    labelled = [(chunk.label_rows, chunk.labels) for chunk in batch.chunks]
+    return chunk_scores(hidden, routed_head(base, bank, runs), labelled)
+
+
 def routed_head(base: BaseModel, bank: AdapterBank, runs: Sequence[Run]) -> Head:
     """The output head with the adapters that chunks have on it; chunk i is `runs[i]`."""
     starts = list(accumulate((run.rows for run in runs), initial=0))
@@ -110,3 +118,18 @@ def _slice_loss(
     dlogits[torch.arange(len(labels), device=labels.device), labels] -= 1.0
     (gradient,) = torch.autograd.grad(logits, part, dlogits.to(logits.dtype))
     return loss, gradient
+
+
+@torch.no_grad()
+def chunk_scores(hidden: Tensor, head: Head, chunks: Sequence[LabelledRows]) -> Tensor:
+    """As `chunk_losses`, without a gradient -> fp64 `[len(chunks), 2]`: each chunk's sum of token losses, and how many
+    of its labels are the most probable token.
+    """
+    scores = hidden.new_zeros(len(chunks), 2, dtype=torch.float64)
+    for chunk, (score, (rows, labels)) in enumerate(zip(scores, chunks, strict=True)):
+        for row_slice, label_slice in zip(rows.split(SLICE_ROWS), labels.split(SLICE_ROWS), strict=True):
+            logits = head(hidden[row_slice], chunk, row_slice)
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            score[0] -= torch.log_softmax(wide, dim=-1).gather(1, label_slice[:, None]).sum()
+            score[1] += (wide.argmax(dim=-1) == label_slice).sum()
+    return scores

@@ -52,14 +52,39 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """The held-out examples after `step` steps: mean loss of their supervised tokens, and the share of these that the
+    model would have written (its most probable token is the label).
+    """
+
+    step: int
+    loss: float
+    accuracy: float
+    tokens: int
+
+
+@dataclass(frozen=True)
 class StepOutcome:
     """One optimizer step: mean loss per supervised token, their count over all ranks, and the gradient's norm before
-    clipping.
+    clipping; with the evaluation after it, where one was due.
     """
 
     loss: float
     tokens: int
     grad_norm: float
+    evaluation: Evaluation | None = None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A job's state at one moment, in host memory of its own."""
+
+    tensors: dict[str, Tensor]
+    counters: dict[str, float | int | str]
+
+    def dump(self) -> bytes:
+        """One safetensors blob, of which `FlatAdamW.restore` makes the state again."""
+        return save(self.tensors, {"counters": json.dumps(self.counters)})
 
 
 class NoGradientError(ValueError):
@@ -128,6 +153,7 @@ class FlatAdamW:
             weight.requires_grad_().grad = grad  # the bank adds into it
         self.moments = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
         self._adamw = self._two_groups()
+        self._best: Tensor | None = None  # in host memory: it is written at evaluations and read once
 
     def _two_groups(self) -> torch.optim.AdamW:
         """AdamW of the slice of A and the slice of B and m, whose moments are slices of `moments`."""
@@ -225,16 +251,28 @@ class FlatAdamW:
                 broadcast(vector)
         self._refresh(*self._vectors)
 
-    def dump(self, counters: dict[str, float | int | str]) -> bytes:
-        """One safetensors blob from which `restore` continues bit for bit."""
-        tensors = self._state()
-        counters = {**counters, "adam_steps": self.steps}
-        return save(
-            {name: tensor.detach().cpu() for name, tensor in tensors.items()}, {"counters": json.dumps(counters)}
-        )
+    def keep_best(self) -> None:
+        """Remember what is trained as it is."""
+        self._best = self.flat.detach().to("cpu", copy=True)
+
+    def load_best(self) -> None:
+        """Go back to what `keep_best` remembered."""
+        assert self._best is not None
+        with torch.no_grad():
+            self.flat.copy_(self._best)
+        self._refresh(self._trained)
+
+    def snapshot(self, counters: dict[str, float | int | str]) -> Snapshot:
+        """All that `restore` needs to continue bit for bit, copied to host memory: steps may go on while it is
+        written.
+        """
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._state().items()}
+        if self._best is not None:
+            copies["best"] = self._best  # replaced by the next one, never written into
+        return Snapshot(copies, {**counters, "adam_steps": self.steps})
 
     def restore(self, blob: bytes) -> dict[str, float | int | str]:
-        """Continue from `dump`; returns its counters.
+        """Continue from `Snapshot.dump`; returns its counters.
 
         Raises:
             ValueError: the blob is of an adapter with another number of parameters.
@@ -250,6 +288,7 @@ class FlatAdamW:
             for name, own in self._state().items():
                 own.copy_(tensors[name])
         self._refresh(*self._vectors)
+        self._best = tensors.get("best")
         self.steps = int(counters["adam_steps"])
         for state in self._adamw.state.values():
             state["step"].fill_(self.steps)

@@ -34,6 +34,11 @@ class Chunk:
     def tokens(self) -> int:
         return sum(len(example.ids) for _, example in self.examples)
 
+    @property
+    def rows(self) -> int:
+        """Rows that it takes in a batch: its tokens and padding."""
+        return self.tokens + -self.tokens % ROW_MULTIPLE
+
 
 @dataclass(frozen=True)
 class PackedChunk:
@@ -78,28 +83,6 @@ def cut_into_chunks(job: str, examples: Iterable[tuple[int, Example]], limit: in
     if current:
         chunks.append(Chunk(job, tuple(current)))
     return chunks
-
-
-def micro_batches(chunks_of_jobs: Sequence[Sequence[Chunk]], capacity: int) -> list[list[Chunk]]:
-    """Chunks of every job in turn, at most `capacity` tokens a micro-batch (more only where one chunk alone has more).
-
-    A job's chunks keep their order, so its gradient is added up in the same order whoever else is there.
-    """
-    batches: list[list[Chunk]] = []
-    current: list[Chunk] = []
-    tokens = 0
-    for turn in range(max((len(chunks) for chunks in chunks_of_jobs), default=0)):
-        for chunks in chunks_of_jobs:
-            if turn >= len(chunks):
-                continue
-            if current and tokens + chunks[turn].tokens > capacity:
-                batches.append(current)
-                current, tokens = [], 0
-            current.append(chunks[turn])
-            tokens += chunks[turn].tokens
-    if current:
-        batches.append(current)
-    return batches
 
 
 def pack(chunks: Sequence[Chunk], device: torch.device) -> PackedBatch:

@@ -1,124 +1,41 @@
-"""Train many adapters on one frozen base. `TrainEngine.step` is one optimizer step of every live job.
+"""Train many adapters on one frozen base. `TrainEngine.micro_batch` is what all ranks do together, again and again.
 
-    for job in jobs:                  its examples of this step, this rank's share, cut into chunks
-    for batch in micro_batches:       forward_backward(batch): chunks of several jobs side by side, gradients by job
-    for job in jobs:                  optim_step(job): one all-reduce of (gradient, loss, tokens), divide, clip, AdamW
+    for job between steps:             its next step's examples, or held-out ones: each rank's share, cut into chunks
+    batch = a fair share of every job  chunks of several jobs side by side, at most `capacity` rows
+    forward_backward(batch)            gradients by job
+    for job that is complete:          optim_step(job): one all-reduce of (gradient, loss, tokens), divide, clip, AdamW
 
-Each job has its own step count, data order, schedule, clipping, dropout stream and optimizer; a neighbour that joins,
+A job steps when its own batch is complete and begins its next one at once: it waits for no neighbour's. Each has its
+own step count, data order, schedule, clipping, dropout stream, evaluations and optimizer; a neighbour that joins,
 leaves or diverges changes nothing (DESIGN rule 4).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
-from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from lora_core.adapter_bank import Adapter, AdapterBank, Run, mix64
 from lora_core.adapter_init import continued_adapter, init_adapter
-from lora_core.base_model import BaseModel
+from lora_core.base_model import QUANTISED, BaseModel
 from lora_core.checkpointing import Checkpointing, recomputed_layers
-from lora_core.config import LoraConfig, TrainConfig
+from lora_core.config import LoraConfig
 from lora_core.dataset import Example
-from lora_core.loss import batch_losses
+from lora_core.decoder import AdapterView, Decoder, Labels, Rows
+from lora_core.engine_job import VALIDATION_NOT_FINITE, EngineJob, JobDiverged, Progress
+from lora_core.fair_queue import FairQueue
+from lora_core.kernels.low_rank import NO_ADAPTER
+from lora_core.loss import batch_losses, batch_scores
 from lora_core.memory import available_bytes, predictor, return_freed_memory
-from lora_core.optim import AllReduce, FlatAdamW, NoGradientError, StepOutcome, learning_rate
-from lora_core.packing import Chunk, PackedBatch, PackedChunk, cut_into_chunks, micro_batches, pack
+from lora_core.optim import AllReduce, Evaluation, FlatAdamW, NoGradientError, Snapshot, StepOutcome, learning_rate
+from lora_core.packing import Chunk, PackedBatch, PackedChunk, cut_into_chunks, pack
 
 log = logging.getLogger("lora.engine")
-
-CHUNK_TOKENS = 1024
-
-
-@dataclass(frozen=True)
-class EngineJob:
-    """What to train: a name that is unique in the engine, the adapter, how, and the examples (all of them, on every
-    rank). With `init_adapter` training starts from what that adapter computes (see `continued_adapter`).
-    """
-
-    name: str
-    lora: LoraConfig
-    train: TrainConfig
-    examples: Sequence[Example]
-    init_adapter: Adapter | None = None
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """The last step of an epoch takes what is left; its loss is divided by its own tokens, so it is no special
-        case.
-        """
-        return math.ceil(len(self.examples) / self.train.batch_size)
-
-    @property
-    def steps(self) -> int:
-        return self.steps_per_epoch * self.train.epochs
-
-    def examples_of(self, step: int) -> list[int]:
-        """Indices of the examples of one optimizer step: a fresh permutation every epoch, known from (seed, epoch)
-        alone.
-        """
-        epoch, within = divmod(step, self.steps_per_epoch)
-        order = _order(len(self.examples), self.train.seed, epoch)
-        indices: list[int] = order[within * self.train.batch_size : (within + 1) * self.train.batch_size].tolist()
-        return indices
-
-    @property
-    def chunk_limit(self) -> int:
-        """Tokens of a chunk. It depends on the job alone, whatever fits into a micro-batch (see `packing.py`)."""
-        return max(CHUNK_TOKENS, self.train.max_seq_len)
-
-    @property
-    def largest_chunk(self) -> int:
-        """Tokens that no chunk of any step exceeds."""
-        lengths = sorted((len(example.ids) for example in self.examples), reverse=True)
-        return max(lengths[0], min(self.chunk_limit, sum(lengths[: self.train.batch_size])))
-
-    def digest(self) -> str:
-        """What a checkpoint must agree on to be continued: the adapter's and training's configuration, where it starts,
-        and every example.
-        """
-        digest = hashlib.sha256(f"{self.lora.model_dump_json()}{self.train.model_dump_json()}".encode())
-        for example in self.examples:
-            digest.update(array("q", [len(example.ids), *example.ids]).tobytes() + bytes(example.labels_mask))
-        if self.init_adapter is not None:
-            given = self.init_adapter
-            for name, weight in (*given.a.items(), *given.b.items(), *given.magnitude.items()):
-                digest.update(f"{name} {given.scale[name]}".encode() + weight.cpu().numpy().tobytes())
-        return digest.hexdigest()
-
-
-@dataclass
-class Progress:
-    """Where a job stands. `tokens` and `supervised_tokens` count over all ranks and steps."""
-
-    step: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-    first_loss: float = math.nan
-    loss: float = math.nan
-
-
-NOT_FINITE = "the loss or its gradient was not finite: lower learning_rate, or look at the rows of that step"
-
-
-class JobDiverged(ValueError):  # noqa: N818 - the outcome of a step before it is an error
-    """A job that cannot go on. Its adapter is as it was before that step."""
-
-    def __init__(self, job: str, step: int, reason: str = NOT_FINITE) -> None:
-        super().__init__(job, step, reason)
-        self.job, self.step, self.reason = job, step, reason
-
-    def __str__(self) -> str:
-        return f"step {self.step}: {self.reason}"
 
 
 class LiveJob:
@@ -129,6 +46,8 @@ class LiveJob:
         self.optimizer = optimizer
         self.progress = Progress()
         self.digest = job.digest()
+        # Of the evaluation that is under way: sum of token losses, tokens that the model would have written, tokens.
+        self.scores = torch.zeros(3, dtype=torch.float64, device=optimizer.flat.device)
 
     @property
     def adapter(self) -> Adapter:
@@ -136,16 +55,24 @@ class LiveJob:
 
     @property
     def done(self) -> bool:
-        return self.progress.step >= self.job.steps
+        progress = self.progress
+        return (progress.step >= self.job.steps or progress.stopped is not None) and not self.evaluation_due
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether the held-out examples come before the next step. It follows from the progress alone, so that a
+        checkpoint taken before, during or after an evaluation continues alike.
+        """
+        step, last = self.progress.step, self.progress.evaluation
+        return self.job.evaluates_after(step) and (last is None or last.step != step)
 
     def chunks(self, rank: int, ranks: int) -> list[Chunk]:
-        """This rank's share of the next step: every `ranks`-th example of it."""
-        places = list(enumerate(self.job.examples_of(self.progress.step)))[rank::ranks]
-        return cut_into_chunks(
-            self.job.name,
-            ((place, self.job.examples[index]) for place, index in places),
-            self.job.chunk_limit,
-        )
+        """A rank's share of what comes next, the held-out examples or those of the next step: every `ranks`-th."""
+        if self.evaluation_due:
+            examples = self.job.validation
+        else:
+            examples = [self.job.examples[index] for index in self.job.examples_of(self.progress.step)]
+        return cut_into_chunks(self.job.name, list(enumerate(examples))[rank::ranks], self.job.chunk_limit)
 
     def dropout_keys(self, chunk: PackedChunk) -> Tensor | None:
         """int64 [rows]: a hash of (job seed, step, example in the step, token in the document)."""
@@ -154,9 +81,15 @@ class LiveJob:
         seed = torch.tensor([self.job.train.seed], dtype=torch.int64, device=chunk.row_tokens.device)
         return mix64(mix64(mix64(mix64(seed) + self.progress.step) + chunk.row_examples) + chunk.row_tokens)
 
+    def snapshot(self) -> Snapshot:
+        """Everything that `TrainEngine.add` needs to continue exactly, as of the last step: of the next one's
+        gradient, what is there already is computed again.
+        """
+        return self.optimizer.snapshot({"job": self.digest, "progress": self.progress.to_json()})
+
     def checkpoint(self) -> bytes:
-        """Everything that `TrainEngine.add` needs to continue exactly."""
-        return self.optimizer.dump({"job": self.digest, "progress": json.dumps(asdict(self.progress))})
+        """`snapshot`, written."""
+        return self.snapshot().dump()
 
     def restore(self, checkpoint: bytes) -> None:
         """Continue from `checkpoint` of the same job.
@@ -169,16 +102,17 @@ class LiveJob:
             raise ValueError(
                 f"the checkpoint is not one of {self.job.name}: its lora or train settings, or its rows, are others"
             )
-        self.progress = Progress(**json.loads(str(counters["progress"])))
+        self.progress = Progress.from_json(str(counters["progress"]))
 
 
 class TrainEngine:
     """One rank's training of any number of jobs on one base.
 
-    `all_reduce` sums a tensor over the ranks in place (None: one rank). `capacity` is the tokens of one micro-batch.
+    `all_reduce` sums a tensor over the ranks in place (None: one rank). `capacity` is the rows of one micro-batch.
     `checkpointing` "full" keeps the inputs of decoder layers alone and computes the rest twice. Where `capacity` is
     None, both are chosen whenever a job joins or leaves, so that training fits into `budget_bytes` (None: what this
-    machine can give now).
+    machine can give now). Ranks stay in step as long as their budgets are equal and they add and remove the same jobs
+    in the same order between the same micro-batches.
     """
 
     def __init__(
@@ -201,37 +135,50 @@ class TrainEngine:
         if self._budget is not None:
             self._predictor = predictor(base.model.config, base.model.dtype, base.device.type)
         self._rank, self._ranks, self._all_reduce = rank, ranks, all_reduce
+        # Every rank's, so that this one knows when a job is complete.
+        self._queues = [FairQueue() for _ in range(ranks)]
+        self._views: dict[str, AdapterView] = {}
 
     def add(self, job: EngineJob, checkpoint: bytes | None = None) -> LiveJob:
         """Take a job in, from the start or from `LiveJob.checkpoint`.
 
         Raises:
-            ValueError: the target modules match nothing, the job has no examples, the checkpoint is another job's, or
-                training would not fit into memory with it.
+            ValueError: the target modules match nothing, the job lacks examples, the checkpoint is another job's,
+                training would not fit into memory with it, or a base in fp8 or nf4 cannot have such an adapter.
         """
-        if not job.examples:
-            raise ValueError(f"{job.name} has no examples to train on")
+        if problems := job.problems():
+            raise ValueError("; ".join(problems))
+        if self.base.precision in QUANTISED and (unable := _needs_dense_weights(job.lora)):
+            raise ValueError(f"a base in {self.base.precision} cannot have {unable}: leave it out, or use bf16")
         if job.init_adapter is None:
             start = init_adapter(self.bank, job.lora, job.train.seed)
         else:
             start = continued_adapter(self.bank, job.lora, job.init_adapter)
+        decoder = self.base.decoder if self.base.decoder is not None and Decoder.adapts(start) else None
+        if decoder is None and self.base.precision in QUANTISED:
+            raise ValueError(f"a base in {self.base.precision} cannot have an adapter on its head: use bf16")
         self._fit([*(live.job for live in self.live.values()), job])
         live = LiveJob(job, FlatAdamW(start, job.train, self.base.device, self.base.model.dtype))
         if checkpoint is not None:
             live.restore(checkpoint)
         self.live[job.name] = live
+        if decoder is not None:
+            self._views[job.name] = decoder.view(live.adapter)
         return live
 
     def remove(self, name: str) -> None:
         """Let a job go; its memory is free once the caller drops its `LiveJob`."""
         del self.live[name]
+        self._views.pop(name, None)
+        for queue in self._queues:
+            queue.drop(name)
         self._fit([live.job for live in self.live.values()])
 
     def _fit(self, jobs: Sequence[EngineJob]) -> None:
         """Choose capacity and checkpointing for these jobs, if they are to be chosen."""
         if self._budget is None or not jobs:
             return
-        longest = max(len(example.ids) for job in jobs for example in job.examples)
+        longest = max(len(example.ids) for job in jobs for example in (*job.examples, *job.validation))
         smallest = max(job.largest_chunk for job in jobs)
         plan = self._predictor.fit(self._budget, [job.lora for job in jobs], longest, smallest)
         self._capacity, self._checkpointing = plan.capacity, plan.checkpointing
@@ -247,25 +194,79 @@ class TrainEngine:
         )
 
     def step(self) -> dict[str, StepOutcome | JobDiverged]:
-        """One optimizer step of every live job that is not done. A job that cannot go on is returned as its error; the
-        others went on.
+        """Micro-batches until some job has completed an optimizer step: the outcomes of those that have (none where
+        all are done).
+        """
+        while any(not live.done for live in self.live.values()):
+            if outcomes := self.micro_batch():
+                return outcomes
+        return {}
+
+    def micro_batch(self) -> dict[str, StepOutcome | JobDiverged]:
+        """One micro-batch on every rank, and the outcomes of the jobs that completed an optimizer step with it (and the
+        evaluation after it, where one was due). A job that cannot go on is returned as its error; the others went on.
         """
         jobs = [live for live in self.live.values() if not live.done]
-        for chunks in micro_batches([live.chunks(self._rank, self._ranks) for live in jobs], self._capacity):
-            self.forward_backward(pack(chunks, self.base.device))
-        return {live.job.name: self.optim_step(live) for live in jobs}
+        for live in jobs:
+            if not self._waits(live):
+                for rank, queue in enumerate(self._queues):
+                    queue.put(live.job.name, live.chunks(rank, self._ranks), training=not live.evaluation_due)
+        taken = [queue.take(self._capacity) for queue in self._queues]
+        chunks, training = taken[self._rank]  # the other ranks may have some where this one has none
+        in_decoder, in_hooks = _divided(chunks, self._views)
+        for part in (sorted(in_decoder, key=lambda chunk: self._place(chunk.job)), in_hooks):
+            if part:
+                batch = pack(part, self.base.device)
+                (self.forward_backward if training else self.evaluate)(batch)
+        outcomes: dict[str, StepOutcome | JobDiverged] = {}
+        for live in jobs:
+            if not self._waits(live):
+                outcome = self._evaluated(live) if live.evaluation_due else self.optim_step(live)
+                if isinstance(outcome, JobDiverged) or (outcome is not None and not live.evaluation_due):
+                    outcomes[live.job.name] = outcome
+        return outcomes
+
+    def _waits(self, live: LiveJob) -> bool:
+        return any(live.job.name in queue for queue in self._queues)
+
+    def _place(self, job: str) -> int:
+        """Chunks of one job lie side by side in the decoder's batches."""
+        return list(self._views).index(job)
 
     def forward_backward(self, batch: PackedBatch) -> None:
-        """Add every chunk's loss and gradient to its job."""
-        runs = [
-            Run(self.live[chunk.job].adapter, chunk.rows, self.live[chunk.job].dropout_keys(chunk))
-            for chunk in batch.chunks
-        ]
-        with recomputed_layers(self.base.model, self.bank) if self._checkpointing == "full" else nullcontext():
-            losses = batch_losses(self.base, self.bank, runs, batch)
-        losses.sum().backward()
+        """Add every chunk's loss and gradient to its job: through the decoder if it has a view of all of them."""
+        if batch.chunks[0].job in self._views:
+            decoder, rows, views, labels = self._decoder_arguments(batch)
+            losses = decoder.forward_backward(rows, views, labels, self._checkpointing)
+        else:
+            runs = [
+                Run(self.live[chunk.job].adapter, chunk.rows, self.live[chunk.job].dropout_keys(chunk))
+                for chunk in batch.chunks
+            ]
+            with recomputed_layers(self.base.model, self.bank) if self._checkpointing == "full" else nullcontext():
+                losses = batch_losses(self.base, self.bank, runs, batch)
+            losses.sum().backward()
         for chunk, loss in zip(batch.chunks, losses.detach(), strict=True):
             self.live[chunk.job].optimizer.add_loss(loss, chunk.labels.numel())
+
+    @torch.no_grad()
+    def evaluate(self, batch: PackedBatch) -> None:
+        """Add every chunk's loss and number of hits to its job's evaluation."""
+        if batch.chunks[0].job in self._views:
+            decoder, rows, views, labels = self._decoder_arguments(batch)
+            scores = torch.stack(decoder.evaluate(rows, views, labels), dim=1)
+        else:
+            runs = [Run(self.live[chunk.job].adapter, chunk.rows) for chunk in batch.chunks]
+            scores = batch_scores(self.base, self.bank, runs, batch)
+        for chunk, score in zip(batch.chunks, scores, strict=True):
+            self.live[chunk.job].scores[:2] += score
+            self.live[chunk.job].scores[2] += chunk.labels.numel()
+
+    def _decoder_arguments(self, batch: PackedBatch) -> tuple[Decoder, Rows, list[AdapterView], Labels]:
+        assert self.base.decoder is not None
+        places = {job: place for place, job in enumerate(dict.fromkeys(chunk.job for chunk in batch.chunks))}
+        rows, labels = _as_rows(batch, [places[chunk.job] for chunk in batch.chunks])
+        return self.base.decoder, rows, [self._views[job] for job in places], labels
 
     def optim_step(self, live: LiveJob) -> StepOutcome | JobDiverged:
         """One optimizer step of one job, by all ranks together."""
@@ -277,14 +278,43 @@ class TrainEngine:
             return JobDiverged(job.name, progress.step + 1, str(error))
         if not (math.isfinite(outcome.grad_norm) and math.isfinite(outcome.loss)):
             return JobDiverged(job.name, progress.step + 1)
-        progress.step += 1
-        progress.tokens += sum(len(job.examples[index].ids) for index in indices)
-        progress.supervised_tokens += outcome.tokens
-        if outcome.tokens:
-            progress.loss = outcome.loss
-            if math.isnan(progress.first_loss):
-                progress.first_loss = outcome.loss
+        progress.stepped(outcome, sum(len(job.examples[index].ids) for index in indices))
         return outcome
+
+    def _evaluated(self, live: LiveJob) -> StepOutcome | JobDiverged | None:
+        """The end of an evaluation, by all ranks together: the outcome of the step before it, if there was one."""
+        if self._all_reduce is not None:
+            self._all_reduce(live.scores)
+        loss, hits, tokens = live.scores.tolist()
+        live.scores.zero_()
+        progress, train = live.progress, live.job.train
+        if not math.isfinite(loss):
+            return JobDiverged(live.job.name, progress.step, VALIDATION_NOT_FINITE)
+        evaluation = Evaluation(progress.step, loss / tokens, hits / tokens, int(tokens))
+        if progress.evaluated(evaluation, train.early_stopping_patience) and train.keeps_best:
+            live.optimizer.keep_best()
+        if live.done and train.keeps_best:
+            live.optimizer.load_best()
+        return progress.outcome
+
+
+def _needs_dense_weights(lora: LoraConfig) -> str | None:
+    """The option that reads the frozen weights, or goes through the modules that hold them."""
+    needs = {"use_dora": lora.use_dora, "init_lora_weights": lora.init_lora_weights == "pissa"}
+    needs["lora_dropout"] = lora.lora_dropout > 0
+    return next((option for option, used in needs.items() if used), None)
+
+
+def _as_rows(batch: PackedBatch, places: Sequence[int]) -> tuple[Rows, Labels]:
+    """The batch as the decoder takes it; `places` say which adapter each chunk has."""
+    runs = [(place, chunk.rows) for place, chunk in zip(places, batch.chunks, strict=True)]
+    labels = [(chunk.label_rows, chunk.labels) for chunk in batch.chunks]
+    return Rows(batch.ids[0], batch.positions[0], batch.lengths, runs), labels
+
+
+def _divided(chunks: Sequence[Chunk], views: Container[str]) -> tuple[list[Chunk], list[Chunk]]:
+    """(those that the decoder computes, those that the hooks do)."""
+    return [c for c in chunks if c.job in views], [c for c in chunks if c.job not in views]
 
 
 @torch.no_grad()
@@ -297,11 +327,10 @@ def probe_losses(
     losses = []
     for place, example in enumerate(examples):
         batch = pack([Chunk("probe", ((place, example),))], base.device)
-        losses.append(float(batch_losses(base, bank, [Run(adapter, batch.chunks[0].rows)], batch)[0]))
+        if base.decoder is not None and (adapter is None or Decoder.adapts(adapter)):
+            rows, labels = _as_rows(batch, [NO_ADAPTER if adapter is None else 0])
+            loss, _ = base.decoder.evaluate(rows, [] if adapter is None else [base.decoder.view(adapter)], labels)
+        else:
+            loss = batch_losses(base, bank, [Run(adapter, batch.chunks[0].rows)], batch)
+        losses.append(float(loss[0]))
     return losses
-
-
-@lru_cache(maxsize=64)  # one epoch of each job that is live, give or take
-def _order(examples: int, seed: int, epoch: int) -> Tensor:
-    mixed = int(mix64(mix64(torch.tensor(seed)) + epoch))
-    return torch.randperm(examples, generator=torch.Generator().manual_seed(mixed & (2**63 - 1)))

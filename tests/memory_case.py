@@ -14,8 +14,9 @@ from lora_core.base_model import DTYPES, describe_base, load_base
 from lora_core.checkpointing import Checkpointing
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import Example
+from lora_core.engine_job import EngineJob
 from lora_core.memory import predictor, resident_bytes, return_freed_memory
-from lora_core.trainer import EngineJob, TrainEngine
+from lora_core.trainer import TrainEngine
 
 DOCUMENT = 128
 

@@ -1,10 +1,12 @@
-"""Tiny random bases of every family, and documents to train on: no files, no downloads."""
+"""Tiny random bases of every family, documents to train on, and small jobs: no files, no downloads."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
@@ -15,7 +17,13 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lora_core.attention import ATTENTION_NAME
 from lora_core.base_model import BaseModel
+from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import Example
+from lora_core.engine_job import EngineJob, JobDiverged
+from lora_core.fair_queue import FairQueue
+from lora_core.optim import StepOutcome
+from lora_core.packing import Chunk
+from lora_core.trainer import LiveJob, TrainEngine
 
 VOCABULARY = 96
 CPU = torch.device("cpu")
@@ -110,6 +118,132 @@ def documents(count: int, seed: int, shortest: int = 4, longest: int = 30) -> li
         ids = torch.randint(3, VOCABULARY, (length,), generator=stream).tolist()
         examples.append(Example(ids, [False] * prompt + [True] * (length - prompt)))
     return examples
+
+
+def micro_batches(chunks_of_jobs: Sequence[Sequence[Chunk]], capacity: int) -> list[list[Chunk]]:
+    """All chunks of some jobs, as a rank would train on them."""
+    queue = FairQueue()
+    for chunks in chunks_of_jobs:
+        for job in {chunk.job for chunk in chunks}:
+            queue.put(job, chunks, training=True)
+    return list(iter(lambda: queue.take(capacity)[0], []))
+
+
+def job(
+    name: str = "job",
+    *,
+    examples: Sequence[Example] | None = None,
+    validation: Sequence[Example] = (),
+    lora: dict[str, Any] | None = None,
+    **train: Any,
+) -> EngineJob:
+    """A small job; `train` are TrainConfig's fields."""
+    defaults = {"epochs": 100, "batch_size": 4, "learning_rate": 5e-3, "max_seq_len": 32, "warmup_ratio": 0.0}
+    return EngineJob(
+        name,
+        LoraConfig(**{"r": 4, "lora_alpha": 8} | (lora or {})),
+        TrainConfig(**defaults | train),
+        documents(10, seed=0) if examples is None else examples,
+        validation,
+    )
+
+
+def chunks_of(wanted: EngineJob, rank: int = 0, ranks: int = 1) -> list[Chunk]:
+    """A rank's share of the first step."""
+    return TrainEngine(tiny_base("llama")).add(wanted).chunks(rank, ranks)
+
+
+def state(live: LiveJob) -> Tensor:
+    """A, B and both moments of a job in one vector."""
+    return torch.cat([live.optimizer.flat, *live.optimizer.moments])
+
+
+def random_b(live: LiveJob, seed: int = 7) -> None:
+    """Give B numbers, without which A has no gradient."""
+    stream = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for b in live.adapter.b.values():
+            b.copy_(torch.randn(b.shape, generator=stream) * 0.1)
+
+
+def train_until(engine: TrainEngine, name: str, step: int) -> list[StepOutcome]:
+    """The job's outcomes until it has done `step` steps; neighbours do as many as they do."""
+    outcomes: list[StepOutcome] = []
+    while engine.live[name].progress.step < step:
+        result = engine.step().get(name)
+        if result is not None:
+            outcomes.append(outcome_of(result))
+    return outcomes
+
+
+def train_to_the_end(engine: TrainEngine, name: str) -> list[StepOutcome]:
+    """The job's outcomes until it is done."""
+    outcomes: list[StepOutcome] = []
+    while not engine.live[name].done:
+        result = engine.micro_batch().get(name)
+        if result is not None:
+            outcomes.append(outcome_of(result))
+    return outcomes
+
+
+def outcome_of(result: StepOutcome | JobDiverged) -> StepOutcome:
+    assert isinstance(result, StepOutcome), result
+    return result
+
+
+@dataclass
+class RanksInThreads:
+    """Two data-parallel ranks as threads, each on its own copy of the base; `all_reduce` adds in rank order."""
+
+    kind: str
+    dtype: torch.dtype = torch.float32
+    capacity: int = 2048
+    ranks: int = 2
+    _parts: list[Tensor | None] = field(default_factory=lambda: [None, None])
+    _barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(2, timeout=60))
+
+    def run(self, work: Callable[[TrainEngine], None]) -> list[TrainEngine]:
+        engines = [
+            TrainEngine(
+                tiny_base(self.kind, dtype=self.dtype),
+                capacity=self.capacity,
+                rank=rank,
+                ranks=self.ranks,
+                all_reduce=self._all_reduce(rank),
+            )
+            for rank in range(self.ranks)
+        ]
+        errors: list[BaseException] = []
+
+        def rank_main(engine: TrainEngine) -> None:
+            try:
+                work(engine)
+            except BaseException as error:
+                errors.append(error)
+                self._barrier.abort()
+
+        workers = [threading.Thread(target=rank_main, args=(engine,)) for engine in engines]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        if errors:
+            raise errors[0]
+        return engines
+
+    def _all_reduce(self, rank: int) -> Callable[[Tensor], None]:
+        def reduce(tensor: Tensor) -> None:
+            self._parts[rank] = tensor.clone()
+            self._barrier.wait()
+            parts = [part for part in self._parts if part is not None]
+            tensor.copy_(torch.stack(parts).sum(0))
+            self._barrier.wait()
+
+        return reduce
+
+
+def relative(one: Tensor, other: Tensor) -> float:
+    return float((one.double() - other.double()).norm() / other.double().norm())
 
 
 @contextmanager

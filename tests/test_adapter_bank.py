@@ -17,8 +17,9 @@ from lora_core.adapter_init import init_adapter
 from lora_core.attention import PackedAttention
 from lora_core.base_model import BaseModel
 from lora_core.config import LoraConfig, TrainConfig
+from lora_core.engine_job import EngineJob
 from lora_core.packing import Chunk, pack
-from lora_core.trainer import EngineJob, LiveJob, TrainEngine
+from lora_core.trainer import LiveJob, TrainEngine
 from tests.models import VOCABULARY, documents, threads, tiny_base, tiny_model
 
 DOWN = "model.layers.1.mlp.down_proj"

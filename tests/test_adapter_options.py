@@ -14,15 +14,15 @@ import torch
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor
 
-from lora_core import trainer
 from lora_core.adapter_bank import Adapter, AdapterBank, Run
 from lora_core.adapter_init import LoraConfigError, adapted_modules, continued_adapter, init_adapter
 from lora_core.config import LoraConfig, TrainConfig
+from lora_core.engine_job import EngineJob
 from lora_core.packing import pack
 from lora_core.peft_format import adapter_files, read_adapter
-from lora_core.trainer import EngineJob, LiveJob, StepOutcome, TrainEngine, probe_losses
-from tests.models import documents, tiny_base, tiny_model
-from tests.test_trainer import padded_loss, random_b, relative
+from lora_core.trainer import LiveJob, TrainEngine, probe_losses
+from tests.models import documents, micro_batches, random_b, relative, tiny_base, tiny_model, train_until
+from tests.test_trainer import padded_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 PATTERNS: dict[str, dict[str, Any]] = {
@@ -75,7 +75,7 @@ def gradients_of_peft(model: Any, live: LiveJob) -> dict[str, Tensor]:
 
 
 def gradients_of_ours(engine: TrainEngine, live: LiveJob) -> dict[str, Tensor]:
-    for chunks in trainer.micro_batches([live.chunks(0, 1)], 2048):
+    for chunks in micro_batches([live.chunks(0, 1)], 2048):
         engine.forward_backward(pack(chunks, engine.base.device))
     tokens = live.optimizer._message[-1]
     pairs = ((live.adapter.a, "A"), (live.adapter.b, "B"))
@@ -88,12 +88,8 @@ def gradients_of_ours(engine: TrainEngine, live: LiveJob) -> dict[str, Tensor]:
 
 
 def outcomes(engine: TrainEngine, steps: int) -> list[float]:
-    losses = []
-    for _ in range(steps):
-        outcome = engine.step()["job"]
-        assert isinstance(outcome, StepOutcome), outcome
-        losses.append(outcome.loss)
-    return losses
+    done = engine.live["job"].progress.step
+    return [outcome.loss for outcome in train_until(engine, "job", done + steps)]
 
 
 @pytest.mark.parametrize("kind", PATTERNS)

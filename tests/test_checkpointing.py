@@ -8,8 +8,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lora_core.checkpointing import Checkpointing, decoder_layers
 from lora_core.config import LoraConfig, TrainConfig
+from lora_core.engine_job import EngineJob
 from lora_core.packing import pack
-from lora_core.trainer import EngineJob, TrainEngine
+from lora_core.trainer import TrainEngine
 from tests.models import CONFIGS, documents, threads, tiny_base
 
 CAPACITY = 256

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.decoder import Checkpointing, Decoder, Rows
+from lora_core.engine_job import EngineJob
 from lora_core.kernels.low_rank import NO_ADAPTER
 from lora_core.packing import PackedBatch, pack
 from lora_core.precision import DenseWeight, stacked_dense
-from lora_core.trainer import EngineJob, LiveJob, TrainEngine
+from lora_core.trainer import LiveJob, TrainEngine
 from tests.models import CPU, documents, tiny_base
 
 CONFIGS = [

@@ -14,18 +14,31 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lora_core import dora, trainer
+from lora_core import dora, engine_job
 from lora_core.adapter_bank import Adapter, AdapterBank, Run
 from lora_core.adapter_init import LoraConfigError, init_adapter
 from lora_core.attention import PackedAttention
 from lora_core.config import LoraConfig
 from lora_core.dora import RowNorms, weight_of
+from lora_core.engine_job import EngineJob, JobDiverged
 from lora_core.merge import write_merged
 from lora_core.packing import pack
 from lora_core.peft_format import read_adapter
-from lora_core.trainer import EngineJob, JobDiverged, LiveJob, TrainEngine, probe_losses
-from tests.models import CONFIGS, VOCABULARY, documents, threads, tiny_base, tiny_model
-from tests.test_trainer import gradient, job, outcome_of, padded_loss, reference_training, relative, state
+from lora_core.trainer import LiveJob, TrainEngine, probe_losses
+from tests.models import (
+    CONFIGS,
+    VOCABULARY,
+    documents,
+    job,
+    micro_batches,
+    outcome_of,
+    relative,
+    state,
+    threads,
+    tiny_base,
+    tiny_model,
+)
+from tests.test_trainer import gradient, padded_loss, reference_training
 from tests.tiny_models import byte_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
@@ -148,10 +161,10 @@ def test_row_of_zeros_stops_nobody() -> None:
 
 
 def test_norms_are_taken_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "CHUNK_TOKENS", 16)
+    monkeypatch.setattr(engine_job, "CHUNK_TOKENS", 16)
     engine = TrainEngine(tiny_base("llama"), capacity=32)
     live = engine.add(job(lora={"use_dora": True}, batch_size=8))
-    assert len(trainer.micro_batches([live.chunks(0, 1)], 32)) > 2
+    assert len(micro_batches([live.chunks(0, 1)], 32)) > 2
     taken: list[str] = []
     of = engine.bank.row_norms.of
 
@@ -200,22 +213,24 @@ def mixed_jobs(kind: str) -> list[EngineJob]:
 @pytest.mark.parametrize(("kind", "count"), [("llama", 1), ("llama-odd", 1), ("gpt2", 1), ("llama-odd", 2)])
 def test_company_equals_alone_bit_for_bit(kind: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """And one of the company turns NaN, fails, and is left in."""
-    monkeypatch.setattr(trainer, "CHUNK_TOKENS", 64)
+    monkeypatch.setattr(engine_job, "CHUNK_TOKENS", 64)
 
     def train(jobs: Sequence[EngineJob]) -> dict[str, tuple[list[float], Tensor]]:
         engine = TrainEngine(tiny_base(kind), capacity=256)
         live = {wanted.name: engine.add(wanted) for wanted in jobs}
         losses: dict[str, list[float]] = {wanted.name: [] for wanted in jobs}
-        for step in range(5):
-            if step == 2 and "poison" in live:
+        final: dict[str, Tensor] = {}
+        while len(final) < len(live.keys() - {"poison"}):
+            if "poison" in live and live["poison"].progress.step == 2:
                 live["poison"].optimizer.flat.fill_(math.nan)
                 live["poison"].adapter.norm.clear()
-            results = engine.step()
-            assert isinstance(results.get("poison"), JobDiverged) == ("poison" in live and step >= 2)
-            for name, result in results.items():
-                if not isinstance(result, JobDiverged):
+            for name, result in engine.micro_batch().items():
+                assert isinstance(result, JobDiverged) == (name == "poison" and len(losses[name]) == 2)
+                if not isinstance(result, JobDiverged) and name not in final:
                     losses[name].append(result.loss)
-        return {name: (losses[name], state(one)) for name, one in live.items()}
+                    if len(losses[name]) == 5:
+                        final[name] = state(live[name])
+        return {name: (losses[name], final[name]) for name in final}
 
     jobs = mixed_jobs(kind)
     with threads(count):
@@ -232,10 +247,10 @@ def test_one_micro_batch_or_many_same_gradient(lora: dict[str, Any], monkeypatch
     """Of the head too: a row's dropout is its own, wherever its chunk and its slice of logits begin."""
     wanted, base = job(batch_size=8, lora=lora), tiny_base("llama")
     whole = gradient(base, wanted, capacity=4096)
-    monkeypatch.setattr(trainer, "CHUNK_TOKENS", 32)
+    monkeypatch.setattr(engine_job, "CHUNK_TOKENS", 32)
     monkeypatch.setattr("lora_core.loss.SLICE_ROWS", 7)
     assert relative(gradient(base, wanted, capacity=64), whole) < 1e-6
-    monkeypatch.setattr(trainer, "CHUNK_TOKENS", 1)
+    monkeypatch.setattr(engine_job, "CHUNK_TOKENS", 1)
     assert relative(gradient(base, wanted, capacity=4096), whole) < 1e-6
 
 

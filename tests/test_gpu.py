@@ -11,7 +11,8 @@ from lora_core.adapter_bank import dropout_mask
 from lora_core.base_model import BaseModel, load_base
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import Example
-from lora_core.trainer import EngineJob, TrainEngine
+from lora_core.engine_job import EngineJob
+from lora_core.trainer import TrainEngine
 from tests.tiny_models import save_tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]

@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from lora_core import memory
 from lora_core.checkpointing import Checkpointing
 from lora_core.config import LoraConfig, TrainConfig
+from lora_core.engine_job import EngineJob
 from lora_core.memory import DoesNotFitError, Plan, Predictor, available_bytes, predictor, vector_bytes
 from lora_core.optim import FlatAdamW
 from lora_core.packing import pack
-from lora_core.trainer import EngineJob, TrainEngine
+from lora_core.trainer import TrainEngine
 from tests.models import CONFIGS, CPU, documents, tiny_base
 from tests.tiny_models import byte_tokenizer, smollm2_gguf
 

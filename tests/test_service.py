@@ -172,6 +172,45 @@ def test_a_killed_rank_is_replaced_and_the_adapter_is_the_same_bit_for_bit(lapto
     assert any("rank was lost" in event.message for event in laptop.queue.events(job_id))
 
 
+def test_a_killed_rank_without_others_goes_on_to_the_same_best_adapter(laptop: Laptop) -> None:
+    """One rank, killed after evaluations: the best weights so far come back with the checkpoint."""
+    train = {"epochs": 150, "batch_size": 4, "learning_rate": 0.01, "eval_steps": 50, "load_best_model_at_end": True}
+    spec = laptop.spec("alone", num_workers=1, validation=0.25, train=train)
+    undisturbed = laptop.finished(laptop.submit(spec))
+    job_id = laptop.submit(spec, "--again")
+    laptop.wait(job_id, lambda job: bool(job.progress and job.progress["step"] >= 120))
+    (victim,) = [rank for rank in laptop.ranks() if rank.environ().get("RANK", "0") == "0"][-1:]
+    victim.kill()
+    job = laptop.finished(job_id)
+    assert version_of(job) == version_of(undisturbed)
+    assert any("rank was lost" in event.message for event in laptop.queue.events(job_id))
+    assert job.result is not None
+    assert undisturbed.result is not None
+    assert job.result["metrics"] == undisturbed.result["metrics"]
+
+
+def test_early_stopping_ends_a_job_with_its_reason_and_publishes_its_best(laptop: Laptop) -> None:
+    train = {"epochs": 400, "batch_size": 4, "learning_rate": 0.02, "eval_steps": 10, "early_stopping_patience": 2}
+    job_id = laptop.submit(laptop.spec("stops", validation=0.25, train=train))
+    job = laptop.finished(job_id)
+    assert version_of(job)
+    assert job.progress is not None
+    assert job.result is not None
+    metrics = job.result["metrics"]
+    assert job.progress["step"] == metrics["step"] < job.progress["steps"]
+    assert metrics["validation_step"] == metrics["step"] - 20 == job.progress["best_step"]
+    assert metrics["validation_loss"] < metrics["validation_loss_before"]
+    assert 0 < metrics["validation_accuracy"] <= 1
+    assert "stopped early after step" in metrics["stopped"]
+    messages = [event.message for event in laptop.queue.events(job_id)]
+    assert sum("validation loss" in message for message in messages) == metrics["step"] / 10
+    assert any("stopped early after step" in message for message in messages)
+    with urllib.request.urlopen(f"http://127.0.0.1:{laptop.metrics_port}/metrics", timeout=10) as answer:
+        lines = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if not line.startswith("#"))
+    assert float(lines[f'lora_job_validation_loss{{job="{job_id}"}}']) == pytest.approx(job.progress["validation_loss"])
+    assert float(lines[f'lora_job_validation_accuracy{{job="{job_id}"}}']) > 0
+
+
 def test_a_killed_client_leaves_its_job_and_the_queue_alone(laptop: Laptop) -> None:
     spec, second = laptop.spec("orphan"), laptop.spec("second")
     client = subprocess.Popen(

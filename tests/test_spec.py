@@ -82,6 +82,26 @@ def test_every_problem_is_reported_at_once_and_none_twice() -> None:
     ]
 
 
+def test_options_of_evaluation_are_refused_without_held_out_rows() -> None:
+    wanted = {"eval_steps": 10, "load_best_model_at_end": True, "early_stopping_patience": 3}
+    assert problems(train=wanted, priority=True) == [
+        "train has eval_steps and load_best_model_at_end and early_stopping_patience but there are no held-out rows to"
+        " judge by: give validation, a fraction such as 0.1 or the path of a second dataset",
+        "priority must be a whole number, not true",
+    ]
+    (alone,) = problems(train={"early_stopping_patience": 3})
+    assert alone.startswith("train has early_stopping_patience but")
+    (wrong,) = problems(train=wanted, validation=0.7)
+    assert wrong.startswith("validation must be a fraction")
+    for validation in (0.1, "/held.jsonl"):
+        load_spec(json.dumps(GOOD | {"validation": validation, "train": wanted}))
+    load_spec(json.dumps(GOOD | {"train": {"load_best_model_at_end": False}}))
+    assert problems(train=wanted | {"early_stopping_patience": 0, "eval_steps": 1.5}, validation=0.1) == [
+        "train.eval_steps must be a whole number, not 1.5",
+        "train.early_stopping_patience must be at least 1, not 0",
+    ]
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

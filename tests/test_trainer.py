@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import math
 import pickle
-import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import peft
@@ -17,52 +16,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_core import trainer
+from lora_core import engine_job
 from lora_core.base_model import BaseModel
-from lora_core.config import LoraConfig, TrainConfig
+from lora_core.config import TrainConfig
 from lora_core.dataset import Example
+from lora_core.engine_job import EngineJob, JobDiverged
 from lora_core.lora import LinearWithLoRA, replace_linear_with_lora
 from lora_core.optim import StepOutcome, learning_rate
-from lora_core.packing import Chunk, pack
-from lora_core.trainer import EngineJob, JobDiverged, LiveJob, TrainEngine, probe_losses
-from tests.models import documents, norms_in_double, threads, tiny_base, tiny_model
-
-
-def job(
-    name: str = "job", *, examples: Sequence[Example] | None = None, lora: dict[str, Any] | None = None, **train: Any
-) -> EngineJob:
-    """A small job; `train` are TrainConfig's fields."""
-    defaults = {"epochs": 100, "batch_size": 4, "learning_rate": 5e-3, "max_seq_len": 32, "warmup_ratio": 0.0}
-    return EngineJob(
-        name,
-        LoraConfig(**{"r": 4, "lora_alpha": 8} | (lora or {})),
-        TrainConfig(**defaults | train),
-        documents(10, seed=0) if examples is None else examples,
-    )
-
-
-def chunks_of(wanted: EngineJob, rank: int = 0, ranks: int = 1) -> list[Chunk]:
-    """A rank's share of the first step."""
-    return TrainEngine(tiny_base("llama")).add(wanted).chunks(rank, ranks)
-
-
-def state(live: LiveJob) -> Tensor:
-    """A, B and both moments of a job in one vector."""
-    return torch.cat([live.optimizer.flat, *live.optimizer.moments])
-
-
-def random_b(live: LiveJob, seed: int = 7) -> None:
-    """Give B numbers, without which A has no gradient."""
-    stream = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for b in live.adapter.b.values():
-            b.copy_(torch.randn(b.shape, generator=stream) * 0.1)
-
-
-def outcome_of(result: StepOutcome | JobDiverged) -> StepOutcome:
-    assert isinstance(result, StepOutcome), result
-    return result
-
+from lora_core.packing import pack
+from lora_core.trainer import LiveJob, TrainEngine, probe_losses
+from tests.models import (
+    RanksInThreads,
+    chunks_of,
+    documents,
+    job,
+    micro_batches,
+    norms_in_double,
+    outcome_of,
+    random_b,
+    relative,
+    state,
+    tiny_base,
+    tiny_model,
+    train_until,
+)
 
 # --- the same as PEFT, and as the definition -------------------------------------------------------------------------
 
@@ -139,73 +116,23 @@ def test_fifty_steps_equal_peft(kind: str) -> None:
 # --- one formula, however it is cut ----------------------------------------------------------------------------------
 
 
-@dataclass
-class RanksInThreads:
-    """Two data-parallel ranks as threads, each on its own copy of the base; `all_reduce` adds in rank order."""
-
-    kind: str
-    dtype: torch.dtype
-    ranks: int = 2
-    _parts: list[Tensor | None] = field(default_factory=lambda: [None, None])
-    _barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(2, timeout=60))
-
-    def run(self, work: Callable[[TrainEngine], None]) -> list[TrainEngine]:
-        engines = [
-            TrainEngine(
-                tiny_base(self.kind, dtype=self.dtype), rank=rank, ranks=self.ranks, all_reduce=self._all_reduce(rank)
-            )
-            for rank in range(self.ranks)
-        ]
-        errors: list[BaseException] = []
-
-        def rank_main(engine: TrainEngine) -> None:
-            try:
-                work(engine)
-            except BaseException as error:
-                errors.append(error)
-                self._barrier.abort()
-
-        workers = [threading.Thread(target=rank_main, args=(engine,)) for engine in engines]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        if errors:
-            raise errors[0]
-        return engines
-
-    def _all_reduce(self, rank: int) -> Callable[[Tensor], None]:
-        def reduce(tensor: Tensor) -> None:
-            self._parts[rank] = tensor.clone()
-            self._barrier.wait()
-            parts = [part for part in self._parts if part is not None]
-            tensor.copy_(torch.stack(parts).sum(0))
-            self._barrier.wait()
-
-        return reduce
-
-
 def gradient(base: BaseModel, wanted: EngineJob, capacity: int) -> Tensor:
     """The step's summed gradient, loss and token count from one given state."""
     engine = TrainEngine(base, capacity=capacity)
     live = engine.add(wanted)
     random_b(live)
-    for chunks in trainer.micro_batches([live.chunks(0, 1)], capacity):
+    for chunks in micro_batches([live.chunks(0, 1)], capacity):
         engine.forward_backward(pack(chunks, base.device))
     return live.optimizer._message.clone()
-
-
-def relative(one: Tensor, other: Tensor) -> float:
-    return float((one.double() - other.double()).norm() / other.double().norm())
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_one_micro_batch_or_many_same_gradient(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted, base = job(batch_size=8, lora={"lora_dropout": 0.2}), tiny_base(kind)
     whole = gradient(base, wanted, capacity=4096)
-    monkeypatch.setattr(trainer, "CHUNK_TOKENS", 32)
+    monkeypatch.setattr(engine_job, "CHUNK_TOKENS", 32)
     quarters = gradient(base, wanted, capacity=64)
-    assert len(trainer.micro_batches([chunks_of(wanted)], 64)) >= 3
+    assert len(micro_batches([chunks_of(wanted)], 64)) >= 3
     assert relative(quarters, whole) < 1e-6
     assert not torch.equal(quarters, whole)  # it was another path
 
@@ -218,7 +145,7 @@ def test_one_rank_or_two_same_gradient() -> None:
     def work(engine: TrainEngine) -> None:
         live = engine.add(wanted)
         random_b(live)
-        for chunks in trainer.micro_batches([live.chunks(engine._rank, engine._ranks)], 4096):
+        for chunks in micro_batches([live.chunks(engine._rank, engine._ranks)], 4096):
             engine.forward_backward(pack(chunks, engine.base.device))
         assert engine._all_reduce is not None
         engine._all_reduce(live.optimizer._message)
@@ -282,13 +209,12 @@ def test_every_cut_is_the_same_formula_after_200_steps_in_fp64(monkeypatch: pyte
         live = engine.add(wanted)
         for number in range(neighbours):
             engine.add(job(f"n{number}", examples=documents(6, seed=number), batch_size=2))
-        for _ in range(200):
-            engine.step()
+        train_until(engine, "job", 200)
         assert live.optimizer.flat.dtype == double
         return live.optimizer.flat.clone()
 
     whole = train(TrainEngine(tiny_base("llama", dtype=double)))
-    monkeypatch.setattr(trainer, "CHUNK_TOKENS", 1)
+    monkeypatch.setattr(engine_job, "CHUNK_TOKENS", 1)
     one_by_one = train(TrainEngine(tiny_base("llama", dtype=double), capacity=1))
     monkeypatch.undo()
     company = train(TrainEngine(tiny_base("llama", dtype=double), capacity=128), neighbours=2)
@@ -314,7 +240,7 @@ def test_loss_is_the_sum_over_the_step_by_its_tokens(monkeypatch: pytest.MonkeyP
     examples = [
         Example(list(range(3, 3 + n)), [False] * (n - supervised) + [True] * supervised) for n, supervised in lengths
     ]
-    monkeypatch.setattr(trainer, "CHUNK_TOKENS", 1)
+    monkeypatch.setattr(engine_job, "CHUNK_TOKENS", 1)
     base = tiny_base("llama")
     engine = TrainEngine(base, capacity=1)
     engine.add(job(examples=examples, batch_size=4, max_seq_len=2))
@@ -324,97 +250,7 @@ def test_loss_is_the_sum_over_the_step_by_its_tokens(monkeypatch: pytest.MonkeyP
     assert outcome.tokens == 37
 
 
-# --- company equals alone --------------------------------------------------------------------------------------------
-
-STEPS = 8
-JOINS, LEAVES, POISONED_AT = 3, 5, 4
-
-
-def nine_jobs(kind: str) -> list[EngineJob]:
-    """Different ranks, targets, lengths, batches, schedules, dropout; enough chunks that a job's share one
-    micro-batch.
-    """
-    some = ["c_attn", "mlp.c_proj"] if kind == "gpt2" else ["k_proj", "gate_proj"]
-    last = some[-1]
-    return [
-        job("r1", examples=documents(9, 1), lora={"r": 1, "rank_pattern": {last: 7}}, batch_size=3),
-        job("r64", examples=documents(20, 2), lora={"r": 64, "lora_dropout": 0.3}, batch_size=16, seed=1),
-        job(
-            "rs",
-            examples=documents(5, 3),
-            lora={"r": 8, "use_rslora": True},
-            batch_size=2,
-            lr_scheduler="linear",
-            seed=2,
-        ),
-        job(
-            "some",
-            examples=documents(12, 4),
-            lora={"r": 3, "target_modules": some, "alpha_pattern": {last: 20}, "layers_to_transform": [1]},
-            batch_size=6,
-            weight_decay=0.2,
-            loraplus_lr_ratio=3.0,
-            max_grad_norm=None,
-            seed=3,
-        ),
-        job("short", examples=documents(8, 5, 2, 3), lora={"r": 16}, batch_size=2, lr_scheduler="constant", seed=4),
-        job(
-            "pissa", examples=documents(9, 9), lora={"r": 6, "init_lora_weights": "pissa", "lora_dropout": 0.2}, seed=8
-        ),
-        job("poison", examples=documents(10, 6), lora={"r": 4, "lora_dropout": 0.1}, batch_size=5, seed=5),
-        job(
-            "late",
-            examples=documents(10, 7),
-            lora={"r": 32, "lora_dropout": 0.05},
-            batch_size=9,
-            max_grad_norm=0.05,
-            seed=6,
-        ),
-        job("early", examples=documents(7, 8), lora={"r": 2}, epochs=3, batch_size=4, warmup_ratio=0.5, seed=7),
-    ]
-
-
-def train_alone(kind: str, wanted: EngineJob, steps: int) -> tuple[list[float], Tensor]:
-    engine = TrainEngine(tiny_base(kind), capacity=256)
-    live = engine.add(wanted)
-    losses = [outcome_of(engine.step()[wanted.name]).loss for _ in range(steps)]
-    return losses, state(live)
-
-
-def train_in_company(kind: str, jobs: dict[str, EngineJob]) -> dict[str, tuple[list[float], Tensor]]:
-    """All at once: one joins late, one leaves early, and one turns NaN, fails, and is left in."""
-    engine = TrainEngine(tiny_base(kind), capacity=256)
-    live = {name: engine.add(wanted) for name, wanted in jobs.items() if name != "late"}
-    losses: dict[str, list[float]] = {name: [] for name in jobs}
-    for step in range(STEPS):
-        if step == JOINS:
-            live["late"] = engine.add(jobs["late"])
-        if step == LEAVES:
-            engine.remove("early")
-        if step == POISONED_AT:
-            live["poison"].optimizer.flat.fill_(math.nan)
-        for name, result in engine.step().items():
-            if name == "poison" and step >= POISONED_AT:
-                assert isinstance(result, JobDiverged)
-                assert result.step == POISONED_AT + 1
-            else:
-                losses[name].append(outcome_of(result).loss)
-    return {name: (losses[name], state(live[name])) for name in jobs if name != "poison"}
-
-
-@pytest.mark.parametrize(
-    ("kind", "count"), [("llama", 1), ("llama-odd", 1), ("gpt2", 1), ("llama-odd", 2), ("llama", 3)]
-)
-def test_company_equals_alone_bit_for_bit(kind: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "CHUNK_TOKENS", 64)
-    jobs = {wanted.name: wanted for wanted in nine_jobs(kind)}
-    steps = dict.fromkeys(jobs, STEPS) | {"late": STEPS - JOINS, "early": LEAVES}
-    with threads(count):
-        company = train_in_company(kind, jobs)
-        for name, (losses, final) in company.items():
-            alone_losses, alone = train_alone(kind, jobs[name], steps[name])
-            assert losses == alone_losses, name
-            assert torch.equal(final, alone), name
+# --- the vector and its sums -----------------------------------------------------------------------------------------
 
 
 def test_flat_vector_holds_all_a_then_all_b_each_from_a_multiple_of_8() -> None:
@@ -434,25 +270,11 @@ def test_flat_vector_holds_all_a_then_all_b_each_from_a_multiple_of_8() -> None:
 
 def test_chunks_add_up_in_the_same_order_whatever_they_share(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five chunks of one job in one micro-batch, in two, or in one each: the same bits."""
-    monkeypatch.setattr(trainer, "CHUNK_TOKENS", 32)
+    monkeypatch.setattr(engine_job, "CHUNK_TOKENS", 32)
     wanted = job(batch_size=10, lora={"r": 16})
     sums = [gradient(tiny_base("llama-odd"), wanted, capacity) for capacity in (4096, 80, 1)]
     assert torch.equal(sums[0], sums[1])
     assert torch.equal(sums[0], sums[2])
-
-
-def test_weight_decay_is_a_jobs_own() -> None:
-    """A finished neighbour, whose A and B are not zero, stays as it is while another decays by 1 % a step."""
-    engine = TrainEngine(tiny_base("llama"))
-    finished = engine.add(job("finished", epochs=1, examples=documents(8, 1), weight_decay=0.3))
-    while not finished.done:
-        engine.step()
-    before = state(finished)
-    assert all(bool(b.abs().min() > 0) for b in finished.adapter.b.values())
-    engine.add(job("decaying", weight_decay=2.0))
-    for _ in range(5):
-        assert set(engine.step()) == {"decaying"}
-    assert torch.equal(state(finished), before)
 
 
 # --- one job's failure -----------------------------------------------------------------------------------------------
@@ -509,53 +331,6 @@ def test_step_without_supervised_tokens_changes_nothing_and_reports_no_loss() ->
     assert math.isnan(live.progress.first_loss)
     assert live.progress.step == 1
     assert torch.equal(state(live), before)
-
-
-# --- resume ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("at", [0, 1, 5, 9])
-def test_resumed_job_ends_bit_equal(at: int) -> None:
-    """Dropout, schedule, epochs and moments go on; the neighbours it resumes beside are others."""
-    wanted = job(lora={"lora_dropout": 0.25}, epochs=4, batch_size=4, seed=11)
-    engine = TrainEngine(tiny_base("llama"), capacity=128)
-    live = engine.add(wanted)
-    engine.add(job("neighbour", seed=1))
-    losses, blob = [], live.checkpoint()
-    while not live.done:
-        if live.progress.step == at:
-            blob = live.checkpoint()
-        losses.append(outcome_of(engine.step()["job"]).loss)
-    resumed_engine = TrainEngine(tiny_base("llama"), capacity=512)
-    resumed_engine.add(job("other", seed=2, batch_size=2))
-    resumed = resumed_engine.add(wanted, blob)
-    assert resumed.progress.step == at
-    resumed_losses = []
-    while not resumed.done:
-        resumed_losses.append(outcome_of(resumed_engine.step()["job"]).loss)
-    assert resumed_losses == losses[at:]
-    assert torch.equal(state(resumed), state(live))
-    assert resumed.progress == live.progress
-    assert resumed.checkpoint() == live.checkpoint()
-
-
-def test_checkpoint_of_other_settings_or_rows_is_refused() -> None:
-    engine = TrainEngine(tiny_base("llama"))
-    engine.add(job())
-    engine.step()
-    blob = engine.live["job"].checkpoint()
-    rows = documents(10, seed=0)
-    others = {
-        "alpha": job(lora={"lora_alpha": 9}),
-        "rate": job(learning_rate=1e-4),
-        "rows": job(examples=[*rows[:-1], Example(rows[-1].ids[::-1], rows[-1].labels_mask)]),
-        "labels": job(examples=[*rows[:-1], Example(rows[-1].ids, [False, *[True] * (len(rows[-1].ids) - 1)])]),
-        "r": job(lora={"r": 5}),
-    }
-    for name, other in others.items():
-        with pytest.raises(ValueError, match="checkpoint"):
-            TrainEngine(tiny_base("llama")).add(replace(other, name=name), blob)
-    TrainEngine(tiny_base("llama")).add(job("other name"), blob)
 
 
 # --- options and schedules -------------------------------------------------------------------------------------------

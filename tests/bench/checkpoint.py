@@ -1,0 +1,82 @@
+"""What a checkpoint costs the training it is taken from: `python -m tests.bench.checkpoint [threads]`.
+
+An adapter of SmolLM2-135M's shapes, r 16 on all linears, beside a step of 4 documents of 256 tokens on random bf16
+weights. A step waits for the copy of the job's state (A, B, both moments) to host memory; writing and hashing happen
+in a thread beside the next steps. The share is that of a checkpoint after every step; the service takes one a minute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import sys
+import time
+
+import torch
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from lora_core.attention import ATTENTION_NAME
+from lora_core.base_model import BaseModel
+from lora_core.config import LoraConfig, TrainConfig
+from lora_core.engine_job import EngineJob
+from lora_core.trainer import TrainEngine
+from tests.bench.engines import random_documents
+
+SHAPE = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+DOCUMENTS, TOKENS, STEPS = 4, 256, 5
+
+
+def smollm2_shaped() -> BaseModel:
+    """Random weights: how long a step takes does not depend on what they are."""
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.LlamaConfig(**SHAPE), attn_implementation=ATTENTION_NAME, dtype=torch.bfloat16
+    )
+    model = model.eval().requires_grad_(False)
+    return BaseModel(model, PreTrainedTokenizerBase(), "smollm2-shaped", "0" * 64, "bf16", torch.device("cpu"))
+
+
+def main(threads: int) -> None:
+    """Measure and print."""
+    torch.set_num_threads(threads)
+    engine = TrainEngine(smollm2_shaped())
+    examples = random_documents(DOCUMENTS, TOKENS, SHAPE["vocab_size"])
+    live = engine.add(EngineJob("job", LoraConfig(), TrainConfig(batch_size=DOCUMENTS, epochs=1000), examples))
+    seconds: dict[str, list[float]] = {"step": [], "copy (the step waits)": [], "write": [], "hash": []}
+
+    def clocked(name: str, began: float) -> None:
+        seconds[name].append(time.perf_counter() - began)
+
+    for _ in range(STEPS):
+        began = time.perf_counter()
+        engine.step()
+        clocked("step", began)
+        began = time.perf_counter()
+        snapshot = live.snapshot()
+        clocked("copy (the step waits)", began)
+        began = time.perf_counter()
+        blob = snapshot.dump()
+        clocked("write", began)
+        began = time.perf_counter()
+        hashlib.sha256(blob).hexdigest()
+        clocked("hash", began)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    share = medians["copy (the step waits)"] / medians["step"]
+    print(f"SmolLM2-135M's shapes, bf16, r 16 all-linear, {len(blob) / 1e6:.0f} MB, {threads} threads, {STEPS} steps\n")
+    for name, median in medians.items():
+        print(f"{name:<24} {median * 1e3:>9.1f} ms  {median / medians['step']:>7.2%} of a step")
+    milliseconds = {name.split()[0]: round(median * 1e3, 1) for name, median in medians.items()}
+    print("\n" + json.dumps({"bench": "checkpoint", "threads": threads, "ms": milliseconds, "share": round(share, 5)}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 2)
