@@ -101,26 +101,35 @@ def load_base(
     model = _open_model(_dense_folder(folder, fingerprint, dense, cache_dir), DTYPES[dense])
     model.requires_grad_(False)
     model.eval()
-    base = BaseModel(model, load_tokenizer(folder), source, fingerprint, computed, torch.device("cpu"))
-    if computed in QUANTISED:
+    return placed(BaseModel(model, load_tokenizer(folder), source, fingerprint, computed, model.device), device)
+
+
+def placed(base: BaseModel, device: torch.device) -> BaseModel:
+    """The base on `device` in its precision, with its decoder if it can have one; the given one is used up.
+
+    Raises:
+        BaseModelError: a family whose forward pass differs from ours, or that has no decoder where it needs one.
+    """
+    fits = Decoder.fits(base.model.config)
+    if base.precision in QUANTISED:
+        if not fits:
+            raise BaseModelError(
+                f"base model {base.source}: precision {base.precision} is there for the Llama family alone, not for"
+                f" {base.model.config.model_type}; use bf16"
+            )
+        _refuse_unfaithful(base)
         return _quantised(base, device)
-    model.to(device)  # type: ignore[arg-type]
-    base.device = device
+    base.model.to(device)  # type: ignore[arg-type]
+    base = replace(base, device=device)
     _refuse_unfaithful(base)
-    if Decoder.fits(model.config) and (device.type == "cuda" or computed == "bf16"):
-        base.decoder = Decoder(model, stacked_dense if device.type == "cuda" else DenseWeight)
+    if fits and (device.type == "cuda" or base.precision == "bf16"):
+        base.decoder = Decoder(base.model, stacked_dense if device.type == "cuda" else DenseWeight)
         _refuse_unfaithful(base)
     return base
 
 
 def _quantised(base: BaseModel, device: torch.device) -> BaseModel:
-    """The base with its linears in fp8 or nf4 on `device`, group by group, so that it need not fit there before."""
-    if not Decoder.fits(base.model.config):
-        raise BaseModelError(
-            f"base model {base.source}: precision {base.precision} is there for the Llama family alone, not for"
-            f" {base.model.config.model_type}; use bf16"
-        )
-    _refuse_unfaithful(base)
+    """With its linears in fp8 or nf4, group by group, so that the dense ones need not fit on the device."""
     quantise: type[Fp8Weight | Nf4Weight] = Fp8Weight if base.precision == "fp8" else Nf4Weight
     frozen: list[FrozenWeight] = []
     for parts in Decoder.stacks(base.model):

@@ -232,6 +232,7 @@ class Decoder:
             correct.append(right)
             if with_gradient:
                 torch.mm(logits, self.head, out=dpicked[part])
+            del logits  # the next slice's takes its place
         counts = torch.tensor([len(targets) for _, targets in labels])
         dn = torch.zeros_like(normed).index_copy_(0, rows, dpicked) if with_gradient else None
         return _sums(losses, counts), _sums(correct, counts), dn

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-from typing import get_args
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_core.base_model import BaseModel, Precision
+from lora_core.base_model import BaseModel, placed
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import Example
 from lora_core.engine_job import EngineJob
@@ -24,10 +23,9 @@ def random_documents(count: int, tokens: int, vocabulary: int, seed: int = 0) ->
 
 def base_of(model: PreTrainedModel, precision: str) -> BaseModel:
     """A random bf16 model as the engine takes it."""
-    known = get_args(Precision)
-    if precision not in known:  # it would be trained in bf16 and called something else
-        raise ValueError(f"this engine has no precision {precision}, only {', '.join(known)}")
-    return BaseModel(model, PreTrainedTokenizerBase(), "random", "0" * 64, precision, model.device)
+    return placed(
+        BaseModel(model, PreTrainedTokenizerBase(), "random", "0" * 64, precision, model.device), model.device
+    )
 
 
 def bench_job(name: str, documents: int, tokens: int, vocabulary: int, seed: int = 0) -> EngineJob:
