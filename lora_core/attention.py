@@ -131,9 +131,10 @@ class DocumentAttention:
         return out.detach().flatten(1), backward
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if q.is_cuda and len(set(self._lengths)) == 1:
+        half = q.dtype in (torch.bfloat16, torch.float16)  # what the kernels take
+        if q.is_cuda and half and len(set(self._lengths)) == 1:
             return _dense_attention(q, k, v, len(self._lengths), self._scaling)
-        if q.is_cuda:
+        if q.is_cuda and half:
             return _varlen_attention(q, k, v, self._ends, self._longest, self._scaling)
         packed = PackedAttention(self._lengths)
         q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
