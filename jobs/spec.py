@@ -57,7 +57,7 @@ class JobSpec(BaseModel):
     init_adapter: str | None = Field(default=None, min_length=1)
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp8", "nf4"] = "auto"
     num_workers: int = Field(default=1, ge=1)
     priority: int = Field(default=0, ge=-1000, le=1000)
 

@@ -87,7 +87,8 @@ class AdapterView:
     """An adapter's weights and gradients as the kernels take them, group by group: the same memory."""
 
     def __init__(self, adapter: Adapter, groups: Sequence[LinearGroup], device: torch.device) -> None:
-        self.groups = [_group_adapter(adapter, group) for group in groups]
+        scales = _scales(adapter, groups, device)
+        self.groups = [_group_adapter(adapter, group, scales[group.index]) for group in groups]
         self.widths = [0 if group is None else group.width for group in self.groups]
         self.ranks = [0 if group is None else group.largest_rank for group in self.groups]
         self.table: Tensor | None = None
@@ -362,7 +363,17 @@ class _Batch:
         return q, k, v
 
 
-def _group_adapter(adapter: Adapter, group: LinearGroup) -> GroupAdapter | None:
+def _scales(adapter: Adapter, groups: Sequence[LinearGroup], device: torch.device) -> Sequence[Tensor]:
+    """The scale of each rank on each group, in one piece on the device."""
+    ranks = [[(adapter.scale[n], len(adapter.a[n])) for n in group.names if n in adapter.a] for group in groups]
+    values = [[scale for scale, rank in of_group for _ in range(rank)] for of_group in ranks]
+    wide = torch.promote_types(next(iter(adapter.a.values())).dtype, torch.float32)
+    joined = torch.tensor([scale for of_group in values for scale in of_group], dtype=wide).to(device)
+    parts: Sequence[Tensor] = joined.split([len(of_group) for of_group in values])
+    return parts
+
+
+def _group_adapter(adapter: Adapter, group: LinearGroup, scales: Tensor) -> GroupAdapter | None:
     """None where the adapter has nothing on this group."""
     present = [name for name in group.names if name in adapter.a]
     if not present:
@@ -370,8 +381,6 @@ def _group_adapter(adapter: Adapter, group: LinearGroup) -> GroupAdapter | None:
     assert adapter.cast is not None
     a = _stacked([adapter.cast[name][0] for name in present])
     a_gradient = _stacked([_gradient(adapter.a[name]) for name in present])
-    wide = torch.promote_types(a.dtype, torch.float32)
-    scales = torch.cat([a.new_full((adapter.a[n].shape[0],), adapter.scale[n], dtype=wide) for n in present])
     parts: list[Part | None] = []
     offset = 0
     for name in group.names:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -101,11 +101,13 @@ class FlatAdapter:
         weights = start.trained
         offsets = [0, *accumulate(-(-weight.numel() // ALIGNMENT) * ALIGNMENT for weight in weights)]
         self.size_a = offsets[len(start.a)]
-        self.vector = torch.zeros(offsets[-1], device=device, dtype=torch.promote_types(dtype, torch.float32))
+        # Laid out where the weights are, and moved in one piece: a copy a weight would hold up a live session.
+        vector = torch.zeros(offsets[-1], device=weights[0].device, dtype=torch.promote_types(dtype, torch.float32))
         self._layout = list(zip(offsets, [weight.shape for weight in weights], strict=False))
         self._b_places = range(len(start.a), 2 * len(start.a))
-        for view, weight in zip(self.views(self.vector), weights, strict=True):
+        for view, weight in zip(self.views(vector), weights, strict=True):
             view.copy_(weight.detach())
+        self.vector = vector.to(device)
         self.cast = self.vector.to(dtype)  # the vector itself where the dtype is its own
         views, casts, count = self.views(self.vector), self.views(self.cast), len(start.a)
         pairs = zip(casts[:count], casts[count : 2 * count], strict=True)
@@ -193,17 +195,17 @@ class FlatAdamW:
         """
         if all_reduce is not None:
             all_reduce(self._message)
-        loss_sum, tokens = self._message[-2:].tolist()
+        # One answer of the device for all three, and one pass that both divides and clips.
+        loss_sum, tokens, norm = torch.stack([*self._message[-2:], torch.linalg.vector_norm(self._grad)]).tolist()
         if tokens == 0:  # every example of the step was all prompt; there is nothing to learn from it
             self._message.zero_()
             return StepOutcome(loss=0.0, tokens=0, grad_norm=0.0)
         if self.steps == 0 and tokens >= MIN_TOKENS_TO_JUDGE:
             self._refuse_missing_gradient()
-        self._grad.div_(tokens)
-        norm = float(torch.linalg.vector_norm(self._grad))
+        norm /= tokens
         if math.isfinite(norm) and math.isfinite(loss_sum):
-            if self.train.max_grad_norm is not None and norm > self.train.max_grad_norm:
-                self._grad.mul_(self.train.max_grad_norm / norm)
+            longest = self.train.max_grad_norm
+            self._grad.mul_((1.0 if longest is None or norm <= longest else longest / norm) / tokens)
             group_a, group_b = self._adamw.param_groups
             group_a["lr"], group_b["lr"] = rate, rate * self.train.loraplus_lr_ratio
             self._adamw.step()
@@ -223,11 +225,9 @@ class FlatAdamW:
         """On the first step every module must have a gradient: of B where B is zero, of A where A is. Without one it
         would never learn.
         """
-        silent = [
-            name
-            for name, a in self.adapter.a.items()
-            if not any(weight.grad is not None and bool(weight.grad.any()) for weight in (a, self.adapter.b[name]))
-        ]
+        b_learns = _any(weight.grad for weight in self.adapter.b.values())
+        learns = b_learns if all(b_learns) else _any(weight.grad for weight in self.adapter.a.values())
+        silent = [name for name, b, either in zip(self.adapter.b, b_learns, learns, strict=True) if not (b or either)]
         if silent:
             self._message.zero_()
             raise NoGradientError(
@@ -293,3 +293,9 @@ class FlatAdamW:
         for state in self._adamw.state.values():
             state["step"].fill_(self.steps)
         return counters
+
+
+def _any(gradients: Iterable[Tensor | None]) -> list[bool]:
+    """Whether each has a number that is not zero: one answer of the device for all."""
+    found: list[bool] = torch.stack([gradient.any() for gradient in gradients if gradient is not None]).tolist()
+    return found

@@ -322,12 +322,12 @@ def probe_losses(
     base: BaseModel, bank: AdapterBank, adapter: Adapter | None, examples: Iterable[Example]
 ) -> list[float]:
     """Summed loss of each example's labels under `adapter` (no dropout), each run alone: what training leaves for
-    serving to check.
+    serving to check. So it goes the way that serving does, where the base has it.
     """
     losses = []
     for place, example in enumerate(examples):
         batch = pack([Chunk("probe", ((place, example),))], base.device)
-        if base.decoder is not None and (adapter is None or Decoder.adapts(adapter)):
+        if base.decoder is not None and base.precision in QUANTISED:
             rows, labels = _as_rows(batch, [NO_ADAPTER if adapter is None else 0])
             loss, _ = base.decoder.evaluate(rows, [] if adapter is None else [base.decoder.view(adapter)], labels)
         else:

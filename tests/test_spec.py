@@ -75,7 +75,7 @@ def test_every_problem_is_reported_at_once_and_none_twice() -> None:
         "train.epochs must be at least 1, not 0",
         "train.lr_scheduler must be one of 'constant', 'linear' or 'cosine', not the text 'cos'",
         "train.train_on must be one of 'completion' or 'all', not the text 'completions'",
-        "precision must be one of 'auto', 'fp32' or 'bf16', not the text 'fp8'",
+        "precision must be one of 'auto', 'fp32', 'bf16', 'fp8' or 'nf4', not the text 'fp16'",
         "num_workers must be at least 1, not 0",
         "priority must be a whole number, not true",
         "unknown key 'num_wrokers': did you mean 'num_workers'?",

@@ -24,9 +24,9 @@ from lora_core.kernels.low_rank_triton import (
     updated,
 )
 
-# The fastest of a sweep on one H100 at 8,192 tokens of the 8B shape, r 16 (microseconds; in brackets the floor, bytes
-# over 3 TB/s): norm forward 121 (89), backward 187 (89), rope 101 (67), SwiGLU with its shrinks forward 335 (235), backward
-# 670 (470).
+# The fastest of a sweep on one H100 at 8,192 tokens of the 8B shape, r 16 (microseconds; in brackets the floor,
+# bytes over 3 TB/s): norm forward 121 (89), backward 187 (89), rope 101 (67), SwiGLU with its shrinks forward 335
+# (235), backward 670 (470).
 NORM_FORWARD = {"COLUMNS": 512, "STAGES": 3, "num_warps": 4}
 NORM_BACKWARD = {"COLUMNS": 128, "STAGES": 2, "num_warps": 4}
 ROPE_FORWARD = {"num_warps": 4}

@@ -21,8 +21,9 @@ from lora_core.kernels.low_rank import TILE_ROWS, GroupAdapter, LinearGroup, Low
 
 FIELDS = 16
 
-# The fastest of a sweep on one H100 at 8,192 tokens of the 8B shape, r 16 (microseconds; in brackets the floor, bytes
-# over 3 TB/s): shrink of 4,096 features 37 (22), of 14,336 92 (78); A's gradient 61 and 97, B's of gate and up 185 (157).
+# The fastest of a sweep on one H100 at 8,192 tokens of the 8B shape, r 16 (microseconds; in brackets the floor,
+# bytes over 3 TB/s): shrink of 4,096 features 37 (22), of 14,336 92 (78); A's gradient 61 (22) and 97 (78), B's of
+# gate and up 185 (157).
 SHRINK = {"STEP": 128, "num_warps": 4, "num_stages": 4}
 A_GRADIENT = {"COLUMNS": 64, "STEP": 64, "num_warps": 8, "num_stages": 3}
 B_GRADIENT = {"COLUMNS": 128, "STEP": 64, "num_warps": 8, "num_stages": 3}
