@@ -56,7 +56,7 @@ def test_every_problem_is_reported_at_once_and_none_twice() -> None:
         dataset=...,
         adapter="Foo Bar",
         validation=0.5,
-        precision="fp8",
+        precision="fp16",
         num_workers=0,
         priority=True,
         num_wrokers=2,
