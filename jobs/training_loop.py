@@ -2,7 +2,7 @@
 
     while True:
         orders = agree()                   rank 0 asks the mailbox and broadcasts: ranks join and leave at one place
-        join / leave
+        join / leave                       what a newcomer needs is read beside the steps of the others
         outcomes = engine.micro_batch()    a fair share of every job; those whose batch is complete step
         report, checkpoint, finish
 
@@ -12,12 +12,14 @@ Every rank holds the same adapters, since each optimizer step ends in an all-red
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,10 @@ log = logging.getLogger("lora.rank")
 PROBES = 4
 REPORT_SECONDS = 0.3
 IDLE_POLL_SECONDS = 0.1
+
+
+Read = Future[tuple[JobSpec, EngineJob, bytes | None]]
+"""What a job needs to join: its spec, its rows, and the checkpoint to go on from."""
 
 
 class PeerLostError(RuntimeError):
@@ -107,6 +113,8 @@ class Rank:
         # Control messages go through gloo on GPU too: they are small Python objects, and NCCL would stall the stream.
         self._control = dist.new_group(backend="gloo")
         self._next_orders: ray.ObjectRef[Orders] | None = None
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
+        self._preparing: dict[str, tuple[Assignment, Read]] = {}
         self._reported = 0.0
         torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) // self._local_ranks))
 
@@ -127,11 +135,11 @@ class Rank:
             orders = self._agree(self._orders)
             for job_id in [job_id for job_id in self.held if job_id not in {a.job_id for a in orders.assignments}]:
                 self._leave(job_id)
-            for assignment in orders.assignments:
-                if assignment.job_id not in self.held:
-                    self._join(assignment)
+            self._prepare(orders.assignments)
             if orders.stop:
                 return
+            for job_id in self._prepared_everywhere():
+                self._join(*self._preparing.pop(job_id))
             if not self.held:
                 time.sleep(IDLE_POLL_SECONDS)
                 continue
@@ -166,31 +174,52 @@ class Rank:
             self._next_orders = self.mailbox.orders.remote(tuple(self.held))
         ready, _ = ray.wait([self._next_orders], timeout=0 if self.held else None)
         if not ready:
-            return Orders(tuple(held.assignment for held in self.held.values()))
+            preparing = (assignment for assignment, _ in self._preparing.values())
+            return Orders((*(held.assignment for held in self.held.values()), *preparing))
         orders: Orders = ray.get(self._next_orders)
         self._next_orders = None
         return orders
 
-    def _join(self, assignment: Assignment) -> None:
-        """Take a job in on all ranks, or on none: a rank that cannot is a reason for all to leave it."""
+    def _prepare(self, assignments: Sequence[Assignment]) -> None:
+        """Read and tokenize what new jobs need beside the steps of those that train; forget those no longer wanted."""
+        wanted = {assignment.job_id for assignment in assignments}
+        self._preparing = {job_id: one for job_id, one in self._preparing.items() if job_id in wanted}
+        for assignment in assignments:
+            if assignment.job_id not in self.held and assignment.job_id not in self._preparing:
+                work = self._reader.submit(self._read, assignment)
+                self._preparing[assignment.job_id] = assignment, work
+
+    def _prepared_everywhere(self) -> list[str]:
+        """Jobs that every rank has read, or failed to; in the same order on all."""
+        if not self._preparing:
+            return []
+        done = json.dumps([job_id for job_id, (_, work) in self._preparing.items() if work.done()])
+        everywhere = [set(json.loads(of_rank or "[]")) for of_rank in self._gather(done)]
+        return [job_id for job_id in self._preparing if all(job_id in of_rank for of_rank in everywhere)]
+
+    def _read(self, assignment: Assignment) -> tuple[JobSpec, EngineJob, bytes | None]:
         spec = JobSpec.model_validate_json(assignment.spec)
+        train, validation = self._examples(assignment, spec)
+        checkpoint, start = None, None
+        if assignment.checkpoint_key is not None:
+            checkpoint = self.storage.get(assignment.checkpoint_key, sha256=assignment.checkpoint_sha256)
+        if assignment.init_adapter_sha is not None:
+            start = load_initial(self.storage, assignment.init_adapter_sha, self.engine.bank)
+        return spec, EngineJob(assignment.job_id, spec.lora, spec.train, train, validation, start), checkpoint
+
+    def _join(self, assignment: Assignment, work: Read) -> None:
+        """Take a job in on all ranks, or on none: a rank that cannot is a reason for all to leave it."""
         live, problem = None, None
         try:
-            train, validation = self._examples(assignment, spec)
-            checkpoint = None
-            if assignment.checkpoint_key is not None:
-                checkpoint = self.storage.get(assignment.checkpoint_key, sha256=assignment.checkpoint_sha256)
-            start = None
-            if assignment.init_adapter_sha is not None:
-                start = load_initial(self.storage, assignment.init_adapter_sha, self.engine.bank)
-            job = EngineJob(assignment.job_id, spec.lora, spec.train, train, validation, start)
+            spec, job, checkpoint = work.result()
             live = self.engine.add(job, checkpoint)
         except Exception as error:  # whatever it is, it is this job's, and the others go on
             log.exception("job=%s rank=%d event=join_failed", assignment.job_id, self.rank)
             problem = f"rank {self.rank}: {type(error).__name__}: {error}"
         problems = [text for text in self._gather(problem) if text is not None]
         if problems or live is None:
-            self.engine.live.pop(assignment.job_id, None)
+            if live is not None:
+                self.engine.remove(assignment.job_id)
             self._fail(assignment.job_id, problems[0])
             return
         live.optimizer.synchronise(self._broadcast)

@@ -8,7 +8,7 @@ import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -92,6 +92,10 @@ class EngineJob:
         """What a checkpoint must agree on to be continued: the adapter's and training's configuration, where it starts,
         and every example.
         """
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         digest = hashlib.sha256(f"{self.lora.model_dump_json()}{self.train.model_dump_json()}".encode())
         for examples in (self.examples, self.validation):
             digest.update(array("q", [len(examples)]).tobytes())
