@@ -7,6 +7,7 @@ beside a chunk but never what is added up inside it.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -86,43 +87,36 @@ def cut_into_chunks(job: str, examples: Iterable[tuple[int, Example]], limit: in
 
 
 def pack(chunks: Sequence[Chunk], device: torch.device) -> PackedBatch:
-    """Lay the chunks end to end: positions restart with each document, and no document's first token is a label."""
+    """Lay the chunks end to end: positions restart with each document, and no document's first token is a label.
+
+    All of it is put together on the CPU and moved in a few pieces, since a GPU has nothing to do meanwhile.
+    """
     ids: list[int] = []
-    positions: list[int] = []
+    supervised: list[bool] = []
     lengths: list[int] = []
-    packed: list[PackedChunk] = []
+    places: list[int] = []
     for chunk in chunks:
-        start = len(ids)
-        label_rows: list[int] = []
-        labels: list[int] = []
-        row_examples: list[int] = []
         for place, example in chunk.examples:
             assert not example.labels_mask[0]
-            label_rows += [len(ids) + t - 1 for t, supervised in enumerate(example.labels_mask) if supervised]
-            labels += [token for token, supervised in zip(example.ids, example.labels_mask, strict=True) if supervised]
             ids += example.ids
-            positions += range(len(example.ids))
+            supervised += example.labels_mask
             lengths.append(len(example.ids))
-            row_examples += [place] * len(example.ids)
-        padding = -(len(ids) - start) % ROW_MULTIPLE
-        if padding:
+            places.append(place)
+        if padding := chunk.rows - chunk.tokens:
             ids += [0] * padding
-            positions += range(padding)
+            supervised += [False] * padding
             lengths.append(padding)
-            row_examples += [0] * padding
-        packed.append(
-            PackedChunk(
-                chunk.job,
-                len(ids) - start,
-                torch.tensor(label_rows, dtype=torch.int64, device=device),
-                torch.tensor(labels, dtype=torch.int64, device=device),
-                torch.tensor(row_examples, dtype=torch.int64, device=device),
-                torch.tensor(positions[start:], dtype=torch.int64, device=device),
-            )
-        )
-    return PackedBatch(
-        torch.tensor([ids], dtype=torch.int64, device=device),
-        torch.tensor([positions], dtype=torch.int64, device=device),
-        tuple(lengths),
-        tuple(packed),
-    )
+            places.append(0)
+    rows = [chunk.rows for chunk in chunks]
+    # A buffer is read ten times as fast as a list.
+    all_ids = torch.frombuffer(array("q", ids), dtype=torch.int64)
+    mask = torch.frombuffer(bytearray(supervised), dtype=torch.bool)
+    sizes = torch.tensor(lengths)
+    label_places = mask.nonzero()[:, 0]
+    counts = [int(part.sum()) for part in mask.split(rows)]
+    positions = torch.arange(len(ids)) - torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
+    examples = torch.repeat_interleave(torch.tensor(places), sizes)
+    moved = [part.to(device) for part in (all_ids, positions, label_places - 1, all_ids[label_places], examples)]
+    parts = zip(moved[2].split(counts), moved[3].split(counts), moved[4].split(rows), moved[1].split(rows), strict=True)
+    packed = [PackedChunk(chunk.job, chunk.rows, *part) for chunk, part in zip(chunks, parts, strict=True)]
+    return PackedBatch(moved[0][None], moved[1][None], tuple(lengths), tuple(packed))
