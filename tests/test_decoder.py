@@ -38,7 +38,8 @@ class World:
             job = EngineJob(str(place), lora, TrainConfig(batch_size=5), documents(6, place))
             optimizer = self.engine.add(job).optimizer
             with torch.no_grad():
-                optimizer.flat.normal_(0, 0.1, generator=torch.Generator().manual_seed(place))
+                drawn = torch.randn(optimizer.flat.shape, generator=torch.Generator().manual_seed(place))
+                optimizer.flat.copy_(drawn * 0.1)  # the same numbers in every dtype
             optimizer._refresh(optimizer._trained)
         self.batch = pack([chunk for live in self.jobs for chunk in live.chunks(0, 1)], CPU)
 
