@@ -67,7 +67,8 @@ class EqualDocuments:
 
     def _keys(self, k: Tensor) -> Tensor:
         """`[documents * kv heads, tokens, d]`."""
-        return k.unflatten(0, (self._documents, -1)).transpose(1, 2).flatten(0, 1).contiguous()
+        keys: Tensor = k.unflatten(0, (self._documents, -1)).transpose(1, 2).flatten(0, 1)
+        return keys.contiguous()
 
     def _gather(self, q: Tensor, start: int, end: int) -> Tensor:
         """`[documents * kv heads, query heads of each * tokens of the block, d]`."""
