@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lora_core.cpu_attention import EqualDocuments
+
 ATTENTION_NAME = "lora"
 
 SHORT_DOCUMENT = 256
@@ -107,7 +109,7 @@ class DocumentAttention:
     """Causal attention inside each of the documents that lie end to end in `[T, heads, d]`, with its own backward pass.
 
     On CUDA it is one variable-length flash attention over all of them (Dao 2023), or one of cuDNN's where they have one
-    length; on CPU one product a document.
+    length; on CPU see `cpu_attention.py`.
     """
 
     def __init__(self, lengths: Sequence[int], scaling: float, device: torch.device) -> None:
@@ -117,6 +119,8 @@ class DocumentAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, with_backward: bool) -> tuple[Tensor, Backward]:
         """(attended `[T, heads * d]`, its gradient -> those of q, k and v)."""
+        if not q.is_cuda:
+            return self._on_cpu(q, k, v, with_backward)
         if not with_backward:
             return self._attend(q, k, v).flatten(1), _no_backward
         with torch.enable_grad():
@@ -132,13 +136,29 @@ class DocumentAttention:
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         half = q.dtype in (torch.bfloat16, torch.float16)  # what the kernels take
-        if q.is_cuda and half and len(set(self._lengths)) == 1:
+        if half and len(set(self._lengths)) == 1:
             return _dense_attention(q, k, v, len(self._lengths), self._scaling)
-        if q.is_cuda and half:
+        if half:
             return _varlen_attention(q, k, v, self._ends, self._longest, self._scaling)
         packed = PackedAttention(self._lengths)
         q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
         return packed(0, q, k, v, AttentionSpec(self._scaling))[0].transpose(0, 1)
+
+    def _on_cpu(self, q: Tensor, k: Tensor, v: Tensor, with_backward: bool) -> tuple[Tensor, Backward]:
+        output, runs, start = q.new_empty(q.shape), [], 0
+        for length, run in itertools.groupby(self._lengths):
+            documents = len(list(run))
+            rows = slice(start, start + documents * length)
+            runs.append((rows, EqualDocuments(q[rows], k[rows], v[rows], documents, self._scaling, output[rows])))
+            start = rows.stop
+
+        def backward(gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            dq, dk, dv = (part.new_empty(part.shape) for part in (q, k, v))
+            for rows, run in runs:
+                run.backward(gradient.view_as(output)[rows], dq[rows], dk[rows], dv[rows])
+            return dq, dk, dv
+
+        return output.flatten(1), backward if with_backward else _no_backward
 
 
 def _no_backward(gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -42,7 +42,11 @@ class DenseWeight:
     def forward(self, x: Tensor) -> Tensor:
         if len(self.parts) == 1:
             return x @ self.parts[0].t()
-        return torch.cat([x @ part.t() for part in self.parts], dim=1)
+        sizes = [part.shape[0] for part in self.parts]
+        y = x.new_empty(x.shape[0], sum(sizes))
+        for part, columns in zip(self.parts, y.split(sizes, dim=1), strict=True):
+            torch.mm(x, part.t(), out=columns)
+        return y
 
     def input_gradient(self, dy: Tensor) -> Tensor:
         if len(self.parts) == 1:

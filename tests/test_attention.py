@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_core.attention import AttentionSpec, PackedAttention, scaled_dot_product
+from lora_core import cpu_attention
+from lora_core.attention import AttentionSpec, DocumentAttention, PackedAttention, scaled_dot_product
 from lora_core.base_model import BaseModel
 from tests.models import CONFIGS, VOCABULARY, tiny_base, tiny_model
 
@@ -116,3 +117,31 @@ def test_mask_says_what_a_decoded_token_sees(softcap: float | None) -> None:
         everything = torch.ones(1, 1, 1, seen.stop - seen.start, dtype=torch.bool)
         alone = scaled_dot_product(q[row, None], k[row, None, :, seen], v[row, None, :, seen], spec, everything)
         torch.testing.assert_close(out[row], alone[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kept", [0, 512])
+def test_written_out_gradients_are_those_of_autograd(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of documents longer and shorter than a block of queries, alike and not; long ones compute p again."""
+    monkeypatch.setattr(cpu_attention, "KEPT_LENGTH", kept)
+    lengths = [3, 3, 1, 150, 70, 70]
+    torch.manual_seed(0)
+    tokens = sum(lengths)
+    q, k, v, do = (torch.randn(tokens, heads, 8, dtype=torch.float64) for heads in (4, 2, 2, 4))
+    leaves = [part.clone().requires_grad_() for part in (q, k, v)]
+    heads_first = (part.transpose(0, 1)[None] for part in leaves)
+    expected = PackedAttention(lengths)(0, *heads_first, AttentionSpec(0.3))[0].transpose(0, 1)
+    out, backward = DocumentAttention(lengths, 0.3, torch.device("cpu"))(q, k, v, with_backward=True)
+    torch.testing.assert_close(out, expected.flatten(1), rtol=1e-12, atol=1e-12)
+    gradients = torch.autograd.grad(expected, leaves, do)
+    torch.testing.assert_close(backward(do.flatten(1)), gradients, rtol=1e-12, atol=1e-12)
+
+
+def test_written_out_nan_stays_in_its_document() -> None:
+    torch.manual_seed(0)
+    q, k, v, do = (torch.randn(12, heads, 8) for heads in (4, 2, 2, 4))
+    for part in (q, k, v, do):
+        part[4:8] = torch.nan
+    out, backward = DocumentAttention([4, 4, 4], 0.3, torch.device("cpu"))(q, k, v, with_backward=True)
+    for tensor in (out, *backward(do.flatten(1))):
+        assert tensor[4:8].isnan().all()
+        assert not tensor[:4].isnan().any() and not tensor[8:].isnan().any()

@@ -17,6 +17,7 @@ ORDER = {
         "config",
         "lora",
         "kernels",
+        "cpu_attention",
         "attention",
         "dora",
         "targets",

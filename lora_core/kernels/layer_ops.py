@@ -72,10 +72,10 @@ def norm_backward(
         return layer_ops_triton.norm_backward(dn, dh, low_rank, x, rstd, weight, residual)
     if dh is not None:
         expand_gradient_(dn, dh, low_rank)
-    wide = _wide(x)
-    g, normed = dn.to(wide) * weight.to(wide), x.to(wide) * rstd[:, None]
-    dx = rstd[:, None] * (g - normed * (g * normed).mean(-1, keepdim=True))
-    return (dx if residual is None else dx + residual).to(x.dtype)
+    g, wide, rstd = dn.to(_wide(x)) * weight.to(_wide(x)), x.to(_wide(x)), rstd[:, None]
+    along_x = (g * wide).mean(-1, keepdim=True) * rstd.pow(3)
+    dx = g.mul_(rstd).addcmul_(wide, along_x, value=-1)  # rstd (g - n mean(g n)), n = rstd x
+    return (dx if residual is None else dx.add_(residual)).to(x.dtype)
 
 
 def rope_forward_(y: Tensor, h: Tensor | None, low_rank: LowRank, rope: Rope) -> Tensor:
@@ -134,22 +134,21 @@ def swiglu_backward_(
     if dh_down is not None:
         expand_gradient_(dact, dh_down, down)
     gate, up = y.chunk(2, dim=1)
-    sigmoid = torch.sigmoid(gate)
-    silu = gate * sigmoid
-    activation = silu * up
-    dgate = dact * up * (sigmoid * (1 - silu) + silu)
-    torch.mul(dact, silu, out=up)
-    gate.copy_(dgate)
-    dact.copy_(activation)
+    silu, dsilu = F.silu(gate), dact * up
+    dup = dact * silu
+    torch.mul(silu, up, out=dact)
+    up.copy_(dup)
+    torch.ops.aten.silu_backward.grad_input(dsilu, gate, grad_input=gate)
     return shrink_gradient(y, low_rank) if low_rank.width else None
 
 
 def _turn_(y: Tensor, rope: Rope, direction: float) -> None:
     heads = y[:, : rope.turned_heads * rope.head_size].view(y.shape[0], rope.turned_heads, rope.head_size)
     first, second = heads.chunk(2, dim=-1)
-    cos, sin = rope.cos[:, None].to(y.dtype), rope.sin[:, None].to(y.dtype) * direction
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    heads.copy_(turned)
+    across = torch.cat([second, first], dim=-1)
+    sin = rope.sin * direction
+    cos, sin = (torch.cat(halves, dim=1)[:, None].to(y.dtype) for halves in ([rope.cos, rope.cos], [-sin, sin]))
+    heads.mul_(cos).addcmul_(across, sin)
 
 
 def _wide(x: Tensor) -> torch.dtype:

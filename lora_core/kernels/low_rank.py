@@ -81,6 +81,22 @@ class GroupAdapter:
     def width(self) -> int:
         return self.a.shape[0]
 
+    def present(self, group: LinearGroup) -> list[tuple[Part, slice, float]]:
+        """Each part that is there, with its columns of the group's output and its scale."""
+        found = zip(self.parts, group.columns, self.part_scales, strict=True)
+        return [(part, columns, scale) for part, columns, scale in found if part is not None]
+
+    @cached_property
+    def part_scales(self) -> tuple[float, ...]:
+        """As torch's products take them; 0 where there is no part."""
+        return tuple(0.0 if part is None else float(self.scales[part.offset]) for part in self.parts)
+
+    @cached_property
+    def scale(self) -> float | None:
+        """That of all parts; None where they have scales of their own."""
+        present = {scale for part, scale in zip(self.parts, self.part_scales, strict=True) if part is not None}
+        return present.pop() if len(present) == 1 else None
+
     @property
     def largest_rank(self) -> int:
         return max(part.b.shape[1] for part in self.parts if part is not None)
@@ -160,7 +176,10 @@ def shrink(x: Tensor, low_rank: LowRank) -> Tensor:
         return low_rank_triton.shrink(x, low_rank)
     h = x.new_zeros(x.shape[0], low_rank.width)
     for adapter, rows in low_rank.present():
-        torch.mul(x[rows] @ adapter.a.t(), adapter.scales.to(x.dtype), out=h[rows, : adapter.width])
+        own, scale = h[rows, : adapter.width], adapter.scale
+        torch.addmm(own, x[rows], adapter.a.t(), beta=0, alpha=1.0 if scale is None else scale, out=own)
+        if scale is None:
+            own *= adapter.scales.to(x.dtype)
     return h
 
 
@@ -172,10 +191,9 @@ def shrink_gradient(dy: Tensor, low_rank: LowRank) -> Tensor:
         return low_rank_triton.shrink_gradient(dy, low_rank)
     dh = dy.new_zeros(dy.shape[0], low_rank.width)
     for adapter, rows in low_rank.present():
-        for part, columns in zip(adapter.parts, low_rank.group.columns, strict=True):
-            if part is not None:
-                scales = adapter.scales[part.columns].to(dy.dtype)
-                torch.mul(dy[rows, columns] @ part.b, scales, out=dh[rows, part.columns])
+        for part, columns, scale in adapter.present(low_rank.group):
+            own = dh[rows, part.columns]
+            torch.addmm(own, dy[rows, columns], part.b, beta=0, alpha=scale, out=own)
     return dh
 
 
@@ -188,9 +206,8 @@ def add_weight_gradients(x: Tensor, h: Tensor, dy: Tensor, dh: Tensor, low_rank:
         return
     for adapter, rows in low_rank.present():
         _add_product(adapter.a_gradient, dh[rows, : adapter.width].t(), x[rows])
-        for part, columns in zip(adapter.parts, low_rank.group.columns, strict=True):
-            if part is not None:
-                _add_product(part.b_gradient, dy[rows, columns].t(), h[rows, part.columns])
+        for part, columns, _ in adapter.present(low_rank.group):
+            _add_product(part.b_gradient.t(), h[rows, part.columns].t(), dy[rows, columns])
 
 
 def expand_gradient_(dx: Tensor, dh: Tensor, low_rank: LowRank) -> Tensor:
@@ -207,9 +224,8 @@ def expand_gradient_(dx: Tensor, dh: Tensor, low_rank: LowRank) -> Tensor:
 def expand_(y: Tensor, h: Tensor, low_rank: LowRank) -> Tensor:
     """`y += h B^T`, in place, on CPU: y `[T, out]`. (On CUDA the elementwise kernels do it.)"""
     for adapter, rows in low_rank.present():
-        for part, columns in zip(adapter.parts, low_rank.group.columns, strict=True):
-            if part is not None:
-                y[rows, columns].addmm_(h[rows, part.columns], part.b.t())
+        for part, columns, _ in adapter.present(low_rank.group):
+            y[rows, columns].addmm_(h[rows, part.columns], part.b.t())
     return y
 
 
