@@ -16,6 +16,7 @@ ORDER = {
     "lora_core": [
         "config",
         "lora",
+        "dropout",
         "kernels",
         "attention",
         "dora",
@@ -24,6 +25,7 @@ ORDER = {
         "adapter_init",
         "checkpointing",
         "precision",
+        "adapter_view",
         "decoder",
         "base_model",
         "peft_format",
