@@ -22,6 +22,9 @@ CONFIGS = [
     LoraConfig(r=16, lora_alpha=7, use_rslora=True, target_modules=["q_proj", "v_proj", "down_proj"]),
     LoraConfig(r=3, target_modules=["k_proj", "up_proj"], rank_pattern={"up_proj": 70}, alpha_pattern={"k_proj": 5}),
 ]
+DROPOUTS = (0.3, 0.0, 0.6)
+"""Of the three, where a test has dropout."""
+
 GPU = pytest.param(
     "cuda",
     marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")],
@@ -31,10 +34,13 @@ GPU = pytest.param(
 class World:
     """Three adapters with a B that is not zero, a batch of theirs, and both ways through the base."""
 
-    def __init__(self, kind: str = "llama", dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self, kind: str = "llama", dtype: torch.dtype = torch.float64, dropouts: Sequence[float] = (0.0, 0.0, 0.0)
+    ) -> None:
         self.base = tiny_base(kind, dtype=dtype)
         self.engine = TrainEngine(self.base)
-        for place, lora in enumerate(CONFIGS):
+        for place, (lora, dropout) in enumerate(zip(CONFIGS, dropouts, strict=True)):
+            lora = lora.model_copy(update={"lora_dropout": dropout})
             job = EngineJob(str(place), lora, TrainConfig(batch_size=5), documents(6, place))
             optimizer = self.engine.add(job).optimizer
             with torch.no_grad():
@@ -61,29 +67,39 @@ class World:
         """`absent` jobs' rows go through the base alone."""
         decoder = Decoder(self.base.model)
         views = [decoder.view(live.adapter) for live in self.jobs]
-        rows, labels = as_rows(self.batch, absent)
+        rows, labels = as_rows(self.batch, absent, self.engine._dropout_keys(self.batch))
         losses = decoder.forward_backward(rows, views, labels, checkpointing)
         for chunk, loss in zip(self.batch.chunks, losses, strict=True):
             self.engine.live[chunk.job].optimizer.add_loss(loss, chunk.labels.numel())
         return self.taken_gradients()
 
 
-def as_rows(batch: PackedBatch, absent: Sequence[str] = ()) -> tuple[Rows, list[tuple[Tensor, Tensor]]]:
+def as_rows(
+    batch: PackedBatch, absent: Sequence[str] = (), dropout_keys: Tensor | None = None
+) -> tuple[Rows, list[tuple[Tensor, Tensor]]]:
     runs = [(NO_ADAPTER if chunk.job in absent else int(chunk.job), chunk.rows) for chunk in batch.chunks]
     labels = [(chunk.label_rows, chunk.labels) for chunk in batch.chunks]
-    return Rows(batch.ids[0], batch.positions[0], batch.lengths, runs), labels
+    return Rows(batch.ids[0], batch.positions[0], batch.lengths, runs, dropout_keys), labels
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
     return float((ours.cpu() - theirs).norm() / theirs.norm())
 
 
+@pytest.mark.parametrize("dropouts", [(0.0, 0.0, 0.0), DROPOUTS])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("kind", ["llama", "mistral-dense", "qwen2"])
-def test_gradients_are_those_of_the_hooks(kind: str, checkpointing: Checkpointing) -> None:
-    world = World(kind)
+def test_gradients_are_those_of_the_hooks(kind: str, checkpointing: Checkpointing, dropouts: tuple[float, ...]) -> None:
+    world = World(kind, dropouts=dropouts)
     for ours, theirs in zip(world.by_decoder(checkpointing), world.by_hooks(), strict=True):
         assert relative(ours, theirs) < 1e-12
+
+
+def test_a_neighbours_dropout_changes_nothing() -> None:
+    plain, mixed = World().by_decoder(), World(dropouts=DROPOUTS).by_decoder()
+    assert torch.equal(mixed[1], plain[1])
+    for place in (0, 2):
+        assert relative(mixed[place], plain[place]) > 0.01
 
 
 def test_gradients_add_up_over_batches() -> None:
@@ -143,11 +159,12 @@ def test_stacked_weights_are_the_models_own() -> None:
     assert relative(world.by_hooks()[0], before[0]) < 1e-12
 
 
+@pytest.mark.parametrize("dropouts", [(0.0, 0.0, 0.0), DROPOUTS])
 @pytest.mark.parametrize("device", [GPU])
-def test_triton_follows_torch(device: str) -> None:
+def test_triton_follows_torch(device: str, dropouts: tuple[float, ...]) -> None:
     """The whole pass in the kernels in fp32, against fp64 on the CPU."""
-    exact = World().by_decoder()
-    world = World(dtype=torch.float32)
+    exact = World(dropouts=dropouts).by_decoder()
+    world = World(dtype=torch.float32, dropouts=dropouts)
     world.base.model.to(device)  # type: ignore[arg-type]
     world.base.device = torch.device(device)
     for place, live in enumerate(world.jobs):
