@@ -12,10 +12,11 @@ from lora_core.config import LoraConfig, TrainConfig
 from lora_core.decoder import Checkpointing, Decoder, Rows
 from lora_core.engine_job import EngineJob
 from lora_core.kernels.low_rank import NO_ADAPTER
+from lora_core.optim import StepOutcome
 from lora_core.packing import PackedBatch, pack
-from lora_core.precision import DenseWeight, stacked_dense
+from lora_core.precision import DenseWeight, Fp8Weight, Nf4Weight, stacked_dense
 from lora_core.trainer import LiveJob, TrainEngine
-from tests.models import CPU, documents, tiny_base
+from tests.models import CPU, documents, job, tiny_base
 
 CONFIGS = [
     LoraConfig(r=4),
@@ -130,6 +131,41 @@ def test_a_poisoned_neighbour_changes_nothing() -> None:
     assert poisoned[1].isnan().any()
     for place in (0, 2):
         assert torch.equal(poisoned[place], clean[place])
+
+
+def test_the_engine_drops_in_training_alone() -> None:
+    """Steps and evaluations of jobs with and without dropout, by both ways through the base."""
+
+    def losses(with_decoder: bool) -> list[float]:
+        base = tiny_base("llama", dtype=torch.float64)
+        base.decoder = Decoder(base.model) if with_decoder else None
+        engine, found = TrainEngine(base), []
+        for place, dropout in enumerate(DROPOUTS):
+            held_out = documents(3, 9)
+            engine.add(job(str(place), lora={"lora_dropout": dropout}, validation=held_out, seed=place, epochs=1))
+        assert len(engine._views) == len(DROPOUTS) * with_decoder
+        while outcomes := engine.step():
+            for name, outcome in sorted(outcomes.items()):
+                evaluation = engine.live[name].progress.evaluation
+                assert isinstance(outcome, StepOutcome) and evaluation is not None
+                found += [outcome.loss, evaluation.loss]
+        return found
+
+    by_hooks, by_decoder = losses(with_decoder=False), losses(with_decoder=True)
+    assert by_decoder == pytest.approx(by_hooks, rel=1e-6)
+
+
+@pytest.mark.parametrize(("precision", "weight"), [("fp8", Fp8Weight), ("nf4", Nf4Weight)])
+def test_a_job_with_dropout_trains_on_a_quantised_base(precision: str, weight: type[Fp8Weight | Nf4Weight]) -> None:
+    base = tiny_base("llama", dtype=torch.bfloat16)
+    base.precision, base.decoder = precision, Decoder(base.model, lambda parts: weight(torch.cat(list(parts))))
+    engine = TrainEngine(base)
+    live = engine.add(job(lora={"lora_dropout": 0.3}, epochs=12))
+    assert live.job.name in engine._views
+    losses = []
+    while outcomes := engine.step():
+        losses += [outcome.loss for outcome in outcomes.values() if isinstance(outcome, StepOutcome)]
+    assert len(losses) == live.job.steps and sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
 def test_evaluation_is_the_loss_without_gradients() -> None:
