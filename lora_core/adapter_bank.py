@@ -19,7 +19,6 @@ own output, and m.grad += sum over rows of dy * v / ||W + scale B A||.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_core.dora import RowNorms
+from lora_core.dropout import dropout_mask, kept_share, key_of
 from lora_core.targets import adaptable_linears, in_and_out, refused_names, selected, untied_head
 
 
@@ -304,42 +304,11 @@ def _add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> N
         weight.grad.add_(left @ right, alpha=scale)
 
 
-def dropout_mask(features: int, p: float, row_keys: Tensor, module_key: int) -> Tensor:
-    """bool `[rows, features]`, False with probability p: a function of (row key, module, feature) alone.
-
-    So it does not depend on neighbours, packing, recomputation or resume. Bits come from splitmix64's finaliser
-    (Steele, Lea and Flood 2014) over int64, which wraps around alike on CPU and GPU; four features share one number, 16
-    bits each.
-    """
-    blocks = torch.arange(-(-features // 4), device=row_keys.device, dtype=torch.int64)
-    bits = mix64(mix64(row_keys ^ module_key)[:, None] + blocks * _as_int64(0x9E3779B97F4A7C15))
-    return bits.view(torch.int16)[:, :features] >= int(p * 2**16) - 2**15
-
-
 def _dropped(x: Tensor, keep: Tensor, p: float) -> Tensor:
     """x divided by the share that is kept (a number, since a bf16 tensor of it would be 0.16 % off), times a mask of 0
     and 1.
     """
-    return (x * (1.0 / (1.0 - int(p * 2**16) / 2**16))).mul_(keep)
-
-
-def mix64(z: Tensor) -> Tensor:
-    """splitmix64's finaliser on int64 tensors; the shifts are logical."""
-    z = z ^ ((z >> 30) & 0x3FFFFFFFF)
-    z *= _as_int64(0xBF58476D1CE4E5B9)
-    z ^= (z >> 27).bitwise_and_(0x1FFFFFFFFF)
-    z *= _as_int64(0x94D049BB133111EB)
-    z ^= (z >> 31).bitwise_and_(0x1FFFFFFFF)
-    return z
-
-
-def _as_int64(value: int) -> int:
-    return value - 2**64 if value >= 2**63 else value
-
-
-def key_of(text: str) -> int:
-    """64 bits that stand for a text on every machine."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+    return (x * (1.0 / kept_share(p))).mul_(keep)
 
 
 def _is_activation(module: nn.Module) -> bool:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from lora_core.adapter_bank import Adapter, AdapterBank, key_of
+from lora_core.adapter_bank import Adapter, AdapterBank
 from lora_core.config import LoraConfig, pattern_key
+from lora_core.dropout import key_of
 
 
 class LoraConfigError(ValueError):

@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lora_core.adapter_bank import Adapter
+from lora_core.adapter_view import AdapterView, stacked_tables
 from lora_core.attention import Backward, DocumentAttention
 from lora_core.kernels.cross_entropy import cross_entropy_
 from lora_core.kernels.layer_ops import (
@@ -40,10 +41,8 @@ from lora_core.kernels.layer_ops import (
     swiglu_forward,
 )
 from lora_core.kernels.low_rank import (
-    GroupAdapter,
     LinearGroup,
     LowRank,
-    Part,
     Segments,
     add_weight_gradients,
     expand_gradient_,
@@ -76,28 +75,16 @@ Pending = tuple[Tensor, Tensor | None, LowRank]
 class Rows:
     """What a batch is to the decoder: ids and positions int64 `[T]`, lengths of its documents, and stretches of rows as
     (place of their adapter or `NO_ADAPTER`, rows).
+
+    `dropout_keys` int64 `[T]`, of the rows whose adapters have dropout, as `Run` has them (of others, any numbers);
+    None outside training, and where no adapter has dropout.
     """
 
     ids: Tensor
     positions: Tensor
     lengths: Sequence[int]
     runs: Sequence[tuple[int, int]]
-
-
-class AdapterView:
-    """An adapter's weights and gradients as the kernels take them, group by group: the same memory."""
-
-    def __init__(self, adapter: Adapter, groups: Sequence[LinearGroup], device: torch.device) -> None:
-        scales = _scales(adapter, groups, device)
-        self.groups = [_group_adapter(adapter, group, scales[group.index]) for group in groups]
-        self.widths = [0 if group is None else group.width for group in self.groups]
-        self.ranks = [0 if group is None else group.largest_rank for group in self.groups]
-        self.table: Tensor | None = None
-        if device.type == "cuda":
-            from lora_core.kernels.low_rank_triton import table_row
-
-            rows = [table_row(adapter, group) for adapter, group in zip(self.groups, groups, strict=True)]
-            self.table = torch.tensor([number for row in rows for number in row], dtype=torch.int64, device=device)
+    dropout_keys: Tensor | None = None
 
 
 @dataclass
@@ -175,10 +162,9 @@ class Decoder:
 
     @staticmethod
     def adapts(adapter: Adapter) -> bool:
-        """Whether this adapter is computed here: A and B on the layers' linears, without dropout, DoRA or PiSSA."""
+        """Whether this adapter is computed here: A and B on the layers' linears, without DoRA or PiSSA."""
         return (
-            adapter.dropout == 0
-            and not adapter.magnitude
+            not adapter.magnitude
             and adapter.residual is None
             and all(name.startswith("model.layers.") for name in adapter.a)
         )
@@ -258,7 +244,8 @@ class _Batch:
         self._decoder, self._adapters = decoder, adapters
         device = rows.ids.device
         self._segments = Segments(rows.runs, device)
-        self._table = _stacked_tables(adapters, len(decoder.groups)) if device.type == "cuda" else None
+        self._dropout_keys = rows.dropout_keys
+        self._table = stacked_tables(adapters, len(decoder.groups)) if device.type == "cuda" else None
         self._widths = [-(-max(widths) // 8) * 8 for widths in zip(*(a.widths for a in adapters), strict=True)]
         self._ranks = [max(ranks) for ranks in zip(*(a.ranks for a in adapters), strict=True)]
         cos, sin = decoder.rotary(decoder.embedding[:1], rows.positions[None])
@@ -271,7 +258,9 @@ class _Batch:
         group = self._decoder.groups[index]
         adapters = [adapter.groups[index] for adapter in self._adapters]
         width, rank = (self._widths[index], self._ranks[index]) if adapters else (0, 0)
-        return LowRank(group, adapters, self._segments, width, rank, self._table)
+        drops = any(adapter is not None and adapter.dropout > 0 for adapter in adapters)
+        keys = self._dropout_keys if drops else None
+        return LowRank(group, adapters, self._segments, width, rank, self._table, keys)
 
     def add_and_norm(self, x: Tensor, pending: Pending | None, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(x + pending, its norm, its reciprocal root mean squares)."""
@@ -364,59 +353,6 @@ class _Batch:
         sizes = [heads * decoder.head_size for heads in (decoder.heads, decoder.kv_heads, decoder.kv_heads)]
         q, k, v = (part.unflatten(1, (-1, decoder.head_size)) for part in qkv.split(sizes, dim=1))
         return q, k, v
-
-
-def _scales(adapter: Adapter, groups: Sequence[LinearGroup], device: torch.device) -> Sequence[Tensor]:
-    """The scale of each rank on each group, in one piece on the device."""
-    ranks = [[(adapter.scale[n], len(adapter.a[n])) for n in group.names if n in adapter.a] for group in groups]
-    values = [[scale for scale, rank in of_group for _ in range(rank)] for of_group in ranks]
-    wide = torch.promote_types(next(iter(adapter.a.values())).dtype, torch.float32)
-    joined = torch.tensor([scale for of_group in values for scale in of_group], dtype=wide).to(device)
-    parts: Sequence[Tensor] = joined.split([len(of_group) for of_group in values])
-    return parts
-
-
-def _group_adapter(adapter: Adapter, group: LinearGroup, scales: Tensor) -> GroupAdapter | None:
-    """None where the adapter has nothing on this group."""
-    present = [name for name in group.names if name in adapter.a]
-    if not present:
-        return None
-    assert adapter.cast is not None
-    a = _stacked([adapter.cast[name][0] for name in present])
-    a_gradient = _stacked([_gradient(adapter.a[name]) for name in present])
-    parts: list[Part | None] = []
-    offset = 0
-    for name in group.names:
-        if name not in adapter.a:
-            parts.append(None)
-            continue
-        parts.append(Part(adapter.cast[name][1], _gradient(adapter.b[name]), offset))
-        offset += adapter.a[name].shape[0]
-    return GroupAdapter(a, a_gradient, scales, tuple(parts))
-
-
-def _gradient(weight: Tensor) -> Tensor:
-    assert weight.grad is not None
-    return weight.grad
-
-
-def _stacked(parts: Sequence[Tensor]) -> Tensor:
-    """`[sum of r, in]` over matrices that lie end to end in memory: a view of all of them."""
-    first = parts[0]
-    end = first.data_ptr()
-    for part in parts:
-        assert part.data_ptr() == end and part.is_contiguous(), "the A of a group lie end to end"
-        end += part.nbytes
-    return first.as_strided((sum(part.shape[0] for part in parts), first.shape[1]), (first.shape[1], 1))
-
-
-def _stacked_tables(adapters: Sequence[AdapterView], groups: int) -> Tensor:
-    """int64 `[adapters + 1, groups * FIELDS]`; the last row is that of no adapter."""
-    from lora_core.kernels.low_rank_triton import FIELDS
-
-    tables = [adapter.table for adapter in adapters if adapter.table is not None]
-    none = torch.zeros(groups * FIELDS, dtype=torch.int64, device="cuda")
-    return torch.stack([*tables, none])
 
 
 def _sums(parts: list[Tensor], counts: Tensor) -> Tensor:

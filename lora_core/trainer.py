@@ -20,13 +20,15 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from lora_core.adapter_bank import Adapter, AdapterBank, Run, mix64
+from lora_core.adapter_bank import Adapter, AdapterBank, Run
 from lora_core.adapter_init import continued_adapter, init_adapter
+from lora_core.adapter_view import AdapterView
 from lora_core.base_model import QUANTISED, BaseModel
 from lora_core.checkpointing import Checkpointing, recomputed_layers
 from lora_core.config import LoraConfig
 from lora_core.dataset import Example
-from lora_core.decoder import AdapterView, Decoder, Labels, Rows
+from lora_core.decoder import Decoder, Labels, Rows
+from lora_core.dropout import mix64
 from lora_core.engine_job import VALIDATION_NOT_FINITE, EngineJob, JobDiverged, Progress
 from lora_core.fair_queue import FairQueue
 from lora_core.kernels.low_rank import NO_ADAPTER
@@ -236,7 +238,7 @@ class TrainEngine:
     def forward_backward(self, batch: PackedBatch) -> None:
         """Add every chunk's loss and gradient to its job: through the decoder if it has a view of all of them."""
         if batch.chunks[0].job in self._views:
-            decoder, rows, views, labels = self._decoder_arguments(batch)
+            decoder, rows, views, labels = self._decoder_arguments(batch, self._dropout_keys(batch))
             losses = decoder.forward_backward(rows, views, labels, self._checkpointing)
         else:
             runs = [
@@ -262,10 +264,19 @@ class TrainEngine:
             self.live[chunk.job].scores[:2] += score
             self.live[chunk.job].scores[2] += chunk.labels.numel()
 
-    def _decoder_arguments(self, batch: PackedBatch) -> tuple[Decoder, Rows, list[AdapterView], Labels]:
+    def _dropout_keys(self, batch: PackedBatch) -> Tensor | None:
+        """int64 `[T]`, zero for rows of jobs without dropout; None where all are without."""
+        keys = [(chunk, self.live[chunk.job].dropout_keys(chunk)) for chunk in batch.chunks]
+        if all(of_chunk is None for _, of_chunk in keys):
+            return None
+        return torch.cat([torch.zeros_like(chunk.row_tokens) if k is None else k for chunk, k in keys])
+
+    def _decoder_arguments(
+        self, batch: PackedBatch, dropout_keys: Tensor | None = None
+    ) -> tuple[Decoder, Rows, list[AdapterView], Labels]:
         assert self.base.decoder is not None
         places = {job: place for place, job in enumerate(dict.fromkeys(chunk.job for chunk in batch.chunks))}
-        rows, labels = _as_rows(batch, [places[chunk.job] for chunk in batch.chunks])
+        rows, labels = _as_rows(batch, [places[chunk.job] for chunk in batch.chunks], dropout_keys)
         return self.base.decoder, rows, [self._views[job] for job in places], labels
 
     def optim_step(self, live: LiveJob) -> StepOutcome | JobDiverged:
@@ -301,15 +312,14 @@ class TrainEngine:
 def _needs_dense_weights(lora: LoraConfig) -> str | None:
     """The option that reads the frozen weights, or goes through the modules that hold them."""
     needs = {"use_dora": lora.use_dora, "init_lora_weights": lora.init_lora_weights == "pissa"}
-    needs["lora_dropout"] = lora.lora_dropout > 0
     return next((option for option, used in needs.items() if used), None)
 
 
-def _as_rows(batch: PackedBatch, places: Sequence[int]) -> tuple[Rows, Labels]:
+def _as_rows(batch: PackedBatch, places: Sequence[int], dropout_keys: Tensor | None = None) -> tuple[Rows, Labels]:
     """The batch as the decoder takes it; `places` say which adapter each chunk has."""
     runs = [(place, chunk.rows) for place, chunk in zip(places, batch.chunks, strict=True)]
     labels = [(chunk.label_rows, chunk.labels) for chunk in batch.chunks]
-    return Rows(batch.ids[0], batch.positions[0], batch.lengths, runs), labels
+    return Rows(batch.ids[0], batch.positions[0], batch.lengths, runs, dropout_keys), labels
 
 
 def _divided(chunks: Sequence[Chunk], views: Container[str]) -> tuple[list[Chunk], list[Chunk]]:

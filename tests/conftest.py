@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from cluster.storage import Storage, open_storage
 from tests.s3_server import S3Server, running_s3_server
 
 # Threads of an operation that wait by spinning make each other wait where there are more than cores: 40 times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # how kernels run without a GPU; read when one is defined
 
 
 @pytest.fixture(scope="session")

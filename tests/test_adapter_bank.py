@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lora_core.adapter_bank import Adapter, AdapterBank, Run, dropout_mask
+from lora_core.adapter_bank import Adapter, AdapterBank, Run
 from lora_core.adapter_init import init_adapter
 from lora_core.attention import PackedAttention
 from lora_core.base_model import BaseModel
 from lora_core.config import LoraConfig, TrainConfig
+from lora_core.dropout import dropout_mask
 from lora_core.engine_job import EngineJob
 from lora_core.packing import Chunk, pack
 from lora_core.trainer import LiveJob, TrainEngine

@@ -12,16 +12,20 @@ from lora_core.config import LoraConfig, TrainConfig
 from lora_core.decoder import Checkpointing, Decoder, Rows
 from lora_core.engine_job import EngineJob
 from lora_core.kernels.low_rank import NO_ADAPTER
+from lora_core.optim import StepOutcome
 from lora_core.packing import PackedBatch, pack
-from lora_core.precision import DenseWeight, stacked_dense
+from lora_core.precision import DenseWeight, Fp8Weight, Nf4Weight, stacked_dense
 from lora_core.trainer import LiveJob, TrainEngine
-from tests.models import CPU, documents, tiny_base
+from tests.models import CPU, documents, job, tiny_base
 
 CONFIGS = [
     LoraConfig(r=4),
     LoraConfig(r=16, lora_alpha=7, use_rslora=True, target_modules=["q_proj", "v_proj", "down_proj"]),
     LoraConfig(r=3, target_modules=["k_proj", "up_proj"], rank_pattern={"up_proj": 70}, alpha_pattern={"k_proj": 5}),
 ]
+DROPOUTS = (0.3, 0.0, 0.6)
+"""Of the three, where a test has dropout."""
+
 GPU = pytest.param(
     "cuda",
     marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")],
@@ -31,10 +35,13 @@ GPU = pytest.param(
 class World:
     """Three adapters with a B that is not zero, a batch of theirs, and both ways through the base."""
 
-    def __init__(self, kind: str = "llama", dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self, kind: str = "llama", dtype: torch.dtype = torch.float64, dropouts: Sequence[float] = (0.0, 0.0, 0.0)
+    ) -> None:
         self.base = tiny_base(kind, dtype=dtype)
         self.engine = TrainEngine(self.base)
-        for place, lora in enumerate(CONFIGS):
+        for place, (lora, dropout) in enumerate(zip(CONFIGS, dropouts, strict=True)):
+            lora = lora.model_copy(update={"lora_dropout": dropout})
             job = EngineJob(str(place), lora, TrainConfig(batch_size=5), documents(6, place))
             optimizer = self.engine.add(job).optimizer
             with torch.no_grad():
@@ -62,29 +69,39 @@ class World:
         """`absent` jobs' rows go through the base alone."""
         decoder = Decoder(self.base.model)
         views = [decoder.view(live.adapter) for live in self.jobs]
-        rows, labels = as_rows(self.batch, absent)
+        rows, labels = as_rows(self.batch, absent, self.engine._dropout_keys(self.batch))
         losses = decoder.forward_backward(rows, views, labels, checkpointing)
         for chunk, loss in zip(self.batch.chunks, losses, strict=True):
             self.engine.live[chunk.job].optimizer.add_loss(loss, chunk.labels.numel())
         return self.taken_gradients()
 
 
-def as_rows(batch: PackedBatch, absent: Sequence[str] = ()) -> tuple[Rows, list[tuple[Tensor, Tensor]]]:
+def as_rows(
+    batch: PackedBatch, absent: Sequence[str] = (), dropout_keys: Tensor | None = None
+) -> tuple[Rows, list[tuple[Tensor, Tensor]]]:
     runs = [(NO_ADAPTER if chunk.job in absent else int(chunk.job), chunk.rows) for chunk in batch.chunks]
     labels = [(chunk.label_rows, chunk.labels) for chunk in batch.chunks]
-    return Rows(batch.ids[0], batch.positions[0], batch.lengths, runs), labels
+    return Rows(batch.ids[0], batch.positions[0], batch.lengths, runs, dropout_keys), labels
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
     return float((ours.cpu() - theirs).norm() / theirs.norm())
 
 
+@pytest.mark.parametrize("dropouts", [(0.0, 0.0, 0.0), DROPOUTS])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("kind", ["llama", "mistral-dense", "qwen2"])
-def test_gradients_are_those_of_the_hooks(kind: str, checkpointing: Checkpointing) -> None:
-    world = World(kind)
+def test_gradients_are_those_of_the_hooks(kind: str, checkpointing: Checkpointing, dropouts: tuple[float, ...]) -> None:
+    world = World(kind, dropouts=dropouts)
     for ours, theirs in zip(world.by_decoder(checkpointing), world.by_hooks(), strict=True):
         assert relative(ours, theirs) < 1e-12
+
+
+def test_a_neighbours_dropout_changes_nothing() -> None:
+    plain, mixed = World().by_decoder(), World(dropouts=DROPOUTS).by_decoder()
+    assert torch.equal(mixed[1], plain[1])
+    for place in (0, 2):
+        assert relative(mixed[place], plain[place]) > 0.01
 
 
 def test_gradients_add_up_over_batches() -> None:
@@ -117,6 +134,41 @@ def test_a_poisoned_neighbour_changes_nothing() -> None:
         assert torch.equal(poisoned[place], clean[place])
 
 
+def test_the_engine_drops_in_training_alone() -> None:
+    """Steps and evaluations of jobs with and without dropout, by both ways through the base."""
+
+    def losses(with_decoder: bool) -> list[float]:
+        base = tiny_base("llama", dtype=torch.float64)
+        base.decoder = Decoder(base.model) if with_decoder else None
+        engine, found = TrainEngine(base), []
+        for place, dropout in enumerate(DROPOUTS):
+            held_out = documents(3, 9)
+            engine.add(job(str(place), lora={"lora_dropout": dropout}, validation=held_out, seed=place, epochs=1))
+        assert len(engine._views) == len(DROPOUTS) * with_decoder
+        while outcomes := engine.step():
+            for name, outcome in sorted(outcomes.items()):
+                evaluation = engine.live[name].progress.evaluation
+                assert isinstance(outcome, StepOutcome) and evaluation is not None
+                found += [outcome.loss, evaluation.loss]
+        return found
+
+    by_hooks, by_decoder = losses(with_decoder=False), losses(with_decoder=True)
+    assert by_decoder == pytest.approx(by_hooks, rel=1e-6)
+
+
+@pytest.mark.parametrize(("precision", "weight"), [("fp8", Fp8Weight), ("nf4", Nf4Weight)])
+def test_a_job_with_dropout_trains_on_a_quantised_base(precision: str, weight: type[Fp8Weight | Nf4Weight]) -> None:
+    base = tiny_base("llama", dtype=torch.bfloat16)
+    base.precision, base.decoder = precision, Decoder(base.model, lambda parts: weight(torch.cat(list(parts))))
+    engine = TrainEngine(base)
+    live = engine.add(job(lora={"lora_dropout": 0.3}, epochs=12))
+    assert live.job.name in engine._views
+    losses = []
+    while outcomes := engine.step():
+        losses += [outcome.loss for outcome in outcomes.values() if isinstance(outcome, StepOutcome)]
+    assert len(losses) == live.job.steps and sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
 def test_evaluation_is_the_loss_without_gradients() -> None:
     world = World()
     decoder = Decoder(world.base.model)
@@ -145,11 +197,12 @@ def test_stacked_weights_are_the_models_own() -> None:
     assert relative(world.by_hooks()[0], before[0]) < 1e-12
 
 
+@pytest.mark.parametrize("dropouts", [(0.0, 0.0, 0.0), DROPOUTS])
 @pytest.mark.parametrize("device", [GPU])
-def test_triton_follows_torch(device: str) -> None:
+def test_triton_follows_torch(device: str, dropouts: tuple[float, ...]) -> None:
     """The whole pass in the kernels in fp32, against fp64 on the CPU."""
-    exact = World().by_decoder()
-    world = World(dtype=torch.float32)
+    exact = World(dropouts=dropouts).by_decoder()
+    world = World(dtype=torch.float32, dropouts=dropouts)
     world.base.model.to(device)  # type: ignore[arg-type]
     world.base.device = torch.device(device)
     for place, live in enumerate(world.jobs):

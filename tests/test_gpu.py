@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_core.adapter_bank import dropout_mask
 from lora_core.base_model import BaseModel, load_base
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import Example
+from lora_core.dropout import dropout_mask
 from lora_core.engine_job import EngineJob
 from lora_core.trainer import TrainEngine
 from tests.tiny_models import save_tiny_model

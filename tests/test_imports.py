@@ -16,6 +16,7 @@ ORDER = {
     "lora_core": [
         "config",
         "lora",
+        "dropout",
         "kernels",
         "cpu_attention",
         "attention",
@@ -25,6 +26,7 @@ ORDER = {
         "adapter_init",
         "checkpointing",
         "precision",
+        "adapter_view",
         "decoder",
         "base_model",
         "peft_format",

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 pytest.importorskip("triton", reason="Triton has no build for this system")
 
+from lora_core.dropout import dropout_mask, key_of
 from lora_core.kernels import (
     cross_entropy,
     cross_entropy_triton,
@@ -20,6 +20,8 @@ from lora_core.kernels import (
     layer_ops_triton,
     low_rank,
     low_rank_triton,
+    masked_low_rank,
+    masked_low_rank_triton,
     quantize,
     quantize_triton,
 )
@@ -33,6 +35,10 @@ RUNS = [(0, 70), (NO_ADAPTER, 5), (1, 3), (2, 41), (0, 9)]
 
 T = sum(rows for _, rows in RUNS)
 POISONED, CLEAN = 1, [0, 2]
+NO_DROPOUT, DROPOUT = (0.0, 0.0, 0.0), (0.3, 0.0, 0.6)
+"""Of the three adapters."""
+
+KEYS = torch.randint(-(2**63), 2**63 - 1, (T,), generator=torch.Generator().manual_seed(1))
 
 Adapters = Sequence[GroupAdapter | None]
 
@@ -41,17 +47,18 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
-def adapter_on(group: LinearGroup, ranks: Sequence[int | None], seed: int) -> GroupAdapter:
+def adapter_on(group: LinearGroup, ranks: Sequence[int | None], seed: int, dropout: float = 0.0) -> GroupAdapter:
     """An adapter with these ranks (None: that linear is not adapted) and a scale of its own on each."""
     width = sum(rank or 0 for rank in ranks)
     scales = torch.cat([torch.full((rank or 0,), 0.5 + place) for place, rank in enumerate(ranks)])
     parts: list[Part | None] = []
     offset = 0
-    for rank, size in zip(ranks, group.outputs, strict=True):
+    for name, rank, size in zip(group.names, ranks, group.outputs, strict=True):
         b = None if rank is None else randn(rank, size, seed=seed).t()
-        parts.append(None if b is None else Part(b, torch.zeros_like(b), offset))
+        parts.append(None if b is None else Part(b, torch.zeros_like(b), offset, key_of(name)))
         offset += rank or 0
-    return GroupAdapter(randn(width, group.inputs, seed=seed), torch.zeros(width, group.inputs), scales, tuple(parts))
+    a = randn(width, group.inputs, seed=seed)
+    return GroupAdapter(a, torch.zeros_like(a), scales, tuple(parts), dropout)
 
 
 GROUPS = {
@@ -64,20 +71,25 @@ GROUPS = {
 }
 
 
-def low_rank_on(kind: str, device: torch.device = CPU) -> LowRank:
+def low_rank_on(kind: str, device: torch.device = CPU, dropouts: Sequence[float] = NO_DROPOUT) -> LowRank:
     """Three adapters on a group, with the table that Triton reads."""
     group, ranks = GROUPS[kind]
-    adapters = [moved(adapter_on(group, of_one, seed), device) for seed, of_one in enumerate(ranks)]
+    both = enumerate(zip(ranks, dropouts, strict=True))
+    adapters = [moved(adapter_on(group, of_one, seed, dropout), device) for seed, (of_one, dropout) in both]
     rows = [low_rank_triton.table_row(adapter, group) for adapter in (*adapters, None)]
     width = -(-max(adapter.width for adapter in adapters) // 8) * 8
     rank = max(adapter.largest_rank for adapter in adapters)
     table = torch.tensor(rows, dtype=torch.int64, device=device)
-    return LowRank(group, adapters, Segments(RUNS, device), width, rank, table)
+    keys = KEYS.to(device) if any(dropouts) else None
+    return LowRank(group, adapters, Segments(RUNS, device), width, rank, table, keys)
 
 
 def moved(adapter: GroupAdapter, device: torch.device) -> GroupAdapter:
-    parts = [part and Part(part.b.to(device), part.b_gradient.to(device), part.offset) for part in adapter.parts]
-    return GroupAdapter(adapter.a.to(device), adapter.a_gradient.to(device), adapter.scales.to(device), tuple(parts))
+    parts = [
+        part and replace(part, b=part.b.to(device), b_gradient=part.b_gradient.to(device)) for part in adapter.parts
+    ]
+    a, a_gradient, scales = (tensor.to(device) for tensor in (adapter.a, adapter.a_gradient, adapter.scales))
+    return GroupAdapter(a, a_gradient, scales, tuple(parts), adapter.dropout)
 
 
 def gradients(low: LowRank) -> list[Tensor]:
@@ -101,11 +113,20 @@ def own(h: Tensor, low: LowRank) -> Tensor:
     return kept
 
 
+def kernels(low: LowRank) -> ModuleType:
+    """The Triton kernels of the products that dropout changes."""
+    return low_rank_triton if low.dropout_keys is None else masked_low_rank_triton
+
+
+with_and_without_dropout = pytest.mark.parametrize("dropouts", [NO_DROPOUT, DROPOUT])
+
+
+@with_and_without_dropout
 @pytest.mark.parametrize("kind", list(GROUPS))
-def test_shrink(kind: str) -> None:
-    here, there = low_rank_on(kind), low_rank_on(kind, DEVICE)
+def test_shrink(kind: str, dropouts: Sequence[float]) -> None:
+    here, there = low_rank_on(kind, CPU, dropouts), low_rank_on(kind, DEVICE, dropouts)
     x = randn(T, here.group.inputs)
-    close(own(low_rank_triton.shrink(x.to(DEVICE), there), there), low_rank.shrink(x, here))
+    close(own(kernels(there).shrink(x.to(DEVICE), there), there), low_rank.shrink(x, here))
 
 
 @pytest.mark.parametrize("kind", list(GROUPS))
@@ -115,23 +136,52 @@ def test_shrink_gradient(kind: str) -> None:
     close(own(low_rank_triton.shrink_gradient(dy.to(DEVICE), there), there), low_rank.shrink_gradient(dy, here))
 
 
+def add_weight_gradients(x: Tensor, h: Tensor, dy: Tensor, dh: Tensor, low: LowRank) -> None:
+    kernels(low).add_a_gradients(x, dh, low)
+    low_rank_triton.add_b_gradients(dy, h, low)
+
+
+@with_and_without_dropout
 @pytest.mark.parametrize("kind", list(GROUPS))
-def test_weight_gradients_are_added(kind: str) -> None:
-    here, there = low_rank_on(kind), low_rank_on(kind, DEVICE)
+def test_weight_gradients_are_added(kind: str, dropouts: Sequence[float]) -> None:
+    here, there = low_rank_on(kind, CPU, dropouts), low_rank_on(kind, DEVICE, dropouts)
     arguments = [randn(T, width) for width in (here.group.inputs, here.width, sum(here.group.outputs), here.width)]
     for _ in range(2):
         low_rank.add_weight_gradients(*arguments, here)
-        low_rank_triton.add_weight_gradients(*(tensor.to(DEVICE) for tensor in arguments), there)
+        add_weight_gradients(*(tensor.to(DEVICE) for tensor in arguments), there)
     for ours, reference in zip(gradients(there), gradients(here), strict=True):
         close(ours, reference)
 
 
+@with_and_without_dropout
 @pytest.mark.parametrize("kind", list(GROUPS))
-def test_expand_gradient(kind: str) -> None:
-    here, there = low_rank_on(kind), low_rank_on(kind, DEVICE)
+def test_expand_gradient(kind: str, dropouts: Sequence[float]) -> None:
+    here, there = low_rank_on(kind, CPU, dropouts), low_rank_on(kind, DEVICE, dropouts)
     dx, dh = randn(T, here.group.inputs), randn(T, here.width)
-    ours = low_rank_triton.expand_gradient_(dx.to(DEVICE, copy=True), dh.to(DEVICE), there)
+    ours = kernels(there).expand_gradient_(dx.to(DEVICE, copy=True), dh.to(DEVICE), there)
     close(ours, low_rank.expand_gradient_(dx.clone(), dh, here))
+
+
+@pytest.mark.parametrize("triton", [False, True])
+@pytest.mark.parametrize(("p", "module_key"), [(0.1, key_of("one")), (0.5, -(2**63)), (0.999, 0)])
+def test_masks_are_bit_equal(p: float, module_key: int, triton: bool) -> None:
+    """A, dh and x are such that each product shows its mask; more features than any kernel takes at a time."""
+    ours, place = (masked_low_rank_triton, DEVICE) if triton else (masked_low_rank, CPU)
+    size = 136
+    group, eye, ones = LinearGroup(0, ("one",), size, (16,)), torch.eye(size), torch.ones(size, size)
+    keys = KEYS.repeat(2)[:size]
+    keys[:5] = torch.tensor([0, -1, 1, 2**63 - 1, -(2**63)])
+    part = Part(randn(size, 16).t(), torch.zeros(size, 16).t(), 0, module_key)
+    adapter = moved(GroupAdapter(eye, torch.zeros(size, size), torch.ones(size), (part,), p), place)
+    table = torch.tensor([low_rank_triton.table_row(one, group) for one in (adapter, None)], device=place)
+    low = LowRank(group, [adapter], Segments([(0, size)], place), size, size, table, keys.to(place))
+    h = ours.shrink(ones.to(place), low)
+    ours.add_a_gradients(ones.to(place), eye.to(place), low)
+    dx = ours.expand_gradient_(torch.zeros(size, size, device=place), ones.to(place), low)
+    mask = dropout_mask(size, p, keys, module_key)
+    for shown in (h.cpu(), adapter.a_gradient.cpu(), dx.cpu()):
+        assert torch.equal(shown != 0, mask)
+        torch.testing.assert_close(shown, mask / (1 - int(p * 2**16) / 2**16))
 
 
 @pytest.mark.parametrize("with_update", [True, False])
@@ -146,10 +196,11 @@ def test_norm_forward(with_sum: bool, with_update: bool) -> None:
         close(one, other)
 
 
+@with_and_without_dropout
 @pytest.mark.parametrize("with_residual", [True, False])
 @pytest.mark.parametrize("with_update", [True, False])
-def test_norm_backward(with_update: bool, with_residual: bool) -> None:
-    here, there = low_rank_on("qkv"), low_rank_on("qkv", DEVICE)
+def test_norm_backward(with_update: bool, with_residual: bool, dropouts: Sequence[float]) -> None:
+    here, there = low_rank_on("qkv", CPU, dropouts), low_rank_on("qkv", DEVICE, dropouts)
     dn, x, rstd, weight, residual = randn(T, 96), randn(T, 96, seed=1), randn(T).abs(), randn(96), randn(T, 96, seed=2)
     dh = randn(T, here.width) if with_update else None
     rest = [x, rstd, weight, residual if with_residual else None]
@@ -173,11 +224,14 @@ def test_rope(with_update: bool, with_bias: bool) -> None:
     close(layer_ops_triton.rope_backward(*(part.to(DEVICE) for part in parts), on_device), reference)
 
 
+@with_and_without_dropout
 @pytest.mark.parametrize("with_update", [True, False])
 @pytest.mark.parametrize("kinds", [("gate_up", "down"), ("gate_up_small", "down_small")])
-def test_swiglu(kinds: tuple[str, str], with_update: bool) -> None:
+def test_swiglu(kinds: tuple[str, str], with_update: bool, dropouts: Sequence[float]) -> None:
     """Ranks that fit into one block of the kernels, and ranks that do not."""
-    (here, there), (down, down_there) = ((low_rank_on(k), low_rank_on(k, DEVICE)) for k in kinds)
+    (here, there), (down, down_there) = (
+        (low_rank_on(k, CPU, dropouts), low_rank_on(k, DEVICE, dropouts)) for k in kinds
+    )
     y, dact = randn(T, 160), randn(T, 80)
     h, dh = (randn(T, low.width) if with_update else None for low in (here, down))
     y_here, y_there = y.clone(), y.to(DEVICE, copy=True)
@@ -225,10 +279,11 @@ def test_nf4_is_bit_equal() -> None:
     assert torch.equal(dense.cpu(), quantize.dequantize_nf4(packed, torch.float32))
 
 
+@with_and_without_dropout
 @pytest.mark.parametrize("kind", list(GROUPS))
-def test_a_neighbours_nan_stays_with_it(kind: str) -> None:
+def test_a_neighbours_nan_stays_with_it(kind: str, dropouts: Sequence[float]) -> None:
     """Rows, weights and gradients of one adapter NaN: nothing of the others'."""
-    low = low_rank_on(kind, DEVICE)
+    low = low_rank_on(kind, DEVICE, dropouts)
     poisoned = low.adapters[POISONED]
     assert poisoned is not None
     poisoned.a.fill_(torch.nan)
@@ -237,9 +292,9 @@ def test_a_neighbours_nan_stays_with_it(kind: str) -> None:
         rows[where] = place == POISONED
     x, dy = (randn(T, width).to(DEVICE) for width in (low.group.inputs, sum(low.group.outputs)))
     x[rows] = dy[rows] = torch.nan
-    h, dh = low_rank_triton.shrink(x, low), low_rank_triton.shrink_gradient(dy, low)
-    low_rank_triton.add_weight_gradients(x, h, dy, dh, low)
-    dx = low_rank_triton.expand_gradient_(x.clone(), dh, low)
+    h, dh = kernels(low).shrink(x, low), low_rank_triton.shrink_gradient(dy, low)
+    add_weight_gradients(x, h, dy, dh, low)
+    dx = kernels(low).expand_gradient_(x.clone(), dh, low)
     for tensor in (own(h, low), own(dh, low), dx):
         assert torch.isfinite(tensor[~rows]).all()
     assert not torch.isfinite(dx[rows]).any()

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_core.kernels import masked_low_rank_triton
 from lora_core.kernels.layer_ops import Rope
 from lora_core.kernels.low_rank import NARROW_ROWS, TILE_ROWS, LowRank
 from lora_core.kernels.low_rank_triton import (
@@ -363,6 +364,9 @@ def norm_backward(
     residual: Tensor | None,
 ) -> Tensor:
     """See `layer_ops.norm_backward`."""
+    if dh is not None and low_rank.dropout_keys is not None:
+        masked_low_rank_triton.expand_gradient_(dn, dh, low_rank)
+        dh = None
     dx = torch.empty_like(x)
     _norm_backward[(low_rank.segments.narrow_tiles.shape[0],)](
         dn, dh, x, rstd, weight, residual, dx, low_rank.segments.narrow_tiles, *table_arguments(low_rank),
@@ -409,7 +413,7 @@ def swiglu_forward(y: Tensor, h: Tensor | None, low_rank: LowRank, down: LowRank
     activation = y.new_empty(y.shape[0], width)
     stripes = _stripes(width)
     down_ranks = rank_block(down.width)
-    together = 0 < down.width <= down_ranks
+    together = 0 < down.width <= down_ranks and down.dropout_keys is None
     partial = _partial(y, stripes, down) if together else None
     table, row_fields, adapters = table_arguments(low_rank)
     _swiglu_forward[tiles.shape[0], stripes](
@@ -420,6 +424,8 @@ def swiglu_forward(y: Tensor, h: Tensor | None, low_rank: LowRank, down: LowRank
     )  # fmt: skip
     if partial is not None:
         return activation, partial.sum(0).to(y.dtype)
+    if down.dropout_keys is not None:
+        return activation, masked_low_rank_triton.shrink(activation, down)
     return activation, shrink(activation, down) if down.width else None
 
 
@@ -427,6 +433,9 @@ def swiglu_backward_(
     dact: Tensor, dh_down: Tensor | None, down: LowRank, y: Tensor, h: Tensor | None, low_rank: LowRank
 ) -> Tensor | None:
     """See `layer_ops.swiglu_backward_`."""
+    if dh_down is not None and down.dropout_keys is not None:
+        masked_low_rank_triton.expand_gradient_(dact, dh_down, down)
+        dh_down = None
     width, tiles = dact.shape[1], low_rank.segments.tiles
     stripes = _stripes(width)
     ranks = ranks_of(low_rank.rank)

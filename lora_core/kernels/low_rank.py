@@ -6,7 +6,8 @@
     dx += dh A                     expand_gradient_
 
 x W^T + h B^T is the layer's output and dy W + dh A its input gradient; those two sums are made in the elementwise
-kernels (`layer_ops.py`), which read the frozen product anyway. Linears that share an input are one `LinearGroup`: their
+kernels (`layer_ops.py`), which read the frozen product anyway. Where some adapter of a batch drops features of x, the
+first, third and last are those of `masked_low_rank.py`. Linears that share an input are one `LinearGroup`: their
 A lie on top of each other, so that x is read once, and `width` columns of h hold their ranks side by side.
 """
 
@@ -53,12 +54,13 @@ class LinearGroup:
 class Part:
     """One adapter's B of one linear: b `[out, r]` in the base's dtype, its fp32 gradient, and its columns of h.
 
-    In memory both lie transposed, `[r, out]`, as Triton wants them.
+    In memory both lie transposed, `[r, out]`, as Triton wants them. `module_key` is the linear's in dropout masks.
     """
 
     b: Tensor
     b_gradient: Tensor
     offset: int
+    module_key: int = 0
 
     @property
     def columns(self) -> slice:
@@ -70,12 +72,14 @@ class GroupAdapter:
     """One adapter on one group: a `[width, in]` holds the A of its linears on top of each other.
 
     `scales` `[width]`, fp32 or wider, is each rank's scale; a part is None where the linear is not adapted.
+    `dropout` acts in batches that have keys.
     """
 
     a: Tensor
     a_gradient: Tensor
     scales: Tensor
     parts: tuple[Part | None, ...]
+    dropout: float = 0.0
 
     @property
     def width(self) -> int:
@@ -153,6 +157,7 @@ class LowRank:
 
     `width` is the number of columns of h, at least that of any adapter here; `rank` the largest of any of its parts.
     `table` int64 `[adapters + 1, groups * FIELDS]` holds addresses for Triton (see `low_rank_triton.py`).
+    `dropout_keys` int64 `[T]` are there if one of these adapters drops features in this batch.
     """
 
     group: LinearGroup
@@ -161,6 +166,7 @@ class LowRank:
     width: int
     rank: int
     table: Tensor | None
+    dropout_keys: Tensor | None = None
 
     def present(self) -> list[tuple[GroupAdapter, slice]]:
         """Each adapter that has something here, with its rows."""
@@ -170,6 +176,10 @@ class LowRank:
 
 def shrink(x: Tensor, low_rank: LowRank) -> Tensor:
     """x `[T, in]` -> `scale * x A^T`, `[T, width]`; columns past an adapter's own ranks are undefined on CUDA."""
+    if low_rank.dropout_keys is not None:
+        from lora_core.kernels import masked_low_rank
+
+        return masked_low_rank.shrink(x, low_rank)
     if x.is_cuda:
         from lora_core.kernels import low_rank_triton
 
@@ -199,19 +209,44 @@ def shrink_gradient(dy: Tensor, low_rank: LowRank) -> Tensor:
 
 def add_weight_gradients(x: Tensor, h: Tensor, dy: Tensor, dh: Tensor, low_rank: LowRank) -> None:
     """Add `dh^T x` to A's and `dy^T h` to B's gradient of every adapter, over its own rows, in fp32."""
+    if low_rank.dropout_keys is not None:
+        from lora_core.kernels import masked_low_rank
+
+        masked_low_rank.add_a_gradients(x, dh, low_rank)
+    else:
+        add_a_gradients(x, dh, low_rank)
+    add_b_gradients(dy, h, low_rank)
+
+
+def add_a_gradients(x: Tensor, dh: Tensor, low_rank: LowRank) -> None:
+    """The half of `add_weight_gradients` that dropout changes, without it."""
     if x.is_cuda:
         from lora_core.kernels import low_rank_triton
 
-        low_rank_triton.add_weight_gradients(x, h, dy, dh, low_rank)
+        low_rank_triton.add_a_gradients(x, dh, low_rank)
         return
     for adapter, rows in low_rank.present():
-        _add_product(adapter.a_gradient, dh[rows, : adapter.width].t(), x[rows])
+        add_product(adapter.a_gradient, dh[rows, : adapter.width].t(), x[rows])
+
+
+def add_b_gradients(dy: Tensor, h: Tensor, low_rank: LowRank) -> None:
+    """The other half."""
+    if dy.is_cuda:
+        from lora_core.kernels import low_rank_triton
+
+        low_rank_triton.add_b_gradients(dy, h, low_rank)
+        return
+    for adapter, rows in low_rank.present():
         for part, columns, _ in adapter.present(low_rank.group):
-            _add_product(part.b_gradient.t(), h[rows, part.columns].t(), dy[rows, columns])
+            add_product(part.b_gradient.t(), h[rows, part.columns].t(), dy[rows, columns])
 
 
 def expand_gradient_(dx: Tensor, dh: Tensor, low_rank: LowRank) -> Tensor:
     """`dx += dh A`, in place: dx `[T, in]`."""
+    if low_rank.dropout_keys is not None:
+        from lora_core.kernels import masked_low_rank
+
+        return masked_low_rank.expand_gradient_(dx, dh, low_rank)
     if dx.is_cuda:
         from lora_core.kernels import low_rank_triton
 
@@ -229,8 +264,9 @@ def expand_(y: Tensor, h: Tensor, low_rank: LowRank) -> Tensor:
     return y
 
 
-def _add_product(gradient: Tensor, left: Tensor, right: Tensor) -> None:
+def add_product(gradient: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+    """`gradient += scale * left @ right`, in the precision of `gradient` from the product on."""
     if gradient.dtype == left.dtype:
-        gradient.addmm_(left, right)
+        gradient.addmm_(left, right, alpha=scale)
     else:
-        gradient.add_(left @ right)
+        gradient.add_(left @ right, alpha=scale)

@@ -5,6 +5,7 @@ Addresses come from a table of int64, one row an adapter: FIELDS numbers for eac
 
     0 A    1 A's gradient    2 width (sum of ranks)    3 scales
     4 + 4 i ... of linear i: B, B's gradient, r, column of h
+    16 share that dropout drops, in 1/65,536    17 + i linear i's key in dropout masks
 
 All memory is bf16 or fp32 as the batch is, gradients and scales fp32. A and B start at multiples of 16 bytes, and B
 lies transposed, `[r, out]`: threads side by side then read numbers side by side, whatever r is.
@@ -17,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_core.dropout import threshold
 from lora_core.kernels.low_rank import TILE_ROWS, GroupAdapter, LinearGroup, LowRank
 
-FIELDS = 16
+FIELDS = 20
 
 # The fastest of a sweep on one H100 at 8,192 tokens of the 8B shape, r 16 (microseconds; in brackets the floor,
 # bytes over 3 TB/s): shrink of 4,096 features 37 (22), of 14,336 92 (78); A's gradient 61 (22) and 97 (78), B's of
@@ -46,6 +48,8 @@ def table_row(adapter: GroupAdapter | None, group: LinearGroup) -> list[int]:
                 part.b.shape[1],
                 part.offset,
             ]
+            row[17 + place] = part.module_key
+    row[16] = threshold(adapter.dropout)
     return row
 
 
@@ -266,7 +270,7 @@ def shrink(x: Tensor, low_rank: LowRank) -> Tensor:
     grid = (low_rank.segments.tiles.shape[0], triton.cdiv(low_rank.width, ranks))
     _shrink[grid](
         x, h, low_rank.segments.tiles, *table_arguments(low_rank), x.shape[1], h.stride(0),
-        ROWS=TILE_ROWS, RANKS=ranks, PRECISION=precision(x), **_sized(SHRINK, x),
+        ROWS=TILE_ROWS, RANKS=ranks, PRECISION=precision(x), **sized(SHRINK, x),
     )  # fmt: skip
     return h
 
@@ -282,26 +286,32 @@ def shrink_gradient(dy: Tensor, low_rank: LowRank) -> Tensor:
     )
     _shrink_gradient[grid](
         dy, dh, low_rank.segments.tiles, *table_arguments(low_rank), *widths(low_rank.group), dh.stride(0),
-        ROWS=TILE_ROWS, RANKS=ranks, PRECISION=precision(dy), **_sized(SHRINK, dy),
+        ROWS=TILE_ROWS, RANKS=ranks, PRECISION=precision(dy), **sized(SHRINK, dy),
     )  # fmt: skip
     return dh
 
 
-def add_weight_gradients(x: Tensor, h: Tensor, dy: Tensor, dh: Tensor, low_rank: LowRank) -> None:
-    """See `low_rank.add_weight_gradients`."""
+def add_a_gradients(x: Tensor, dh: Tensor, low_rank: LowRank) -> None:
+    """See `low_rank.add_a_gradients`."""
     table, row_fields, _ = table_arguments(low_rank)
     spans = low_rank.segments.spans
     ranks = rank_block(low_rank.width)
     grid = (triton.cdiv(x.shape[1], A_GRADIENT["COLUMNS"]), spans.shape[0], triton.cdiv(low_rank.width, ranks))
     _add_a_gradient[grid](
         x, dh, spans, table, row_fields, x.shape[1], dh.stride(0),
-        RANKS=ranks, PRECISION=precision(x), **_sized(A_GRADIENT, x),
+        RANKS=ranks, PRECISION=precision(x), **sized(A_GRADIENT, x),
     )  # fmt: skip
+
+
+def add_b_gradients(dy: Tensor, h: Tensor, low_rank: LowRank) -> None:
+    """See `low_rank.add_b_gradients`."""
+    table, row_fields, _ = table_arguments(low_rank)
+    spans = low_rank.segments.spans
     ranks = rank_block(low_rank.rank)
     blocks = sum(triton.cdiv(size, B_GRADIENT["COLUMNS"]) for size in low_rank.group.outputs)
     _add_b_gradient[blocks, spans.shape[0], triton.cdiv(low_rank.rank, ranks)](
         dy, h, spans, table, row_fields, *widths(low_rank.group), h.stride(0),
-        RANKS=ranks, PRECISION=precision(dy), **_sized(B_GRADIENT, dy),
+        RANKS=ranks, PRECISION=precision(dy), **sized(B_GRADIENT, dy),
     )  # fmt: skip
 
 
@@ -315,7 +325,7 @@ def expand_gradient_(dx: Tensor, dh: Tensor, low_rank: LowRank) -> Tensor:
     return dx
 
 
-def _sized(config: dict[str, int], x: Tensor) -> dict[str, int]:
+def sized(config: dict[str, int], x: Tensor) -> dict[str, int]:
     """The configuration, in fp32 with smaller steps."""
     return config | WIDE_NUMBERS if x.dtype == torch.float32 else config
 

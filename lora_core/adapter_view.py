@@ -1,0 +1,80 @@
+"""An adapter as the decoder's kernels take it: views of its memory, group by group, and a table of their addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_core.adapter_bank import Adapter
+from lora_core.kernels.low_rank import GroupAdapter, LinearGroup, Part
+
+
+class AdapterView:
+    """An adapter's weights and gradients as the kernels take them, group by group: the same memory."""
+
+    def __init__(self, adapter: Adapter, groups: Sequence[LinearGroup], device: torch.device) -> None:
+        scales = _scales(adapter, groups, device)
+        self.groups = [_group_adapter(adapter, group, scales[group.index]) for group in groups]
+        self.widths = [0 if group is None else group.width for group in self.groups]
+        self.ranks = [0 if group is None else group.largest_rank for group in self.groups]
+        self.table: Tensor | None = None
+        if device.type == "cuda":
+            from lora_core.kernels.low_rank_triton import table_row
+
+            rows = [table_row(adapter, group) for adapter, group in zip(self.groups, groups, strict=True)]
+            self.table = torch.tensor([number for row in rows for number in row], dtype=torch.int64, device=device)
+
+
+def _scales(adapter: Adapter, groups: Sequence[LinearGroup], device: torch.device) -> Sequence[Tensor]:
+    """The scale of each rank on each group, in one piece on the device."""
+    ranks = [[(adapter.scale[n], len(adapter.a[n])) for n in group.names if n in adapter.a] for group in groups]
+    values = [[scale for scale, rank in of_group for _ in range(rank)] for of_group in ranks]
+    wide = torch.promote_types(next(iter(adapter.a.values())).dtype, torch.float32)
+    joined = torch.tensor([scale for of_group in values for scale in of_group], dtype=wide).to(device)
+    parts: Sequence[Tensor] = joined.split([len(of_group) for of_group in values])
+    return parts
+
+
+def _group_adapter(adapter: Adapter, group: LinearGroup, scales: Tensor) -> GroupAdapter | None:
+    """None where the adapter has nothing on this group."""
+    present = [name for name in group.names if name in adapter.a]
+    if not present:
+        return None
+    assert adapter.cast is not None
+    a = _stacked([adapter.cast[name][0] for name in present])
+    a_gradient = _stacked([_gradient(adapter.a[name]) for name in present])
+    parts: list[Part | None] = []
+    offset = 0
+    for name in group.names:
+        if name not in adapter.a:
+            parts.append(None)
+            continue
+        parts.append(Part(adapter.cast[name][1], _gradient(adapter.b[name]), offset, adapter.module_keys[name]))
+        offset += adapter.a[name].shape[0]
+    return GroupAdapter(a, a_gradient, scales, tuple(parts), adapter.dropout)
+
+
+def _gradient(weight: Tensor) -> Tensor:
+    assert weight.grad is not None
+    return weight.grad
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """`[sum of r, in]` over matrices that lie end to end in memory: a view of all of them."""
+    first = parts[0]
+    end = first.data_ptr()
+    for part in parts:
+        assert part.data_ptr() == end and part.is_contiguous(), "the A of a group lie end to end"
+        end += part.nbytes
+    return first.as_strided((sum(part.shape[0] for part in parts), first.shape[1]), (first.shape[1], 1))
+
+
+def stacked_tables(adapters: Sequence[AdapterView], groups: int) -> Tensor:
+    """int64 `[adapters + 1, groups * FIELDS]`; the last row is that of no adapter."""
+    from lora_core.kernels.low_rank_triton import FIELDS
+
+    tables = [adapter.table for adapter in adapters if adapter.table is not None]
+    none = torch.zeros(groups * FIELDS, dtype=torch.int64, device="cuda")
+    return torch.stack([*tables, none])

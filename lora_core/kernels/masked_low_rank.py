@@ -1,0 +1,83 @@
+"""The low-rank products in a batch of which some adapter drops features of its linears' input, in training.
+
+    h  = scale / kept * (x * mask) A^T     shrink
+    dA += dh^T (x * mask) / kept           add_a_gradients
+    dx += mask * (dh A) / kept             expand_gradient_
+
+mask `[T, in]` is `dropout_mask` of the row's key and the linear's: linears that share x drop other features of it. It
+is computed where it is used and never stored. `kept` is the share of features that stay, a number: as a bf16 tensor it
+would be 0.16 % off. Adapters without dropout get what they get in a batch of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import Tensor
+
+from lora_core.dropout import dropout_mask, kept_share
+from lora_core.kernels import low_rank as plain
+from lora_core.kernels.low_rank import GroupAdapter, LowRank, Part
+
+MASK_ROWS = 256
+"""Rows whose mask a CPU makes at a time: the numbers on the way to it take several times the memory of x."""
+
+
+def shrink(x: Tensor, low_rank: LowRank) -> Tensor:
+    """See `low_rank.shrink`."""
+    if x.is_cuda:
+        from lora_core.kernels import masked_low_rank_triton
+
+        return masked_low_rank_triton.shrink(x, low_rank)
+    h = plain.shrink(x, _without_dropout(low_rank))
+    for adapter, part, rows, mask in _masks(low_rank):
+        scales = adapter.scales[part.columns] / kept_share(adapter.dropout)
+        h[rows, part.columns] = ((x[rows] * mask) @ adapter.a[part.columns].t() * scales).to(h.dtype)
+    return h
+
+
+def add_a_gradients(x: Tensor, dh: Tensor, low_rank: LowRank) -> None:
+    """See `low_rank.add_a_gradients`."""
+    if x.is_cuda:
+        from lora_core.kernels import masked_low_rank_triton
+
+        masked_low_rank_triton.add_a_gradients(x, dh, low_rank)
+        return
+    plain.add_a_gradients(x, dh, _without_dropout(low_rank))
+    for adapter, part, rows, mask in _masks(low_rank):
+        scale = 1.0 / kept_share(adapter.dropout)
+        plain.add_product(adapter.a_gradient[part.columns], dh[rows, part.columns].t(), x[rows] * mask, scale)
+
+
+def expand_gradient_(dx: Tensor, dh: Tensor, low_rank: LowRank) -> Tensor:
+    """See `low_rank.expand_gradient_`."""
+    if dx.is_cuda:
+        from lora_core.kernels import masked_low_rank_triton
+
+        return masked_low_rank_triton.expand_gradient_(dx, dh, low_rank)
+    plain.expand_gradient_(dx, dh, _without_dropout(low_rank))
+    for adapter, part, rows, mask in _masks(low_rank):
+        update = (dh[rows, part.columns] @ adapter.a[part.columns]).mul_(mask)
+        dx[rows].add_(update, alpha=1.0 / kept_share(adapter.dropout))
+    return dx
+
+
+def _without_dropout(low_rank: LowRank) -> LowRank:
+    """The adapters that drop nothing."""
+    adapters = [None if adapter is None or adapter.dropout > 0 else adapter for adapter in low_rank.adapters]
+    return replace(low_rank, adapters=adapters, dropout_keys=None)
+
+
+def _masks(low_rank: LowRank) -> Iterator[tuple[GroupAdapter, Part, slice, Tensor]]:
+    """Each linear of each adapter with dropout, with a few rows at a time and their mask `[rows, in]`, 0 and 1."""
+    assert low_rank.dropout_keys is not None
+    for adapter, rows in low_rank.present():
+        if adapter.dropout == 0:
+            continue
+        for part in filter(None, adapter.parts):
+            for start in range(rows.start, rows.stop, MASK_ROWS):
+                few = slice(start, min(start + MASK_ROWS, rows.stop))
+                keys = low_rank.dropout_keys[few]
+                mask = dropout_mask(low_rank.group.inputs, adapter.dropout, keys, part.module_key)
+                yield adapter, part, few, mask.to(adapter.a.dtype)
