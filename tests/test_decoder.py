@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from lora_core import decoder as decoder_module
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.decoder import Checkpointing, Decoder, Rows
 from lora_core.engine_job import EngineJob
+from lora_core.kernels import cross_entropy
 from lora_core.kernels.low_rank import NO_ADAPTER
 from lora_core.optim import StepOutcome
 from lora_core.packing import PackedBatch, pack
@@ -181,6 +183,22 @@ def test_evaluation_is_the_loss_without_gradients() -> None:
     assert torch.allclose(losses, decoder.forward_backward(rows, views, labels), rtol=1e-12)
     expected = [int((logits[at].argmax(-1) == wanted).sum()) for at, wanted in labels]
     assert hits.tolist() == expected and sum(expected) > 0
+
+
+def test_the_head_goes_slice_by_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    whole = world.by_decoder()
+    vocabulary = world.base.model.config.vocab_size
+    monkeypatch.setattr(decoder_module, "CPU_HEAD_ROWS", 7)
+    monkeypatch.setattr(cross_entropy, "CACHED_ELEMENTS", 3 * vocabulary)
+    for sliced, expected in zip(world.by_decoder(), whole, strict=True):
+        assert relative(sliced, expected) < 1e-12
+
+
+def test_a_hopeless_label_has_a_finite_loss() -> None:
+    """Its probability is zero in fp32."""
+    losses, correct = cross_entropy.cross_entropy_(torch.tensor([[0.0, 300.0, 1.0]]), torch.tensor([0]))
+    assert losses.item() == 300.0 and not correct.item()
 
 
 def test_stacked_weights_are_the_models_own() -> None:
