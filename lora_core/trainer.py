@@ -23,10 +23,10 @@ from torch import Tensor
 from lora_core.adapter_bank import Adapter, AdapterBank, Run, mix64
 from lora_core.adapter_init import continued_adapter, init_adapter
 from lora_core.base_model import QUANTISED, BaseModel
-from lora_core.checkpointing import Checkpointing, recomputed_layers
+from lora_core.checkpointing import recomputed_layers
 from lora_core.config import LoraConfig
 from lora_core.dataset import Example
-from lora_core.decoder import AdapterView, Decoder, Labels, Rows
+from lora_core.decoder import AdapterView, Checkpointing, Decoder, Labels, Rows
 from lora_core.engine_job import VALIDATION_NOT_FINITE, EngineJob, JobDiverged, Progress
 from lora_core.fair_queue import FairQueue
 from lora_core.kernels.low_rank import NO_ADAPTER
@@ -109,8 +109,8 @@ class TrainEngine:
     """One rank's training of any number of jobs on one base.
 
     `all_reduce` sums a tensor over the ranks in place (None: one rank). `capacity` is the rows of one micro-batch.
-    `checkpointing` "full" keeps the inputs of decoder layers alone and computes the rest twice. Where `capacity` is
-    None, both are chosen whenever a job joins or leaves, so that training fits into `budget_bytes` (None: what this
+    `checkpointing` "full" keeps the inputs of decoder layers alone and computes the rest twice, "selective" computes the
+    decoder's norms twice (and nothing for adapters that the hooks compute). Where `capacity` is None, both are chosen whenever a job joins or leaves, so that training fits into `budget_bytes` (None: what this
     machine can give now). Ranks stay in step as long as their budgets are equal and they add and remove the same jobs
     in the same order between the same micro-batches.
     """
@@ -133,7 +133,8 @@ class TrainEngine:
         self._capacity, self._checkpointing = capacity or 0, checkpointing
         self._budget = None if capacity else budget_bytes or available_bytes(base.device)
         if self._budget is not None:
-            self._predictor = predictor(base.model.config, base.model.dtype, base.device.type)
+            quantised = base.precision if base.precision in QUANTISED else None
+            self._predictor = predictor(base.model.config, base.model.dtype, base.device.type, quantised)
         self._rank, self._ranks, self._all_reduce = rank, ranks, all_reduce
         # Every rank's, so that this one knows when a job is complete.
         self._queues = [FairQueue() for _ in range(ranks)]
