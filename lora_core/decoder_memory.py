@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from transformers import PreTrainedModel
 
 from lora_core.adapter_bank import AdapterBank
@@ -48,7 +47,7 @@ def linear_bytes(groups: Sequence[LinearGroup], itemsize: int, quantised: str | 
 
 @dataclass
 class DecoderActivations:
-    """Of the written-out decoder on `device`, whose linears may be `quantised` (fp8, nf4); `model` is on the meta device."""
+    """Of the written-out decoder on `device`, whose linears may be `quantised`; `model` is on the meta device."""
 
     model: PreTrainedModel
     device: str
@@ -60,14 +59,8 @@ class DecoderActivations:
 
     def peak_bytes(self, loras: Sequence[LoraConfig], tokens: int, longest: int, checkpointing: Checkpointing) -> int:
         """While `tokens`, all of them supervised, go forward and backward."""
-        libraries = CUBLAS_WORKSPACES if self.device == "cuda" else self._scratch()
+        libraries = CUBLAS_WORKSPACES if self.device == "cuda" else 0
         return self.trace(loras, tokens, longest, checkpointing).peak + libraries
-
-    def _scratch(self) -> int:
-        """oneDNN lays a weight out anew for a bf16 product, outside of any tensor, once forward and once backward; the
-        head's is the largest.
-        """
-        return 2 * self.decoder.head.nbytes if self.model.dtype == torch.bfloat16 else 0
 
     def trace(self, loras: Sequence[LoraConfig], tokens: int, longest: int, checkpointing: Checkpointing) -> Ledger:
         """The whole pass, counted."""
@@ -176,7 +169,7 @@ class _Pass:
             norms = (None, None) if checkpointing == "selective" else (normed, middle_normed)
             rest = [rstd, middle_rstd, h, qkv, attended, for_backward]
             saved.kept = _Kept(norms[0], middle, norms[1], gate_up, rest)
-        del activation  # only now: the function's end is what frees it
+        del activation  # not before: the function's end is what frees it
         return saved, middle, (down, h_down)
 
     def backward(self, place: int, saved: _Saved, dx: Held) -> Held | None:
@@ -208,10 +201,9 @@ class _Pass:
         if place == 0:
             return None
         dn = self._input_gradient(QKV)
-        del dh, normed, dattended, dqkv, pending  # all of them to the end
-        result = kernels.norm_backward(self._hidden)
-        del dn, dmiddle
-        return result
+        before = kernels.norm_backward(self._hidden)
+        del dh, normed, dattended, dqkv, dn, dmiddle, pending  # not before: the function's end is what frees them
+        return before
 
     def _normed(self, normed: Held | None, x: Held) -> Held:
         return self._kernels.norm_forward(x, None, self._hidden)[1] if normed is None else normed
