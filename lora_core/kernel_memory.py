@@ -59,22 +59,20 @@ class TritonKernels:
 
     def product(self, inputs: int, outputs: Sequence[int]) -> Held:
         """`FrozenWeight.forward`: x `[T, inputs]` -> `[T, outputs]`."""
-        y = self.rows(sum(outputs))
-        self._quantise(inputs, inputs * sum(outputs))
-        return y
+        return self._multiplied(inputs, sum(outputs))
 
     def input_gradient(self, inputs: int, outputs: Sequence[int]) -> Held:
         """`FrozenWeight.input_gradient`: dy `[T, outputs]` -> `[T, inputs]`."""
-        dx = self.rows(inputs)
-        self._quantise(sum(outputs), inputs * sum(outputs))
-        return dx
+        return self._multiplied(sum(outputs), inputs)
 
-    def _quantise(self, columns: int, elements: int) -> None:
-        """fp8: the rows in 8 bits and their scales; nf4: the dense weight."""
+    def _multiplied(self, columns: int, width: int) -> Held:
+        """`[T, columns]` -> `[T, width]`; besides in fp8 the rows in 8 bits with their scales, in nf4 a dense weight."""
+        y = self.rows(width)
         if self.quantised == "fp8":
             self._moment(columns + 4, 1)
         elif self.quantised == "nf4":
-            self.ledger.moment(elements * self.itemsize)
+            self.ledger.moment(columns * width * self.itemsize)
+        return y
 
     def shrink(self, width: int) -> Held | None:
         return self.rows(width) if width else None
@@ -144,16 +142,16 @@ class TorchKernels(TritonKernels):
 
     def product(self, inputs: int, outputs: Sequence[int]) -> Held:
         """The parts of a dense group stay apart (they are pages of a file), so that their outputs are joined."""
-        y = self.rows(sum(outputs))
-        if self.quantised:
-            self._quantise(inputs, inputs * sum(outputs))
-        elif len(outputs) > 1:
+        y = super().product(inputs, outputs)
+        if not self.quantised and len(outputs) > 1:
             self._moment(sum(outputs))
         return y
 
-    def _quantise(self, columns: int, elements: int) -> None:
-        """nf4: int64 codes, the fp32 values and the dense weight (`quantize.dequantize_nf4`)."""
-        self.ledger.moment(elements * (8 + 4 + 4))
+    def _multiplied(self, columns: int, width: int) -> Held:
+        """In nf4 an element of the dense weight takes a code of one byte, the same in int64, and its level in fp32."""
+        if self.quantised:
+            self.ledger.moment(columns * width * (1 + 8 + 4))
+        return super()._multiplied(columns, width)
 
     def norm_forward(self, x: Held, y: Held | None, width: int) -> tuple[Held, Held, Held]:
         """x, its product with rstd and that in the dtype of the batch, besides."""

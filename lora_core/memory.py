@@ -189,7 +189,10 @@ def vector_bytes(model: PreTrainedModel, lora: LoraConfig) -> int:
 
 
 def available_bytes(device: torch.device) -> int:
-    """What training may take in all: on a GPU with the weights that lie there, on a CPU, where they are mapped, too."""
+    """What training may take in all: on a GPU with the weights that lie there, on a CPU, where they are mapped, too.
+
+    On a GPU the context is gone from it, and is predicted nevertheless: so much is left for holes between tensors.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)

@@ -109,10 +109,11 @@ class TrainEngine:
     """One rank's training of any number of jobs on one base.
 
     `all_reduce` sums a tensor over the ranks in place (None: one rank). `capacity` is the rows of one micro-batch.
-    `checkpointing` "full" keeps the inputs of decoder layers alone and computes the rest twice; "selective" computes the
-    norms twice, of adapters that the decoder computes. Where `capacity` is None, both are chosen whenever a job joins or
-    leaves, so that training fits into `budget_bytes` (None: what this machine can give now). Ranks stay in step as long
-    as their budgets are equal and they add and remove the same jobs in the same order between the same micro-batches.
+    `checkpointing` "full" keeps the inputs of decoder layers alone and computes the rest twice; "selective" computes
+    norms twice, of adapters that the decoder computes. Where `capacity` is None, both are chosen whenever a job joins
+    or leaves, so that training fits into `budget_bytes` (None: what this machine can give now). Ranks stay in step as
+    long as their budgets are equal and they add and remove the same jobs in the same order between the same
+    micro-batches.
     """
 
     def __init__(
