@@ -62,8 +62,8 @@ REPORT_SECONDS = 0.3
 IDLE_POLL_SECONDS = 0.1
 
 
-Read = Future[tuple[JobSpec, EngineJob, bytes | None]]
-"""What a job needs to join: its spec, its rows, and the checkpoint to go on from."""
+Read = Future[tuple[JobSpec, LiveJob]]
+"""What a job needs to join: its spec, and itself with its rows, its adapter and its optimizer."""
 
 
 class PeerLostError(RuntimeError):
@@ -197,7 +197,7 @@ class Rank:
         everywhere = [set(json.loads(of_rank or "[]")) for of_rank in self._gather(done)]
         return [job_id for job_id in self._preparing if all(job_id in of_rank for of_rank in everywhere)]
 
-    def _read(self, assignment: Assignment) -> tuple[JobSpec, EngineJob, bytes | None]:
+    def _read(self, assignment: Assignment) -> tuple[JobSpec, LiveJob]:
         spec = JobSpec.model_validate_json(assignment.spec)
         train, validation = self._examples(assignment, spec)
         checkpoint, start = None, None
@@ -205,14 +205,16 @@ class Rank:
             checkpoint = self.storage.get(assignment.checkpoint_key, sha256=assignment.checkpoint_sha256)
         if assignment.init_adapter_sha is not None:
             start = load_initial(self.storage, assignment.init_adapter_sha, self.engine.bank)
-        return spec, EngineJob(assignment.job_id, spec.lora, spec.train, train, validation, start), checkpoint
+        job = EngineJob(assignment.job_id, spec.lora, spec.train, train, validation, start)
+        return spec, self.engine.prepare(job, checkpoint)
 
     def _join(self, assignment: Assignment, work: Read) -> None:
         """Take a job in on all ranks, or on none: a rank that cannot is a reason for all to leave it."""
         live, problem = None, None
         try:
-            spec, job, checkpoint = work.result()
-            live = self.engine.add(job, checkpoint)
+            spec, prepared = work.result()
+            self.engine.admit(prepared)
+            live = prepared
         except Exception as error:  # whatever it is, it is this job's, and the others go on
             log.exception("job=%s rank=%d event=join_failed", assignment.job_id, self.rank)
             problem = f"rank {self.rank}: {type(error).__name__}: {error}"

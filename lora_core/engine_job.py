@@ -60,7 +60,12 @@ class EngineJob:
         """Tokens of a chunk. It depends on the job alone, whatever fits into a micro-batch (see `packing.py`)."""
         return max(CHUNK_TOKENS, self.train.max_seq_len)
 
-    @property
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest example, held-out ones included."""
+        return max(len(example.ids) for example in (*self.examples, *self.validation))
+
+    @cached_property
     def largest_chunk(self) -> int:
         """Tokens that no chunk of any step or evaluation exceeds."""
         largest = 0

@@ -2,46 +2,40 @@
 
     predicted = context + weights + vectors of every adapter + the peak of one micro-batch
 
-The micro-batch is run, forward and backward, on the meta device, where tensors have shapes and no numbers: a meter
-counts the bytes of every storage from its first tensor to its last. Two lengths are run, and the line through them is
-what a token costs. So whatever a family, an option or checkpointing changes is counted here rather than known.
+Adapters that the decoder computes and those that the hooks do come in micro-batches of their own, so the peak is the
+larger of the two: of the decoder from its shapes (`decoder_memory.py`), of the hooks from a run without numbers
+(`hook_memory.py`).
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
-import weakref
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import psutil
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from lora_core.adapter_bank import Adapter, AdapterBank, Run
-from lora_core.adapter_init import adapted_modules
-from lora_core.attention import ATTENTION_NAME, SHORT_DOCUMENT, Attend, AttentionSpec, plain_attention
-from lora_core.base_model import BaseModel
-from lora_core.checkpointing import Checkpointing, recomputed_layers
+from lora_core.adapter_bank import AdapterBank
+from lora_core.attention import ATTENTION_NAME
 from lora_core.config import LoraConfig, TrainConfig
-from lora_core.dataset import Example
-from lora_core.loss import SLICE_ROWS, batch_losses
+from lora_core.decoder import Checkpointing, Decoder
+from lora_core.decoder_memory import DecoderActivations, linear_bytes
+from lora_core.hook_memory import META, HookActivations, Meter, frozen, widest
 from lora_core.optim import FlatAdamW
-from lora_core.packing import Chunk, pack
 
-META = torch.device("meta")
-LARGEST_CAPACITY = 2048
+LARGEST_CAPACITY = {"cpu": 2048, "cuda": 8192}
 """Tokens of a micro-batch beyond which nothing is won: products are as fast as they get."""
 
-FIRST_USE = 40_000_000
-"""What torch's libraries take when they first multiply: scratch memory, threads."""
+CONTEXT = {"cpu": 40_000_000, "cuda": 600_000_000}
+"""What torch's libraries take when they are first used: on a CPU scratch memory and threads; on a GPU CUDA's context
+and the code of all kernels, outside of torch's allocator.
+"""
 
 EXACT_HEAP_BYTES = 2**20
 _M_MMAP_THRESHOLD = -3  # malloc.h
@@ -52,7 +46,7 @@ class DoesNotFitError(ValueError):
 
 
 class Activations(Protocol):
-    """What one micro-batch takes beside weights and adapters. Each way through the base is one: the hooks here."""
+    """What one micro-batch takes beside weights and adapters. Each way through the base is one."""
 
     def peak_bytes(self, loras: Sequence[LoraConfig], tokens: int, longest: int, checkpointing: Checkpointing) -> int:
         """At most, while `tokens` of any of these adapters, in documents up to `longest`, go forward and backward."""
@@ -61,7 +55,7 @@ class Activations(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """Tokens of a micro-batch and whether layers are computed twice, and what training takes with them.
+    """Tokens of a micro-batch, what is computed twice, and what training takes with them.
 
     `exact_heap`: it only fits where freed memory goes back at once (see `return_freed_memory`).
     """
@@ -72,26 +66,56 @@ class Plan:
     exact_heap: bool
 
 
+@dataclass
+class EngineActivations:
+    """Of `TrainEngine`, which sends an adapter through the decoder if that can compute it."""
+
+    hooks: HookActivations
+    decoder: DecoderActivations | None
+    _adapts: dict[str, bool] = field(default_factory=dict)
+
+    def peak_bytes(self, loras: Sequence[LoraConfig], tokens: int, longest: int, checkpointing: Checkpointing) -> int:
+        """The larger of the two, where there are adapters of both kinds."""
+        peak, in_hooks = 0, [lora for lora in loras if not self._in_decoder(lora)]
+        in_decoder = [lora for lora in loras if self._in_decoder(lora)]
+        if in_decoder and self.decoder is not None:
+            peak = self.decoder.peak_bytes(in_decoder, tokens, longest, checkpointing)
+        if in_hooks:
+            peak = max(peak, self.hooks.peak_bytes(in_hooks, tokens, longest, checkpointing))
+        return peak
+
+    def _in_decoder(self, lora: LoraConfig) -> bool:
+        if self.decoder is None:
+            return False
+        key = lora.model_dump_json()
+        if key not in self._adapts:
+            bank = AdapterBank(self.hooks.model)
+            try:
+                self._adapts[key] = Decoder.adapts(widest(bank, [lora]))
+            finally:
+                bank.close()
+        return self._adapts[key]
+
+
 @dataclass(frozen=True)
 class Predictor:
-    """Bytes of training any adapters on one base: `model` is the base on the meta device.
+    """Bytes of training any adapters on one base of `weights` bytes: `model` is the base on the meta device, `device`
+    the type of what it will train on.
 
     `longest` is everywhere the most tokens of one document.
     """
 
     model: PreTrainedModel
+    device: str
+    weights: int
     activations: Activations
     _vectors: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def weights(self) -> int:
-        return sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
 
     def predict(self, loras: Sequence[LoraConfig], capacity: int, longest: int, checkpointing: Checkpointing) -> int:
         """What training adds at its peak to what the process held before the base was loaded."""
         vectors = sum(self._vector_bytes(lora) for lora in loras)
         peak = self.activations.peak_bytes(loras, capacity, longest, checkpointing)
-        return FIRST_USE + self.weights + vectors + peak
+        return CONTEXT[self.device] + self.weights + vectors + peak
 
     def _vector_bytes(self, lora: LoraConfig) -> int:
         key = lora.model_dump_json()
@@ -100,24 +124,28 @@ class Predictor:
         return self._vectors[key]
 
     def fit(self, budget_bytes: int, loras: Sequence[LoraConfig], longest: int, smallest: int) -> Plan:
-        """The largest capacity from `smallest` on that fits, without checkpointing if that goes.
+        """The largest capacity from `smallest` on that fits, with as little computed twice as lets any fit.
 
         Raises:
-            DoesNotFitError: `smallest` tokens do not fit even with checkpointing.
+            DoesNotFitError: `smallest` tokens do not fit even with full checkpointing.
         """
-        largest = max(smallest, LARGEST_CAPACITY)
-        ways: tuple[Checkpointing, ...] = ("none", "full")
+        capacities = range(smallest, max(smallest, LARGEST_CAPACITY[self.device]) + 1)
+        ways: tuple[Checkpointing, ...] = ("none", "selective", "full")
         for checkpointing in ways:
-            least = self.predict(loras, smallest, longest, checkpointing)
-            if least > budget_bytes:
+
+            def needed(capacity: int, checkpointing: Checkpointing = checkpointing) -> int:
+                return self.predict(loras, capacity, longest, checkpointing)
+
+            if needed(capacities[-1]) <= budget_bytes:
+                capacity = capacities[-1]
+            elif (least := needed(smallest)) <= budget_bytes:
+                capacity = capacities[bisect_right(capacities, budget_bytes, key=needed) - 1]
+            else:
                 continue
-            most, capacity = self.predict(loras, largest, longest, checkpointing), largest
-            if most > budget_bytes:
-                share = (budget_bytes - least) / (most - least)
-                capacity = smallest + int(share * (largest - smallest))
-            predicted = self.predict(loras, capacity, longest, checkpointing)
+            predicted = needed(capacity)
             heap = self.activations.peak_bytes(loras, capacity, longest, "none")  # holes came to half of it
-            return Plan(capacity, checkpointing, predicted, predicted + heap > budget_bytes)
+            exact_heap = self.device == "cpu" and predicted + heap > budget_bytes
+            return Plan(capacity, checkpointing, predicted, exact_heap)
         raise DoesNotFitError(
             f"training needs {_gb(least)} of memory even with micro-batches of {smallest:,} tokens and activation"
             f" checkpointing ({_gb(self.weights)} of it for the base), but {_gb(budget_bytes)} are there: lower"
@@ -126,184 +154,45 @@ class Predictor:
         )
 
 
-@dataclass
-class HookActivations:
-    """Of transformers' own modules with the bank's hooks, on `device`."""
-
-    model: PreTrainedModel
-    device: str
-    _lines: dict[Any, tuple[float, float]] = field(default_factory=dict)
-
-    def peak_bytes(self, loras: Sequence[LoraConfig], tokens: int, longest: int, checkpointing: Checkpointing) -> int:
-        """Its two dry runs are remembered for adapters that come to the same."""
-        bank = AdapterBank(self.model)
-        try:
-            widest, runs = _widest(bank, loras), min(len(loras), 2)
-            document = max(longest, SLICE_ROWS)
-            ranks = tuple((module, len(a)) for module, a in widest.a.items())
-            kinds = widest.dropout > 0, bool(widest.magnitude), widest.residual is not None
-            key = checkpointing, runs, longest, kinds, ranks
-            if key not in self._lines:
-                attend = _MetaAttention(longest, self.device)
-                one, two = (
-                    self._dry_run(bank, widest, runs, length, attend, checkpointing)
-                    for length in (document, 2 * document)
-                )
-                self._lines[key] = 2 * one - two, (two - one) / document
-        finally:
-            bank.close()
-        constant, slope = self._lines[key]
-        return int(constant + slope * tokens) + self._scratch()
-
-    def _scratch(self) -> int:
-        """oneDNN lays a weight out anew for a bf16 product, outside of any tensor, once forward and once backward; the
-        head's is the largest.
-        """
-        weight = self.model.get_output_embeddings().weight
-        return 2 * weight.nbytes if self.device == "cpu" and weight.dtype == torch.bfloat16 else 0
-
-    def _dry_run(
-        self,
-        bank: AdapterBank,
-        adapter: Adapter,
-        runs: int,
-        tokens: int,
-        attend: Attend,
-        checkpointing: Checkpointing,
-    ) -> int:
-        base = BaseModel(self.model, PreTrainedTokenizerBase(), "", "", "", META)
-        example = Example([0] * (tokens // runs), [False] + [True] * (tokens // runs - 1))
-        batch = pack([Chunk("", ((0, example),))] * runs, META)
-        routed = [Run(adapter, chunk.rows, chunk.row_tokens) for chunk in batch.chunks]
-        known = [*self.model.parameters(), *self.model.buffers(), *adapter.trained, *_frozen(adapter)]
-        meter = _Meter([*known, *(tensor.grad for tensor in adapter.trained if tensor.grad is not None)])
-        layers = recomputed_layers(self.model, bank) if checkpointing == "full" else nullcontext()
-        with meter:
-            with layers:
-                losses = batch_losses(base, bank, routed, batch, attend)
-            losses.sum().backward()
-        return meter.peak
-
-
-def predictor(config: PretrainedConfig, dtype: torch.dtype, device: str = "cpu") -> Predictor:
-    """For a base of this config that computes in `dtype`; `device` is a torch device's type."""
+def predictor(
+    config: PretrainedConfig, dtype: torch.dtype, device: str = "cpu", quantised: str | None = None
+) -> Predictor:
+    """For a base of this config that computes in `dtype`; `device` is a torch device's type, `quantised` fp8 or nf4
+    where the linears are.
+    """
     with META:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, attn_implementation=ATTENTION_NAME, dtype=dtype
         )
     model.requires_grad_(False)
     model.eval()
-    return Predictor(model, HookActivations(model, device))
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    decoder = None
+    if Decoder.fits(config) and (quantised or device == "cuda" or dtype == torch.bfloat16):  # as `placed` gives one
+        decoder = DecoderActivations(model, device, quantised)
+        groups = decoder.decoder.groups
+        weights += linear_bytes(groups, dtype.itemsize, quantised) - linear_bytes(groups, dtype.itemsize, None)
+    return Predictor(model, device, weights, EngineActivations(HookActivations(model, device), decoder))
 
 
 def vector_bytes(model: PreTrainedModel, lora: LoraConfig) -> int:
     """Of one adapter: its master weights, their gradient, two moments, the copy that products use."""
     bank = AdapterBank(model)
     try:
-        adapter = _widest(bank, [lora])
+        adapter = widest(bank, [lora])
     finally:
         bank.close()
-    meter = _Meter([*adapter.trained, *_frozen(adapter)])
+    meter = Meter([*adapter.trained, *frozen(adapter)])
     with meter:
         FlatAdamW(adapter, TrainConfig(), META, model.dtype)
     return meter.peak
 
 
-def _widest(bank: AdapterBank, loras: Sequence[LoraConfig]) -> Adapter:
-    """An adapter without numbers that has every module of these, with the highest rank, dropout, DoRA and residual."""
-    shapes = bank.shapes(list(bank.modules))
-    ranks: dict[str, int] = {}
-    for lora in loras:
-        for name in adapted_modules(bank, lora):
-            ranks[name] = max(lora.rank_of(name), ranks.get(name, 0))
-    modules = [name for name in bank.modules if name in ranks]
-    dropout = max(lora.lora_dropout for lora in loras)
-    adapter = Adapter(
-        dict.fromkeys(modules, 1.0),
-        {name: _trained((ranks[name], shapes[name][0])) for name in modules},
-        {name: _trained((shapes[name][1], ranks[name])) for name in modules},
-        dropout,
-    )
-    if any(lora.init_lora_weights == "pissa" for lora in loras):
-        a, b = ({name: weight.detach().clone() for name, weight in of.items()} for of in (adapter.a, adapter.b))
-        adapter.residual = Adapter(adapter.scale, a, b)
-    if any(lora.use_dora for lora in loras):
-        adapter.magnitude = {name: _trained((shapes[name][1],)) for name in modules}
-    return adapter
-
-
-def _trained(shape: tuple[int, ...]) -> Tensor:
-    weight = torch.empty(shape, device=META, requires_grad=True)
-    weight.grad = torch.empty(shape, device=META)
-    return weight
-
-
-def _frozen(adapter: Adapter) -> list[Tensor]:
-    return [] if adapter.residual is None else [*adapter.residual.a.values(), *adapter.residual.b.values()]
-
-
-class _Meter(TorchDispatchMode):
-    """Bytes of the storages that come to be within it: `live` now, `peak` at most. `known` are there already."""
-
-    def __init__(self, known: Sequence[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live: int = 0
-        self.peak: int = 0
-        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
-
-    def __torch_dispatch__(
-        self, operation: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = operation(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and (key := tensor.untyped_storage()._cdata) not in self._seen:
-                storage = tensor.untyped_storage()
-                self._seen.add(key)
-                self.live += storage.nbytes()
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._forget, key, storage.nbytes())
-        return result
-
-    def _forget(self, key: int, nbytes: int) -> None:
-        self._seen.discard(key)
-        self.live -= nbytes
-
-
-class _MetaAttention:
-    """Takes the memory of `PackedAttention` on `device`: for meta tensors torch would choose other kernels."""
-
-    def __init__(self, document: int, device: str) -> None:
-        self._document, self._device = document, device
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
-        plain = self._device == "cpu" and q.dtype == torch.bfloat16
-        if spec.softcap is None and not (plain and q.requires_grad):
-            fused: Tensor = _FusedAttention.apply(q, k, v)  # type: ignore[no-untyped-call]
-            return fused
-        document = self._document if spec.softcap is not None else min(self._document, SHORT_DOCUMENT)
-        parts = zip(q.split(document, 2), k.split(document, 2), v.split(document, 2), strict=True)
-        outputs = [plain_attention(q, k, v, spec, None) for q, k, v in parts]
-        return torch.cat([output.transpose(1, 2) for output in outputs], dim=1).transpose(1, 2)
-
-
-class _FusedAttention(torch.autograd.Function):
-    """Keeps its inputs, its output and one fp32 number a row and head; its backward pass makes their gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # Laid out as [1, tokens, heads, d], as PackedAttention joins its documents.
-        out = torch.empty_like(q.transpose(1, 2).contiguous()).transpose(1, 2)
-        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:3], device=q.device, dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, _, _ = ctx.saved_tensors
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
 def available_bytes(device: torch.device) -> int:
-    """What training may take in all: on a GPU with the weights that lie there, on a CPU, where they are mapped, too."""
+    """What training may take in all: on a GPU with the weights that lie there, on a CPU, where they are mapped, too.
+
+    On a GPU the context is gone from it, and is predicted nevertheless: so much is left for holes between tensors.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Container, Iterable, Sequence
+import threading
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -24,16 +25,16 @@ from lora_core.adapter_bank import Adapter, AdapterBank, Run
 from lora_core.adapter_init import continued_adapter, init_adapter
 from lora_core.adapter_view import AdapterView
 from lora_core.base_model import QUANTISED, BaseModel
-from lora_core.checkpointing import Checkpointing, recomputed_layers
+from lora_core.checkpointing import recomputed_layers
 from lora_core.config import LoraConfig
 from lora_core.dataset import Example
-from lora_core.decoder import Decoder, Labels, Rows
+from lora_core.decoder import Checkpointing, Decoder, Labels, Rows
 from lora_core.dropout import mix64
 from lora_core.engine_job import VALIDATION_NOT_FINITE, EngineJob, JobDiverged, Progress
 from lora_core.fair_queue import FairQueue
 from lora_core.kernels.low_rank import NO_ADAPTER
 from lora_core.loss import batch_losses, batch_scores
-from lora_core.memory import available_bytes, predictor, return_freed_memory
+from lora_core.memory import Plan, available_bytes, predictor, return_freed_memory
 from lora_core.optim import AllReduce, Evaluation, FlatAdamW, NoGradientError, Snapshot, StepOutcome, learning_rate
 from lora_core.packing import Chunk, PackedBatch, PackedChunk, cut_into_chunks, pack
 
@@ -48,6 +49,7 @@ class LiveJob:
         self.optimizer = optimizer
         self.progress = Progress()
         self.digest = job.digest()
+        self.view: AdapterView | None = None  # of the adapter, where the decoder computes it
         # Of the evaluation that is under way: sum of token losses, tokens that the model would have written, tokens.
         self.scores = torch.zeros(3, dtype=torch.float64, device=optimizer.flat.device)
 
@@ -111,10 +113,11 @@ class TrainEngine:
     """One rank's training of any number of jobs on one base.
 
     `all_reduce` sums a tensor over the ranks in place (None: one rank). `capacity` is the rows of one micro-batch.
-    `checkpointing` "full" keeps the inputs of decoder layers alone and computes the rest twice. Where `capacity` is
-    None, both are chosen whenever a job joins or leaves, so that training fits into `budget_bytes` (None: what this
-    machine can give now). Ranks stay in step as long as their budgets are equal and they add and remove the same jobs
-    in the same order between the same micro-batches.
+    `checkpointing` "full" keeps the inputs of decoder layers alone and computes the rest twice; "selective" computes
+    norms twice, of adapters that the decoder computes. Where `capacity` is None, both are chosen whenever a job joins
+    or leaves, so that training fits into `budget_bytes` (None: what this machine can give now). Ranks stay in step as
+    long as their budgets are equal and they add and remove the same jobs in the same order between the same
+    micro-batches.
     """
 
     def __init__(
@@ -135,14 +138,22 @@ class TrainEngine:
         self._capacity, self._checkpointing = capacity or 0, checkpointing
         self._budget = None if capacity else budget_bytes or available_bytes(base.device)
         if self._budget is not None:
-            self._predictor = predictor(base.model.config, base.model.dtype, base.device.type)
+            quantised = base.precision if base.precision in QUANTISED else None
+            self._predictor = predictor(base.model.config, base.model.dtype, base.device.type, quantised)
         self._rank, self._ranks, self._all_reduce = rank, ranks, all_reduce
         # Every rank's, so that this one knows when a job is complete.
         self._queues = [FairQueue() for _ in range(ranks)]
-        self._views: dict[str, AdapterView] = {}
+        self._planning = threading.Lock()
 
     def add(self, job: EngineJob, checkpoint: bytes | None = None) -> LiveJob:
-        """Take a job in, from the start or from `LiveJob.checkpoint`.
+        """Take a job in, from the start or from `LiveJob.checkpoint`: `prepare` and `admit` in one."""
+        live = self.prepare(job, checkpoint)
+        self.admit(live)
+        return live
+
+    def prepare(self, job: EngineJob, checkpoint: bytes | None = None) -> LiveJob:
+        """Everything that a job needs to be taken in. It may be done on a thread of its own, so that those who train
+        are held up by `admit` alone.
 
         Raises:
             ValueError: the target modules match nothing, the job lacks examples, the checkpoint is another job's,
@@ -159,30 +170,41 @@ class TrainEngine:
         decoder = self.base.decoder if self.base.decoder is not None and Decoder.adapts(start) else None
         if decoder is None and self.base.precision in QUANTISED:
             raise ValueError(f"a base in {self.base.precision} cannot have an adapter on its head: use bf16")
-        self._fit([*(live.job for live in self.live.values()), job])
+        self._plan([*(live.job for live in list(self.live.values())), job])
         live = LiveJob(job, FlatAdamW(start, job.train, self.base.device, self.base.model.dtype))
         if checkpoint is not None:
             live.restore(checkpoint)
-        self.live[job.name] = live
-        if decoder is not None:
-            self._views[job.name] = decoder.view(live.adapter)
+        live.view = None if decoder is None else decoder.view(live.adapter)
         return live
+
+    def admit(self, live: LiveJob) -> None:
+        """Let a prepared job train from the next micro-batch on.
+
+        Raises:
+            DoesNotFitError: it does not fit into memory beside those that came in meanwhile.
+        """
+        self._fit([*(other.job for other in self.live.values()), live.job])
+        self.live[live.job.name] = live
 
     def remove(self, name: str) -> None:
         """Let a job go; its memory is free once the caller drops its `LiveJob`."""
         del self.live[name]
-        self._views.pop(name, None)
         for queue in self._queues:
             queue.drop(name)
         self._fit([live.job for live in self.live.values()])
 
-    def _fit(self, jobs: Sequence[EngineJob]) -> None:
-        """Choose capacity and checkpointing for these jobs, if they are to be chosen."""
+    def _plan(self, jobs: Sequence[EngineJob]) -> Plan | None:
+        """Capacity and checkpointing for these jobs, if they are to be chosen."""
         if self._budget is None or not jobs:
+            return None
+        longest, smallest = max(job.longest for job in jobs), max(job.largest_chunk for job in jobs)
+        with self._planning:
+            return self._predictor.fit(self._budget, [job.lora for job in jobs], longest, smallest)
+
+    def _fit(self, jobs: Sequence[EngineJob]) -> None:
+        plan = self._plan(jobs)
+        if plan is None or self._budget is None:
             return
-        longest = max(len(example.ids) for job in jobs for example in (*job.examples, *job.validation))
-        smallest = max(job.largest_chunk for job in jobs)
-        plan = self._predictor.fit(self._budget, [job.lora for job in jobs], longest, smallest)
         self._capacity, self._checkpointing = plan.capacity, plan.checkpointing
         if plan.exact_heap and self.base.device.type == "cpu":
             return_freed_memory()
@@ -215,8 +237,10 @@ class TrainEngine:
                     queue.put(live.job.name, live.chunks(rank, self._ranks), training=not live.evaluation_due)
         taken = [queue.take(self._capacity) for queue in self._queues]
         chunks, training = taken[self._rank]  # the other ranks may have some where this one has none
-        in_decoder, in_hooks = _divided(chunks, self._views)
-        for part in (sorted(in_decoder, key=lambda chunk: self._place(chunk.job)), in_hooks):
+        in_decoder = [chunk for chunk in chunks if self.live[chunk.job].view is not None]
+        in_hooks = [chunk for chunk in chunks if self.live[chunk.job].view is None]
+        in_decoder.sort(key=lambda chunk: chunk.job)  # chunks of one job lie side by side there
+        for part in (in_decoder, in_hooks):
             if part:
                 batch = pack(part, self.base.device)
                 (self.forward_backward if training else self.evaluate)(batch)
@@ -231,13 +255,9 @@ class TrainEngine:
     def _waits(self, live: LiveJob) -> bool:
         return any(live.job.name in queue for queue in self._queues)
 
-    def _place(self, job: str) -> int:
-        """Chunks of one job lie side by side in the decoder's batches."""
-        return list(self._views).index(job)
-
     def forward_backward(self, batch: PackedBatch) -> None:
-        """Add every chunk's loss and gradient to its job: through the decoder if it has a view of all of them."""
-        if batch.chunks[0].job in self._views:
+        """Add every chunk's loss and gradient to its job: through the decoder if its jobs have a view."""
+        if self.live[batch.chunks[0].job].view is not None:
             decoder, rows, views, labels = self._decoder_arguments(batch, self._dropout_keys(batch))
             losses = decoder.forward_backward(rows, views, labels, self._checkpointing)
         else:
@@ -254,7 +274,7 @@ class TrainEngine:
     @torch.no_grad()
     def evaluate(self, batch: PackedBatch) -> None:
         """Add every chunk's loss and number of hits to its job's evaluation."""
-        if batch.chunks[0].job in self._views:
+        if self.live[batch.chunks[0].job].view is not None:
             decoder, rows, views, labels = self._decoder_arguments(batch)
             scores = torch.stack(decoder.evaluate(rows, views, labels), dim=1)
         else:
@@ -277,7 +297,9 @@ class TrainEngine:
         assert self.base.decoder is not None
         places = {job: place for place, job in enumerate(dict.fromkeys(chunk.job for chunk in batch.chunks))}
         rows, labels = _as_rows(batch, [places[chunk.job] for chunk in batch.chunks], dropout_keys)
-        return self.base.decoder, rows, [self._views[job] for job in places], labels
+        views = [view for job in places if (view := self.live[job].view) is not None]
+        assert len(views) == len(places)
+        return self.base.decoder, rows, views, labels
 
     def optim_step(self, live: LiveJob) -> StepOutcome | JobDiverged:
         """One optimizer step of one job, by all ranks together."""
@@ -320,11 +342,6 @@ def _as_rows(batch: PackedBatch, places: Sequence[int], dropout_keys: Tensor | N
     runs = [(place, chunk.rows) for place, chunk in zip(places, batch.chunks, strict=True)]
     labels = [(chunk.label_rows, chunk.labels) for chunk in batch.chunks]
     return Rows(batch.ids[0], batch.positions[0], batch.lengths, runs, dropout_keys), labels
-
-
-def _divided(chunks: Sequence[Chunk], views: Container[str]) -> tuple[list[Chunk], list[Chunk]]:
-    """(those that the decoder computes, those that the hooks do)."""
-    return [c for c in chunks if c.job in views], [c for c in chunks if c.job not in views]
 
 
 @torch.no_grad()

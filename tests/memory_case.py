@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from lora_core.base_model import DTYPES, describe_base, load_base
-from lora_core.checkpointing import Checkpointing
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import Example
+from lora_core.decoder import Checkpointing
 from lora_core.engine_job import EngineJob
 from lora_core.memory import predictor, resident_bytes, return_freed_memory
 from lora_core.trainer import TrainEngine

@@ -6,8 +6,9 @@ import pytest
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from lora_core.checkpointing import Checkpointing, decoder_layers
+from lora_core.checkpointing import decoder_layers
 from lora_core.config import LoraConfig, TrainConfig
+from lora_core.decoder import Checkpointing
 from lora_core.engine_job import EngineJob
 from lora_core.packing import pack
 from lora_core.trainer import TrainEngine

@@ -13,9 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lora_core import memory
-from lora_core.checkpointing import Checkpointing
 from lora_core.config import LoraConfig, TrainConfig
+from lora_core.decoder import Checkpointing
 from lora_core.engine_job import EngineJob
+from lora_core.hook_memory import Meter, frozen
 from lora_core.memory import DoesNotFitError, Plan, Predictor, available_bytes, predictor, vector_bytes
 from lora_core.optim import FlatAdamW
 from lora_core.packing import pack
@@ -26,6 +27,7 @@ from tests.tiny_models import byte_tokenizer, smollm2_gguf
 ROOT = Path(__file__).parent.parent
 GB = 10**9
 LORA = LoraConfig(r=8, lora_dropout=0.1)
+LARGEST = memory.LARGEST_CAPACITY["cpu"]
 
 
 def job(name: str = "job", count: int = 8, r: int = 8, longest: int = 30) -> EngineJob:
@@ -43,7 +45,7 @@ def measured(kind: str, dtype: torch.dtype, checkpointing: Checkpointing, wanted
     live = engine.add(wanted)
     batch = pack(live.chunks(0, 1), base.device)
     known = [*base.model.parameters(), *base.model.buffers(), *live.adapter.trained, live.optimizer._message]
-    meter = memory._Meter([*known, *memory._frozen(live.adapter)])
+    meter = Meter([*known, *frozen(live.adapter)])
     with meter:
         engine.forward_backward(batch)
     return meter.peak, batch.ids.numel()
@@ -130,14 +132,14 @@ def small_predictor() -> Predictor:
 
 def test_the_plan_takes_what_it_can_and_fits() -> None:
     of, loras = small_predictor(), [LORA, LORA]
-    plain = of.predict(loras, memory.LARGEST_CAPACITY, 32, "none")
-    assert of.fit(100 * plain, loras, 32, 256) == Plan(memory.LARGEST_CAPACITY, "none", plain, exact_heap=False)
-    assert of.fit(plain, loras, 32, 256) == Plan(memory.LARGEST_CAPACITY, "none", plain, exact_heap=True)
+    plain = of.predict(loras, LARGEST, 32, "none")
+    assert of.fit(100 * plain, loras, 32, 256) == Plan(LARGEST, "none", plain, exact_heap=False)
+    assert of.fit(plain, loras, 32, 256) == Plan(LARGEST, "none", plain, exact_heap=True)
     for share in (0.9, 0.6, 0.3, 0.1):
         floor = of.predict(loras, 256, 32, "none")
         budget = int(floor + share * (plain - floor))
         plan = of.fit(budget, loras, 32, 256)
-        assert plan.checkpointing == "none" and 256 <= plan.capacity < memory.LARGEST_CAPACITY
+        assert plan.checkpointing == "none" and 256 <= plan.capacity < LARGEST
         assert 0.99 * budget < plan.predicted_bytes <= budget
     tight = of.fit(floor - 1, loras, 32, 256)
     assert tight.checkpointing == "full" and tight.predicted_bytes <= floor - 1
@@ -159,8 +161,8 @@ def test_an_engine_that_chooses_trains_the_same_bits() -> None:
         live = engine.add(job())
         for _ in range(3):
             engine.step()
-    assert (chosen._capacity, chosen._checkpointing) == (memory.LARGEST_CAPACITY, "none")
-    assert tight._capacity < memory.LARGEST_CAPACITY or tight._checkpointing == "full"
+    assert (chosen._capacity, chosen._checkpointing) == (LARGEST, "none")
+    assert tight._capacity < LARGEST or tight._checkpointing == "full"
     blobs = [engine.live["job"].checkpoint() for engine in (given, chosen, tight)]
     assert blobs[0] == blobs[1] == blobs[2]
     assert live.progress.step == 3

@@ -14,7 +14,6 @@ import torch
 from torch._dynamo.utils import counters
 
 from lora_core.attention import ATTENTION_NAME
-from lora_core.engine_job import EngineJob
 from lora_core.optim import StepOutcome
 from lora_core.trainer import LiveJob, TrainEngine
 from tests.bench.engines import base_of, bench_job, checked_step, session_step, set_jobs
@@ -92,7 +91,9 @@ def _split_step(engine: TrainEngine, device: torch.device) -> tuple[float, float
 
 
 def swap(report: Report, conditions: Conditions, precision: str) -> None:
-    """What a swap and the step after it take beyond the step before; and how many graphs torch compiled for them."""
+    """What a swap and the step after it take beyond the step before; and how many graphs torch compiled for them. The
+    newcomer is prepared before, as a session does it on a thread beside the steps.
+    """
     engine = _engine(conditions, precision)
     documents = _documents(8, conditions.tokens)
     set_jobs(engine, 8, documents, conditions.tokens)
@@ -103,17 +104,18 @@ def swap(report: Report, conditions: Conditions, precision: str) -> None:
     for number in range(SWAPS):
         newcomer = bench_job(f"newcomer{number}", documents, conditions.tokens, _vocabulary(conditions), 100 + number)
         leaver = next(iter(engine.live))
+        prepared = engine.prepare(newcomer)
         normal = seconds_of(functools.partial(checked_step, engine), conditions.device)
-        swapped = seconds_of(functools.partial(_exchange_and_step, engine, leaver, newcomer), conditions.device)
+        swapped = seconds_of(functools.partial(_exchange_and_step, engine, leaver, prepared), conditions.device)
         pauses.append(1000 * (swapped - normal))
     report.figure(f"{precision}: ms of pause at a swap, median", statistics.median(pauses))
     report.figure(f"{precision}: ms of pause at a swap, longest", max(pauses))
     report.figure(f"{precision}: graphs compiled in {SWAPS} swaps", counters["stats"]["unique_graphs"] - graphs)
 
 
-def _exchange_and_step(engine: TrainEngine, leaver: str, newcomer: EngineJob) -> None:
+def _exchange_and_step(engine: TrainEngine, leaver: str, newcomer: LiveJob) -> None:
     engine.remove(leaver)
-    engine.add(newcomer)
+    engine.admit(newcomer)
     checked_step(engine)
 
 

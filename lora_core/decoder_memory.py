@@ -1,0 +1,229 @@
+"""Memory of one micro-batch through the written-out decoder, from shapes alone.
+
+`_Pass` is `decoder.py` once more, name by name, with a `Held` for every tensor. It counts for as long as somebody
+refers to it, as a tensor does: what Python frees there, it frees here. What kernels take for themselves is in
+`kernel_memory.py`. With T rows in bf16, the 8B shape of Llama keeps of each layer
+
+    x, normed, middle, middle_normed   2 T 4,096 each        selective: without the two norms; full: x alone
+    qkv, attended                      2 T 6,144, 2 T 4,096
+    gate_up                            2 T 28,672
+    h of four groups                   2 T x the sum of ranks, rounded up to 8, each
+
+and takes the most at the head (a slice of logits), or in the first layer that goes backward (attention's fp32 sums).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedModel
+
+from lora_core.adapter_bank import AdapterBank
+from lora_core.adapter_init import adapted_modules
+from lora_core.config import LoraConfig
+from lora_core.decoder import DOWN, GATE_UP, HEAD_ROWS, QKV, Checkpointing, Decoder, O
+from lora_core.kernel_memory import Held, Ledger, TorchKernels, TritonKernels
+from lora_core.kernels.low_rank import LinearGroup
+from lora_core.kernels.quantize import NF4_BLOCK
+
+CUBLAS_WORKSPACES = 2 * 2**25
+"""32 MiB each of cuBLAS and cuBLASLt on Hopper, which torch takes from its allocator."""
+
+
+def linear_bytes(groups: Sequence[LinearGroup], itemsize: int, quantised: str | None) -> int:
+    """Of the layers' linears: dense, or in fp8 (W and its transpose, a scale for each row of both) or nf4."""
+    total = 0
+    for group in groups:
+        rows, columns = sum(group.outputs), group.inputs
+        if quantised == "fp8":
+            total += 2 * rows * columns + 4 * (rows + columns)
+        elif quantised == "nf4":
+            total += rows * columns // 2 + 4 * rows * columns // NF4_BLOCK
+        else:
+            total += rows * columns * itemsize
+    return total
+
+
+@dataclass
+class DecoderActivations:
+    """Of the written-out decoder on `device`, whose linears may be `quantised`; `model` is on the meta device."""
+
+    model: PreTrainedModel
+    device: str
+    quantised: str | None = None
+    _ranks: dict[str, list[list[int]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.decoder = Decoder(self.model)
+
+    def peak_bytes(self, loras: Sequence[LoraConfig], tokens: int, longest: int, checkpointing: Checkpointing) -> int:
+        """While `tokens`, all of them supervised, go forward and backward."""
+        libraries = CUBLAS_WORKSPACES if self.device == "cuda" else 0
+        return self.trace(loras, tokens, longest, checkpointing).peak + libraries
+
+    def trace(self, loras: Sequence[LoraConfig], tokens: int, longest: int, checkpointing: Checkpointing) -> Ledger:
+        """The whole pass, counted."""
+        adapters = [self._ranks_of(lora) for lora in loras]
+        of_groups = [[adapter[group.index] for adapter in adapters] for group in self.decoder.groups]
+        widths = [-(-max(map(sum, ranks), default=0) // 8) * 8 for ranks in of_groups]
+        largest = [max(map(max, ranks), default=0) for ranks in of_groups]
+        kind = TritonKernels if self.device == "cuda" else TorchKernels
+        kernels = kind(Ledger(), self.model.dtype.itemsize, tokens, min(longest, tokens), self.quantised)
+        _Pass(self.decoder, kernels, widths, largest).forward_backward(checkpointing)
+        return kernels.ledger
+
+    def _ranks_of(self, lora: LoraConfig) -> list[list[int]]:
+        """The rank of every linear of every group, 0 where it is not adapted."""
+        key = lora.model_dump_json()
+        if key not in self._ranks:
+            bank = AdapterBank(self.model)
+            try:
+                adapted = set(adapted_modules(bank, lora))
+            finally:
+                bank.close()
+            self._ranks[key] = [
+                [lora.rank_of(name) if name in adapted else 0 for name in group.names] for group in self.decoder.groups
+            ]
+        return self._ranks[key]
+
+
+@dataclass
+class _Kept:
+    """`decoder._Kept`; `rest` is what is only kept here: both rstd, h, and what attention's backward pass refers to."""
+
+    normed: Held | None
+    middle: Held
+    middle_normed: Held | None
+    gate_up: Held
+    rest: list[object]
+
+
+@dataclass
+class _Saved:
+    x: Held
+    kept: _Kept | None = None
+
+
+class _Pass:
+    """`Decoder.forward_backward` and its `_Batch`."""
+
+    def __init__(self, decoder: Decoder, kernels: TritonKernels, widths: Sequence[int], ranks: Sequence[int]) -> None:
+        self._kernels, self._widths, self._ranks = kernels, widths, ranks
+        self._groups, self._layers = decoder.groups, len(decoder.layers)
+        self._vocabulary, self._hidden = decoder.head.shape
+        self._heads = decoder.heads, decoder.kv_heads, decoder.head_size
+        # ids, positions, labels and their rows, all int64; cos and sin of half a head each.
+        self._batch = [kernels.rows(4, 8), kernels.rows(decoder.head_size)]
+
+    def forward_backward(self, checkpointing: Checkpointing) -> None:
+        kernels = self._kernels
+        x, pending, saved = kernels.rows(self._hidden), None, []
+        for place in range(self._layers):
+            layer, x, pending = self.forward(place, x, pending, checkpointing)
+            saved.append(layer)
+        x, *normed_and_rstd = kernels.norm_forward(x, pending and pending[0], self._hidden)
+        kernels.ledger.saved = kernels.ledger.live
+        dn = self._head_losses()
+        dx: Held | None = kernels.norm_backward(self._hidden)
+        for place in reversed(range(self._layers)):
+            assert dx is not None
+            dx = self.backward(place, saved.pop(), dx)
+        del x, normed_and_rstd, pending, dn  # they were there all the time
+
+    def _head_losses(self) -> Held:
+        """Logits by slices of HEAD_ROWS, each of which becomes its own gradient."""
+        kernels = self._kernels
+        picked, dpicked = kernels.rows(self._hidden), kernels.rows(self._hidden)
+        losses_and_correct = kernels.rows(5, 1)
+        slice_rows = min(HEAD_ROWS, kernels.tokens)
+        logits = Held(kernels.ledger, slice_rows * self._vocabulary * kernels.itemsize)
+        kernels.cross_entropy(slice_rows, self._vocabulary)
+        del logits
+        dn = kernels.rows(self._hidden)
+        del picked, dpicked, losses_and_correct
+        return dn
+
+    def forward(
+        self, place: int, x: Held, pending: tuple[Held, Held | None] | None, checkpointing: Checkpointing
+    ) -> tuple[_Saved, Held, tuple[Held, Held | None]]:
+        kernels, h = self._kernels, []
+
+        def product(kind: int) -> Held:
+            h.append(kernels.shrink(self._width(place, kind)))
+            return self._product(kind)
+
+        x, normed, rstd = kernels.norm_forward(x, pending and pending[0], self._hidden)
+        qkv = product(QKV)
+        kernels.rope_forward(self._turned)
+        keep = checkpointing != "full"
+        attended, for_backward = kernels.attention(*self._heads, with_backward=keep)
+        middle, middle_normed, middle_rstd = kernels.norm_forward(x, product(O), self._hidden)
+        gate_up = product(GATE_UP)
+        width = self._width(place, DOWN)
+        activation, h_down = kernels.swiglu_forward(self._groups[DOWN].inputs, width)
+        h.append(h_down)
+        down = self._product(DOWN)
+        saved = _Saved(x)
+        if keep:
+            norms = (None, None) if checkpointing == "selective" else (normed, middle_normed)
+            rest = [rstd, middle_rstd, h, qkv, attended, for_backward]
+            saved.kept = _Kept(norms[0], middle, norms[1], gate_up, rest)
+        del activation  # not before: the function's end is what frees it
+        return saved, middle, (down, h_down)
+
+    def backward(self, place: int, saved: _Saved, dx: Held) -> Held | None:
+        kernels = self._kernels
+        pending = None
+        if saved.kept is None:
+            saved, _, pending = self.forward(place, saved.x, None, "none")
+        kept = saved.kept
+        assert kept is not None
+
+        dh = kernels.shrink(self._width(place, DOWN))
+        activation = self._input_gradient(DOWN)
+        columns, width, rank = self._groups[DOWN].inputs, self._width(place, GATE_UP), self._rank(place, GATE_UP)
+        gate_up_dh = kernels.swiglu_backward(columns, width, rank)
+        del activation
+
+        dh = gate_up_dh
+        normed = self._normed(kept.middle_normed, kept.middle)
+        dn = self._input_gradient(GATE_UP)
+        dmiddle = kernels.norm_backward(self._hidden)
+
+        dh = kernels.shrink(self._width(place, O))
+        dattended = self._input_gradient(O)
+        gradients = kernels.attention_backward(*self._heads)
+        dqkv = kernels.rope_backward(sum(self._groups[QKV].outputs), self._turned)
+        del gradients
+        dh = kernels.shrink(self._width(place, QKV))
+        self._normed(kept.normed, saved.x)
+        if place == 0:
+            return None
+        dn = self._input_gradient(QKV)
+        before = kernels.norm_backward(self._hidden)
+        del dh, normed, dattended, dqkv, dn, dmiddle, pending  # not before: the function's end is what frees them
+        return before
+
+    def _normed(self, normed: Held | None, x: Held) -> Held:
+        return self._kernels.norm_forward(x, None, self._hidden)[1] if normed is None else normed
+
+    def _product(self, kind: int) -> Held:
+        group = self._groups[kind]
+        return self._kernels.product(group.inputs, group.outputs)
+
+    def _input_gradient(self, kind: int) -> Held:
+        group = self._groups[kind]
+        return self._kernels.input_gradient(group.inputs, group.outputs)
+
+    @property
+    def _turned(self) -> int:
+        """Columns of q and k."""
+        heads, kv_heads, size = self._heads
+        return (heads + kv_heads) * size
+
+    def _width(self, place: int, kind: int) -> int:
+        return self._widths[4 * place + kind]
+
+    def _rank(self, place: int, kind: int) -> int:
+        return self._ranks[4 * place + kind]

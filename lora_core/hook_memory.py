@@ -1,0 +1,185 @@
+"""Memory of one micro-batch through transformers' modules with the bank's hooks, from a run without numbers.
+
+It goes forward and backward on the meta device, where tensors have shapes alone: a meter counts the bytes of every
+storage from its first tensor to its last. Two lengths are run, and the line through them is what a token costs. So
+whatever a family, an option or checkpointing changes is counted here rather than known.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_core.adapter_bank import Adapter, AdapterBank, Run
+from lora_core.adapter_init import adapted_modules
+from lora_core.attention import SHORT_DOCUMENT, Attend, AttentionSpec, plain_attention
+from lora_core.base_model import BaseModel
+from lora_core.checkpointing import recomputed_layers
+from lora_core.config import LoraConfig
+from lora_core.dataset import Example
+from lora_core.decoder import Checkpointing
+from lora_core.loss import SLICE_ROWS, batch_losses
+from lora_core.packing import Chunk, pack
+
+META = torch.device("meta")
+
+
+@dataclass
+class HookActivations:
+    """Of transformers' own modules with the bank's hooks, on `device`."""
+
+    model: PreTrainedModel
+    device: str
+    _lines: dict[Any, tuple[float, float]] = field(default_factory=dict)
+
+    def peak_bytes(self, loras: Sequence[LoraConfig], tokens: int, longest: int, checkpointing: Checkpointing) -> int:
+        """Its two dry runs are remembered for adapters that come to the same."""
+        bank = AdapterBank(self.model)
+        try:
+            adapter, runs = widest(bank, loras), min(len(loras), 2)
+            document = max(longest, SLICE_ROWS)
+            ranks = tuple((module, len(a)) for module, a in adapter.a.items())
+            kinds = adapter.dropout > 0, bool(adapter.magnitude), adapter.residual is not None
+            key = checkpointing, runs, longest, kinds, ranks
+            if key not in self._lines:
+                attend = _MetaAttention(longest, self.device)
+                one, two = (
+                    self._dry_run(bank, adapter, runs, length, attend, checkpointing)
+                    for length in (document, 2 * document)
+                )
+                self._lines[key] = 2 * one - two, (two - one) / document
+        finally:
+            bank.close()
+        constant, slope = self._lines[key]
+        return int(constant + slope * tokens) + self._scratch()
+
+    def _scratch(self) -> int:
+        """oneDNN lays a weight out anew for a bf16 product, outside of any tensor, once forward and once backward; the
+        head's is the largest.
+        """
+        weight = self.model.get_output_embeddings().weight
+        return 2 * weight.nbytes if self.device == "cpu" and weight.dtype == torch.bfloat16 else 0
+
+    def _dry_run(
+        self,
+        bank: AdapterBank,
+        adapter: Adapter,
+        runs: int,
+        tokens: int,
+        attend: Attend,
+        checkpointing: Checkpointing,
+    ) -> int:
+        base = BaseModel(self.model, PreTrainedTokenizerBase(), "", "", "", META)
+        example = Example([0] * (tokens // runs), [False] + [True] * (tokens // runs - 1))
+        batch = pack([Chunk("", ((0, example),))] * runs, META)
+        routed = [Run(adapter, chunk.rows, chunk.row_tokens) for chunk in batch.chunks]
+        known = [*self.model.parameters(), *self.model.buffers(), *adapter.trained, *frozen(adapter)]
+        meter = Meter([*known, *(tensor.grad for tensor in adapter.trained if tensor.grad is not None)])
+        layers = recomputed_layers(self.model, bank) if checkpointing == "full" else nullcontext()
+        with meter:
+            with layers:
+                losses = batch_losses(base, bank, routed, batch, attend)
+            losses.sum().backward()
+        return meter.peak
+
+
+def widest(bank: AdapterBank, loras: Sequence[LoraConfig]) -> Adapter:
+    """An adapter without numbers that has every module of these, with the highest rank, dropout, DoRA and residual."""
+    shapes = bank.shapes(list(bank.modules))
+    ranks: dict[str, int] = {}
+    for lora in {lora.model_dump_json(): lora for lora in loras}.values():
+        for name in adapted_modules(bank, lora):
+            ranks[name] = max(lora.rank_of(name), ranks.get(name, 0))
+    modules = [name for name in bank.modules if name in ranks]
+    dropout = max(lora.lora_dropout for lora in loras)
+    adapter = Adapter(
+        dict.fromkeys(modules, 1.0),
+        {name: _trained((ranks[name], shapes[name][0])) for name in modules},
+        {name: _trained((shapes[name][1], ranks[name])) for name in modules},
+        dropout,
+    )
+    if any(lora.init_lora_weights == "pissa" for lora in loras):
+        a, b = ({name: weight.detach().clone() for name, weight in of.items()} for of in (adapter.a, adapter.b))
+        adapter.residual = Adapter(adapter.scale, a, b)
+    if any(lora.use_dora for lora in loras):
+        adapter.magnitude = {name: _trained((shapes[name][1],)) for name in modules}
+    return adapter
+
+
+def _trained(shape: tuple[int, ...]) -> Tensor:
+    weight = torch.empty(shape, device=META, requires_grad=True)
+    weight.grad = torch.empty(shape, device=META)
+    return weight
+
+
+def frozen(adapter: Adapter) -> list[Tensor]:
+    return [] if adapter.residual is None else [*adapter.residual.a.values(), *adapter.residual.b.values()]
+
+
+class Meter(TorchDispatchMode):
+    """Bytes of the storages that come to be within it: `live` now, `peak` at most. `known` are there already."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live: int = 0
+        self.peak: int = 0
+        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(
+        self, operation: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (key := tensor.untyped_storage()._cdata) not in self._seen:
+                storage = tensor.untyped_storage()
+                self._seen.add(key)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._forget, key, storage.nbytes())
+        return result
+
+    def _forget(self, key: int, nbytes: int) -> None:
+        self._seen.discard(key)
+        self.live -= nbytes
+
+
+class _MetaAttention:
+    """Takes the memory of `PackedAttention` on `device`: for meta tensors torch would choose other kernels."""
+
+    def __init__(self, document: int, device: str) -> None:
+        self._document, self._device = document, device
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        plain = self._device == "cpu" and q.dtype == torch.bfloat16
+        if spec.softcap is None and not (plain and q.requires_grad):
+            fused: Tensor = _FusedAttention.apply(q, k, v)  # type: ignore[no-untyped-call]
+            return fused
+        document = self._document if spec.softcap is not None else min(self._document, SHORT_DOCUMENT)
+        parts = zip(q.split(document, 2), k.split(document, 2), v.split(document, 2), strict=True)
+        outputs = [plain_attention(q, k, v, spec, None) for q, k, v in parts]
+        return torch.cat([output.transpose(1, 2) for output in outputs], dim=1).transpose(1, 2)
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Keeps its inputs, its output and one fp32 number a row and head; its backward pass makes their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # Laid out as [1, tokens, heads, d], as PackedAttention joins its documents.
+        out = torch.empty_like(q.transpose(1, 2).contiguous()).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:3], device=q.device, dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, _, _ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

@@ -1,0 +1,206 @@
+"""What the decoder's kernels return, and what they take besides until they do: `kernels/` without numbers, once for
+Triton and once for torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lora_core.attention import SHORT_DOCUMENT
+
+LARGEST_BLOCK = 64
+"""Ranks that a program of `low_rank_triton` takes at a time. The SwiGLU kernels make a shrink of up to so many."""
+
+STRIPE_COLUMNS = 1024
+"""COLUMNS x BLOCKS of `layer_ops_triton.SWIGLU`: each stripe has fp32 sums of its own."""
+
+
+class Ledger:
+    """Bytes that are held now and at most, and that are `saved` when the head begins."""
+
+    def __init__(self) -> None:
+        self.live = self.peak = self.saved = 0
+
+    def moment(self, nbytes: int) -> None:
+        """Bytes that are there beside what is held, and are gone at once."""
+        self.peak = max(self.peak, self.live + nbytes)
+
+
+class Held:
+    """Stands for a tensor: counted until nobody refers to it."""
+
+    def __init__(self, ledger: Ledger, nbytes: int) -> None:
+        self._ledger, self._nbytes = ledger, nbytes
+        ledger.live += nbytes
+        ledger.moment(0)
+
+    def __del__(self) -> None:
+        self._ledger.live -= self._nbytes
+
+
+@dataclass(frozen=True)
+class TritonKernels:
+    """Of `tokens` rows in documents of up to `longest`; linears may be `quantised`."""
+
+    ledger: Ledger
+    itemsize: int
+    tokens: int
+    longest: int
+    quantised: str | None
+
+    def rows(self, width: int, itemsize: int | None = None) -> Held:
+        """`[T, width]` in the dtype of the batch, or of other numbers."""
+        return Held(self.ledger, self.tokens * width * (itemsize or self.itemsize))
+
+    def _moment(self, width: int, itemsize: int | None = None) -> None:
+        """`[T, width]` that is gone at once."""
+        self.ledger.moment(self.tokens * width * (itemsize or self.itemsize))
+
+    def product(self, inputs: int, outputs: Sequence[int]) -> Held:
+        """`FrozenWeight.forward`: x `[T, inputs]` -> `[T, outputs]`."""
+        return self._multiplied(inputs, sum(outputs))
+
+    def input_gradient(self, inputs: int, outputs: Sequence[int]) -> Held:
+        """`FrozenWeight.input_gradient`: dy `[T, outputs]` -> `[T, inputs]`."""
+        return self._multiplied(sum(outputs), inputs)
+
+    def _multiplied(self, columns: int, width: int) -> Held:
+        """`[T, columns]` -> `[T, width]`; besides, in fp8 the rows in 8 bits with scales, in nf4 a dense weight."""
+        y = self.rows(width)
+        if self.quantised == "fp8":
+            self._moment(columns + 4, 1)
+        elif self.quantised == "nf4":
+            self.ledger.moment(columns * width * self.itemsize)
+        return y
+
+    def shrink(self, width: int) -> Held | None:
+        return self.rows(width) if width else None
+
+    def norm_forward(self, x: Held, y: Held | None, width: int) -> tuple[Held, Held, Held]:
+        """x + y (in y's memory), its norm, and rstd."""
+        return y or x, self.rows(width), self.rows(1, 4)
+
+    def norm_backward(self, width: int) -> Held:
+        return self.rows(width)
+
+    def rope_forward(self, turned: int) -> None:
+        """In place."""
+
+    def rope_backward(self, width: int, turned: int) -> Held:
+        return self.rows(width)
+
+    def swiglu_forward(self, columns: int, width: int) -> tuple[Held, Held | None]:
+        """The activation and its shrink."""
+        activation = self.rows(columns)
+        return activation, self._in_stripes(columns, width, width)
+
+    def swiglu_backward(self, columns: int, width: int, rank: int) -> Held | None:
+        """The shrunk gradient of gate and up."""
+        return self._in_stripes(columns, width, rank)
+
+    def _in_stripes(self, columns: int, width: int, rank: int) -> Held | None:
+        """Where one block takes all ranks: `partial` `[stripes, T, width]` in fp32, its sum, and that in the dtype of
+        the batch.
+        """
+        shrunk = self.shrink(width)
+        if 0 < rank <= LARGEST_BLOCK:
+            self._moment((-(-columns // STRIPE_COLUMNS) + 1) * width, 4)
+        return shrunk
+
+    def cross_entropy(self, rows: int, vocabulary: int) -> None:
+        """Over the logits."""
+
+    def attention(self, heads: int, kv_heads: int, size: int, *, with_backward: bool) -> tuple[Held, list[Held]]:
+        """Attended rows, and what is kept beside q, k and v: one fp32 number a row and head.
+
+        Flash attention and cuDNN's take bf16 alone. In fp32 torch makes two products and a softmax of each document; it
+        keeps q and k scaled, k and v for every head, the softmax, and each document's output, which are then joined.
+        """
+        if self.itemsize == 2:
+            return self.rows(heads * size), [self.rows(heads, 4)]
+        kept = [self.rows(heads * size) for _ in range(4)] + [self.rows(heads * self.longest)]
+        self._moment_of_scores(heads, 2 * self.itemsize)
+        return self.rows(heads * size), kept if with_backward else []
+
+    def attention_backward(self, heads: int, kv_heads: int, size: int) -> list[Held]:
+        """dq, dk, dv. Until then dq is summed in fp32, and dk and dv are there for every query head."""
+        gradients = [self.rows(count * size) for count in (heads, kv_heads, kv_heads)]
+        expanded = 2 * heads * size * self.itemsize if kv_heads < heads else 0
+        self._moment(4 * (heads * size + heads) + expanded, 1)
+        if self.itemsize > 2:
+            self._moment_of_scores(heads, 2 * self.itemsize)
+        return gradients
+
+    def _moment_of_scores(self, heads: int, itemsize: int) -> None:
+        """Numbers for every two tokens of one document, gone at once."""
+        self.ledger.moment(heads * self.longest**2 * itemsize)
+
+
+class TorchKernels(TritonKernels):
+    """On CPU, in torch's own operators, which widen to fp32 in tensors."""
+
+    def product(self, inputs: int, outputs: Sequence[int]) -> Held:
+        """The parts of a dense group stay apart (they are pages of a file), so that their outputs are joined."""
+        y = super().product(inputs, outputs)
+        if not self.quantised and len(outputs) > 1:
+            self._moment(sum(outputs))
+        return y
+
+    def _multiplied(self, columns: int, width: int) -> Held:
+        """In nf4 an element of the dense weight takes a code of one byte, the same in int64, and its level in fp32."""
+        if self.quantised:
+            self.ledger.moment(columns * width * (1 + 8 + 4))
+        return super()._multiplied(columns, width)
+
+    def norm_forward(self, x: Held, y: Held | None, width: int) -> tuple[Held, Held, Held]:
+        """x, its product with rstd and that in the dtype of the batch, besides."""
+        total = x if y is None else self.rows(width)
+        self._moment(8 * width, 1)
+        normed, rstd = self.rows(width), self.rows(1, 4)
+        self._moment(width * (4 + self.itemsize), 1)
+        return total, normed, rstd
+
+    def norm_backward(self, width: int) -> Held:
+        """g, the normed rows, and two products of theirs."""
+        self._moment(4 * width, 4)
+        return self.rows(width)
+
+    def rope_forward(self, turned: int) -> None:
+        """Four halves, then all of it joined."""
+        self._moment(2 * turned)
+
+    def rope_backward(self, width: int, turned: int) -> Held:
+        dy = self.rows(width)
+        self._moment(2 * turned)
+        return dy
+
+    def swiglu_forward(self, columns: int, width: int) -> tuple[Held, Held | None]:
+        return self.rows(columns), self.shrink(width)
+
+    def swiglu_backward(self, columns: int, width: int, rank: int) -> Held | None:
+        """sigmoid, silu, the activation, and three terms of gate's gradient."""
+        self._moment(6 * columns)
+        return self.shrink(width)
+
+    def cross_entropy(self, rows: int, vocabulary: int) -> None:
+        """The logits and their log-softmax in fp32."""
+        self.ledger.moment(rows * vocabulary * (8 if self.itemsize == 2 else 4))
+
+    def attention(self, heads: int, kv_heads: int, size: int, *, with_backward: bool) -> tuple[Held, list[Held]]:
+        """Fused, it keeps what it does on a GPU. Short documents in bf16 are two products and a softmax: q as it is
+        multiplied, the softmax in fp32 and in bf16.
+        """
+        if self.itemsize == 2 and self.longest <= SHORT_DOCUMENT and with_backward:
+            kept = [self.rows(heads * size), self.rows(heads * self.longest, 4 + 2)]
+        else:
+            kept = [self.rows(heads, 4)]
+            if self.longest < self.tokens:  # each document's output, before they are joined
+                kept.append(self.rows(heads * size))
+        return self.rows(heads * size), kept if with_backward else []
+
+    def attention_backward(self, heads: int, kv_heads: int, size: int) -> list[Held]:
+        """dq, dk, dv, beside those of each document, from which they are joined."""
+        gradients = [self.rows(count * size) for count in (heads, kv_heads, kv_heads)]
+        self._moment((heads + 2 * kv_heads) * size)
+        return gradients

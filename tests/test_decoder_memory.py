@@ -1,0 +1,182 @@
+"""The decoder's memory from its shapes: against what its tensors come to, and against peaks of a GPU; what fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedTokenizerBase
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+from lora_core import kernel_memory
+from lora_core.attention import ATTENTION_NAME
+from lora_core.base_model import BaseModel, placed
+from lora_core.config import LoraConfig, TrainConfig
+from lora_core.dataset import Example
+from lora_core.decoder import Checkpointing, Decoder, Labels
+from lora_core.decoder_memory import DecoderActivations, linear_bytes
+from lora_core.engine_job import EngineJob
+from lora_core.hook_memory import Meter
+from lora_core.memory import CONTEXT, EngineActivations, Predictor, predictor
+from lora_core.packing import pack
+from lora_core.precision import Fp8Weight, FrozenWeight, Nf4Weight
+from lora_core.trainer import TrainEngine
+from tests.bench.peers import SHAPES
+from tests.models import CPU
+
+GIB = 2**30
+H100 = int(79.1 * GIB)
+"""What an H100 of 80 GB shows to CUDA."""
+
+WAYS: tuple[Checkpointing, ...] = ("none", "selective", "full")
+TINY = LlamaConfig(
+    vocab_size=1024, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=8,
+    num_key_value_heads=2, max_position_embeddings=2048,
+)  # fmt: skip
+LORAS = [LoraConfig(r=8), LoraConfig(r=5, target_modules=["k_proj", "v_proj"], rank_pattern={"v_proj": 20})]
+
+
+# --- what tensors come to --------------------------------------------------------------------------------------------
+
+
+def tiny_base(precision: str = "bf16") -> BaseModel:
+    TINY._attn_implementation = ATTENTION_NAME
+    model = LlamaForCausalLM(TINY).to(torch.bfloat16).eval().requires_grad_(False)
+    return placed(BaseModel(model, PreTrainedTokenizerBase(), "tiny", "0" * 64, precision, CPU), CPU)
+
+
+def measured(
+    monkeypatch: pytest.MonkeyPatch, checkpointing: Checkpointing, count: int, length: int, precision: str
+) -> tuple[int, int]:
+    """Bytes of a real micro-batch of two jobs when the head begins, and at most."""
+    base = tiny_base(precision)
+    engine = TrainEngine(base, capacity=4096, checkpointing=checkpointing)
+    example = Example([7] * length, [False] + [True] * (length - 1))
+    known: list[Tensor] = [*base.model.parameters(), *base.model.buffers()]
+    assert base.decoder is not None
+    packed = [w._packed for layer in base.decoder.layers for w in layer.weights if isinstance(w, Nf4Weight)]
+    known += [tensor for weight in packed for tensor in (weight.codes, weight.scales)]
+    for number, lora in enumerate(LORAS):
+        train = TrainConfig(batch_size=count, max_seq_len=length)
+        optimizer = engine.add(EngineJob(str(number), lora, train, [example] * count)).optimizer
+        known += [optimizer.flat, optimizer._cast, optimizer._message]
+    batch = pack([chunk for live in engine.live.values() for chunk in live.chunks(0, 1)], CPU)
+    meter, saved = Meter(known), []
+    head: Callable[..., Any] = Decoder._head_losses
+
+    def head_losses(self: Decoder, normed: Tensor, labels: Labels, with_gradient: bool) -> Any:
+        saved.append(meter.live)
+        return head(self, normed, labels, with_gradient)
+
+    monkeypatch.setattr(Decoder, "_head_losses", head_losses)
+    with meter:
+        engine.forward_backward(batch)
+    return saved[0], meter.peak
+
+
+@pytest.mark.parametrize("checkpointing", WAYS)
+@pytest.mark.parametrize(
+    ("count", "length", "precision"),  # attention by two products, and fused
+    [(8, 64, "bf16"), (1, 512, "bf16"), (1, 512, "nf4")],
+)
+def test_the_count_is_what_tensors_come_to(
+    monkeypatch: pytest.MonkeyPatch, checkpointing: Checkpointing, count: int, length: int, precision: str
+) -> None:
+    saved, peak = measured(monkeypatch, checkpointing, count, length, precision)
+    quantised = "nf4" if precision == "nf4" else None
+    of = DecoderActivations(predictor(TINY, torch.bfloat16).model, "cpu", quantised)
+    ledger = of.trace(LORAS, 2 * count * length, length, checkpointing)
+    assert ledger.saved == pytest.approx(saved, rel=0.01)
+    assert ledger.peak == pytest.approx(peak, rel=0.01)
+
+
+def test_nothing_is_held_once_the_pass_is_over() -> None:
+    for device in ("cpu", "cuda"):
+        of = DecoderActivations(predictor(TINY, torch.bfloat16).model, device)
+        assert all(of.trace(LORAS, 512, 128, checkpointing).live == 0 for checkpointing in WAYS)
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("fp8", Fp8Weight), ("nf4", Nf4Weight)])
+def test_quantised_weights_are_counted(precision: str, kind: type[Fp8Weight | Nf4Weight]) -> None:
+    model = tiny_base().model
+    weights: list[FrozenWeight] = [kind(torch.cat(parts)) for parts in Decoder.stacks(model)]
+    groups = Decoder(model).groups
+    assert linear_bytes(groups, 2, precision) == sum(weight.nbytes for weight in weights)
+    others = predictor(TINY, torch.bfloat16, "cuda").weights - linear_bytes(groups, 2, None)
+    of = predictor(TINY, torch.bfloat16, "cuda", precision)
+    assert of.weights == others + sum(weight.nbytes for weight in weights)
+
+
+def test_stripes_are_those_of_the_kernels() -> None:
+    pytest.importorskip("triton")
+    from lora_core.kernels.layer_ops_triton import SWIGLU
+    from lora_core.kernels.low_rank_triton import rank_block
+
+    assert SWIGLU["COLUMNS"] * SWIGLU["BLOCKS"] == kernel_memory.STRIPE_COLUMNS
+    assert rank_block(1024) == kernel_memory.LARGEST_BLOCK
+
+
+# --- against a GPU ---------------------------------------------------------------------------------------------------
+
+
+def llama_8b(precision: str | None = None) -> Predictor:
+    return predictor(LlamaConfig(**SHAPES["8b"]), torch.bfloat16, "cuda", precision)
+
+
+@pytest.mark.parametrize(
+    ("precision", "jobs", "checkpointing", "peak"),
+    [
+        (None, 1, "none", 43.6),
+        (None, 8, "none", 48.5),
+        (None, 1, "full", 19.3),
+        ("fp8", 1, "none", 43.6),
+        ("fp8", 8, "none", 48.5),
+    ],
+)
+def test_peaks_of_an_h100_are_met(precision: str | None, jobs: int, checkpointing: Checkpointing, peak: float) -> None:
+    """`torch.cuda.max_memory_allocated` in GiB, 8,192 tokens in documents of 1,024, r 16 on all linears."""
+    told = llama_8b(precision).predict([LoraConfig()] * jobs, 8192, 1024, checkpointing) - CONTEXT["cuda"]
+    assert told / GIB == pytest.approx(peak, rel=0.01)
+
+
+def test_64_jobs_on_an_8b_base_fit_on_one_gpu() -> None:
+    of, loras = llama_8b(), [LoraConfig()] * 64
+    plan = of.fit(H100 - CONTEXT["cuda"], loras, 1024, 1024)
+    assert (plan.checkpointing, plan.exact_heap) == ("none", False)
+    assert 5000 < plan.capacity < 5500
+    assert plan.predicted_bytes <= H100 - CONTEXT["cuda"]
+    assert of.predict(loras, plan.capacity + 1, 1024, "none") > H100 - CONTEXT["cuda"]
+
+
+def test_memory_that_shrinks_leads_through_every_way() -> None:
+    of, loras = llama_8b(), [LoraConfig()]
+    plans = [of.fit(budget, loras, 1024, 4096) for budget in range(80 * GIB, 18 * GIB, -GIB // 2)]
+    assert list(dict.fromkeys(plan.checkpointing for plan in plans)) == list(WAYS)
+    assert plans[0].capacity == 8192
+    needs = [of.predict(loras, 4096, 1024, checkpointing) for checkpointing in WAYS]
+    assert needs == sorted(needs, reverse=True)
+
+
+# --- which of the two ways through the base --------------------------------------------------------------------------
+
+
+def test_adapters_that_only_hooks_compute_are_counted_as_theirs() -> None:
+    of = predictor(TINY, torch.bfloat16).activations
+    assert isinstance(of, EngineActivations) and of.decoder is not None
+    plain, dropped = LoraConfig(r=8), LoraConfig(r=8, lora_dropout=0.1)
+    by_decoder = of.decoder.peak_bytes([plain], 512, 128, "none")
+    by_hooks = of.hooks.peak_bytes([dropped], 512, 128, "none")
+    assert by_decoder != by_hooks
+    assert of.peak_bytes([plain], 512, 128, "none") == by_decoder
+    assert of.peak_bytes([dropped], 512, 128, "none") == by_hooks
+    assert of.peak_bytes([dropped, plain], 512, 128, "none") == max(by_hooks, by_decoder)
+    in_fp32 = predictor(TINY, torch.float32).activations
+    assert isinstance(in_fp32, EngineActivations) and in_fp32.decoder is None
+
+
+def test_an_engine_on_a_quantised_base_predicts_its_weights() -> None:
+    engine = TrainEngine(tiny_base("nf4"), capacity=None, budget_bytes=GIB)
+    assert engine._predictor.weights == predictor(TINY, torch.bfloat16, "cpu", "nf4").weights
