@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from lora_core.adapter_bank import AdapterBank
 from lora_core.adapter_init import adapted_modules
 from lora_core.config import LoraConfig
-from lora_core.decoder import DOWN, GATE_UP, HEAD_ROWS, QKV, Checkpointing, Decoder, O
+from lora_core.decoder import CPU_HEAD_ROWS, DOWN, GATE_UP, HEAD_ROWS, QKV, Checkpointing, Decoder, O
 from lora_core.kernel_memory import Held, Ledger, TorchKernels, TritonKernels
 from lora_core.kernels.low_rank import LinearGroup
 from lora_core.kernels.quantize import NF4_BLOCK
@@ -69,8 +69,9 @@ class DecoderActivations:
         widths = [-(-max(map(sum, ranks), default=0) // 8) * 8 for ranks in of_groups]
         largest = [max(map(max, ranks), default=0) for ranks in of_groups]
         kind = TritonKernels if self.device == "cuda" else TorchKernels
+        head_rows = HEAD_ROWS if self.device == "cuda" else CPU_HEAD_ROWS
         kernels = kind(Ledger(), self.model.dtype.itemsize, tokens, min(longest, tokens), self.quantised)
-        _Pass(self.decoder, kernels, widths, largest).forward_backward(checkpointing)
+        _Pass(self.decoder, kernels, widths, largest, head_rows).forward_backward(checkpointing)
         return kernels.ledger
 
     def _ranks_of(self, lora: LoraConfig) -> list[list[int]]:
@@ -108,13 +109,21 @@ class _Saved:
 class _Pass:
     """`Decoder.forward_backward` and its `_Batch`."""
 
-    def __init__(self, decoder: Decoder, kernels: TritonKernels, widths: Sequence[int], ranks: Sequence[int]) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        kernels: TritonKernels,
+        widths: Sequence[int],
+        ranks: Sequence[int],
+        head_rows: int,
+    ) -> None:
+        self._head_rows = head_rows
         self._kernels, self._widths, self._ranks = kernels, widths, ranks
         self._groups, self._layers = decoder.groups, len(decoder.layers)
         self._vocabulary, self._hidden = decoder.head.shape
         self._heads = decoder.heads, decoder.kv_heads, decoder.head_size
-        # ids, positions, labels and their rows, all int64; cos and sin of half a head each.
-        self._batch = [kernels.rows(4, 8), kernels.rows(decoder.head_size)]
+        # ids, positions, dropout keys, labels and their rows, all int64; cos and sin of half a head each.
+        self._batch = [kernels.rows(5, 8), kernels.rows(decoder.head_size)]
 
     def forward_backward(self, checkpointing: Checkpointing) -> None:
         kernels = self._kernels
@@ -132,16 +141,15 @@ class _Pass:
         del x, normed_and_rstd, pending, dn  # they were there all the time
 
     def _head_losses(self) -> Held:
-        """Logits by slices of HEAD_ROWS, each of which becomes its own gradient."""
+        """Logits by slices, each of which becomes its own gradient; their memory stays to the end."""
         kernels = self._kernels
         picked, dpicked = kernels.rows(self._hidden), kernels.rows(self._hidden)
         losses_and_correct = kernels.rows(5, 1)
-        slice_rows = min(HEAD_ROWS, kernels.tokens)
-        logits = Held(kernels.ledger, slice_rows * self._vocabulary * kernels.itemsize)
+        slice_rows = min(self._head_rows, kernels.tokens)
+        memory = Held(kernels.ledger, slice_rows * self._vocabulary * kernels.itemsize)
         kernels.cross_entropy(slice_rows, self._vocabulary)
-        del logits
         dn = kernels.rows(self._hidden)
-        del picked, dpicked, losses_and_correct
+        del picked, dpicked, losses_and_correct, memory
         return dn
 
     def forward(

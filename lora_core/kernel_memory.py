@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_core.attention import SHORT_DOCUMENT
+from lora_core.cpu_attention import KEPT_LENGTH, QUERY_BLOCK
+from lora_core.kernels.cross_entropy import CACHED_ELEMENTS
 
 LARGEST_BLOCK = 64
 """Ranks that a program of `low_rank_triton` takes at a time. The SwiGLU kernels make a shrink of up to so many."""
@@ -66,7 +67,7 @@ class TritonKernels:
         return self._multiplied(sum(outputs), inputs)
 
     def _multiplied(self, columns: int, width: int) -> Held:
-        """`[T, columns]` -> `[T, width]`; besides, in fp8 the rows in 8 bits with scales, in nf4 a dense weight."""
+        """`[T, columns]` -> `[T, width]`; besides in fp8 the rows in 8 bits and their scales, in nf4 a dense W."""
         y = self.rows(width)
         if self.quantised == "fp8":
             self._moment(columns + 4, 1)
@@ -140,13 +141,6 @@ class TritonKernels:
 class TorchKernels(TritonKernels):
     """On CPU, in torch's own operators, which widen to fp32 in tensors."""
 
-    def product(self, inputs: int, outputs: Sequence[int]) -> Held:
-        """The parts of a dense group stay apart (they are pages of a file), so that their outputs are joined."""
-        y = super().product(inputs, outputs)
-        if not self.quantised and len(outputs) > 1:
-            self._moment(sum(outputs))
-        return y
-
     def _multiplied(self, columns: int, width: int) -> Held:
         """In nf4 an element of the dense weight takes a code of one byte, the same in int64, and its level in fp32."""
         if self.quantised:
@@ -162,45 +156,56 @@ class TorchKernels(TritonKernels):
         return total, normed, rstd
 
     def norm_backward(self, width: int) -> Held:
-        """g, the normed rows, and two products of theirs."""
-        self._moment(4 * width, 4)
+        """g, x and their product, in fp32."""
+        self._moment(3 * width, 4)
         return self.rows(width)
 
     def rope_forward(self, turned: int) -> None:
-        """Four halves, then all of it joined."""
-        self._moment(2 * turned)
+        """q and k with their halves exchanged."""
+        self._moment(turned)
 
     def rope_backward(self, width: int, turned: int) -> Held:
         dy = self.rows(width)
-        self._moment(2 * turned)
+        self._moment(turned)
         return dy
 
     def swiglu_forward(self, columns: int, width: int) -> tuple[Held, Held | None]:
         return self.rows(columns), self.shrink(width)
 
     def swiglu_backward(self, columns: int, width: int, rank: int) -> Held | None:
-        """sigmoid, silu, the activation, and three terms of gate's gradient."""
-        self._moment(6 * columns)
+        """silu and its gradient, and that of up."""
+        self._moment(3 * columns)
         return self.shrink(width)
 
     def cross_entropy(self, rows: int, vocabulary: int) -> None:
-        """The logits and their log-softmax in fp32."""
-        self.ledger.moment(rows * vocabulary * (8 if self.itemsize == 2 else 4))
+        """A few rows and their softmax in fp32."""
+        self.ledger.moment(2 * 4 * min(rows, max(1, CACHED_ELEMENTS // vocabulary)) * vocabulary)
 
     def attention(self, heads: int, kv_heads: int, size: int, *, with_backward: bool) -> tuple[Held, list[Held]]:
-        """Fused, it keeps what it does on a GPU. Short documents in bf16 are two products and a softmax: q as it is
-        multiplied, the softmax in fp32 and in bf16.
+        """k and v laid out by document, and the probabilities of documents that are not too long: where longer ones are
+        there, too, all others may be of the longest that keep theirs. A block takes its q, scores, their softmax and
+        its output.
         """
-        if self.itemsize == 2 and self.longest <= SHORT_DOCUMENT and with_backward:
-            kept = [self.rows(heads * size), self.rows(heads * self.longest, 4 + 2)]
-        else:
-            kept = [self.rows(heads, 4)]
-            if self.longest < self.tokens:  # each document's output, before they are joined
-                kept.append(self.rows(heads * size))
-        return self.rows(heads * size), kept if with_backward else []
+        attended, kept = self.rows(heads * size), [self.rows(2 * kv_heads * size)]
+        length = min(self.longest, KEPT_LENGTH)
+        ends = [min(start + QUERY_BLOCK, length) for start in range(0, length, QUERY_BLOCK)]
+        scores = sum((end - start) * end for start, end in zip([0, *ends], ends, strict=False))
+        kept.append(Held(self.ledger, self.tokens * heads * scores // length * self.itemsize))
+        self._moment_of_block(heads * 2 * (size + self.longest))
+        return attended, kept if with_backward else []
 
     def attention_backward(self, heads: int, kv_heads: int, size: int) -> list[Held]:
-        """dq, dk, dv, beside those of each document, from which they are joined."""
+        """dq, dk, dv; besides dk and dv by document. A block takes its q, its output's gradient and its dq, the
+        gradients of probabilities and scores, and the probabilities of a long document.
+        """
         gradients = [self.rows(count * size) for count in (heads, kv_heads, kv_heads)]
-        self._moment((heads + 2 * kv_heads) * size)
+        by_document = self.rows(2 * kv_heads * size)
+        again = self.longest > KEPT_LENGTH
+        self._moment_of_block(heads * (3 * size + (3 if again else 2) * self.longest))
+        del by_document
         return gradients
+
+    def _moment_of_block(self, width: int) -> None:
+        """So much for each query of one block in all documents."""
+        documents = -(-self.tokens // self.longest)
+        self.ledger.moment(documents * min(QUERY_BLOCK, self.longest) * width * self.itemsize)

@@ -49,19 +49,19 @@ def tiny_base(precision: str = "bf16") -> BaseModel:
 
 
 def measured(
-    monkeypatch: pytest.MonkeyPatch, checkpointing: Checkpointing, count: int, length: int, precision: str
+    monkeypatch: pytest.MonkeyPatch, checkpointing: Checkpointing, lengths: list[int], precision: str
 ) -> tuple[int, int]:
     """Bytes of a real micro-batch of two jobs when the head begins, and at most."""
     base = tiny_base(precision)
     engine = TrainEngine(base, capacity=4096, checkpointing=checkpointing)
-    example = Example([7] * length, [False] + [True] * (length - 1))
+    examples = [Example([7] * length, [False] + [True] * (length - 1)) for length in lengths]
     known: list[Tensor] = [*base.model.parameters(), *base.model.buffers()]
     assert base.decoder is not None
     packed = [w._packed for layer in base.decoder.layers for w in layer.weights if isinstance(w, Nf4Weight)]
     known += [tensor for weight in packed for tensor in (weight.codes, weight.scales)]
     for number, lora in enumerate(LORAS):
-        train = TrainConfig(batch_size=count, max_seq_len=length)
-        optimizer = engine.add(EngineJob(str(number), lora, train, [example] * count)).optimizer
+        train = TrainConfig(batch_size=len(lengths), max_seq_len=max(lengths))
+        optimizer = engine.add(EngineJob(str(number), lora, train, examples)).optimizer
         known += [optimizer.flat, optimizer._cast, optimizer._message]
     batch = pack([chunk for live in engine.live.values() for chunk in live.chunks(0, 1)], CPU)
     meter, saved = Meter(known), []
@@ -71,26 +71,36 @@ def measured(
         saved.append(meter.live)
         return head(self, normed, labels, with_gradient)
 
-    monkeypatch.setattr(Decoder, "_head_losses", head_losses)
-    with meter:
+    with monkeypatch.context() as patched, meter:
+        patched.setattr(Decoder, "_head_losses", head_losses)
         engine.forward_backward(batch)
     return saved[0], meter.peak
 
 
 @pytest.mark.parametrize("checkpointing", WAYS)
 @pytest.mark.parametrize(
-    ("count", "length", "precision"),  # attention by two products, and fused
-    [(8, 64, "bf16"), (1, 512, "bf16"), (1, 512, "nf4")],
+    ("count", "length", "precision"),
+    [(8, 64, "bf16"), (1, 512, "bf16"), (2, 64, "nf4")],
 )
 def test_the_count_is_what_tensors_come_to(
     monkeypatch: pytest.MonkeyPatch, checkpointing: Checkpointing, count: int, length: int, precision: str
 ) -> None:
-    saved, peak = measured(monkeypatch, checkpointing, count, length, precision)
+    saved, peak = measured(monkeypatch, checkpointing, [length] * count, precision)
     quantised = "nf4" if precision == "nf4" else None
     of = DecoderActivations(predictor(TINY, torch.bfloat16).model, "cpu", quantised)
     ledger = of.trace(LORAS, 2 * count * length, length, checkpointing)
     assert ledger.saved == pytest.approx(saved, rel=0.01)
     assert ledger.peak == pytest.approx(peak, rel=0.01)
+
+
+@pytest.mark.parametrize("checkpointing", WAYS)
+def test_documents_of_any_lengths_take_no_more(monkeypatch: pytest.MonkeyPatch, checkpointing: Checkpointing) -> None:
+    """On a CPU attention keeps its probabilities where documents are short, and computes them again where not."""
+    of = DecoderActivations(predictor(TINY, torch.bfloat16).model, "cpu")
+    for lengths in ([520, 512, 512, 512], [768], [768, 100, 70, 300]):
+        saved, peak = measured(monkeypatch, checkpointing, lengths, "bf16")
+        ledger = of.trace(LORAS, 2 * sum(lengths), max(lengths), checkpointing)
+        assert 1.01 * ledger.saved >= saved and ledger.peak >= peak
 
 
 def test_nothing_is_held_once_the_pass_is_over() -> None:
@@ -139,7 +149,7 @@ def llama_8b(precision: str | None = None) -> Predictor:
 def test_peaks_of_an_h100_are_met(precision: str | None, jobs: int, checkpointing: Checkpointing, peak: float) -> None:
     """`torch.cuda.max_memory_allocated` in GiB, 8,192 tokens in documents of 1,024, r 16 on all linears."""
     told = llama_8b(precision).predict([LoraConfig()] * jobs, 8192, 1024, checkpointing) - CONTEXT["cuda"]
-    assert told / GIB == pytest.approx(peak, rel=0.01)
+    assert told / GIB == pytest.approx(peak, abs=0.1)
 
 
 def test_64_jobs_on_an_8b_base_fit_on_one_gpu() -> None:
@@ -166,13 +176,15 @@ def test_memory_that_shrinks_leads_through_every_way() -> None:
 def test_adapters_that_only_hooks_compute_are_counted_as_theirs() -> None:
     of = predictor(TINY, torch.bfloat16).activations
     assert isinstance(of, EngineActivations) and of.decoder is not None
-    plain, dropped = LoraConfig(r=8), LoraConfig(r=8, lora_dropout=0.1)
+    plain, dora = LoraConfig(r=8), LoraConfig(r=8, use_dora=True)
     by_decoder = of.decoder.peak_bytes([plain], 512, 128, "none")
-    by_hooks = of.hooks.peak_bytes([dropped], 512, 128, "none")
-    assert by_decoder != by_hooks
+    by_hooks = of.hooks.peak_bytes([dora], 512, 128, "none")
     assert of.peak_bytes([plain], 512, 128, "none") == by_decoder
-    assert of.peak_bytes([dropped], 512, 128, "none") == by_hooks
-    assert of.peak_bytes([dropped, plain], 512, 128, "none") == max(by_hooks, by_decoder)
+    assert of.peak_bytes([dora], 512, 128, "none") == by_hooks
+    assert of.peak_bytes([dora, plain], 512, 128, "none") == by_hooks > by_decoder
+    wide = LoraConfig(r=1024)
+    by_decoder = of.decoder.peak_bytes([wide], 512, 128, "none")
+    assert of.peak_bytes([dora, wide], 512, 128, "none") == by_decoder > by_hooks
     in_fp32 = predictor(TINY, torch.float32).activations
     assert isinstance(in_fp32, EngineActivations) and in_fp32.decoder is None
 
