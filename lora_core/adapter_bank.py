@@ -224,7 +224,7 @@ class _AddUpdates(torch.autograd.Function):
             keep = None
             if run.dropout_keys is not None and adapter.dropout > 0:
                 mask = dropout_mask(x.shape[1], adapter.dropout, run.dropout_keys, adapter.module_keys[module])
-                keep = mask.to(x.dtype)
+                keep = mask.view(torch.uint8).to(x.dtype)  # from bool it would take eight times as long
                 x_rows = _dropped(x_rows, keep, adapter.dropout)
             h = F.linear(x_rows, a)
             v = None

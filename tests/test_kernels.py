@@ -184,6 +184,19 @@ def test_masks_are_bit_equal(p: float, module_key: int, triton: bool) -> None:
         torch.testing.assert_close(shown, mask / (1 - int(p * 2**16) / 2**16))
 
 
+def test_a_cpu_makes_masks_of_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def results() -> list[Tensor]:
+        low = low_rank_on("qkv", CPU, DROPOUT)
+        x, dh = randn(T, 96), randn(T, low.width)
+        low_rank.add_weight_gradients(x, dh, randn(T, 128), dh, low)
+        return [low_rank.shrink(x, low), *gradients(low), low_rank.expand_gradient_(x, dh, low)]
+
+    at_once = results()
+    monkeypatch.setattr(masked_low_rank, "MASK_ROWS", 32)
+    for one, other in zip(results(), at_once, strict=True):
+        close(one, other)
+
+
 @pytest.mark.parametrize("with_update", [True, False])
 @pytest.mark.parametrize("with_sum", [True, False])
 def test_norm_forward(with_sum: bool, with_update: bool) -> None:
