@@ -17,10 +17,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lora_core.attention import ATTENTION_NAME
 from lora_core.base_model import BaseModel
-from lora_core.checkpointing import Checkpointing
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import Example
-from lora_core.decoder import Decoder
+from lora_core.decoder import Checkpointing, Decoder
 from lora_core.engine_job import EngineJob, JobDiverged
 from lora_core.fair_queue import FairQueue
 from lora_core.optim import StepOutcome

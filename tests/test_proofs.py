@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_core import engine_job
-from lora_core.checkpointing import Checkpointing
+from lora_core.decoder import Checkpointing
 from lora_core.engine_job import EngineJob, JobDiverged
 from lora_core.trainer import TrainEngine
 from tests.models import (
