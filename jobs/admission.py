@@ -25,7 +25,7 @@ from jobs.spec import JobSpec, SpecError
 from lora_core.adapter_bank import Adapter, AdapterBank
 from lora_core.adapter_init import LoraConfigError, adapted_modules, continued_adapter
 from lora_core.base_model import BaseModelError, describe_base
-from lora_core.dataset import Dataset, DatasetError, build_examples, check_rows, read_rows, split
+from lora_core.dataset import Dataset, DatasetError, build_datasets
 from lora_core.peft_format import read_adapter
 
 T = TypeVar("T")
@@ -88,22 +88,9 @@ def admit(spec: JobSpec, settings: Settings, max_workers: int | None) -> Admitte
 def examples_of(
     spec: JobSpec, dataset: Path, validation: Path | None, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Dataset, Dataset | None]:
-    """Examples to train on, and those held out: a second dataset, or a fraction of the rows."""
-
-    def build(rows: list[tuple[int, dict[str, object]]]) -> Dataset:
-        options = spec.train
-        return build_examples(
-            rows, tokenizer, max_seq_len=options.max_seq_len, train_on=options.train_on, overlong=options.overlong
-        )
-
-    rows = read_rows(dataset)
-    if validation is not None:
-        return build(rows), build(read_rows(validation))
-    if not isinstance(spec.validation, float):
-        return build(rows), None
-    check_rows(rows)  # before the cut, so that mistakes on either side come together
-    kept, held_out = split(len(rows), spec.validation, spec.train.seed)
-    return build([rows[index] for index in kept]), build([rows[index] for index in held_out])
+    """Examples to train on, and those held out; `validation` is the file, where the spec names one."""
+    fraction = spec.validation if isinstance(spec.validation, float) else None
+    return build_datasets(dataset, fraction if validation is None else validation, tokenizer, spec.train)
 
 
 def _check_initial(

@@ -3,6 +3,7 @@
     rows = read_rows(path)                                              dataset_format.py: lines, columns, mistakes
     train, validation = split(len(rows), fraction, seed)
     dataset = build_examples([rows[i] for i in train], tokenizer, ...)  dataset_encoding.py: ids and loss mask
+    build_datasets(path, fraction_or_path, tokenizer, config)           all of it
 
 A row too long for `max_seq_len` is cut or left out and counted. A row that has no supervised token then is named, and a
 data set that has none is refused: its loss would be 0 / 0.
@@ -13,14 +14,26 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from lora_core.config import TrainConfig
 from lora_core.dataset_encoding import Example, TrainOn, encode_rows
 from lora_core.dataset_format import DatasetError, NumberedRow, RowFormat, check_rows, ignored_columns, read_rows
 
-__all__ = ["Dataset", "DatasetError", "DatasetReport", "Example", "build_examples", "check_rows", "read_rows", "split"]
+__all__ = [
+    "Dataset",
+    "DatasetError",
+    "DatasetReport",
+    "Example",
+    "build_datasets",
+    "build_examples",
+    "check_rows",
+    "read_rows",
+    "split",
+]
 
 Overlong = Literal["truncate", "drop"]
 
@@ -140,6 +153,37 @@ def build_examples(
     if not examples:
         raise DatasetError([_nothing_to_learn(report)])
     return Dataset(examples, report)
+
+
+def build_datasets(
+    dataset: str | Path, validation: float | str | Path | None, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
+) -> tuple[Dataset, Dataset | None]:
+    """Examples to train on, and those held out: a second file, or a fraction of the rows.
+
+    Raises:
+        DatasetError: what `read_rows`, `build_examples` and `split` find.
+    """
+
+    def build(rows: Sequence[NumberedRow]) -> Dataset:
+        return build_examples(
+            rows, tokenizer, max_seq_len=config.max_seq_len, train_on=config.train_on, overlong=config.overlong
+        )
+
+    if isinstance(validation, float):
+        rows = read_rows(dataset)
+        check_rows(rows)  # before the cut, so that mistakes on either side come together
+        kept, held_out = split(len(rows), validation, config.seed)
+        return build([rows[index] for index in kept]), build([rows[index] for index in held_out])
+    built: list[Dataset] = []
+    problems: list[str] = []
+    for path, prefix in ((dataset, ""), (validation, "validation: ")):
+        try:
+            built += [] if path is None else [build(read_rows(path))]
+        except DatasetError as error:
+            problems += [prefix + problem for problem in error.problems]
+    if problems:
+        raise DatasetError(problems)
+    return built[0], built[1] if validation is not None else None
 
 
 def split(rows_count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:

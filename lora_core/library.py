@@ -18,8 +18,9 @@ from pathlib import Path
 from lora_core.adapter_init import LoraConfigError
 from lora_core.base_model import BaseModel
 from lora_core.config import LoraConfig, TrainConfig
-from lora_core.dataset import DatasetError, Example, build_examples, read_rows
+from lora_core.dataset import DatasetError, Example, build_datasets
 from lora_core.engine_job import EngineJob, JobDiverged
+from lora_core.optim import Evaluation
 from lora_core.peft_format import AdapterFormatError, adapter_files, read_adapter
 from lora_core.trainer import LiveJob, TrainEngine
 
@@ -32,13 +33,15 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 class TrainJob:
     """One adapter: its `name`, which is that of its folder too, a .jsonl or .parquet file, and how to train.
 
-    `init_adapter` is a PEFT directory to start from.
+    `validation` is a fraction of the rows to hold out, above 0 and below 0.5, or a second file; `init_adapter` is the
+    PEFT directory to start from.
     """
 
     name: str
     dataset: str | Path
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    validation: float | str | Path | None = None
     init_adapter: str | Path | None = None
 
 
@@ -46,7 +49,9 @@ class TrainJob:
 class TrainResult:
     """What became of a job: the `folder` of its adapter, or the `error` that ended it.
 
-    Losses are means over the supervised tokens of a step: the first, and the last of `steps`.
+    Losses are means over the supervised tokens of a step: the first, and the last of `steps`. Where rows are held out,
+    `evaluation` is the last one and `best` the one of the lowest loss (after a step; the start does not count).
+    `stopped` says why training ended before all epochs were done.
     """
 
     folder: Path | None
@@ -54,6 +59,9 @@ class TrainResult:
     steps: int
     first_loss: float
     loss: float
+    evaluation: Evaluation | None = None
+    best: Evaluation | None = None
+    stopped: str | None = None
 
 
 class TrainJobsError(ValueError):
@@ -108,9 +116,9 @@ def _add(engine: TrainEngine, jobs: Sequence[TrainJob]) -> list[str]:
     ]
     for job in jobs:
         try:
-            examples = _examples(engine.base, job)
+            examples, held_out = _examples(engine.base, job)
             start = None if job.init_adapter is None else read_adapter(Path(job.init_adapter), engine.bank)
-            engine.add(EngineJob(job.name, job.lora, job.train, examples, init_adapter=start))
+            engine.add(EngineJob(job.name, job.lora, job.train, examples, held_out, start))
         except DatasetError as error:
             problems += [f"{job.name}: {line}" for line in str(error).splitlines()]
         except LoraConfigError as error:
@@ -122,15 +130,14 @@ def _add(engine: TrainEngine, jobs: Sequence[TrainJob]) -> list[str]:
     return problems
 
 
-def _examples(base: BaseModel, job: TrainJob) -> list[Example]:
-    options = job.train
-    return build_examples(
-        read_rows(job.dataset),
-        base.tokenizer,
-        max_seq_len=options.max_seq_len,
-        train_on=options.train_on,
-        overlong=options.overlong,
-    ).examples
+def _examples(base: BaseModel, job: TrainJob) -> tuple[list[Example], list[Example]]:
+    """Those to train on, and those held out."""
+    if isinstance(job.validation, int | float) and not 0.0 < job.validation < 0.5:
+        raise ValueError(
+            f"validation must be a fraction of the rows above 0 and below 0.5, or a second file, not {job.validation}"
+        )
+    dataset, held_out = build_datasets(job.dataset, job.validation, base.tokenizer, job.train)
+    return dataset.examples, [] if held_out is None else held_out.examples
 
 
 def _unwritable(out: Path) -> list[str]:
@@ -151,7 +158,16 @@ def _result(engine: TrainEngine, live: LiveJob, folder: Path, error: str | None)
             error = f"the adapter could not be written to {folder} ({problem.strerror})"
     progress = live.progress
     log.info("job=%s event=ended step=%d loss=%.4f error=%s", live.job.name, progress.step, progress.loss, error)
-    return TrainResult(folder if error is None else None, error, progress.step, progress.first_loss, progress.loss)
+    return TrainResult(
+        folder=folder if error is None else None,
+        error=error,
+        steps=progress.step,
+        first_loss=progress.first_loss,
+        loss=progress.loss,
+        evaluation=progress.evaluation,
+        best=progress.best,
+        stopped=progress.stopped,
+    )
 
 
 def _write(files: dict[str, bytes], folder: Path) -> None:

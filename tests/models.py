@@ -6,7 +6,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
 
@@ -19,6 +19,7 @@ from lora_core.attention import ATTENTION_NAME
 from lora_core.base_model import BaseModel
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import Example
+from lora_core.decoder import Checkpointing, Decoder
 from lora_core.engine_job import EngineJob, JobDiverged
 from lora_core.fair_queue import FairQueue
 from lora_core.optim import StepOutcome
@@ -90,6 +91,12 @@ def tiny_base(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> B
         norms_in_double(model)
     tokenizer = PreTrainedTokenizerBase()
     return BaseModel(model, tokenizer, f"tiny-{kind}", "0" * 64, "bf16" if dtype == torch.bfloat16 else "fp32", CPU)
+
+
+def decoder_base(kind: str, dtype: torch.dtype = torch.float64) -> BaseModel:
+    """`tiny_base` with the written-out decoder, which a base in these precisions has on a GPU alone."""
+    base = tiny_base(kind, dtype=dtype)
+    return replace(base, decoder=Decoder(base.model))
 
 
 def norms_in_double(model: nn.Module) -> None:
@@ -198,6 +205,8 @@ class RanksInThreads:
     kind: str
     dtype: torch.dtype = torch.float32
     capacity: int = 2048
+    checkpointing: Checkpointing = "none"
+    with_decoder: bool = False
     ranks: int = 2
     _parts: list[Tensor | None] = field(default_factory=lambda: [None, None])
     _barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(2, timeout=60))
@@ -205,8 +214,9 @@ class RanksInThreads:
     def run(self, work: Callable[[TrainEngine], None]) -> list[TrainEngine]:
         engines = [
             TrainEngine(
-                tiny_base(self.kind, dtype=self.dtype),
+                (decoder_base if self.with_decoder else tiny_base)(self.kind, dtype=self.dtype),
                 capacity=self.capacity,
+                checkpointing=self.checkpointing,
                 rank=rank,
                 ranks=self.ranks,
                 all_reduce=self._all_reduce(rank),

@@ -11,7 +11,7 @@ from lora_core.base_model import BaseModel, load_base
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import Example
 from lora_core.dropout import dropout_mask
-from lora_core.engine_job import EngineJob
+from lora_core.engine_job import EngineJob, JobDiverged
 from lora_core.trainer import TrainEngine
 from tests.tiny_models import save_tiny_model
 
@@ -53,9 +53,11 @@ def losses(base: BaseModel, *, lora: LoraConfig = LORA, names: tuple[str, ...] =
     return history
 
 
-def test_training_on_the_gpu_follows_the_cpu(folder: Path) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_training_on_the_gpu_follows_the_cpu(folder: Path, dropout: float) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    cpu, gpu = losses(base_on(folder, "cpu")), losses(base_on(folder, "cuda"))
+    lora = LoraConfig(r=4, lora_dropout=dropout)
+    cpu, gpu = losses(base_on(folder, "cpu"), lora=lora), losses(base_on(folder, "cuda"), lora=lora)
     assert gpu["one"] == pytest.approx(cpu["one"], rel=1e-4)
 
 
@@ -72,6 +74,41 @@ def test_dora_and_an_adapted_head_on_the_gpu_follow_the_cpu(tmp_path: Path) -> N
 def test_a_neighbour_changes_a_gpu_run_by_rounding_only(folder: Path) -> None:
     base = base_on(folder, "cuda")
     assert losses(base, names=("one", "two"))["one"] == pytest.approx(losses(base)["one"], rel=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(("precision", "rounding"), [("fp32", 1e-4), ("bf16", 5e-3)])
+def test_a_job_gone_bad_is_stopped_and_the_others_are_as_if_it_never_was(
+    folder: Path, precision: str, rounding: float, dropout: float
+) -> None:
+    """In the decoder's kernels and through the hooks: after five steps all weights of one of three jobs are NaN, and it
+    is left in. Sums over tokens may be taken in another order, and no more.
+    """
+
+    def train(names: tuple[str, ...]) -> tuple[dict[str, torch.Tensor], list[int]]:
+        engine = TrainEngine(base_on(folder, "cuda", precision))
+        for seed, name in enumerate(names):
+            lora = LoraConfig(r=8 << seed, lora_dropout=dropout)
+            engine.add(EngineJob(name, lora, TrainConfig(epochs=5, batch_size=4, seed=seed), EXAMPLES))
+        failures = []
+        while not all(live.done for name, live in engine.live.items() if name != "bad"):
+            bad = engine.live.get("bad")
+            if bad is not None and bad.progress.step == 5:
+                bad.optimizer.flat.fill_(torch.nan)
+                bad.optimizer._refresh(bad.optimizer._trained)
+            for name, outcome in engine.micro_batch().items():
+                if isinstance(outcome, JobDiverged):
+                    assert name == "bad"
+                    failures.append(outcome.step)
+        engine.bank.close()
+        return {name: live.optimizer.flat for name, live in engine.live.items() if name != "bad"}, failures
+
+    beside, failures = train(("one", "two", "bad"))
+    alone, none = train(("one", "two"))
+    assert (set(failures), none) == ({6}, [])
+    for name, weights in beside.items():
+        error = float((weights - alone[name]).norm() / alone[name].norm())
+        assert error < rounding, name
 
 
 def test_bf16_learns_what_fp32_learns(folder: Path) -> None:

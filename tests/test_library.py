@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import lora_core
 from lora_core import LoraConfig, TrainConfig, TrainJob, TrainJobsError
 from lora_core.base_model import BaseModel, load_base
+from lora_core.dataset import split
 from tests.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -145,3 +147,97 @@ def test_the_packages_names_are_there_and_others_are_not() -> None:
     assert all(getattr(lora_core, name) is not None for name in lora_core.__all__)
     with pytest.raises(AttributeError, match="no attribute 'absent'"):
         _ = lora_core.absent
+
+
+# --- held-out rows ---------------------------------------------------------------------------------------------------
+
+# A constant rate far too high: the loss of what is held out falls, then rises.
+OVERFITS = SHORT.model_copy(update={"epochs": 6, "learning_rate": 0.05, "lr_scheduler": "constant", "eval_steps": 1})
+
+
+def test_a_fraction_holds_out_what_a_second_file_with_the_same_rows_does(
+    base: BaseModel, dataset: Path, tmp_path: Path
+) -> None:
+    """And neither is trained on: ten rows less three are two steps an epoch, not three."""
+    rows = dataset.read_text().splitlines(keepends=True)
+    kept, held_out = split(10, 0.3, SHORT.seed)
+    for name, indices in (("kept", kept), ("held_out", held_out)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows[index] for index in indices))
+    jobs = [
+        TrainJob("fraction", dataset, train=SHORT, validation=0.3),
+        TrainJob("file", tmp_path / "kept.jsonl", train=SHORT, validation=tmp_path / "held_out.jsonl"),
+        TrainJob("none", dataset, train=SHORT),
+    ]
+    results = lora_core.train(base, jobs, tmp_path / "out")
+    fraction, file, none = (results[job.name] for job in jobs)
+    assert replace(fraction, folder=None) == replace(file, folder=None)
+    assert (fraction.steps, none.steps) == (4, 6)
+    assert fraction.evaluation is not None and fraction.best is not None
+    assert (none.evaluation, none.best) == (None, None)
+    assert fraction.evaluation.step == 4
+    assert fraction.evaluation.tokens == sum(len(json.loads(rows[i])["completion"]) + 1 for i in held_out)
+
+
+def test_the_best_weights_are_what_is_written_where_that_is_asked_for(
+    base: BaseModel, dataset: Path, tmp_path: Path
+) -> None:
+    best_config = OVERFITS.model_copy(update={"load_best_model_at_end": True})
+    jobs = [
+        TrainJob("last", dataset, train=OVERFITS, validation=0.3),
+        TrainJob("best", dataset, train=best_config, validation=0.3),
+    ]
+    results = lora_core.train(base, jobs, tmp_path / "out")
+    last, best = results["last"], results["best"]
+    assert last.best == best.best and last.evaluation == best.evaluation
+    assert best.best is not None and best.evaluation is not None and best.folder is not None
+    assert best.best.step < best.evaluation.step == best.steps == 12
+    assert best.best.loss < best.evaluation.loss
+    again = TrainJob(
+        "again", dataset, train=SHORT.model_copy(update={"learning_rate": 1e-30}), validation=0.3,
+        init_adapter=best.folder,
+    )  # fmt: skip
+    found = lora_core.train(base, [again], tmp_path / "again")["again"].evaluation
+    assert found is not None and found.loss == pytest.approx(best.best.loss, rel=1e-5)
+
+
+def test_a_job_that_stops_early_says_why_and_has_its_best_weights(
+    base: BaseModel, dataset: Path, tmp_path: Path
+) -> None:
+    jobs = [
+        TrainJob("patient", dataset, train=OVERFITS, validation=0.3),
+        TrainJob(
+            "stops",
+            dataset,
+            train=OVERFITS.model_copy(update={"early_stopping_patience": 1}),
+            validation=0.3,
+        ),
+    ]
+    results = lora_core.train(base, jobs, tmp_path / "out")
+    stops = results["stops"]
+    assert results["patient"].stopped is None
+    assert stops.error is None and stops.stopped is not None and "did not improve" in stops.stopped
+    assert stops.steps < results["patient"].steps
+    assert stops.best is not None and stops.best.step == stops.steps - 1
+
+
+def test_mistakes_about_held_out_rows_are_told(base: BaseModel, dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("no json\n")
+    jobs = [
+        TrainJob("half", dataset, validation=0.5),
+        TrainJob("one", dataset, validation=1),
+        TrainJob("missing", dataset, validation=tmp_path / "none.jsonl"),
+        TrainJob("bad", tmp_path / "bad.jsonl", validation=tmp_path / "none.jsonl"),
+        TrainJob("without", dataset, train=OVERFITS),
+    ]
+    with pytest.raises(TrainJobsError) as caught:
+        lora_core.train(base, jobs, tmp_path / "out")
+    told = str(caught.value)
+    for part in (
+        "half: validation must be a fraction of the rows above 0 and below 0.5, or a second file, not 0.5",
+        "one: validation must be a fraction of the rows above 0 and below 0.5, or a second file, not 1",
+        f"missing: validation: dataset {tmp_path / 'none.jsonl'}: there is no such file",
+        "bad: line 1",
+        "bad: validation: dataset",
+        "without has no held-out examples, which eval_steps",
+    ):
+        assert part in told, told
