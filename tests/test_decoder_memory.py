@@ -20,7 +20,7 @@ from lora_core.decoder import Checkpointing, Decoder, Labels
 from lora_core.decoder_memory import DecoderActivations, linear_bytes
 from lora_core.engine_job import EngineJob
 from lora_core.hook_memory import Meter
-from lora_core.memory import CONTEXT, EngineActivations, Predictor, predictor
+from lora_core.memory import CONTEXT, HOLES, EngineActivations, Predictor, predictor
 from lora_core.packing import pack
 from lora_core.precision import Fp8Weight, FrozenWeight, Nf4Weight
 from lora_core.trainer import TrainEngine
@@ -149,21 +149,40 @@ def llama_8b(precision: str | None = None) -> Predictor:
 def test_peaks_of_an_h100_are_met(precision: str | None, jobs: int, checkpointing: Checkpointing, peak: float) -> None:
     """`torch.cuda.max_memory_allocated` in GiB, 8,192 tokens in documents of 1,024, r 16 on all linears."""
     told = llama_8b(precision).predict([LoraConfig()] * jobs, 8192, 1024, checkpointing) - CONTEXT["cuda"]
-    assert told / GIB == pytest.approx(peak, abs=0.1)
+    assert told / HOLES["cuda"] / GIB == pytest.approx(peak, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("jobs", "capacity", "checkpointing", "taken"),
+    [
+        (1, 8192, "none", 45.53),
+        (1, 8192, "selective", 41.20),
+        (1, 8192, "full", 20.55),
+        (1, 2048, "none", 24.23),
+        (8, 8192, "none", 50.72),
+        (8, 4096, "selective", 34.33),
+        (32, 8192, "none", 68.80),
+        (32, 4096, "full", 42.42),
+    ],
+)
+def test_what_an_h100_gave_is_met(jobs: int, capacity: int, checkpointing: Checkpointing, taken: float) -> None:
+    """GiB reserved by torch and taken beside it, documents of 256, as `tests/bench/memory_gpu.py` measured them."""
+    told = llama_8b().predict([LoraConfig()] * jobs, capacity, 256, checkpointing)
+    assert told / GIB == pytest.approx(taken, rel=0.05)
 
 
 def test_64_jobs_on_an_8b_base_fit_on_one_gpu() -> None:
     of, loras = llama_8b(), [LoraConfig()] * 64
     plan = of.fit(H100 - CONTEXT["cuda"], loras, 1024, 1024)
     assert (plan.checkpointing, plan.exact_heap) == ("none", False)
-    assert 5000 < plan.capacity < 5500
+    assert 4000 < plan.capacity < 4600
     assert plan.predicted_bytes <= H100 - CONTEXT["cuda"]
     assert of.predict(loras, plan.capacity + 1, 1024, "none") > H100 - CONTEXT["cuda"]
 
 
 def test_memory_that_shrinks_leads_through_every_way() -> None:
     of, loras = llama_8b(), [LoraConfig()]
-    plans = [of.fit(budget, loras, 1024, 4096) for budget in range(80 * GIB, 18 * GIB, -GIB // 2)]
+    plans = [of.fit(budget, loras, 1024, 4096) for budget in range(80 * GIB, 19 * GIB, -GIB // 2)]
     assert list(dict.fromkeys(plan.checkpointing for plan in plans)) == list(WAYS)
     assert plans[0].capacity == 8192
     needs = [of.predict(loras, 4096, 1024, checkpointing) for checkpointing in WAYS]
