@@ -181,7 +181,7 @@ def test_a_first_adapter_of_dora_and_a_head_is_checked_without_the_bases_weights
     asked: dict[str, Any] = {"base_model": str(model), "init_adapter": str(folder)}
     assert admit(spec(tmp_path, **asked, lora=options), settings, 2).init_adapter_sha is not None
     (problem,) = problems(tmp_path, settings, **asked, lora=options | {"use_dora": False})
-    assert problem == "init_adapter: it needs use_dora: true"
+    assert problem == "init_adapter: it was trained with DoRA, so set use_dora"
 
 
 def test_a_first_adapter_whose_copy_was_changed_is_not_loaded(

@@ -135,7 +135,7 @@ def in_company(engine: TrainEngine) -> dict[str, Tensor]:
     for _ in range(3):
         engine.micro_batch()
     lives.insert(2, engine.add(decoder_jobs()[-1]))
-    assert [name for name in engine._views if name not in ("pissa", "dora")] == ["plain", "rs", "some"]
+    assert all(live.view is not None for live in lives[:3])
     while not all(live.done for live in lives[:3]):
         engine.micro_batch()
     assert [live.progress.step for live in lives[:3]] == [STEPS] * 3
@@ -226,7 +226,6 @@ def test_jobs_that_come_and_go_leave_the_base_where_and_what_it_was(make_base: C
         assert live.progress.step == 2
         engine.remove(wanted.name)
         engine.micro_batch()
-        assert engine._views.keys() <= engine.live.keys()
         gone.append(ref(live.optimizer))
         del live
     gc.collect()

@@ -230,7 +230,7 @@ def test_a_killed_client_leaves_its_job_and_the_queue_alone(laptop: Laptop) -> N
 
 def test_interrupting_the_client_leaves_its_job_running(laptop: Laptop) -> None:
     client = subprocess.Popen(
-        [sys.executable, "-m", "jobs", "submit", str(laptop.spec("interrupted"))],
+        [sys.executable, "-m", "jobs", "submit", str(laptop.spec("interrupted", steps=400))],
         env=laptop.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
