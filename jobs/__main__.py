@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.runtime import (
@@ -107,14 +109,28 @@ def _submit(settings: Settings, arguments: argparse.Namespace) -> int:
     admitted.record(job)
     print(f"{job.id} {'queued' if new else f'is there already, {job.status}'}: {job.base}:{spec.adapter}")
     print(f"  follow it: python -m jobs logs {job.id}      cancel it: python -m jobs cancel {job.id}", flush=True)
-    ensure_scheduler(settings, queue)
-    if arguments.no_follow:
-        return 0
     try:
+        with _interrupted_later():  # or nobody would schedule what "goes on without you"
+            ensure_scheduler(settings, queue)
+        if arguments.no_follow:
+            return 0
         return follow(queue, job.id, lambda: ensure_scheduler(settings, queue))
     except KeyboardInterrupt:
         print(f"\n{job.id} goes on without you: python -m jobs logs {job.id}", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """A Ctrl-C within it is raised when it ends."""
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def _list(settings: Settings, _: argparse.Namespace) -> int:
