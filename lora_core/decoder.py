@@ -222,7 +222,6 @@ class Decoder:
             correct.append(right)
             if with_gradient:
                 torch.mm(logits, self.head, out=dpicked[part])
-            del logits  # the next slice's takes its place
         counts = torch.tensor([len(targets) for _, targets in labels])
         dn = torch.zeros_like(normed).index_copy_(0, rows, dpicked) if with_gradient else None
         return _sums(losses, counts), _sums(correct, counts), dn
@@ -272,6 +271,19 @@ class _Batch:
     ) -> tuple[_Saved, Tensor, Pending]:
         """One layer: (what its backward pass needs, x, what is to be added to it)."""
         layer = self._decoder.layers[place]
+        x, normed, rstd = self.add_and_norm(x, pending, layer.norms[0])
+        kept, activation = self._activation(place, x, normed, rstd, with_backward=checkpointing != "full")
+        down = layer.weights[DOWN].forward(activation)
+        if checkpointing == "selective":
+            kept.normed = kept.middle_normed = None
+        saved = _Saved(x, None if checkpointing == "full" else kept)
+        return saved, kept.middle, (down, kept.h[DOWN], self.low_rank(4 * place + DOWN))
+
+    def _activation(
+        self, place: int, x: Tensor, normed: Tensor, rstd: Tensor, with_backward: bool
+    ) -> tuple[_Kept, Tensor]:
+        """A layer from its normed input up to what the down-projection takes: all that its backward pass needs."""
+        layer = self._decoder.layers[place]
         low_ranks = [self.low_rank(4 * place + kind) for kind in range(4)]
         h: list[Tensor | None] = []
 
@@ -279,29 +291,23 @@ class _Batch:
             h.append(shrink(source, low_ranks[kind]) if low_ranks[kind].width else None)
             return layer.weights[kind].forward(source)
 
-        x, normed, rstd = self.add_and_norm(x, pending, layer.norms[0])
         qkv = rope_forward_(product(QKV, normed), h[QKV], low_ranks[QKV], self._rope(layer))
-        keep = checkpointing != "full"
-        attended, attention_backward = self._attention(*self._split(qkv), with_backward=keep)
+        attended, attention_backward = self._attention(*self._split(qkv), with_backward=with_backward)
         middle, middle_normed, middle_rstd = norm_forward(
             x, product(O, attended), h[O], low_ranks[O], layer.norms[1], self._decoder.eps
         )
         gate_up = product(GATE_UP, middle_normed)
         activation, h_down = swiglu_forward(gate_up, h[GATE_UP], low_ranks[GATE_UP], low_ranks[DOWN])
         h.append(h_down)
-        down = layer.weights[DOWN].forward(activation)
-        saved = _Saved(x)
-        if keep:
-            norms = (None, None) if checkpointing == "selective" else (normed, middle_normed)
-            saved.kept = _Kept(rstd, norms[0], h, attended, attention_backward, middle, middle_rstd, norms[1], gate_up)
-        return saved, middle, (down, h[DOWN], low_ranks[DOWN])
+        kept = _Kept(rstd, normed, h, attended, attention_backward, middle, middle_rstd, middle_normed, gate_up)
+        return kept, activation
 
     def backward(self, place: int, saved: _Saved, dx: Tensor) -> Tensor | None:
         """The gradient of a layer's output `[T, H]` -> of its input (None for the first), adding to the adapters'."""
-        if saved.kept is None:
-            saved, _, _ = self.forward(place, saved.x, None, "none")
         kept, layer = saved.kept, self._decoder.layers[place]
-        assert kept is not None
+        if kept is None:
+            _, normed, rstd = self.add_and_norm(saved.x, None, layer.norms[0])
+            kept = self._activation(place, saved.x, normed, rstd, with_backward=True)[0]
         low_ranks = [self.low_rank(4 * place + kind) for kind in range(4)]
 
         def shrunk(kind: int, dy: Tensor) -> Tensor | None:

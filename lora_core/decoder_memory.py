@@ -155,38 +155,37 @@ class _Pass:
     def forward(
         self, place: int, x: Held, pending: tuple[Held, Held | None] | None, checkpointing: Checkpointing
     ) -> tuple[_Saved, Held, tuple[Held, Held | None]]:
+        x, normed, rstd = self._kernels.norm_forward(x, pending and pending[0], self._hidden)
+        kept, h_down, activation = self._activation(place, normed, rstd, with_backward=checkpointing != "full")
+        down = self._product(DOWN)
+        if checkpointing == "selective":
+            kept.normed = kept.middle_normed = None
+        saved = _Saved(x, None if checkpointing == "full" else kept)
+        del activation, normed  # not before: the function's end is what frees them
+        return saved, kept.middle, (down, h_down)
+
+    def _activation(self, place: int, normed: Held, rstd: Held, with_backward: bool) -> tuple[_Kept, Held | None, Held]:
         kernels, h = self._kernels, []
 
         def product(kind: int) -> Held:
             h.append(kernels.shrink(self._width(place, kind)))
             return self._product(kind)
 
-        x, normed, rstd = kernels.norm_forward(x, pending and pending[0], self._hidden)
         qkv = product(QKV)
         kernels.rope_forward(self._turned)
-        keep = checkpointing != "full"
-        attended, for_backward = kernels.attention(*self._heads, with_backward=keep)
-        middle, middle_normed, middle_rstd = kernels.norm_forward(x, product(O), self._hidden)
+        attended, for_backward = kernels.attention(*self._heads, with_backward=with_backward)
+        middle, middle_normed, middle_rstd = kernels.norm_forward(qkv, product(O), self._hidden)
         gate_up = product(GATE_UP)
-        width = self._width(place, DOWN)
-        activation, h_down = kernels.swiglu_forward(self._groups[DOWN].inputs, width)
+        activation, h_down = kernels.swiglu_forward(self._groups[DOWN].inputs, self._width(place, DOWN))
         h.append(h_down)
-        down = self._product(DOWN)
-        saved = _Saved(x)
-        if keep:
-            norms = (None, None) if checkpointing == "selective" else (normed, middle_normed)
-            rest = [rstd, middle_rstd, h, qkv, attended, for_backward]
-            saved.kept = _Kept(norms[0], middle, norms[1], gate_up, rest)
-        del activation  # not before: the function's end is what frees it
-        return saved, middle, (down, h_down)
+        rest = [rstd, middle_rstd, h, qkv, attended, for_backward]
+        return _Kept(normed, middle, middle_normed, gate_up, rest), h_down, activation
 
     def backward(self, place: int, saved: _Saved, dx: Held) -> Held | None:
-        kernels = self._kernels
-        pending = None
-        if saved.kept is None:
-            saved, _, pending = self.forward(place, saved.x, None, "none")
-        kept = saved.kept
-        assert kept is not None
+        kernels, kept = self._kernels, saved.kept
+        if kept is None:
+            _, normed, rstd = kernels.norm_forward(saved.x, None, self._hidden)
+            kept = self._activation(place, normed, rstd, with_backward=True)[0]
 
         dh = kernels.shrink(self._width(place, DOWN))
         activation = self._input_gradient(DOWN)
@@ -210,7 +209,7 @@ class _Pass:
             return None
         dn = self._input_gradient(QKV)
         before = kernels.norm_backward(self._hidden)
-        del dh, normed, dattended, dqkv, dn, dmiddle, pending  # not before: the function's end is what frees them
+        del dh, normed, dattended, dqkv, dn, dmiddle  # not before: the function's end is what frees them
         return before
 
     def _normed(self, normed: Held | None, x: Held) -> Held:
