@@ -14,7 +14,7 @@ LARGEST_BLOCK = 64
 """Ranks that a program of `low_rank_triton` takes at a time. The SwiGLU kernels make a shrink of up to so many."""
 
 STRIPE_COLUMNS = 1024
-"""COLUMNS x BLOCKS of `layer_ops_triton.SWIGLU`: each stripe has fp32 sums of its own."""
+"""COLUMNS x BLOCKS of `swiglu_triton.SWIGLU`: each stripe has fp32 sums of its own."""
 
 
 class Ledger:

@@ -122,7 +122,7 @@ def test_quantised_weights_are_counted(precision: str, kind: type[Fp8Weight | Nf
 
 def test_stripes_are_those_of_the_kernels() -> None:
     pytest.importorskip("triton")
-    from lora_core.kernels.layer_ops_triton import SWIGLU
+    from lora_core.kernels.swiglu_triton import SWIGLU
     from lora_core.kernels.low_rank_triton import rank_block
 
     assert SWIGLU["COLUMNS"] * SWIGLU["BLOCKS"] == kernel_memory.STRIPE_COLUMNS

@@ -24,6 +24,7 @@ from lora_core.kernels import (
     masked_low_rank_triton,
     quantize,
     quantize_triton,
+    swiglu_triton,
 )
 from lora_core.kernels.layer_ops import Rope
 from lora_core.kernels.low_rank import NO_ADAPTER, GroupAdapter, LinearGroup, LowRank, Part, Segments
@@ -250,13 +251,13 @@ def test_swiglu(kinds: tuple[str, str], with_update: bool, dropouts: Sequence[fl
     y_here, y_there = y.clone(), y.to(DEVICE, copy=True)
     reference, shrunk = layer_ops.swiglu_forward(y_here, h, here, down)
     on_device = copies([h, dh], DEVICE)
-    activation, shrunk_there = layer_ops_triton.swiglu_forward(y_there, on_device[0], there, down_there)
+    activation, shrunk_there = swiglu_triton.swiglu_forward(y_there, on_device[0], there, down_there)
     assert shrunk is not None and shrunk_there is not None
     close(activation, reference)
     close(own(shrunk_there, down_there), shrunk)
     dact_here, dact_there = dact.clone(), dact.to(DEVICE, copy=True)
     shrunk = layer_ops.swiglu_backward_(dact_here, dh, down, y_here, h, here)
-    shrunk_there = layer_ops_triton.swiglu_backward_(dact_there, on_device[1], down_there, y_there, on_device[0], there)
+    shrunk_there = swiglu_triton.swiglu_backward_(dact_there, on_device[1], down_there, y_there, on_device[0], there)
     assert shrunk is not None and shrunk_there is not None
     close(own(shrunk_there, there), shrunk)
     close(y_there, y_here)

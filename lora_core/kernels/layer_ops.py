@@ -110,9 +110,9 @@ def swiglu_forward(y: Tensor, h: Tensor | None, low_rank: LowRank, down: LowRank
     On CPU y is updated in place, on CUDA it stays; `swiglu_backward_` knows.
     """
     if y.is_cuda:
-        from lora_core.kernels import layer_ops_triton
+        from lora_core.kernels import swiglu_triton
 
-        return layer_ops_triton.swiglu_forward(y, h, low_rank, down)
+        return swiglu_triton.swiglu_forward(y, h, low_rank, down)
     if h is not None:
         expand_(y, h, low_rank)
     gate, up = y.chunk(2, dim=1)
@@ -128,9 +128,9 @@ def swiglu_backward_(
     and up, `[T, width]`.
     """
     if dact.is_cuda:
-        from lora_core.kernels import layer_ops_triton
+        from lora_core.kernels import swiglu_triton
 
-        return layer_ops_triton.swiglu_backward_(dact, dh_down, down, y, h, low_rank)
+        return swiglu_triton.swiglu_backward_(dact, dh_down, down, y, h, low_rank)
     if dh_down is not None:
         expand_gradient_(dact, dh_down, down)
     gate, up = y.chunk(2, dim=1)

@@ -1,0 +1,239 @@
+"""SwiGLU of `layer_ops.py` in Triton: stripes of columns, so that h and dh are read once a stripe, and the shrinks of
+what comes out are summed while it is in registers.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_core.kernels import masked_low_rank_triton
+from lora_core.kernels.layer_ops_triton import sized
+from lora_core.kernels.low_rank import TILE_ROWS, LowRank
+from lora_core.kernels.low_rank_triton import (
+    address,
+    expanded,
+    precision,
+    rank_block,
+    ranks_of,
+    shrink,
+    shrink_gradient,
+    table_arguments,
+    table_of,
+    updated,
+)
+
+# The fastest of a sweep on one H100 at 8,192 tokens of the 8B shape, r 16: 335 microseconds forward (the floor, bytes
+# over 3 TB/s, is 235) and 670 backward (470), with the shrinks.
+SWIGLU = {"COLUMNS": 64, "BLOCKS": 16, "STAGES": 3, "num_warps": 4}
+
+
+@triton.jit
+def _low_tile(h, h_stride, t, t_mask, row, linear, c):
+    """h of one linear `[rows, ranks]`, zero past its rank, which is returned too, with its B and its column of h."""
+    dtype: tl.constexpr = h.dtype.element_ty
+    field = row + 4 + 4 * linear
+    b = address(field, 0, dtype)
+    r = tl.load(field + 2).to(tl.int32)
+    offset = tl.load(field + 3).to(tl.int32)
+    tile = tl.load(
+        h + t[:, None] * h_stride + (offset + c)[None, :], mask=t_mask[:, None] & (c < r)[None, :], other=0.0
+    )
+    return tile, b, r, offset
+
+
+@triton.jit
+def _b_tile(low, I, n, n_mask, c):
+    """B `[ranks, columns]` of what `_low_tile` gave."""
+    _, b, r, _ = low
+    return tl.load(b + (c[:, None] * I + n[None, :]), mask=(c < r)[:, None] & n_mask[None, :], other=0.0)
+
+
+@triton.jit
+def _swiglu_forward(
+    y, h, activation, partial, tiles, table, down_table, row_fields, adapters, I, T, h_stride, partial_width,
+    UPDATE: tl.constexpr, SHRINK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+    RANKS: tl.constexpr, LOOP: tl.constexpr, DOWN_RANKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile = tiles + tl.program_id(0) * 3
+    t = (tl.load(tile + 1) + tl.arange(0, ROWS)).to(tl.int64)
+    t_mask = tl.arange(0, ROWS) < tl.load(tile + 2)
+    adapter = tl.load(tile)
+    row = table_of(table, adapter, row_fields, adapters)
+    dtype: tl.constexpr = y.dtype.element_ty
+    c = tl.arange(0, RANKS)
+    if UPDATE and not LOOP:
+        gate_low = _low_tile(h, h_stride, t, t_mask, row, 0, c)
+        up_low = _low_tile(h, h_stride, t, t_mask, row, 1, c)
+    if SHRINK:
+        down_row = table_of(down_table, adapter, row_fields, adapters)
+        a = address(down_row, 0, dtype)
+        width = tl.load(down_row + 2).to(tl.int32)
+        k = tl.arange(0, DOWN_RANKS)
+        shrunk = tl.zeros((ROWS, DOWN_RANKS), tl.float32)
+    for block in tl.range(0, BLOCKS, num_stages=STAGES):
+        n = (tl.program_id(1) * BLOCKS + block) * COLUMNS + tl.arange(0, COLUMNS)
+        n_mask = n < I
+        mask = t_mask[:, None] & n_mask[None, :]
+        place = y + t[:, None] * (2 * I) + n[None, :]
+        gate = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(place + I, mask=mask, other=0.0).to(tl.float32)
+        if UPDATE:
+            if LOOP:
+                gate = updated(gate, h, h_stride, t, t_mask, row, 0, I, n, n_mask, RANKS, LOOP, PRECISION)
+                up = updated(up, h, h_stride, t, t_mask, row, 1, I, n, n_mask, RANKS, LOOP, PRECISION)
+            else:
+                gate_tile = _b_tile(gate_low, I, n, n_mask, c)
+                up_tile = _b_tile(up_low, I, n, n_mask, c)
+                gate = tl.dot(gate_low[0], gate_tile, gate, input_precision=PRECISION)
+                up = tl.dot(up_low[0], up_tile, up, input_precision=PRECISION)
+        value = (gate * tl.sigmoid(gate) * up).to(dtype)
+        tl.store(activation + t[:, None] * I + n[None, :], value, mask=mask)
+        if SHRINK:
+            a_tile = tl.load(a + k[None, :] * I + n[:, None], mask=(k < width)[None, :] & n_mask[:, None], other=0.0)
+            shrunk = tl.dot(value, a_tile, shrunk, input_precision=PRECISION)
+    if SHRINK:
+        scales = tl.load(down_row + 3).to(tl.pointer_type(tl.float32))
+        shrunk *= tl.load(scales + k, mask=k < width, other=0.0)[None, :]
+        target = partial + (tl.program_id(1) * T + t)[:, None] * partial_width + k[None, :]
+        tl.store(target, shrunk, mask=t_mask[:, None] & (k < partial_width)[None, :])
+
+
+@triton.jit
+def _swiglu_backward(
+    dact, dh_down, down_table, dh_stride, y, h, partial, tiles, table, row_fields, adapters, I, T, h_stride,
+    partial_width,
+    EXPAND: tl.constexpr, DOWN_RANKS: tl.constexpr, DOWN_LOOP: tl.constexpr,
+    UPDATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+    RANKS: tl.constexpr, LOOP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile = tiles + tl.program_id(0) * 3
+    t = (tl.load(tile + 1) + tl.arange(0, ROWS)).to(tl.int64)
+    t_mask = tl.arange(0, ROWS) < tl.load(tile + 2)
+    adapter = tl.load(tile)
+    row = table_of(table, adapter, row_fields, adapters)
+    dtype: tl.constexpr = y.dtype.element_ty
+    c = tl.arange(0, RANKS)
+    if UPDATE and not LOOP:
+        gate_low = _low_tile(h, h_stride, t, t_mask, row, 0, c)
+        up_low = _low_tile(h, h_stride, t, t_mask, row, 1, c)
+        gate_shrunk = tl.zeros((ROWS, RANKS), tl.float32)
+        up_shrunk = tl.zeros((ROWS, RANKS), tl.float32)
+    if EXPAND:
+        down_row = table_of(down_table, adapter, row_fields, adapters)
+        if not DOWN_LOOP:
+            a = address(down_row, 0, dtype)
+            width = tl.load(down_row + 2).to(tl.int32)
+            k = tl.arange(0, DOWN_RANKS)
+            dh_tile = tl.load(
+                dh_down + t[:, None] * dh_stride + k[None, :], mask=t_mask[:, None] & (k < width)[None, :], other=0.0
+            )
+    for block in tl.range(0, BLOCKS, num_stages=STAGES):
+        n = (tl.program_id(1) * BLOCKS + block) * COLUMNS + tl.arange(0, COLUMNS)
+        n_mask = n < I
+        mask = t_mask[:, None] & n_mask[None, :]
+        place = y + t[:, None] * (2 * I) + n[None, :]
+        gradient_place = dact + t[:, None] * I + n[None, :]
+        gate = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(place + I, mask=mask, other=0.0).to(tl.float32)
+        gradient = tl.load(gradient_place, mask=mask, other=0.0).to(tl.float32)
+        if UPDATE:
+            if LOOP:
+                gate = updated(gate, h, h_stride, t, t_mask, row, 0, I, n, n_mask, RANKS, LOOP, PRECISION)
+                up = updated(up, h, h_stride, t, t_mask, row, 1, I, n, n_mask, RANKS, LOOP, PRECISION)
+            else:
+                gate_tile = _b_tile(gate_low, I, n, n_mask, c)
+                up_tile = _b_tile(up_low, I, n, n_mask, c)
+                gate = tl.dot(gate_low[0], gate_tile, gate, input_precision=PRECISION)
+                up = tl.dot(up_low[0], up_tile, up, input_precision=PRECISION)
+        if EXPAND:
+            if DOWN_LOOP:
+                gradient = expanded(
+                    gradient, dh_down, dh_stride, t, t_mask, down_row, I, n, n_mask, DOWN_RANKS, DOWN_LOOP, PRECISION
+                )
+            else:
+                a_tile = tl.load(
+                    a + k[:, None] * I + n[None, :], mask=(k < width)[:, None] & n_mask[None, :], other=0.0
+                )
+                gradient = tl.dot(dh_tile, a_tile, gradient, input_precision=PRECISION)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        dgate = (gradient * up * (sigmoid + silu * (1.0 - sigmoid))).to(dtype)
+        dup = (gradient * silu).to(dtype)
+        tl.store(place, dgate, mask=mask)
+        tl.store(place + I, dup, mask=mask)
+        tl.store(gradient_place, (silu * up).to(dtype), mask=mask)
+        if UPDATE and not LOOP:
+            gate_shrunk = tl.dot(dgate, tl.trans(gate_tile), gate_shrunk, input_precision=PRECISION)
+            up_shrunk = tl.dot(dup, tl.trans(up_tile), up_shrunk, input_precision=PRECISION)
+    if UPDATE and not LOOP:
+        _, _, r_gate, gate_column = gate_low
+        _, _, r_up, up_column = up_low
+        scales = tl.load(row + 3).to(tl.pointer_type(tl.float32))
+        gate_shrunk *= tl.load(scales + gate_column + c, mask=c < r_gate, other=0.0)[None, :]
+        up_shrunk *= tl.load(scales + up_column + c, mask=c < r_up, other=0.0)[None, :]
+        target = partial + (tl.program_id(1) * T + t)[:, None] * partial_width
+        tl.store(target + (gate_column + c)[None, :], gate_shrunk, mask=t_mask[:, None] & (c < r_gate)[None, :])
+        tl.store(target + (up_column + c)[None, :], up_shrunk, mask=t_mask[:, None] & (c < r_up)[None, :])
+
+
+def swiglu_forward(y: Tensor, h: Tensor | None, low_rank: LowRank, down: LowRank) -> tuple[Tensor, Tensor | None]:
+    """See `layer_ops.swiglu_forward`. The activation's own shrink is summed while it is in registers: stripe by stripe
+    of its columns, so that the order of summation is the same each time.
+    """
+    width, tiles = y.shape[1] // 2, low_rank.segments.tiles
+    activation = y.new_empty(y.shape[0], width)
+    stripes = _stripes(width)
+    down_ranks = rank_block(down.width)
+    together = 0 < down.width <= down_ranks and down.dropout_keys is None
+    partial = _partial(y, stripes, down) if together else None
+    table, row_fields, adapters = table_arguments(low_rank)
+    _swiglu_forward[tiles.shape[0], stripes](
+        y, h, activation, partial, tiles, table, table_arguments(down)[0], row_fields, adapters,
+        width, y.shape[0], 0 if h is None else h.stride(0), down.width,
+        UPDATE=h is not None, SHRINK=together, ROWS=TILE_ROWS, **ranks_of(low_rank.rank), DOWN_RANKS=down_ranks,
+        PRECISION=precision(y), **sized(SWIGLU, y),
+    )  # fmt: skip
+    if partial is not None:
+        return activation, partial.sum(0).to(y.dtype)
+    if down.dropout_keys is not None:
+        return activation, masked_low_rank_triton.shrink(activation, down)
+    return activation, shrink(activation, down) if down.width else None
+
+
+def swiglu_backward_(
+    dact: Tensor, dh_down: Tensor | None, down: LowRank, y: Tensor, h: Tensor | None, low_rank: LowRank
+) -> Tensor | None:
+    """See `layer_ops.swiglu_backward_`."""
+    if dh_down is not None and down.dropout_keys is not None:
+        masked_low_rank_triton.expand_gradient_(dact, dh_down, down)
+        dh_down = None
+    width, tiles = dact.shape[1], low_rank.segments.tiles
+    stripes = _stripes(width)
+    ranks = ranks_of(low_rank.rank)
+    together = h is not None and not ranks["LOOP"]
+    partial = _partial(y, stripes, low_rank) if together else None
+    table, row_fields, adapters = table_arguments(low_rank)
+    _swiglu_backward[tiles.shape[0], stripes](
+        dact, dh_down, table_arguments(down)[0], 0 if dh_down is None else dh_down.stride(0), y, h, partial, tiles,
+        table, row_fields, adapters, width, y.shape[0], 0 if h is None else h.stride(0), low_rank.width,
+        EXPAND=dh_down is not None,
+        DOWN_RANKS=rank_block(down.width), DOWN_LOOP=down.width > rank_block(down.width),
+        UPDATE=h is not None, ROWS=TILE_ROWS, **ranks, PRECISION=precision(y), **sized(SWIGLU, y),
+    )  # fmt: skip
+    if partial is not None:
+        return partial.sum(0).to(y.dtype)
+    return shrink_gradient(y, low_rank) if low_rank.width else None
+
+
+def _stripes(width: int) -> int:
+    """Programs side by side along a row."""
+    return int(triton.cdiv(width, SWIGLU["COLUMNS"] * SWIGLU["BLOCKS"]))
+
+
+def _partial(y: Tensor, stripes: int, low_rank: LowRank) -> Tensor:
+    """fp32 `[stripes, T, width]`: the sums of each stripe."""
+    return torch.empty(stripes, y.shape[0], low_rank.width, dtype=torch.float32, device=y.device)
