@@ -25,7 +25,8 @@ from cluster.storage import StorageError
 from deploy.decode_loop import DecodeLoop
 from deploy.ray_metrics import ServingMetrics
 from lora_core.adapter_bank import Adapter, AdapterBank
-from lora_core.base_model import BaseModel, chat_template_hash
+from lora_core.base_files import chat_template_hash
+from lora_core.base_model import BaseModel
 from lora_core.dataset import Example
 from lora_core.generator import for_inference
 from lora_core.peft_format import AdapterFormatError, read_adapter

@@ -24,7 +24,8 @@ from jobs.job import Job
 from jobs.spec import JobSpec, SpecError
 from lora_core.adapter_bank import Adapter, AdapterBank
 from lora_core.adapter_init import LoraConfigError, adapted_modules, continued_adapter
-from lora_core.base_model import BaseModelError, describe_base
+from lora_core.base_files import BaseModelError
+from lora_core.base_model import describe_base
 from lora_core.dataset import Dataset, DatasetError, build_datasets
 from lora_core.peft_format import read_adapter
 

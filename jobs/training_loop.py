@@ -47,7 +47,8 @@ from jobs.orders import (
     Trained,
 )
 from jobs.spec import JobSpec
-from lora_core.base_model import BaseModel, chat_template_hash, load_base
+from lora_core.base_files import chat_template_hash
+from lora_core.base_model import BaseModel, load_base
 from lora_core.dataset import Example
 from lora_core.engine_job import EngineJob, JobDiverged
 from lora_core.memory import available_bytes

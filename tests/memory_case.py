@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from lora_core.base_model import DTYPES, describe_base, load_base
+from lora_core.base_files import DTYPES
+from lora_core.base_model import describe_base, load_base
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import Example
 from lora_core.decoder import Checkpointing

@@ -19,7 +19,8 @@ from deploy.adapter_server import AdapterServer
 from deploy.decode_loop import DecodeLoop
 from deploy.protocol import Answer, Opened, Piece, Question, Refusal
 from lora_core.adapter_bank import AdapterBank
-from lora_core.base_model import BaseModel, chat_template_hash, load_base
+from lora_core.base_files import chat_template_hash
+from lora_core.base_model import BaseModel, load_base
 from lora_core.dataset import Example
 from lora_core.generator import Generator
 from lora_core.peft_format import adapter_files

@@ -1,14 +1,7 @@
-"""A base is found, converted once, shared, frozen and named by its weights; what cannot be computed faithfully is
-refused.
-"""
+"""A base is frozen, mapped and counted once; what cannot be computed faithfully is refused."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,117 +9,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from lora_core import base_model
 from lora_core.adapter_bank import AdapterBank
-from lora_core.attention import PackedAttention
-from lora_core.base_model import (
-    BaseModel,
-    BaseModelError,
-    chat_template_hash,
-    describe_base,
-    load_base,
-    resolve_precision,
-)
+from lora_core.base_files import BaseModelError, chat_template_hash
+from lora_core.base_model import describe_base, resolve_precision
 from tests.models import CONFIGS, CPU, tiny_model
-from tests.tiny_models import byte_tokenizer, smollm2_gguf
-
-
-def save(folder: Path, kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    model = tiny_model(kind, seed).to(dtype)  # type: ignore[arg-type]
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def load(folder: Path | str, cache: Path, precision: str = "fp32") -> BaseModel:
-    return load_base(str(folder), precision=precision, cache_dir=cache, device=CPU)  # type: ignore[arg-type]
-
-
-def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    return dict(model.named_parameters())
-
-
-@pytest.fixture
-def no_building(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Call it: from then on a conversion is an error."""
-
-    def forbid() -> None:
-        def build(*_: Any) -> None:
-            raise AssertionError("it was converted again")
-
-        monkeypatch.setattr(base_model, "write_dense", build)
-
-    return forbid
-
-
-# --- a GGUF file -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(os.environ.get("LORA_TEST_CACHE") or tmp_path_factory.mktemp("cache"))
-
-
-def test_gguf_is_converted_once_and_is_the_same_model(cache: Path, no_building: Callable[[], None]) -> None:
-    source = smollm2_gguf()
-    assert source is not None
-    first = load(source, cache)
-    no_building()
-    second = load(source, cache)
-    assert first.fingerprint == second.fingerprint
-    assert (second.precision, second.parameters, second.nbytes) == ("fp32", 134_515_008, 134_515_008 * 4)
-    assert second.tokenizer.chat_template is not None
-    question = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = second.tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
-    assert isinstance(prompt, str)
-    ids = torch.tensor([second.tokenizer.encode(prompt, add_special_tokens=False)])
-    asked = ids.shape[1]
-    for _ in range(8):
-        positions = torch.arange(ids.shape[1])[None]
-        hidden = second.hidden(ids, positions, PackedAttention([ids.shape[1]]))
-        ids = torch.cat([ids, second.head(hidden[:, -1:]).argmax(-1)], dim=1)
-    assert "Paris" in str(second.tokenizer.decode(ids[0, asked:]))
-
-
-# --- a directory -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("kind", "saved", "precision"),
-    [
-        ("llama", torch.float32, "bf16"),
-        ("llama", torch.bfloat16, "fp32"),
-        ("gemma", torch.float16, "bf16"),
-        ("gpt2", torch.float32, "bf16"),
-    ],
-)
-def test_conversion_rounds_the_sources_weights_once(
-    kind: str, saved: torch.dtype, precision: str, tmp_path: Path, no_building: Callable[[], None]
-) -> None:
-    folder = save(tmp_path / "model", kind, dtype=saved)
-    base = load(folder, tmp_path / "cache", precision)
-    dtype = base_model.DTYPES[precision]
-    original = weights(tiny_model(kind).to(saved))  # type: ignore[arg-type]
-    assert base.model.dtype == dtype
-    assert all(torch.equal(weight, original[name].to(dtype)) for name, weight in weights(base.model).items())
-    no_building()
-    assert load(folder, tmp_path / "cache", precision).fingerprint == base.fingerprint
-
-
-def test_directory_in_the_precision_computed_in_is_used_as_it_is(
-    tmp_path: Path, no_building: Callable[[], None]
-) -> None:
-    no_building()
-    base = load(save(tmp_path / "model", dtype=torch.bfloat16), tmp_path / "cache", "bf16")
-    assert (base.precision, base.model.dtype) == ("bf16", torch.bfloat16)
+from tests.tiny_models import byte_tokenizer, load_on_cpu, save_random, weights
 
 
 def test_base_is_frozen_and_counts_tied_weights_once(tmp_path: Path) -> None:
     for kind, tied in (("gpt2", True), ("llama", False)):
-        base = load(save(tmp_path / kind, kind), tmp_path / "cache")
+        base = load_on_cpu(save_random(tmp_path / kind, kind), tmp_path / "cache")
         names = weights(base.model)
         assert not any(weight.requires_grad for weight in names.values())
         assert not base.model.training
@@ -137,7 +31,7 @@ def test_base_is_frozen_and_counts_tied_weights_once(tmp_path: Path) -> None:
 
 def test_weights_are_mapped_from_the_file(tmp_path: Path) -> None:
     """So that the processes of a node share one copy; `tests/bench/shared_base.py` measures it."""
-    base = load(save(tmp_path / "model"), tmp_path / "cache", "bf16")
+    base = load_on_cpu(save_random(tmp_path / "model"), tmp_path / "cache", "bf16")
     file = next((tmp_path / "cache" / "bases").glob("*-bf16/model.safetensors")).resolve()
     spans = []
     for line in Path("/proc/self/maps").read_text().splitlines():
@@ -147,121 +41,8 @@ def test_weights_are_mapped_from_the_file(tmp_path: Path) -> None:
     assert all(any(weight.data_ptr() in span for span in spans) for weight in weights(base.model).values())
 
 
-def test_fingerprint_is_of_the_source_weights_alone(tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    folder = save(tmp_path / "model")
-    fingerprint = load(folder, cache).fingerprint
-    assert len(fingerprint) == 64
-    assert load(folder, cache, "bf16").fingerprint == fingerprint
-    assert load(folder, tmp_path / "other cache").fingerprint == fingerprint
-    converted = next((cache / "bases").glob("*-bf16"))
-    byte_tokenizer().save_pretrained(converted)
-    assert load(converted, cache, "bf16").fingerprint == fingerprint
-    copied = Path(shutil.copytree(folder, tmp_path / "copy"))
-    (copied / "README.md").write_text("other words")
-    assert load(copied, cache).fingerprint == fingerprint
-    assert load(save(tmp_path / "other seed", seed=1), cache).fingerprint != fingerprint
-    tensors = load_file(copied / "model.safetensors")
-    tensors["model.norm.weight"][0] += 1e-3
-    save_file(tensors, copied / "model.safetensors", {"format": "pt"})
-    assert load(copied, cache).fingerprint != fingerprint
-
-
-def test_changed_config_or_template_of_the_same_weights_is_seen(tmp_path: Path) -> None:
-    """A conversion is cached by weights and config, and the tokenizer comes from the source."""
-    folder = save(tmp_path / "model")
-    before = load(folder, tmp_path / "cache", "bf16")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.125}))
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    tokenizer.save_pretrained(folder)
-    after = load(folder, tmp_path / "cache", "bf16")
-    assert after.fingerprint == before.fingerprint
-    assert after.model.config.rms_norm_eps == 0.125
-    assert chat_template_hash(after.tokenizer) != chat_template_hash(before.tokenizer)
-
-
-def test_template_hash_is_of_vocabulary_and_template() -> None:
-    assert chat_template_hash(byte_tokenizer()) == chat_template_hash(byte_tokenizer())
-    more_words = byte_tokenizer()
-    more_words.add_tokens(["ticket"])
-    assert chat_template_hash(more_words) != chat_template_hash(byte_tokenizer())
-
-
-LOADER = """
-import sys, time
-from pathlib import Path
-import torch
-from lora_core import base_model
-write = base_model.write_dense
-def slow_write(model, folder):
-    with open(sys.argv[3], "a") as log:
-        log.write("built\\n")
-    time.sleep(1.5)
-    write(model, folder)
-base_model.write_dense = slow_write
-print("ready", flush=True)
-sys.stdin.readline()
-base = base_model.load_base(sys.argv[1], precision="bf16", cache_dir=Path(sys.argv[2]), device=torch.device("cpu"))
-print(base.fingerprint, float(sum(p.double().sum() for p in base.model.parameters())), flush=True)
-"""
-
-
-def test_two_processes_at_once_build_once(tmp_path: Path) -> None:
-    folder, log = save(tmp_path / "model"), tmp_path / "builds"
-    command = [sys.executable, "-c", LOADER, str(folder), str(tmp_path / "cache"), str(log)]
-    processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    try:
-        for process in processes:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-        outputs = []
-        for process in processes:
-            assert process.stdin is not None
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        for process in processes:
-            outputs.append(process.communicate(timeout=60)[0])
-            assert process.returncode == 0
-    finally:
-        for process in processes:
-            process.kill()
-    assert outputs[0] == outputs[1] != ""
-    assert log.read_text() == "built\n"
-    assert not [path for path in (tmp_path / "cache" / "bases").iterdir() if path.name.endswith(".partial")]
-
-
-def test_what_a_killed_builder_left_is_no_base(tmp_path: Path) -> None:
-    folder, bases = save(tmp_path / "model"), tmp_path / "cache" / "bases"
-    expected = load(folder, tmp_path / "cache", "bf16")
-    (target,) = bases.glob("*-bf16")
-    shutil.rmtree(target)
-    left = bases / f".{target.name}.partial"
-    left.mkdir()
-    (left / "model.safetensors").write_bytes(b"half")
-    again = load(folder, tmp_path / "cache", "bf16")
-    assert all(torch.equal(weight, weights(again.model)[name]) for name, weight in weights(expected.model).items())
-    assert not left.exists()
-
-
-def test_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = save(tmp_path / "model")
-
-    def full_disk(model: PreTrainedModel, target: Path) -> None:
-        (target / "model.safetensors").write_bytes(b"half")
-        raise OSError("No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(base_model, "write_dense", full_disk)
-        with pytest.raises(OSError, match="No space left"):
-            load(folder, tmp_path / "cache", "bf16")
-    assert [path.suffix for path in (tmp_path / "cache" / "bases").iterdir()] == [".lock"]
-    load(folder, tmp_path / "cache", "bf16")
-
-
 def test_description_needs_no_weights(tmp_path: Path) -> None:
-    folder = save(tmp_path / "model", "gpt2")
+    folder = save_random(tmp_path / "model", "gpt2")
     (folder / "model.safetensors").unlink()
     model, tokenizer = describe_base(str(folder), tmp_path / "cache")
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
@@ -278,93 +59,6 @@ def test_precision_is_the_one_asked_for_or_the_hardwares(monkeypatch: pytest.Mon
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
         assert resolve_precision("auto", CPU) == expected
-
-
-# --- errors ----------------------------------------------------------------------------------------------------------
-
-
-def drop_weight(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
-def reshape_weight(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"][:-1].contiguous()
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
-def set_config(**fields: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | fields))
-
-    return change
-
-
-def without_tokenizer(folder: Path) -> None:
-    for file in folder.glob("*token*"):
-        file.unlink()
-
-
-BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), r"holds no \*.safetensors"),
-    "broken config": (lambda folder: (folder / "config.json").write_text("{"), "cannot be opened"),
-    "unknown family": (set_config(model_type="no-such-family"), "cannot be opened"),
-    "another family's weights": (set_config(model_type="gpt2"), r"weights are missing"),
-    "no causal language model": (set_config(model_type="t5"), "cannot be opened"),
-    "broken weights": (
-        lambda folder: (folder / "model.safetensors").write_bytes(b"\x08" + bytes(40)),
-        "cannot be opened",
-    ),
-    "a weight is missing": (drop_weight, r"1 weights are missing.*layers.1.mlp.up_proj"),
-    "a weight has another shape": (reshape_weight, r"1 weights .* have another shape .*layers.1.mlp.up_proj"),
-    "no tokenizer": (without_tokenizer, "cannot be opened"),
-    "other code": (set_config(model_type="mine", auto_map={"AutoConfig": "mine.Config"}), "cannot be opened"),
-}
-
-
-@pytest.mark.parametrize("problem", BROKEN)
-def test_broken_directory_is_told_in_one_sentence(problem: str, tmp_path: Path) -> None:
-    folder = save(tmp_path / "model")
-    change, message = BROKEN[problem]
-    change(folder)
-    for precision in ("fp32", "bf16"):
-        with pytest.raises(BaseModelError, match=message) as caught:
-            load(folder, tmp_path / "cache", precision)
-        assert str(caught.value).startswith("base model ")
-        assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("/no/such/place", "there is no such file or directory"),
-        ("./nowhere", "there is no such file or directory"),
-        ("missing.gguf", "there is no such file or directory"),
-        ("nobody/no-such-model", "no alias of LORA_BASE_MODELS, no local path, and the hub did not give it"),
-        ("what even is this", "check the name, the network or HF_TOKEN"),
-    ],
-)
-def test_source_that_is_not_there_is_told_in_one_sentence(
-    source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for use in (lambda: load(source, tmp_path), lambda: describe_base(source, tmp_path)):
-        with pytest.raises(BaseModelError, match=message) as caught:
-            use()
-        assert str(caught.value).startswith(f"base model {source}: ")
-        assert "\n" not in str(caught.value)
-
-
-def test_broken_gguf_is_told_in_one_sentence(tmp_path: Path) -> None:
-    file = tmp_path / "model.gguf"
-    file.write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(BaseModelError, match="cannot be opened") as caught:
-        load(file, tmp_path / "cache")
-    assert "\n" not in str(caught.value)
 
 
 _SIZES: dict[str, Any] = {
@@ -420,11 +114,11 @@ def test_family_that_would_be_computed_wrongly_is_refused(family: str, tmp_path:
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     with pytest.raises(BaseModelError, match=message):
-        load(tmp_path / "model", tmp_path / "cache")
+        load_on_cpu(tmp_path / "model", tmp_path / "cache")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_family_that_is_computed_rightly_is_taken(kind: str, precision: str, tmp_path: Path) -> None:
-    base = load(save(tmp_path / "model", kind), tmp_path / "cache", precision)
+    base = load_on_cpu(save_random(tmp_path / "model", kind), tmp_path / "cache", precision)
     assert base.model.config.model_type == CONFIGS[kind].model_type

@@ -122,8 +122,8 @@ def test_quantised_weights_are_counted(precision: str, kind: type[Fp8Weight | Nf
 
 def test_stripes_are_those_of_the_kernels() -> None:
     pytest.importorskip("triton")
-    from lora_core.kernels.swiglu_triton import SWIGLU
     from lora_core.kernels.low_rank_triton import rank_block
+    from lora_core.kernels.swiglu_triton import SWIGLU
 
     assert SWIGLU["COLUMNS"] * SWIGLU["BLOCKS"] == kernel_memory.STRIPE_COLUMNS
     assert rank_block(1024) == kernel_memory.LARGEST_BLOCK

@@ -18,7 +18,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lora_core.adapter_bank import Adapter, AdapterBank
-from lora_core.base_model import BaseModel, load_base, local_folder
+from lora_core.base_files import local_folder
+from lora_core.base_model import BaseModel, load_base
 from lora_core.detokenizer import TextStream
 from lora_core.generator import GenerationRequest, Generator, PromptTooLongError, for_inference
 from lora_core.peft_format import read_adapter

@@ -28,6 +28,7 @@ ORDER = {
         "precision",
         "adapter_view",
         "decoder",
+        "base_files",
         "base_model",
         "peft_format",
         "merge",

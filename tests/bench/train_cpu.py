@@ -19,7 +19,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from lora_core.base_model import BaseModel, load_base, local_folder
+from lora_core.base_files import local_folder
+from lora_core.base_model import BaseModel, load_base
 from lora_core.trainer import TrainEngine
 from tests.bench.engines import session_step
 from tests.bench.peers import compiled_step, stock_step, with_peft

@@ -1,0 +1,218 @@
+"""The files of a base model: found, named by their content, and put into the form that processes share.
+
+A source is a Hugging Face hub id, a local directory or a GGUF file. What is not one precision in safetensors, or not
+the precision that is computed in, is converted once, into the cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_core.attention import ATTENTION_NAME
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class BaseModelError(ValueError):
+    """A base model that cannot be found, read or adapted; the sentence says what to change."""
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory."""
+    with readable(folder):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return tokenizer
+
+
+def chat_template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 over vocabulary and chat template: what must be equal for a prompt to mean the same tokens."""
+    template = (
+        tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else json.dumps(tokenizer.chat_template)
+    )
+    content = json.dumps([sorted(tokenizer.get_vocab().items()), template])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def local_folder(source: str, cache_dir: Path, *, weights: bool = True) -> Path:
+    """The directory that holds the source: itself, a hub snapshot, or a GGUF file's conversion.
+
+    Raises:
+        BaseModelError: there is none.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return _converted_gguf(path.resolve(), cache_dir)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BaseModelError(
+                f"base model {source}: the directory has no config.json; point to a Hugging Face model directory"
+            )
+        return path.resolve()
+    if source.startswith(("/", ".", "~")) or path.suffix == ".gguf":
+        raise BaseModelError(f"base model {source}: there is no such file or directory")
+    return _hub_snapshot(source, weights)
+
+
+def _hub_snapshot(source: str, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    small = ["*.json", "*.jinja", "*.txt", "*.model"]
+    try:
+        return Path(snapshot_download(source, allow_patterns=[*small, "*.safetensors"] if weights else small))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise BaseModelError(
+            f"base model {source}: it is no alias of LORA_BASE_MODELS, no local path, and the hub did not give it"
+            f" ({type(error).__name__}); check the name, the network or HF_TOKEN"
+        ) from error
+
+
+def fingerprint_of(folder: Path, cache_dir: Path) -> str:
+    """sha256 over the weight files of a model directory; remembered by path, size and time of each file."""
+    origin = folder / "source.json"  # a conversion stands for the file it came from
+    if origin.is_file():
+        return str(json.loads(origin.read_text())["sha256"])
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not files:
+        raise BaseModelError(
+            f"base model {folder}: the directory holds no *.safetensors; save the model with save_pretrained"
+        )
+    digests = [[file.name, _file_sha256(file.resolve(), cache_dir)] for file in files]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
+def _file_sha256(file: Path, cache_dir: Path) -> str:
+    stat = file.stat()
+    key = hashlib.sha256(f"{file}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()
+    memo = cache_dir / "sha256" / key
+    if memo.is_file():
+        return memo.read_text()
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    memo.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=memo.parent, delete=False) as temporary:
+        temporary.write(digest)
+    Path(temporary.name).replace(memo)
+    return digest
+
+
+def _converted_gguf(file: Path, cache_dir: Path) -> Path:
+    digest = _file_sha256(file, cache_dir)
+    with _built_once(cache_dir / "bases" / f"{digest[:16]}-gguf") as (target, scratch):
+        if scratch is not None:
+            arguments: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+            with readable(file):
+                model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **arguments)
+                tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
+            tokenizer.save_pretrained(scratch)
+            write_dense(model, scratch)
+            (scratch / "source.json").write_text(json.dumps({"sha256": digest, "file": file.name}))
+    return target
+
+
+def dense_folder(folder: Path, fingerprint: str, precision: str, cache_dir: Path) -> Path:
+    """`folder` itself where its weights are one precision, the one computed in; else a copy of it that is."""
+    files = list(folder.glob("*.safetensors"))
+    if files and _dtypes(files) == {precision}:
+        return folder
+    config = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
+    with _built_once(cache_dir / "bases" / f"{fingerprint[:16]}-{config[:8]}-{precision}") as (target, scratch):
+        if scratch is not None:
+            write_dense(open_model(folder, DTYPES[precision]), scratch)
+            (scratch / "source.json").write_text(json.dumps({"sha256": fingerprint, "folder": str(folder)}))
+    return target
+
+
+def _dtypes(files: list[Path]) -> set[str]:
+    names = {"F32": "fp32", "BF16": "bf16"}
+    found = set()
+    for file in files:
+        with readable(file), safe_open(file, framework="pt") as tensors:
+            found |= {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118 - not a dict
+    return {names.get(dtype, dtype) for dtype in found}
+
+
+def write_dense(model: PreTrainedModel, folder: Path, replaced: Mapping[str, Tensor] | None = None) -> None:
+    """Weights (some `replaced` by others, by name) and config; `save_pretrained` would refuse a model that came from
+    GGUF.
+    """
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    state = model.state_dict() | dict(replaced or {})
+    state = {name: tensor.contiguous() for name, tensor in state.items() if name not in tied}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    config = model.config.to_dict()
+    config.pop("quantization_config", None)  # it would say "gguf" of a dense file
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = str(model.dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str))
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _built_once(target: Path) -> Iterator[tuple[Path, Path | None]]:
+    """(target, scratch): scratch is None where the target exists; else it becomes the target when the block ends
+    well.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / f".{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.is_dir():
+            yield target, None
+            return
+        scratch = target.parent / f".{target.name}.partial"
+        shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed while it held the lock
+        scratch.mkdir()
+        try:
+            yield target, scratch
+            scratch.replace(target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def open_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with every one of its weights from the folder: transformers would draw at random those that are
+    missing.
+    """
+    with readable(folder):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told below, by name
+        )
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
+    missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if missing:
+        raise BaseModelError(
+            f"base model {folder}: {len(missing)} weights are missing or have another shape ({missing[0]} ...);"
+            " save the model again"
+        )
+    return model
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """What transformers raises about files that it cannot use comes in many types (a bad GGUF: struct.error)."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise BaseModelError(f"base model {path}: it cannot be opened as a causal language model ({reason})") from error
