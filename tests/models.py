@@ -15,6 +15,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lora_core.adapter_bank import Adapter, AdapterBank
+from lora_core.adapter_init import init_adapter
 from lora_core.attention import ATTENTION_NAME
 from lora_core.base_model import BaseModel
 from lora_core.config import LoraConfig, TrainConfig
@@ -265,3 +267,25 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def random_adapter(
+    bank: AdapterBank,
+    seed: int,
+    r: int = 4,
+    size: float = 0.3,
+    targets: str | list[str] = "all-linear",
+    dropout: float = 0.0,
+    dora: bool = False,
+    trained: bool = False,
+) -> Adapter:
+    """An adapter with a B that is not zero, strong enough to change answers; with DoRA m is not the norm either."""
+    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets, lora_dropout=dropout, use_dora=dora)
+    fresh = init_adapter(bank, config, seed)
+    stream = torch.Generator().manual_seed(seed)
+    b = {name: torch.randn(b.shape, generator=stream) * size for name, b in fresh.b.items()}
+    magnitude = {name: m + torch.rand(m.shape, generator=stream) * size for name, m in fresh.magnitude.items()}
+    adapter = replace(fresh, b=b, magnitude=magnitude)
+    for weight in adapter.trained:
+        weight.requires_grad_(trained)
+    return adapter

@@ -1,10 +1,9 @@
-"""Many adapters on one base: which modules, whose rows, whose dropout; and that neighbours do not matter."""
+"""Many adapters on one base: which modules, whose rows; and that neighbours do not matter."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import peft
 import pytest
@@ -12,37 +11,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lora_core.adapter_bank import Adapter, AdapterBank, Run
+from lora_core.adapter_bank import AdapterBank, Run
 from lora_core.adapter_init import init_adapter
 from lora_core.attention import PackedAttention
 from lora_core.base_model import BaseModel
 from lora_core.config import LoraConfig, TrainConfig
-from lora_core.dropout import dropout_mask
 from lora_core.engine_job import EngineJob
-from lora_core.packing import Chunk, pack
 from lora_core.trainer import LiveJob, TrainEngine
-from tests.models import VOCABULARY, documents, threads, tiny_base, tiny_model
+from tests.models import VOCABULARY, documents, random_adapter, threads, tiny_base, tiny_model
 
 DOWN = "model.layers.1.mlp.down_proj"
-
-
-def random_adapter(
-    bank: AdapterBank,
-    r: int,
-    seed: int,
-    targets: str | list[str] = "all-linear",
-    dropout: float = 0.0,
-    trained: bool = False,
-) -> Adapter:
-    """An adapter whose B is not zero."""
-    config = LoraConfig(r=r, lora_alpha=3, target_modules=targets, lora_dropout=dropout)
-    fresh = init_adapter(bank, config, seed)
-    stream = torch.Generator().manual_seed(seed)
-    return replace(
-        fresh,
-        a={name: a.requires_grad_(trained) for name, a in fresh.a.items()},
-        b={name: (torch.randn(b.shape, generator=stream) * 0.2).requires_grad_(trained) for name, b in fresh.b.items()},
-    )
 
 
 # --- which modules ---------------------------------------------------------------------------------------------------
@@ -165,7 +143,7 @@ def test_rows_get_their_own_adapter_and_no_other(kind: str) -> None:
     base = tiny_base(kind)
     bank = AdapterBank(base.model)
     some = ["c_fc"] if kind == "gpt2" else ["q_proj", "down_proj"]
-    one, two = random_adapter(bank, 3, seed=1), random_adapter(bank, 8, seed=2, targets=some)
+    one, two = random_adapter(bank, 1, 3), random_adapter(bank, 2, 8, targets=some)
     runs = [Run(one, 5), Run(None, 4), Run(two, 6), Run(one, 1), Run(two, 0), Run(two, 8)]
     checks = deltas(base.model, runs, list(bank.linears))
     ids, lengths = torch.randint(3, VOCABULARY, (1, 24)), [5, 4, 6, 1, 8]
@@ -184,7 +162,7 @@ def test_decoding_rows_are_the_batch() -> None:
     """`[n, 1]` tokens of n requests, as the generator sends them."""
     base = tiny_base("llama")
     bank = AdapterBank(base.model)
-    adapters = [random_adapter(bank, 4, seed=seed) for seed in (1, 2)]
+    adapters = [random_adapter(bank, seed, 4) for seed in (1, 2)]
     ids, positions = torch.randint(3, VOCABULARY, (3, 1)), torch.zeros(3, 1, dtype=torch.int64)
     with bank.routed([Run(adapters[0], 2), Run(adapters[1], 1)]):
         together = base.hidden(ids, positions, PackedAttention([1]))
@@ -199,7 +177,7 @@ def test_closed_bank_and_unrouted_pass_leave_the_base_alone() -> None:
     ids, positions = torch.randint(3, VOCABULARY, (1, 8)), torch.arange(8)[None]
     plain = base.hidden(ids, positions, PackedAttention([8]))
     bank = AdapterBank(base.model)
-    adapter = random_adapter(bank, 4, seed=1)
+    adapter = random_adapter(bank, 1, 4)
     with bank.routed([Run(adapter, 8)]):
         assert not torch.equal(base.hidden(ids, positions, PackedAttention([8])), plain)
     assert torch.equal(base.hidden(ids, positions, PackedAttention([8])), plain)
@@ -224,8 +202,8 @@ def test_gradients_are_autograds_own() -> None:
     """Against plain tensor formulas, by finite differences in fp64, dropout included."""
     base = tiny_base("llama", dtype=torch.float64)
     bank = AdapterBank(base.model)
-    one = random_adapter(bank, 2, seed=1, dropout=0.3, trained=True)
-    two = random_adapter(bank, 3, seed=2, targets=["q_proj"], trained=True)
+    one = random_adapter(bank, 1, 2, dropout=0.3, trained=True)
+    two = random_adapter(bank, 2, 3, targets=["q_proj"], trained=True)
     for adapter in (one, two):
         adapter.a = {name: a.detach().double().requires_grad_() for name, a in adapter.a.items()}
         adapter.b = {name: b.detach().double().requires_grad_() for name, b in adapter.b.items()}
@@ -256,8 +234,8 @@ def test_nan_neighbour_is_harmless(kind: str, where: str) -> None:
     def run(poison: bool) -> dict[str, Tensor]:
         base = tiny_base(kind)
         bank = AdapterBank(base.model)
-        mine = random_adapter(bank, 4, seed=1, trained=True)
-        neighbour = random_adapter(bank, 8, seed=2, dropout=0.2, trained=True)
+        mine = random_adapter(bank, 1, 4, trained=True)
+        neighbour = random_adapter(bank, 2, 8, dropout=0.2, trained=True)
         if poison:
             with torch.no_grad():
                 for weight in getattr(neighbour, where).values():
@@ -286,117 +264,6 @@ def test_activations_round_by_run_alone() -> None:
             alone = torch.cat([activation(part) for part in x.split(40, dim=1)], dim=1)
             with bank.routed([Run(None, 40)] * 25):
                 assert torch.equal(activation(x), alone)
-
-
-# --- dropout ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
-def test_share_of_dropped_features(p: float) -> None:
-    keys = torch.arange(4000)
-    mask = dropout_mask(203, p, keys, module_key=99)
-    assert mask.shape == (4000, 203)
-    assert float(mask.float().mean()) == pytest.approx(1 - p, abs=4 * math.sqrt(p * (1 - p) / mask.numel()))
-    assert float(mask.float().mean(0).std()) < 0.02  # no feature is dropped more often than another
-    assert float(mask.float().mean(1).std()) < 1.2 * math.sqrt(p * (1 - p) / 203)  # nor any row
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-4), (torch.bfloat16, 6e-4)])
-def test_dropout_keeps_the_expectation(dtype: torch.dtype, limit: float) -> None:
-    """Averaged over many masks the update is that without dropout; a factor rounded to bf16 would be 0.16 % off."""
-    base = tiny_base("llama", dtype=dtype)
-    bank = AdapterBank(base.model)
-    rows = 2**16
-    x = (torch.rand(1, rows, 172, generator=torch.Generator().manual_seed(0)) + 0.5).to(dtype)
-    module = bank.linears[DOWN]
-    adapter = random_adapter(bank, 1, seed=1, dropout=0.1)
-    adapter.a[DOWN].fill_(1.0)
-    adapter.b[DOWN].fill_(1.0)
-    plain = module(x)[0].double()
-    with bank.routed([Run(adapter, rows)]):
-        whole = module(x)[0].double() - plain
-    with bank.routed([Run(adapter, rows, torch.arange(rows))]):
-        dropped = module(x)[0].double() - plain
-    assert float(dropped.mean() / whole.mean()) == pytest.approx(1.0, abs=limit)
-    assert float(dropped.std() / whole.mean()) > 0.01
-
-
-def dropped_update(x: Tensor, keys: Tensor | None, module: str = DOWN, p: float = 0.5, seed: int = 1) -> Tensor:
-    bank = AdapterBank(tiny_model("llama"))
-    adapter = random_adapter(bank, 4, seed=seed, dropout=p)
-    with torch.no_grad(), bank.routed([Run(adapter, x.shape[1], keys)]):
-        updated: Tensor = bank.linears[module](x)
-    return updated
-
-
-def test_dropout_acts_in_training_only_and_on_the_update_only() -> None:
-    x = torch.randn(1, 8, 172)
-    assert torch.equal(dropped_update(x, None), dropped_update(x, None, p=0.0))
-    assert not torch.equal(dropped_update(x, torch.arange(8)), dropped_update(x, None))
-    bank = AdapterBank(tiny_model("llama"))
-    adapter = random_adapter(bank, 4, seed=1, dropout=0.5)
-    for b in adapter.b.values():
-        b.zero_()
-    with torch.no_grad(), bank.routed([Run(adapter, 8, torch.arange(8))]):
-        assert torch.equal(bank.linears[DOWN](x), tiny_model("llama").get_submodule(DOWN)(x))
-
-
-def test_mask_depends_on_row_key_and_module_and_nothing_else() -> None:
-    keys = torch.randint(-(2**62), 2**62, (64,))
-    mask = dropout_mask(172, 0.5, keys, module_key=1)
-    assert torch.equal(dropout_mask(172, 0.5, keys[10:20], 1), mask[10:20])
-    assert torch.equal(dropout_mask(172, 0.5, keys.flip(0), 1), mask.flip(0))
-    assert torch.equal(dropout_mask(60, 0.5, keys, 1), mask[:, :60])
-    for other in (
-        dropout_mask(172, 0.5, keys, 2),
-        dropout_mask(172, 0.5, keys + 1, 1),
-        mask.roll(1, 0),
-        mask.roll(1, 1),
-    ):
-        assert float((mask == other).float().mean()) == pytest.approx(0.5, abs=0.03)
-
-
-def keys_of(batch_order: list[int], *, step: int = 0, seed: int = 5, beside: int = 0) -> dict[int, Tensor]:
-    """Dropout keys of each example of a step, packed in some order with some neighbours, by the example's place."""
-    examples = documents(4, seed=0)
-    job = EngineJob("job", LoraConfig(lora_dropout=0.1), TrainConfig(seed=seed), examples)
-    live = TrainEngine(tiny_base("llama")).add(job)
-    live.progress.step = step
-    neighbours = [Chunk("other", ((0, example),)) for example in documents(beside, seed=9)]
-    batch = pack(
-        [*neighbours, Chunk("job", tuple((place, examples[place]) for place in batch_order))], torch.device("cpu")
-    )
-    packed = batch.chunks[-1]
-    keys = live.dropout_keys(packed)
-    assert keys is not None
-    assert keys.shape == (packed.rows,)
-    lengths = [len(examples[place].ids) for place in batch_order]
-    return dict(zip(batch_order, keys[: sum(lengths)].split(lengths), strict=True))
-
-
-def test_keys_are_of_seed_step_example_and_token_wherever_they_are_packed() -> None:
-    together = keys_of([0, 1, 2, 3])
-    for other in (keys_of([3, 1]), keys_of([1, 3], beside=3), keys_of([3, 2, 1, 0], beside=1)):
-        assert all(torch.equal(keys, together[place]) for place, keys in other.items())
-    everything = torch.cat(
-        [*together.values(), *keys_of([0, 1, 2, 3], step=1).values(), *keys_of([0, 1, 2, 3], seed=6).values()]
-    )
-    assert len(everything.unique()) == len(everything)
-
-
-def test_dropout_differs_between_modules_of_one_step() -> None:
-    x = torch.randn(1, 8, 64)
-    keys = torch.arange(8)
-    bank = AdapterBank(tiny_model("llama"))
-    adapter = random_adapter(bank, 4, seed=1, dropout=0.5)
-    q, k = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
-    adapter.a[k], adapter.b[k] = adapter.a[q], adapter.b[q]
-    with torch.no_grad():
-        bases = [bank.linears[name](x) for name in (q, k)]
-        with bank.routed([Run(adapter, 8, keys)]):
-            updates = [bank.linears[name](x) - base for name, base in zip((q, k), bases, strict=True)]
-    assert not torch.allclose(updates[0], updates[1], atol=1e-3)
 
 
 # --- fresh adapters --------------------------------------------------------------------------------------------------

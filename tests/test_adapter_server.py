@@ -25,7 +25,8 @@ from lora_core.dataset import Example
 from lora_core.generator import Generator
 from lora_core.peft_format import adapter_files
 from lora_core.trainer import probe_losses
-from tests.tiny_models import random_adapter, save_tiny_model
+from tests.models import random_adapter
+from tests.tiny_models import save_tiny_model
 
 QUESTION = Question(
     prompt=({"role": "user", "content": "Hi"},),

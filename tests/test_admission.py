@@ -19,8 +19,9 @@ from jobs.initial_adapter import load_initial
 from jobs.spec import JobSpec, SpecError
 from lora_core.adapter_bank import AdapterBank
 from lora_core.base_model import describe_base
+from tests.models import random_adapter
 from tests.s3_server import S3Server
-from tests.tiny_models import byte_tokenizer, random_adapter, save_tiny_model, write_adapter
+from tests.tiny_models import byte_tokenizer, save_tiny_model, write_adapter
 
 ROWS = [{"prompt": f"item {i}: ", "completion": f"code {i}"} for i in range(10)]
 

@@ -36,7 +36,8 @@ from lora_core.adapter_bank import Adapter, AdapterBank, Run
 from lora_core.attention import PackedAttention
 from lora_core.base_model import BaseModel, load_base
 from lora_core.peft_format import adapter_files
-from tests.tiny_models import random_adapter, save_tiny_model
+from tests.models import random_adapter
+from tests.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).parent.parent
 HELLO = [{"role": "user", "content": "Hello"}]

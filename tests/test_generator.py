@@ -24,7 +24,8 @@ from lora_core.detokenizer import TextStream
 from lora_core.generator import GenerationRequest, Generator, PromptTooLongError, for_inference
 from lora_core.peft_format import read_adapter
 from lora_core.sampling import SamplingParams
-from tests.tiny_models import byte_tokenizer, random_adapter, save_tiny_model, smollm2_gguf, write_adapter
+from tests.models import random_adapter
+from tests.tiny_models import byte_tokenizer, save_tiny_model, smollm2_gguf, write_adapter
 
 GREEDY = SamplingParams(temperature=0.0)
 PROMPTS = ["Hello", "The capital of France is", "a" * 40, "Zürich, 12 €", "x"]
@@ -96,7 +97,7 @@ def encode(base: BaseModel, text: str) -> list[int]:
 
 def test_greedy_equals_transformers_and_peft_alone_and_in_company(stock: Stock, tmp_path: Path) -> None:
     adapters = [random_adapter(stock.bank, 1), random_adapter(stock.bank, 2, r=9)]
-    everything = ",".join(stock.bank.modules)  # gemma2's output head too, which is not tied
+    everything = list(stock.bank.modules)  # gemma2's output head too, which is not tied
     adapters.append(random_adapter(stock.bank, 3, targets=everything, dora=True))
     folders = [write_adapter(adapter, stock.bank, tmp_path / str(i)) for i, adapter in enumerate(adapters)]
     adapters[2] = for_inference(read_adapter(folders[2], stock.bank), stock.base)

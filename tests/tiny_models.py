@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,9 +18,7 @@ from transformers import (
 )
 
 from lora_core.adapter_bank import Adapter, AdapterBank
-from lora_core.adapter_init import init_adapter
 from lora_core.base_model import BaseModel, load_base
-from lora_core.config import LoraConfig
 from lora_core.peft_format import adapter_files
 from tests.models import CPU, tiny_model
 
@@ -73,25 +70,6 @@ def save_tiny_model(kind: str, folder: Path, seed: int = 0) -> Path:
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
-
-
-def random_adapter(
-    bank: AdapterBank, seed: int, r: int = 4, size: float = 0.3, targets: str = "all-linear", dora: bool = False
-) -> Adapter:
-    """An adapter with a B that is not zero, strong enough to change answers; with DoRA m is not the norm either."""
-    config = LoraConfig(
-        r=r,
-        lora_alpha=2 * r,
-        target_modules=targets if targets == "all-linear" else targets.split(","),
-        use_dora=dora,
-    )
-    fresh = init_adapter(bank, config, seed)
-    stream = torch.Generator().manual_seed(seed)
-    return replace(
-        fresh,
-        b={name: torch.randn(b.shape, generator=stream) * size for name, b in fresh.b.items()},
-        magnitude={name: m + torch.rand(m.shape, generator=stream) * size for name, m in fresh.magnitude.items()},
-    )
 
 
 def write_adapter(adapter: Adapter, bank: AdapterBank, folder: Path) -> Path:
