@@ -95,22 +95,25 @@ def _submit(settings: Settings, arguments: argparse.Namespace) -> int:
     admitted = admit(spec, settings, workers)
     for line in admitted.summary:
         print(f"  {line}")
-    job, new = queue.submit(
-        spec,
-        cluster=cluster_name(settings),
-        base=settings.base_name(spec.base_model),
-        dataset_sha=admitted.dataset_sha,
-        validation_sha=admitted.validation_sha,
-        init_adapter_sha=admitted.init_adapter_sha,
-        code_version=code_version(),
-        tenant=settings.tenant,
-        again=arguments.again,
-    )
-    admitted.record(job)
-    print(f"{job.id} {'queued' if new else f'is there already, {job.status}'}: {job.base}:{spec.adapter}")
-    print(f"  follow it: python -m jobs logs {job.id}      cancel it: python -m jobs cancel {job.id}", flush=True)
     try:
-        with _interrupted_later():  # or nobody would schedule what "goes on without you"
+        # Pressed between the row and its scheduler, Ctrl-C would leave a job that "goes on without you" to nobody.
+        with _interrupted_later():
+            job, new = queue.submit(
+                spec,
+                cluster=cluster_name(settings),
+                base=settings.base_name(spec.base_model),
+                dataset_sha=admitted.dataset_sha,
+                validation_sha=admitted.validation_sha,
+                init_adapter_sha=admitted.init_adapter_sha,
+                code_version=code_version(),
+                tenant=settings.tenant,
+                again=arguments.again,
+            )
+            admitted.record(job)
+            print(f"{job.id} {'queued' if new else f'is there already, {job.status}'}: {job.base}:{spec.adapter}")
+            print(
+                f"  follow it: python -m jobs logs {job.id}      cancel it: python -m jobs cancel {job.id}", flush=True
+            )
             ensure_scheduler(settings, queue)
         if arguments.no_follow:
             return 0
