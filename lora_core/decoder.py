@@ -70,6 +70,9 @@ Labels = Sequence[tuple[Tensor, Tensor]]
 Pending = tuple[Tensor, Tensor | None, LowRank]
 """A frozen product, its h, and the adapters to go with it: added to x by the norm that comes next."""
 
+Gradient = tuple[Tensor, Tensor | None]
+"""Of what a layer returns, `[T, H]`, and its shrink for the down-projection that ends the layer."""
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -100,6 +103,7 @@ class _Kept:
     rstd: Tensor
     normed: Tensor | None
     h: list[Tensor | None]
+    qkv: Tensor
     attended: Tensor
     attention_backward: Backward
     middle: Tensor
@@ -186,10 +190,13 @@ class Decoder:
         x, normed, rstd = batch.add_and_norm(x, pending, self.final_norm)
         losses, _, dn = self._head_losses(normed, labels, with_gradient=True)
         assert dn is not None
-        dx: Tensor | None = norm_backward(dn, None, batch.low_rank(0), x, rstd, self.final_norm, None)
+        below = batch.low_rank(len(self.groups) - 1)
+        gradient: Gradient | None = norm_backward(
+            dn, None, batch.low_rank(0), x, rstd, self.final_norm, None, None, below
+        )
         for place in reversed(range(len(self.layers))):
-            assert dx is not None
-            dx = batch.backward(place, saved.pop(), dx)
+            assert gradient is not None
+            gradient = batch.backward(place, saved.pop(), *gradient)
         return losses
 
     @torch.no_grad()
@@ -299,28 +306,24 @@ class _Batch:
         gate_up = product(GATE_UP, middle_normed)
         activation, h_down = swiglu_forward(gate_up, h[GATE_UP], low_ranks[GATE_UP], low_ranks[DOWN])
         h.append(h_down)
-        kept = _Kept(rstd, normed, h, attended, attention_backward, middle, middle_rstd, middle_normed, gate_up)
+        kept = _Kept(rstd, normed, h, qkv, attended, attention_backward, middle, middle_rstd, middle_normed, gate_up)
         return kept, activation
 
-    def backward(self, place: int, saved: _Saved, dx: Tensor) -> Tensor | None:
-        """The gradient of a layer's output `[T, H]` -> of its input (None for the first), adding to the adapters'."""
+    def backward(self, place: int, saved: _Saved, dx: Tensor, dh: Tensor | None) -> Gradient | None:
+        """The `Gradient` of a layer's output -> of its input (None for the first), adding to the adapters'."""
         kept, layer = saved.kept, self._decoder.layers[place]
         if kept is None:
             _, normed, rstd = self.add_and_norm(saved.x, None, layer.norms[0])
             kept = self._activation(place, saved.x, normed, rstd, with_backward=True)[0]
         low_ranks = [self.low_rank(4 * place + kind) for kind in range(4)]
 
-        def shrunk(kind: int, dy: Tensor) -> Tensor | None:
-            return shrink_gradient(dy, low_ranks[kind]) if low_ranks[kind].width else None
-
         def add_gradients(kind: int, source: Tensor, dy: Tensor, dh: Tensor | None) -> None:
             h = kept.h[kind]
             if dh is not None and h is not None:
                 add_weight_gradients(source, h, dy, dh, low_ranks[kind])
 
-        dh = shrunk(DOWN, dx)
         activation = layer.weights[DOWN].input_gradient(dx)
-        gate_up_dh = swiglu_backward_(
+        gate_up_dh, products = swiglu_backward_(
             activation, dh, low_ranks[DOWN], kept.gate_up, kept.h[GATE_UP], low_ranks[GATE_UP]
         )
         add_gradients(DOWN, activation, dx, dh)
@@ -330,21 +333,23 @@ class _Batch:
         normed = self._normed(kept.middle_normed, kept.middle, layer.norms[1])
         add_gradients(GATE_UP, normed, kept.gate_up, dh)
         dn = layer.weights[GATE_UP].input_gradient(kept.gate_up)
-        dmiddle = norm_backward(dn, dh, low_ranks[GATE_UP], kept.middle, kept.middle_rstd, layer.norms[1], dx)
+        dmiddle, dh = norm_backward(
+            dn, dh, low_ranks[GATE_UP], kept.middle, kept.middle_rstd, layer.norms[1], dx, products, low_ranks[O]
+        )
 
-        dh = shrunk(O, dmiddle)
         dattended = layer.weights[O].input_gradient(dmiddle)
         if dh is not None:
             expand_gradient_(dattended, dh, low_ranks[O])
         add_gradients(O, kept.attended, dmiddle, dh)
 
-        dqkv = rope_backward(*kept.attention_backward(dattended), self._rope(layer))
-        dh = shrunk(QKV, dqkv)
+        dqkv, products = rope_backward(*kept.attention_backward(dattended), kept.qkv, self._rope(layer))
+        dh = shrink_gradient(dqkv, low_ranks[QKV]) if low_ranks[QKV].width else None
         add_gradients(QKV, self._normed(kept.normed, saved.x, layer.norms[0]), dqkv, dh)
         if place == 0:
             return None
         dn = layer.weights[QKV].input_gradient(dqkv)
-        return norm_backward(dn, dh, low_ranks[QKV], saved.x, kept.rstd, layer.norms[0], dmiddle)
+        below = self.low_rank(4 * place - 4 + DOWN)
+        return norm_backward(dn, dh, low_ranks[QKV], saved.x, kept.rstd, layer.norms[0], dmiddle, products, below)
 
     def _normed(self, normed: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
         return self.add_and_norm(x, None, weight)[1] if normed is None else normed

@@ -134,10 +134,11 @@ class _Pass:
         x, *normed_and_rstd = kernels.norm_forward(x, pending and pending[0], self._hidden)
         kernels.ledger.saved = kernels.ledger.live
         dn = self._head_losses()
-        dx: Held | None = kernels.norm_backward(self._hidden)
+        gradient: tuple[Held, Held | None] | None
+        gradient = kernels.norm_backward(self._hidden, self._widths[-1])
         for place in reversed(range(self._layers)):
-            assert dx is not None
-            dx = self.backward(place, saved.pop(), dx)
+            assert gradient is not None
+            gradient = self.backward(place, saved.pop(), *gradient)
         del x, normed_and_rstd, pending, dn  # they were there all the time
 
     def _head_losses(self) -> Held:
@@ -181,35 +182,34 @@ class _Pass:
         rest = [rstd, middle_rstd, h, qkv, attended, for_backward]
         return _Kept(normed, middle, middle_normed, gate_up, rest), h_down, activation
 
-    def backward(self, place: int, saved: _Saved, dx: Held) -> Held | None:
+    def backward(self, place: int, saved: _Saved, dx: Held, dh: Held | None) -> tuple[Held, Held | None] | None:
         kernels, kept = self._kernels, saved.kept
         if kept is None:
             _, normed, rstd = kernels.norm_forward(saved.x, None, self._hidden)
             kept = self._activation(place, normed, rstd, with_backward=True)[0]
 
-        dh = kernels.shrink(self._width(place, DOWN))
         activation = self._input_gradient(DOWN)
         columns, width, rank = self._groups[DOWN].inputs, self._width(place, GATE_UP), self._rank(place, GATE_UP)
-        gate_up_dh = kernels.swiglu_backward(columns, width, rank)
+        gate_up_dh, products = kernels.swiglu_backward(columns, width, rank)
         del activation
 
         dh = gate_up_dh
         normed = self._normed(kept.middle_normed, kept.middle)
         dn = self._input_gradient(GATE_UP)
-        dmiddle = kernels.norm_backward(self._hidden)
+        dmiddle, dh = kernels.norm_backward(self._hidden, self._width(place, O))
 
-        dh = kernels.shrink(self._width(place, O))
         dattended = self._input_gradient(O)
         gradients = kernels.attention_backward(*self._heads)
-        dqkv = kernels.rope_backward(sum(self._groups[QKV].outputs), self._turned)
+        columns = sum(self._groups[QKV].outputs)
+        dqkv, products = kernels.rope_backward(columns, self._turned, columns // self._heads[2])
         del gradients
         dh = kernels.shrink(self._width(place, QKV))
         self._normed(kept.normed, saved.x)
         if place == 0:
             return None
         dn = self._input_gradient(QKV)
-        before = kernels.norm_backward(self._hidden)
-        del dh, normed, dattended, dqkv, dn, dmiddle  # not before: the function's end is what frees them
+        before = kernels.norm_backward(self._hidden, self._width(place - 1, DOWN))
+        del dh, normed, dattended, dqkv, dn, dmiddle, products  # not before: the function's end is what frees them
         return before
 
     def _normed(self, normed: Held | None, x: Held) -> Held:

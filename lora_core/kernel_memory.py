@@ -14,7 +14,9 @@ LARGEST_BLOCK = 64
 """Ranks that a program of `low_rank_triton` takes at a time. The SwiGLU kernels make a shrink of up to so many."""
 
 STRIPE_COLUMNS = 1024
-"""COLUMNS x BLOCKS of `swiglu_triton.SWIGLU`: each stripe has fp32 sums of its own."""
+"""COLUMNS x BLOCKS of `swiglu_triton.SWIGLU` and `layer_ops_triton.NORM_BACKWARD`: each stripe has fp32 sums of its
+own.
+"""
 
 
 class Ledger:
@@ -82,23 +84,30 @@ class TritonKernels:
         """x + y (in y's memory), its norm, and rstd."""
         return y or x, self.rows(width), self.rows(1, 4)
 
-    def norm_backward(self, width: int) -> Held:
-        return self.rows(width)
+    def norm_backward(self, width: int, below: int) -> tuple[Held, Held | None]:
+        """The gradient and its shrink."""
+        dx = self.rows(width)
+        return dx, self._in_stripes(width, below, below)
 
     def rope_forward(self, turned: int) -> None:
         """In place."""
 
-    def rope_backward(self, width: int, turned: int) -> Held:
-        return self.rows(width)
+    def rope_backward(self, width: int, turned: int, heads: int) -> tuple[Held, Held | None]:
+        """The gradient and the products, which are there for each head before."""
+        dy, products = self.rows(width), self.rows(1, 4)
+        self._moment(heads, 4)
+        return dy, products
 
     def swiglu_forward(self, columns: int, width: int) -> tuple[Held, Held | None]:
         """The activation and its shrink."""
         activation = self.rows(columns)
         return activation, self._in_stripes(columns, width, width)
 
-    def swiglu_backward(self, columns: int, width: int, rank: int) -> Held | None:
-        """The shrunk gradient of gate and up."""
-        return self._in_stripes(columns, width, rank)
+    def swiglu_backward(self, columns: int, width: int, rank: int) -> tuple[Held | None, Held | None]:
+        """The shrunk gradient of gate and up, and the products, which are there for each stripe before."""
+        products = self.rows(1, 4)
+        self._moment(-(-columns // STRIPE_COLUMNS), 4)
+        return self._in_stripes(columns, width, rank), products
 
     def _in_stripes(self, columns: int, width: int, rank: int) -> Held | None:
         """Where one block takes all ranks: `partial` `[stripes, T, width]` in fp32, its sum, and that in the dtype of
@@ -155,27 +164,27 @@ class TorchKernels(TritonKernels):
         self._moment(width * (4 + self.itemsize), 1)
         return total, normed, rstd
 
-    def norm_backward(self, width: int) -> Held:
+    def norm_backward(self, width: int, below: int) -> tuple[Held, Held | None]:
         """g, x and their product, in fp32."""
         self._moment(3 * width, 4)
-        return self.rows(width)
+        return self.rows(width), self.shrink(below)
 
     def rope_forward(self, turned: int) -> None:
         """q and k with their halves exchanged."""
         self._moment(turned)
 
-    def rope_backward(self, width: int, turned: int) -> Held:
+    def rope_backward(self, width: int, turned: int, heads: int) -> tuple[Held, Held | None]:
         dy = self.rows(width)
         self._moment(turned)
-        return dy
+        return dy, None
 
     def swiglu_forward(self, columns: int, width: int) -> tuple[Held, Held | None]:
         return self.rows(columns), self.shrink(width)
 
-    def swiglu_backward(self, columns: int, width: int, rank: int) -> Held | None:
+    def swiglu_backward(self, columns: int, width: int, rank: int) -> tuple[Held | None, Held | None]:
         """silu and its gradient, and that of up."""
         self._moment(3 * columns)
-        return self.shrink(width)
+        return self.shrink(width), None
 
     def cross_entropy(self, rows: int, vocabulary: int) -> None:
         """A few rows and their softmax in fp32."""

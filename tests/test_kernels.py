@@ -120,6 +120,8 @@ def kernels(low: LowRank) -> ModuleType:
 
 
 with_and_without_dropout = pytest.mark.parametrize("dropouts", [NO_DROPOUT, DROPOUT])
+in_one_stripe_and_in_two = pytest.mark.parametrize("blocks", [16, 1])
+"""A row is 96 or 80 numbers here, and a block of the kernels in fp32 64."""
 
 
 @with_and_without_dropout
@@ -211,16 +213,35 @@ def test_norm_forward(with_sum: bool, with_update: bool) -> None:
 
 
 @with_and_without_dropout
+@in_one_stripe_and_in_two
+@pytest.mark.parametrize("below_kind", ["o", "down_small"])
+@pytest.mark.parametrize("with_products", [True, False])
 @pytest.mark.parametrize("with_residual", [True, False])
 @pytest.mark.parametrize("with_update", [True, False])
-def test_norm_backward(with_update: bool, with_residual: bool, dropouts: Sequence[float]) -> None:
+def test_norm_backward(
+    with_update: bool,
+    with_residual: bool,
+    with_products: bool,
+    below_kind: str,
+    blocks: int,
+    dropouts: Sequence[float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of what the product before adds, with ranks that fit into one block of the kernel, and with one that does not."""
+    monkeypatch.setitem(layer_ops_triton.NORM_BACKWARD, "BLOCKS", blocks)
     here, there = low_rank_on("qkv", CPU, dropouts), low_rank_on("qkv", DEVICE, dropouts)
+    below, below_there = low_rank_on(below_kind), low_rank_on(below_kind, DEVICE)
     dn, x, rstd, weight, residual = randn(T, 96), randn(T, 96, seed=1), randn(T).abs(), randn(96), randn(T, 96, seed=2)
     dh = randn(T, here.width) if with_update else None
-    rest = [x, rstd, weight, residual if with_residual else None]
-    reference = layer_ops.norm_backward(*copies([dn, dh]), here, *copies(rest))  # type: ignore[arg-type]
-    ours = layer_ops_triton.norm_backward(*copies([dn, dh], DEVICE), there, *copies(rest, DEVICE))  # type: ignore[arg-type]
-    close(ours, reference)
+    whole = dn if dh is None else low_rank.expand_gradient_(dn.clone(), dh, here)
+    products = (whole * x * rstd[:, None] * weight).sum(1) if with_products else None
+    rest = [x, rstd, weight, residual if with_residual else None, products]
+    dx, shrunk = layer_ops.norm_backward(*copies([dn, dh]), here, *copies(rest), below)  # type: ignore[arg-type]
+    on_device = copies([dn, dh], DEVICE), copies(rest, DEVICE)
+    ours, shrunk_there = layer_ops_triton.norm_backward(*on_device[0], there, *on_device[1], below_there)  # type: ignore[arg-type]
+    close(ours, dx)
+    assert shrunk is not None and shrunk_there is not None
+    close(own(shrunk_there, below_there), shrunk)
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -232,17 +253,25 @@ def test_rope(with_update: bool, with_bias: bool) -> None:
     rope = Rope(angle.cos(), angle.sin(), 16, 6, bias)
     on_device = Rope(*copies([rope.cos, rope.sin], DEVICE), 16, 6, *copies([bias], DEVICE))  # type: ignore[arg-type]
     reference = layer_ops.rope_forward_(*copies([y, h]), here, rope)  # type: ignore[arg-type]
-    close(layer_ops_triton.rope_forward_(*copies([y, h], DEVICE), there, on_device), reference)  # type: ignore[arg-type]
+    ours = layer_ops_triton.rope_forward_(*copies([y, h], DEVICE), there, on_device)  # type: ignore[arg-type]
+    close(ours, reference)
     parts = [randn(T, heads, 16, seed=heads) for heads in (4, 2, 2)]
-    reference = layer_ops.rope_backward(*parts, rope)
-    close(layer_ops_triton.rope_backward(*(part.to(DEVICE) for part in parts), on_device), reference)
+    turned_back, _ = layer_ops.rope_backward(*parts, reference, rope)
+    dy, products = layer_ops_triton.rope_backward(*(part.to(DEVICE) for part in parts), ours, on_device)
+    close(dy, turned_back)
+    product = y if h is None else low_rank.expand_(y.clone(), h, here)
+    close(products, (turned_back * product).sum(1))
 
 
+@in_one_stripe_and_in_two
 @with_and_without_dropout
 @pytest.mark.parametrize("with_update", [True, False])
 @pytest.mark.parametrize("kinds", [("gate_up", "down"), ("gate_up_small", "down_small")])
-def test_swiglu(kinds: tuple[str, str], with_update: bool, dropouts: Sequence[float]) -> None:
+def test_swiglu(
+    kinds: tuple[str, str], with_update: bool, dropouts: Sequence[float], blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ranks that fit into one block of the kernels, and ranks that do not."""
+    monkeypatch.setitem(swiglu_triton.SWIGLU, "BLOCKS", blocks)
     (here, there), (down, down_there) = (
         (low_rank_on(k, CPU, dropouts), low_rank_on(k, DEVICE, dropouts)) for k in kinds
     )
@@ -256,11 +285,15 @@ def test_swiglu(kinds: tuple[str, str], with_update: bool, dropouts: Sequence[fl
     close(activation, reference)
     close(own(shrunk_there, down_there), shrunk)
     dact_here, dact_there = dact.clone(), dact.to(DEVICE, copy=True)
-    shrunk = layer_ops.swiglu_backward_(dact_here, dh, down, y_here, h, here)
-    shrunk_there = swiglu_triton.swiglu_backward_(dact_there, on_device[1], down_there, y_there, on_device[0], there)
+    product = y_here.clone()
+    shrunk, _ = layer_ops.swiglu_backward_(dact_here, dh, down, y_here, h, here)
+    shrunk_there, products = swiglu_triton.swiglu_backward_(
+        dact_there, on_device[1], down_there, y_there, on_device[0], there
+    )
     assert shrunk is not None and shrunk_there is not None
     close(own(shrunk_there, there), shrunk)
     close(y_there, y_here)
+    close(products, (y_here * product).sum(1))
     close(dact_there, dact_here)
     close(dact_there, reference)  # what the next product's A needs
 

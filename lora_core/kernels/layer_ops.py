@@ -2,13 +2,17 @@
 product that it reads: `y + h B^T` and `dx + dh A` are never written for themselves.
 
     norm_forward      x + y + h B^T -> x', RMSNorm(x') * weight          (Zhang and Sennrich 2019)
-    norm_backward     its input gradient, plus what flows around it
+    norm_backward     its input gradient, plus what flows around it, and the shrink of that for the product before
     rope_forward_     rotary positions on q and k (Su et al. 2021), in place
     rope_backward     the inverse rotation, on the gradients of q and k
     swiglu_forward    silu(gate) * up                                     (Shazeer 2020)
     swiglu_backward_  gradients of gate and up in their place, the activation in the gradient's
 
 Sums run in fp32 (fp64 for fp64); results are rounded once to the dtype of the batch.
+
+The norm's backward pass needs the sum over a row of dn n, n the normed row and dn its whole gradient. With y = W n and
+dn = dy W (W with its adapters) that is the sum of dy y: `products`. Where dy is made, y is at hand, and the norm's
+kernel need not read its row twice.
 """
 
 from __future__ import annotations
@@ -64,18 +68,25 @@ def norm_backward(
     rstd: Tensor,
     weight: Tensor,
     residual: Tensor | None,
-) -> Tensor:
-    """Gradient with respect to x `[T, H]`: of the norm, whose output's is dn + dh A, plus `residual`; dn is used up."""
+    products: Tensor | None,
+    below: LowRank,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient with respect to x `[T, H]`: of the norm, whose output's is dn + dh A, plus `residual`; dn is used up.
+    Also its shrink for the product that x is a sum with, `[T, width]` (None where nothing adapts it).
+
+    `products` fp32 `[T]`: sums of dn n, if they are known; CPUs make them here.
+    """
     if x.is_cuda:
         from lora_core.kernels import layer_ops_triton
 
-        return layer_ops_triton.norm_backward(dn, dh, low_rank, x, rstd, weight, residual)
+        return layer_ops_triton.norm_backward(dn, dh, low_rank, x, rstd, weight, residual, products, below)
     if dh is not None:
         expand_gradient_(dn, dh, low_rank)
     g, wide, rstd = dn.to(_wide(x)) * weight.to(_wide(x)), x.to(_wide(x)), rstd[:, None]
     along_x = (g * wide).mean(-1, keepdim=True) * rstd.pow(3)
     dx = g.mul_(rstd).addcmul_(wide, along_x, value=-1)  # rstd (g - n mean(g n)), n = rstd x
-    return (dx if residual is None else dx.add_(residual)).to(x.dtype)
+    dx = (dx if residual is None else dx.add_(residual)).to(x.dtype)
+    return dx, shrink_gradient(dx, below) if below.width else None
 
 
 def rope_forward_(y: Tensor, h: Tensor | None, low_rank: LowRank, rope: Rope) -> Tensor:
@@ -92,15 +103,17 @@ def rope_forward_(y: Tensor, h: Tensor | None, low_rank: LowRank, rope: Rope) ->
     return y
 
 
-def rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, rope: Rope) -> Tensor:
-    """dq, dk, dv `[T, heads, d]` of the turned q and k -> the gradient of q, k, v side by side, `[T, q + k + v]`."""
+def rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, y: Tensor, rope: Rope) -> tuple[Tensor, Tensor | None]:
+    """dq, dk, dv `[T, heads, d]` of the turned q and k -> the gradient of q, k, v side by side, `[T, q + k + v]`, and
+    on CUDA the `products` for the norm before. y is what `rope_forward_` returned.
+    """
     if dq.is_cuda:
         from lora_core.kernels import layer_ops_triton
 
-        return layer_ops_triton.rope_backward(dq, dk, dv, rope)
+        return layer_ops_triton.rope_backward(dq, dk, dv, y, rope)
     dy = torch.cat([part.reshape(part.shape[0], -1) for part in (dq, dk, dv)], dim=1)
     _turn_(dy, rope, -1.0)
-    return dy
+    return dy, None
 
 
 def swiglu_forward(y: Tensor, h: Tensor | None, low_rank: LowRank, down: LowRank) -> tuple[Tensor, Tensor | None]:
@@ -122,10 +135,10 @@ def swiglu_forward(y: Tensor, h: Tensor | None, low_rank: LowRank, down: LowRank
 
 def swiglu_backward_(
     dact: Tensor, dh_down: Tensor | None, down: LowRank, y: Tensor, h: Tensor | None, low_rank: LowRank
-) -> Tensor | None:
+) -> tuple[Tensor | None, Tensor | None]:
     """dact + dh A `[T, I]` is the activation's gradient; afterwards y `[T, 2 I]` holds that of gate and up, and dact
     holds the activation itself, which the gradient of the next product's A needs. Returns the shrunk gradient of gate
-    and up, `[T, width]`.
+    and up, `[T, width]`, and on CUDA the `products` for the norm before.
     """
     if dact.is_cuda:
         from lora_core.kernels import swiglu_triton
@@ -139,7 +152,7 @@ def swiglu_backward_(
     torch.mul(silu, up, out=dact)
     up.copy_(dup)
     torch.ops.aten.silu_backward.grad_input(dsilu, gate, grad_input=gate)
-    return shrink_gradient(y, low_rank) if low_rank.width else None
+    return shrink_gradient(y, low_rank) if low_rank.width else None, None
 
 
 def _turn_(y: Tensor, rope: Rope, direction: float) -> None:

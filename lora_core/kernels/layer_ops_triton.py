@@ -9,22 +9,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_core.kernels import masked_low_rank_triton
+from lora_core.kernels import low_rank_triton, masked_low_rank_triton
 from lora_core.kernels.layer_ops import Rope
 from lora_core.kernels.low_rank import NARROW_ROWS, TILE_ROWS, LowRank
 from lora_core.kernels.low_rank_triton import (
+    address,
     expanded,
     precision,
+    rank_block,
     ranks_of,
+    shrink_gradient,
     table_arguments,
     table_of,
     updated,
 )
 
 # The fastest of a sweep on one H100 at 8,192 tokens of the 8B shape, r 16 (microseconds; in brackets the floor,
-# bytes over 3 TB/s): norm forward 121 (89), backward 187 (89), rope 101 (67).
+# bytes over 3 TB/s): norm forward 121 (89), rope 101 (67). The norm's backward pass has SwiGLU's blocks.
 NORM_FORWARD = {"COLUMNS": 512, "STAGES": 3, "num_warps": 4}
-NORM_BACKWARD = {"COLUMNS": 128, "STAGES": 2, "num_warps": 4}
+NORM_BACKWARD = {"COLUMNS": 64, "BLOCKS": 16, "STAGES": 3, "num_warps": 4}
+PRODUCTS = {"COLUMNS": 1024, "num_warps": 4}
 ROPE_FORWARD = {"num_warps": 4}
 WIDE_NUMBERS = {"COLUMNS": 64, "STAGES": 1}  # fp32 takes twice the shared memory
 
@@ -77,46 +81,63 @@ def _norm_forward(
 
 
 @triton.jit
+def _products(dn, x, rstds, weight, products, H, COLUMNS: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    n = tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for first in tl.range(0, H, COLUMNS):
+        mask = first + n < H
+        g = tl.load(dn + t * H + first + n, mask=mask, other=0.0).to(tl.float32)
+        g *= tl.load(weight + first + n, mask=mask, other=0.0).to(tl.float32)
+        total += g * tl.load(x + t * H + first + n, mask=mask, other=0.0).to(tl.float32)
+    tl.store(products + t, tl.sum(total, axis=0) * tl.load(rstds + t))
+
+
+@triton.jit
 def _norm_backward(
-    dn, dh, x, rstds, weight, residual, dx, tiles, table, row_fields, adapters, H, h_stride,
-    RESIDUAL: tl.constexpr, EXPAND: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    RANKS: tl.constexpr, LOOP: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    dn, dh, x, rstds, products, weight, residual, dx, partial, tiles, table, below_table, row_fields, adapters,
+    H, T, h_stride, partial_width,
+    RESIDUAL: tl.constexpr, EXPAND: tl.constexpr, SHRINK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+    RANKS: tl.constexpr, LOOP: tl.constexpr, BELOW_RANKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile = tiles + tl.program_id(0) * 3
     t = (tl.load(tile + 1) + tl.arange(0, ROWS)).to(tl.int64)
     t_mask = tl.arange(0, ROWS) < tl.load(tile + 2)
-    row = table_of(table, tl.load(tile), row_fields, adapters)
+    adapter = tl.load(tile)
+    row = table_of(table, adapter, row_fields, adapters)
     dtype: tl.constexpr = dn.dtype.element_ty
     rstd = tl.load(rstds + t, mask=t_mask, other=0.0)
-    total = tl.zeros((ROWS,), tl.float32)
-    for first in tl.range(0, H, COLUMNS, num_stages=STAGES):
-        n = first + tl.arange(0, COLUMNS)
+    factor = tl.load(products + t, mask=t_mask, other=0.0) * rstd / H
+    if SHRINK:
+        below_row = table_of(below_table, adapter, row_fields, adapters)
+        b = address(below_row, 4, dtype)
+        r = tl.load(below_row + 6).to(tl.int32)
+        c = tl.arange(0, BELOW_RANKS)
+        shrunk = tl.zeros((ROWS, BELOW_RANKS), tl.float32)
+    for block in tl.range(0, BLOCKS, num_stages=STAGES):
+        n = (tl.program_id(1) * BLOCKS + block) * COLUMNS + tl.arange(0, COLUMNS)
         n_mask = n < H
         mask = t_mask[:, None] & n_mask[None, :]
         place = t[:, None] * H + n[None, :]
         g = tl.load(dn + place, mask=mask, other=0.0).to(tl.float32)
         if EXPAND:
             g = expanded(g, dh, h_stride, t, t_mask, row, H, n, n_mask, RANKS, LOOP, PRECISION)
-            tl.store(dn + place, g.to(dtype), mask=mask)
-        g *= tl.load(weight + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
-        total += tl.sum(g * tl.load(x + place, mask=mask, other=0.0).to(tl.float32), axis=1)
-    factor = total * rstd * rstd / H
-    if EXPAND:
-        tl.debug_barrier()
-    for first in tl.range(0, H, COLUMNS, num_stages=STAGES):
-        n = first + tl.arange(0, COLUMNS)
-        n_mask = n < H
-        mask = t_mask[:, None] & n_mask[None, :]
-        place = t[:, None] * H + n[None, :]
-        g = tl.load(dn + place, mask=mask, other=0.0).to(tl.float32)
         g *= tl.load(weight + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
         value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
         out = rstd[:, None] * (g - value * factor[:, None])
         if RESIDUAL:
             out += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx + place, out.to(dtype), mask=mask)
+        rounded = out.to(dtype)
+        tl.store(dx + place, rounded, mask=mask)
+        if SHRINK:
+            b_tile = tl.load(b + c[None, :] * H + n[:, None], mask=(c < r)[None, :] & n_mask[:, None], other=0.0)
+            shrunk = tl.dot(rounded, b_tile, shrunk, input_precision=PRECISION)
+    if SHRINK:
+        scales = tl.load(below_row + 3).to(tl.pointer_type(tl.float32))
+        shrunk *= tl.load(scales + c, mask=c < r, other=0.0)[None, :]
+        target = partial + (tl.program_id(1) * T + t)[:, None] * partial_width + c[None, :]
+        tl.store(target, shrunk, mask=t_mask[:, None] & (c < partial_width)[None, :])
 
 
 @triton.jit
@@ -162,8 +183,8 @@ def _rope_forward(
 
 @triton.jit
 def _rope_backward(
-    dq, dk, dv, dy, cos, sin, T, q_heads, k_heads, N,
-    HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    dq, dk, dv, y, bias, dy, products, cos, sin, T, q_heads, k_heads, N,
+    BIAS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     head = tl.program_id(1)
@@ -177,6 +198,10 @@ def _rope_backward(
         source = dv + (t * k_heads + head - q_heads - k_heads)[:, None] * (2 * HALF) + d[None, :]
     first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
+    place = t[:, None] * N + (head * 2 * HALF + d)[None, :]
+    # Turning both by the same angle leaves their product as it is.
+    product = first * tl.load(y + place, mask=mask, other=0.0).to(tl.float32)
+    product += second * tl.load(y + place + HALF, mask=mask, other=0.0).to(tl.float32)
     if head < q_heads + k_heads:
         angle = t[:, None] * HALF + d[None, :]
         c = tl.load(cos + angle, mask=mask, other=0.0).to(tl.float32)
@@ -184,9 +209,13 @@ def _rope_backward(
         turned = first * c + second * s
         second = second * c - first * s
         first = turned
-    target = dy + t[:, None] * N + (head * 2 * HALF + d)[None, :]
-    tl.store(target, first.to(dy.dtype.element_ty), mask=mask)
-    tl.store(target + HALF, second.to(dy.dtype.element_ty), mask=mask)
+    if BIAS:
+        column = head * 2 * HALF + d
+        product -= first * tl.load(bias + column, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
+        product -= second * tl.load(bias + column + HALF, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
+    tl.store(products + head * T + t, tl.sum(product, axis=1), mask=t < T)
+    tl.store(dy + place, first.to(dy.dtype.element_ty), mask=mask)
+    tl.store(dy + place + HALF, second.to(dy.dtype.element_ty), mask=mask)
 
 
 def norm_forward(
@@ -213,19 +242,35 @@ def norm_backward(
     rstd: Tensor,
     weight: Tensor,
     residual: Tensor | None,
-) -> Tensor:
-    """See `layer_ops.norm_backward`."""
-    if dh is not None and low_rank.dropout_keys is not None:
-        masked_low_rank_triton.expand_gradient_(dn, dh, low_rank)
+    products: Tensor | None,
+    below: LowRank,
+) -> tuple[Tensor, Tensor | None]:
+    """See `layer_ops.norm_backward`. With `products` known, no row has to be seen whole before its first number is
+    written; and the shrink of what is written is summed stripe by stripe, as SwiGLU's is.
+    """
+    if dh is not None and (products is None or low_rank.dropout_keys is not None):
+        kernels = low_rank_triton if low_rank.dropout_keys is None else masked_low_rank_triton
+        kernels.expand_gradient_(dn, dh, low_rank)
         dh = None
-    dx = torch.empty_like(x)
-    _norm_backward[(low_rank.segments.narrow_tiles.shape[0],)](
-        dn, dh, x, rstd, weight, residual, dx, low_rank.segments.narrow_tiles, *table_arguments(low_rank),
-        x.shape[1], 0 if dh is None else dh.stride(0),
-        RESIDUAL=residual is not None, EXPAND=dh is not None,
-        ROWS=NARROW_ROWS, **ranks_of(low_rank.width), PRECISION=precision(x), **sized(NORM_BACKWARD, x),
+    rows, width = x.shape
+    if products is None:
+        products = torch.empty_like(rstd)
+        _products[(rows,)](dn, x, rstd, weight, products, width, **PRODUCTS)
+    dx, tiles = torch.empty_like(x), low_rank.segments.tiles
+    stripes = stripes_of(width, NORM_BACKWARD)
+    below_ranks = rank_block(below.width)
+    together = 0 < below.width <= below_ranks
+    partial = partial_sums(x, stripes, below) if together else None
+    table, row_fields, adapters = table_arguments(low_rank)
+    _norm_backward[tiles.shape[0], stripes](
+        dn, dh, x, rstd, products, weight, residual, dx, partial, tiles, table, table_arguments(below)[0], row_fields,
+        adapters, width, rows, 0 if dh is None else dh.stride(0), below.width,
+        RESIDUAL=residual is not None, EXPAND=dh is not None, SHRINK=together, ROWS=TILE_ROWS,
+        **ranks_of(low_rank.width), BELOW_RANKS=below_ranks, PRECISION=precision(x), **sized(NORM_BACKWARD, x),
     )  # fmt: skip
-    return dx
+    if partial is not None:
+        return dx, partial.sum(0).to(x.dtype)
+    return dx, shrink_gradient(dx, below) if below.width else None
 
 
 def rope_forward_(y: Tensor, h: Tensor | None, low_rank: LowRank, rope: Rope) -> Tensor:
@@ -243,17 +288,29 @@ def rope_forward_(y: Tensor, h: Tensor | None, low_rank: LowRank, rope: Rope) ->
     return y
 
 
-def rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, rope: Rope) -> Tensor:
+def rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, y: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
     """See `layer_ops.rope_backward`."""
     tokens, q_heads, size = dq.shape
     k_heads = dk.shape[1]
     heads = q_heads + 2 * k_heads
-    dy = dq.new_empty(tokens, heads * size)
+    dy = torch.empty_like(y)
+    products = torch.empty(heads, tokens, dtype=torch.float32, device=y.device)
     _rope_backward[triton.cdiv(tokens, 64), heads](
-        dq.contiguous(), dk.contiguous(), dv.contiguous(), dy, rope.cos, rope.sin, tokens, q_heads, k_heads,
-        heads * size, HALF=size // 2, ROWS=64, BLOCK=triton.next_power_of_2(size // 2), num_warps=4,
+        dq.contiguous(), dk.contiguous(), dv.contiguous(), y, rope.bias, dy, products, rope.cos, rope.sin, tokens,
+        q_heads, k_heads, heads * size, BIAS=rope.bias is not None,
+        HALF=size // 2, ROWS=64, BLOCK=triton.next_power_of_2(size // 2), num_warps=4,
     )  # fmt: skip
-    return dy
+    return dy, products.sum(0)
+
+
+def stripes_of(width: int, config: dict[str, int]) -> int:
+    """Programs side by side along a row."""
+    return int(triton.cdiv(width, config["COLUMNS"] * config["BLOCKS"]))
+
+
+def partial_sums(x: Tensor, stripes: int, low_rank: LowRank) -> Tensor:
+    """fp32 `[stripes, T, width]`: what each stripe adds to a shrink."""
+    return torch.empty(stripes, x.shape[0], low_rank.width, dtype=torch.float32, device=x.device)
 
 
 def sized(config: dict[str, int], x: Tensor) -> dict[str, int]:

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels import masked_low_rank_triton
-from lora_core.kernels.layer_ops_triton import sized
+from lora_core.kernels.layer_ops_triton import partial_sums, sized, stripes_of
 from lora_core.kernels.low_rank import TILE_ROWS, LowRank
 from lora_core.kernels.low_rank_triton import (
     address,
@@ -26,7 +26,7 @@ from lora_core.kernels.low_rank_triton import (
 )
 
 # The fastest of a sweep on one H100 at 8,192 tokens of the 8B shape, r 16: 335 microseconds forward (the floor, bytes
-# over 3 TB/s, is 235) and 670 backward (470), with the shrinks.
+# over 3 TB/s, is 235) and 670 backward (470), with the shrinks and without the products for the norm.
 SWIGLU = {"COLUMNS": 64, "BLOCKS": 16, "STAGES": 3, "num_warps": 4}
 
 
@@ -104,8 +104,8 @@ def _swiglu_forward(
 
 @triton.jit
 def _swiglu_backward(
-    dact, dh_down, down_table, dh_stride, y, h, partial, tiles, table, row_fields, adapters, I, T, h_stride,
-    partial_width,
+    dact, dh_down, down_table, dh_stride, y, h, partial, products, tiles, table, row_fields, adapters,
+    I, T, h_stride, partial_width,
     EXPAND: tl.constexpr, DOWN_RANKS: tl.constexpr, DOWN_LOOP: tl.constexpr,
     UPDATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
     RANKS: tl.constexpr, LOOP: tl.constexpr, PRECISION: tl.constexpr,
@@ -117,6 +117,7 @@ def _swiglu_backward(
     row = table_of(table, adapter, row_fields, adapters)
     dtype: tl.constexpr = y.dtype.element_ty
     c = tl.arange(0, RANKS)
+    product = tl.zeros((ROWS,), tl.float32)
     if UPDATE and not LOOP:
         gate_low = _low_tile(h, h_stride, t, t_mask, row, 0, c)
         up_low = _low_tile(h, h_stride, t, t_mask, row, 1, c)
@@ -165,10 +166,13 @@ def _swiglu_backward(
         dup = (gradient * silu).to(dtype)
         tl.store(place, dgate, mask=mask)
         tl.store(place + I, dup, mask=mask)
-        tl.store(gradient_place, (silu * up).to(dtype), mask=mask)
+        activation = silu * up
+        tl.store(gradient_place, activation.to(dtype), mask=mask)
+        product += tl.sum(gradient * activation * (2.0 + gate - silu), axis=1)  # dgate gate + dup up
         if UPDATE and not LOOP:
             gate_shrunk = tl.dot(dgate, tl.trans(gate_tile), gate_shrunk, input_precision=PRECISION)
             up_shrunk = tl.dot(dup, tl.trans(up_tile), up_shrunk, input_precision=PRECISION)
+    tl.store(products + tl.program_id(1) * T + t, product, mask=t_mask)
     if UPDATE and not LOOP:
         _, _, r_gate, gate_column = gate_low
         _, _, r_up, up_column = up_low
@@ -186,10 +190,10 @@ def swiglu_forward(y: Tensor, h: Tensor | None, low_rank: LowRank, down: LowRank
     """
     width, tiles = y.shape[1] // 2, low_rank.segments.tiles
     activation = y.new_empty(y.shape[0], width)
-    stripes = _stripes(width)
+    stripes = stripes_of(width, SWIGLU)
     down_ranks = rank_block(down.width)
     together = 0 < down.width <= down_ranks and down.dropout_keys is None
-    partial = _partial(y, stripes, down) if together else None
+    partial = partial_sums(y, stripes, down) if together else None
     table, row_fields, adapters = table_arguments(low_rank)
     _swiglu_forward[tiles.shape[0], stripes](
         y, h, activation, partial, tiles, table, table_arguments(down)[0], row_fields, adapters,
@@ -206,34 +210,26 @@ def swiglu_forward(y: Tensor, h: Tensor | None, low_rank: LowRank, down: LowRank
 
 def swiglu_backward_(
     dact: Tensor, dh_down: Tensor | None, down: LowRank, y: Tensor, h: Tensor | None, low_rank: LowRank
-) -> Tensor | None:
+) -> tuple[Tensor | None, Tensor]:
     """See `layer_ops.swiglu_backward_`."""
     if dh_down is not None and down.dropout_keys is not None:
         masked_low_rank_triton.expand_gradient_(dact, dh_down, down)
         dh_down = None
     width, tiles = dact.shape[1], low_rank.segments.tiles
-    stripes = _stripes(width)
+    stripes = stripes_of(width, SWIGLU)
     ranks = ranks_of(low_rank.rank)
     together = h is not None and not ranks["LOOP"]
-    partial = _partial(y, stripes, low_rank) if together else None
+    partial = partial_sums(y, stripes, low_rank) if together else None
+    products = torch.empty(stripes, y.shape[0], dtype=torch.float32, device=y.device)
     table, row_fields, adapters = table_arguments(low_rank)
     _swiglu_backward[tiles.shape[0], stripes](
-        dact, dh_down, table_arguments(down)[0], 0 if dh_down is None else dh_down.stride(0), y, h, partial, tiles,
-        table, row_fields, adapters, width, y.shape[0], 0 if h is None else h.stride(0), low_rank.width,
+        dact, dh_down, table_arguments(down)[0], 0 if dh_down is None else dh_down.stride(0), y, h, partial, products,
+        tiles, table, row_fields, adapters, width, y.shape[0], 0 if h is None else h.stride(0), low_rank.width,
         EXPAND=dh_down is not None,
         DOWN_RANKS=rank_block(down.width), DOWN_LOOP=down.width > rank_block(down.width),
         UPDATE=h is not None, ROWS=TILE_ROWS, **ranks, PRECISION=precision(y), **sized(SWIGLU, y),
     )  # fmt: skip
+    products = products.sum(0)
     if partial is not None:
-        return partial.sum(0).to(y.dtype)
-    return shrink_gradient(y, low_rank) if low_rank.width else None
-
-
-def _stripes(width: int) -> int:
-    """Programs side by side along a row."""
-    return int(triton.cdiv(width, SWIGLU["COLUMNS"] * SWIGLU["BLOCKS"]))
-
-
-def _partial(y: Tensor, stripes: int, low_rank: LowRank) -> Tensor:
-    """fp32 `[stripes, T, width]`: the sums of each stripe."""
-    return torch.empty(stripes, y.shape[0], low_rank.width, dtype=torch.float32, device=y.device)
+        return partial.sum(0).to(y.dtype), products
+    return shrink_gradient(y, low_rank) if low_rank.width else None, products
