@@ -182,6 +182,7 @@ class Database:
                 # pg_type.
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(SCHEMA_LOCK)))
             metadata.create_all(connection)
+            _add_columns(connection)
 
     @contextlib.contextmanager
     def read(self) -> Iterator[sa.Connection]:
@@ -228,6 +229,19 @@ class Database:
         except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
             reason = " ".join(str(error.orig).split())
             raise DatabaseUnavailableError(f"the database {self._shown} does not answer: {reason}") from error
+
+
+def _add_columns(connection: sa.Connection) -> None:
+    """What an earlier version's tables lack: every column that came later may be null, so rows stay as they are, and
+    processes of that version can go on writing theirs.
+    """
+    inspector = sa.inspect(connection)
+    for table in metadata.sorted_tables:
+        there = {column["name"] for column in inspector.get_columns(table.name)}
+        for column in table.columns:
+            if column.name not in there:
+                kind = column.type.compile(connection.dialect)
+                connection.execute(sa.text(f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}"))
 
 
 def _parsed(url: str) -> sa.URL:

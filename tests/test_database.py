@@ -32,6 +32,7 @@ from tests.queue_kit import (
     RUNNING,
     SUCCEEDED,
     assert_legal_history,
+    bring_to,
     running_session,
     submit,
 )
@@ -107,6 +108,21 @@ def test_processes_that_share_a_new_database_lose_nothing(url: str) -> None:
 
 
 # ---- databases ----
+
+
+def test_a_database_of_an_earlier_version_gets_the_columns_that_it_lacks(queue: JobQueue, url: str) -> None:
+    """Its jobs stay, and later ones have all that is new; opening it again changes nothing."""
+    job = bring_to(queue, QUEUED, "old")
+    engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+    with engine.begin() as connection:
+        for column in ("init_adapter_sha", "result", "finished_at"):
+            connection.execute(sa.text(f"ALTER TABLE jobs DROP COLUMN {column}"))
+    engine.dispose()
+    for name in ("new", "newer"):
+        with contextlib.closing(JobQueue(url)) as later:
+            assert later.get(job.id) == job
+            new = bring_to(later, SUCCEEDED, name)
+            assert new.finished_at is not None and new.init_adapter_sha is None
 
 
 def test_sqlite_readers_do_not_wait_for_a_writer_and_writers_take_turns(tmp_path: Path) -> None:
