@@ -18,6 +18,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,12 @@ def start_embedded(settings: Settings) -> EmbeddedRay:
     """Start Ray inside this process, which becomes its owner: it ends when this process ends. See
     `embedded_environment`."""
     import ray
+    from ray._private.parameter import RayParams
 
+    # `ray.init` always has the node's agent listen at port 52365, and a Ray whose agent finds it taken takes no jobs:
+    # this one, or the one that somebody starts beside it.
+    any_port = partialmethod(RayParams.__init__, dashboard_agent_listen_port=0)
+    RayParams.__init__ = any_port  # type: ignore[assignment, method-assign]
     context: Any = ray.init(
         address="local",
         include_dashboard=True,

@@ -6,6 +6,7 @@ adapter, so "the same adapter" is "the same version".
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -113,8 +114,19 @@ class Laptop:
 @pytest.fixture(scope="module")
 def laptop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laptop]:
     laptop = Laptop(tmp_path_factory.mktemp("home"))
-    yield laptop
-    laptop.jobs("stop")
+    with another_rays_port():
+        yield laptop
+        laptop.jobs("stop")
+
+
+@contextlib.contextmanager
+def another_rays_port() -> Iterator[None]:
+    """Hold the port of a Ray's agent, as one does that runs on this machine already."""
+    with socket.socket() as agent:
+        with contextlib.suppress(OSError):  # there may be such a Ray
+            agent.bind(("127.0.0.1", 52365))
+            agent.listen()
+        yield
 
 
 def version_of(job: Job) -> str:
