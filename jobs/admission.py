@@ -25,7 +25,7 @@ from jobs.spec import JobSpec, SpecError
 from lora_core.adapter_bank import Adapter, AdapterBank
 from lora_core.adapter_init import LoraConfigError, adapted_modules, continued_adapter
 from lora_core.base_files import BaseModelError
-from lora_core.base_model import describe_base
+from lora_core.base_model import describe_base, too_long
 from lora_core.dataset import Dataset, DatasetError, build_datasets
 from lora_core.peft_format import read_adapter
 
@@ -77,7 +77,11 @@ def admit(spec: JobSpec, settings: Settings, max_workers: int | None) -> Admitte
         summary: list[str] = []
         if described is not None and dataset is not None:
             examples = _checked(lambda: examples_of(spec, dataset, validation, described[1]), problems, "dataset")
-            summary = examples[0].report.lines() if examples is not None else []
+            if examples is not None:
+                summary = examples[0].report.lines()
+                lengths = [len(example.ids) for part in examples if part is not None for example in part.examples]
+                if problem := too_long(described[0], max(lengths)):
+                    problems.append(f"train.max_seq_len: {problem}")
         if problems or storage is None or dataset is None:
             raise SpecError(problems)
         stored = [_store(storage, path) if path is not None else None for path in (dataset, validation)]

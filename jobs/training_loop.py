@@ -32,7 +32,7 @@ import torch.distributed as dist
 from cluster.bases import local_source
 from cluster.runtime import log_to_stderr
 from cluster.settings import Settings
-from cluster.storage import Storage, checkpoint_state_key, open_storage
+from cluster.storage import Storage, StorageUnavailable, checkpoint_state_key, open_storage
 from jobs.admission import examples_of
 from jobs.initial_adapter import load_initial
 from jobs.orders import (
@@ -61,6 +61,7 @@ log = logging.getLogger("lora.rank")
 PROBES = 4
 REPORT_SECONDS = 0.3
 IDLE_POLL_SECONDS = 0.1
+STORAGE_PATIENCE, STORAGE_PAUSE = 600.0, 5.0
 
 
 Read = Future[tuple[JobSpec, LiveJob]]
@@ -199,6 +200,18 @@ class Rank:
         return [job_id for job_id in self._preparing if all(job_id in of_rank for of_rank in everywhere)]
 
     def _read(self, assignment: Assignment) -> tuple[JobSpec, LiveJob]:
+        """With patience while the storage does not answer: what a job has reached is worth more than a few minutes."""
+        deadline = time.monotonic() + STORAGE_PATIENCE
+        while True:
+            try:
+                return self._read_now(assignment)
+            except StorageUnavailable as error:
+                log.warning("job=%s rank=%d event=storage_away error=%r", assignment.job_id, self.rank, str(error))
+                time.sleep(STORAGE_PAUSE)
+                if assignment.job_id not in self._preparing or time.monotonic() > deadline:
+                    raise
+
+    def _read_now(self, assignment: Assignment) -> tuple[JobSpec, LiveJob]:
         spec = JobSpec.model_validate_json(assignment.spec)
         train, validation = self._examples(assignment, spec)
         checkpoint, start = None, None

@@ -17,6 +17,7 @@ _HOMES = {
     "TrainJobsError": "library",
     "TrainResult": "library",
     "train": "library",
+    "write_merged": "merge",
 }
 __all__ = list(_HOMES)
 

@@ -72,12 +72,18 @@ class BaseModel:
     @property
     def parameters(self) -> int:
         """Parameters of the base, tied ones counted once."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        held = sum(parameter.numel() for parameter in self.model.parameters())
+        if self.decoder is not None and self.precision in QUANTISED:
+            held += sum(group.inputs * sum(group.outputs) for group in self.decoder.groups)
+        return held
 
     @property
     def nbytes(self) -> int:
         """Bytes of those parameters."""
-        return sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+        held = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+        if self.decoder is not None and self.precision in QUANTISED:
+            held += sum(weight.nbytes for layer in self.decoder.layers for weight in layer.weights)
+        return held
 
 
 def load_base(
@@ -158,6 +164,19 @@ def resolve_precision(precision: Precision, device: torch.device) -> str:
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     capabilities = torch.cpu.get_capabilities()
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
+
+
+def too_long(model: PreTrainedModel, tokens: int) -> str | None:
+    """Why documents of so many tokens cannot go through a model, if they cannot: past its positions a learned table
+    ends, and rotary ones were never trained.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None or tokens <= positions:
+        return None
+    return (
+        f"the longest row has {tokens:,} tokens and this base model {positions:,} positions: set max_seq_len to"
+        f" {positions} or less"
+    )
 
 
 def describe_base(source: str, cache_dir: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -18,6 +18,7 @@ from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import Example
 from lora_core.dropout import mix64
 from lora_core.optim import Evaluation, StepOutcome
+from lora_core.packing import ROW_MULTIPLE
 
 CHUNK_TOKENS = 1024
 
@@ -67,13 +68,13 @@ class EngineJob:
 
     @cached_property
     def largest_chunk(self) -> int:
-        """Tokens that no chunk of any step or evaluation exceeds."""
+        """Rows that no chunk of any step or evaluation exceeds."""
         largest = 0
         for examples, count in ((self.examples, self.train.batch_size), (self.validation, len(self.validation))):
             lengths = sorted((len(example.ids) for example in examples), reverse=True)
             if lengths:
                 largest = max(largest, lengths[0], min(self.chunk_limit, sum(lengths[:count])))
-        return largest
+        return largest + -largest % ROW_MULTIPLE
 
     def evaluates_after(self, step: int) -> bool:
         """Whether the held-out examples are evaluated once `step` steps are done: before the first, at the end, and

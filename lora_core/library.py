@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_core.adapter_init import LoraConfigError
-from lora_core.base_model import BaseModel
+from lora_core.base_model import BaseModel, too_long
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import DatasetError, Example, build_datasets
 from lora_core.engine_job import EngineJob, JobDiverged
@@ -97,6 +97,7 @@ def train(base: BaseModel, jobs: Sequence[TrainJob], out: str | Path) -> dict[st
                     engine.remove(name)
                     error = str(outcome) if isinstance(outcome, JobDiverged) else None
                     results[name] = _result(engine, live, Path(out) / name, error)
+                del live  # its memory is counted no longer
         return {job.name: results[job.name] for job in jobs}
     finally:
         engine.bank.close()
@@ -137,7 +138,10 @@ def _examples(base: BaseModel, job: TrainJob) -> tuple[list[Example], list[Examp
             f"validation must be a fraction of the rows above 0 and below 0.5, or a second file, not {job.validation}"
         )
     dataset, held_out = build_datasets(job.dataset, job.validation, base.tokenizer, job.train)
-    return dataset.examples, [] if held_out is None else held_out.examples
+    examples, validation = dataset.examples, [] if held_out is None else held_out.examples
+    if problem := too_long(base.model, max(len(example.ids) for example in (*examples, *validation))):
+        raise ValueError(problem)
+    return examples, validation
 
 
 def _unwritable(out: Path) -> list[str]:

@@ -12,20 +12,33 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from lora_core.adapter_bank import Adapter, AdapterBank
-from lora_core.base_files import write_dense
-from lora_core.base_model import BaseModel
+from lora_core.base_files import BaseModelError, write_dense
+from lora_core.base_model import QUANTISED, BaseModel
 from lora_core.dora import weight_of
+from lora_core.peft_format import read_adapter
 
 
-def write_merged(adapter: Adapter, base: BaseModel, bank: AdapterBank, folder: Path) -> None:
-    """Config, tokenizer and weights W + scale B A (DoRA: each row times its gain), in the dtype of the base.
+def write_merged(base: BaseModel, adapter: str | Path, out: str | Path) -> None:
+    """Config, tokenizer and weights W + scale B A (DoRA: each row times its gain) below `out`, in the dtype of the
+    base; `adapter` is a PEFT directory.
 
     The sum is taken in fp32 and rounded once. The whole model is in memory twice until it is written.
+
+    Raises:
+        AdapterFormatError: the directory holds no adapter of this base.
+        BaseModelError: the base is quantised.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    merged = {f"{module}.weight": _merged_weight(adapter, bank, module) for module in adapter.a}
-    write_dense(base.model, folder, merged)
-    base.tokenizer.save_pretrained(folder)
+    if base.precision in QUANTISED:
+        raise BaseModelError(f"a base in {base.precision} has no weights to merge into: load it in bf16 or fp32")
+    bank = AdapterBank(base.model)
+    try:
+        read = read_adapter(Path(adapter), bank)
+        merged = {f"{module}.weight": _merged_weight(read, bank, module) for module in read.a}
+    finally:
+        bank.close()
+    Path(out).mkdir(parents=True, exist_ok=True)
+    write_dense(base.model, Path(out), merged)
+    base.tokenizer.save_pretrained(out)
 
 
 @torch.no_grad()

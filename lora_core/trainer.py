@@ -324,7 +324,8 @@ class TrainEngine:
         if not math.isfinite(loss):
             return JobDiverged(live.job.name, progress.step, VALIDATION_NOT_FINITE)
         evaluation = Evaluation(progress.step, loss / tokens, hits / tokens, int(tokens))
-        if progress.evaluated(evaluation, train.early_stopping_patience) and train.keeps_best:
+        patience = train.early_stopping_patience if progress.step < live.job.steps else None
+        if progress.evaluated(evaluation, patience) and train.keeps_best:
             live.optimizer.keep_best()
         if live.done and train.keeps_best:
             live.optimizer.load_best()

@@ -73,12 +73,17 @@ def test_an_admitted_job_has_its_rows_in_storage_and_a_summary(tmp_path: Path, s
         ({"validation": "/no/such/rows.jsonl"}, "validation: /no/such/rows.jsonl is not a file"),
         ({"num_workers": 3}, "num_workers is 3, but this cluster has room for 2; lower it"),
         ({"train": {"max_seq_len": 4}}, "dataset: "),
+        ({"dataset": "LONG"}, "train.max_seq_len: the longest row has 4,1"),
+        ({"validation": "LONG"}, "this base model 4,096 positions: set max_seq_len to 4096 or less"),
     ],
 )
 def test_one_mistake_gets_one_sentence(
     tmp_path: Path, settings: Settings, options: dict[str, Any], sentence: str
 ) -> None:
-    (problem,) = problems(tmp_path, settings, **options)
+    long = write(tmp_path / "long.jsonl", [{"prompt": "long ", "completion": "word " * 820}])
+    given = {"train": {"max_seq_len": 8192}} if "LONG" in options.values() else {}
+    given |= {option: long if value == "LONG" else value for option, value in options.items()}
+    (problem,) = problems(tmp_path, settings, **given)
     assert sentence in problem
 
 

@@ -23,7 +23,7 @@ from lora_core.dora import RowNorms, weight_of
 from lora_core.engine_job import EngineJob, JobDiverged
 from lora_core.merge import write_merged
 from lora_core.packing import pack
-from lora_core.peft_format import read_adapter
+from lora_core.peft_format import adapter_files, read_adapter
 from lora_core.trainer import LiveJob, TrainEngine, probe_losses
 from tests.models import (
     CONFIGS,
@@ -354,7 +354,9 @@ def test_merged_directory_computes_the_same(case: str, tmp_path: Path) -> None:
     if name in adapter.b:
         adapter.b[name][5] = 0  # a row of zeros, whose norm is none to divide by
     ours = logits(base, bank, adapter)
-    write_merged(adapter, base, bank, tmp_path / "merged")
+    for file, content in adapter_files(adapter, bank, "base").items():
+        (tmp_path / file).write_bytes(content)
+    write_merged(base, tmp_path, tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager").eval()
     ids = torch.randint(3, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model(ids).logits, ours, rtol=1e-5, atol=2e-5)

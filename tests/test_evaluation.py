@@ -218,6 +218,19 @@ def test_patience_counts_evaluations_in_a_row(losses: list[float], stops_at: int
     assert (progress.step if progress.stopped else None) == stops_at
 
 
+def test_a_job_that_had_no_step_left_did_not_stop_early() -> None:
+    """Its last evaluation is the one at which patience ends."""
+    options = {"eval_steps": 1, "early_stopping_patience": 1, "batch_size": 10, "learning_rate": 0.5}
+    engine = TrainEngine(tiny_base("llama"))
+    stopped = engine.add(job("stopped", validation=HELD_OUT, **options))
+    train_to_the_end(engine, "stopped")
+    ended = engine.add(job("ended", validation=HELD_OUT, **options, epochs=stopped.progress.step))
+    train_to_the_end(engine, "ended")
+    assert ended.progress.step == ended.job.steps == stopped.progress.step
+    assert stopped.progress.stopped is not None
+    assert ended.progress.misses == 1 and ended.progress.stopped is None
+
+
 def test_a_job_that_stopped_early_rests_while_its_neighbour_goes_on() -> None:
     engine = TrainEngine(tiny_base("llama"))
     stopped = engine.add(job(validation=HELD_OUT, eval_steps=1, early_stopping_patience=1, **OVERFITS))

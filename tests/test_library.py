@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import lora_core
 from lora_core import LoraConfig, TrainConfig, TrainJob, TrainJobsError
 from lora_core.base_model import BaseModel, load_base
 from lora_core.dataset import split
+from lora_core.trainer import LiveJob, TrainEngine
 from tests.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -100,6 +102,42 @@ def test_a_job_that_diverges_says_so_and_the_other_ends_well(base: BaseModel, da
     assert results["wild"].folder is None and "lower learning_rate" in str(results["wild"].error)
     assert not (tmp_path / "out" / "wild").exists()
     assert results["good"].folder is not None and math.isfinite(results["good"].loss)
+
+
+def test_the_memory_of_a_job_that_ended_is_free_before_the_next_step(
+    base: BaseModel, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine plans without it."""
+    added: list[weakref.ref[LiveJob]] = []
+    admit, micro_batch = TrainEngine.admit, TrainEngine.micro_batch
+
+    def admitting(engine: TrainEngine, live: LiveJob) -> None:
+        added.append(weakref.ref(live))
+        admit(engine, live)
+
+    def stepping(engine: TrainEngine) -> object:
+        assert sum(live() is not None for live in added) == len(engine.live)
+        return micro_batch(engine)
+
+    monkeypatch.setattr(TrainEngine, "admit", admitting)
+    monkeypatch.setattr(TrainEngine, "micro_batch", stepping)
+    jobs = [TrainJob(name, dataset, train=SHORT.model_copy(update={"epochs": 3 - n})) for n, name in enumerate("abc")]
+    assert all(result.folder for result in lora_core.train(base, jobs, tmp_path / "out").values())
+
+
+def test_rows_longer_than_the_models_positions_are_refused(dataset: Path, tmp_path: Path) -> None:
+    """GPT-2's table ends there, and an index past it would end every job."""
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"text": "word " * 80}) + "\n")
+    base = load_base(str(save_tiny_model("gpt2", tmp_path / "gpt2")), precision="fp32", cache_dir=tmp_path / "cache")
+    jobs = [TrainJob("long", long), TrainJob("held", dataset, validation=long), TrainJob("fits", dataset, train=SHORT)]
+    with pytest.raises(TrainJobsError) as caught:
+        lora_core.train(base, jobs, tmp_path / "out")
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["long", "held"]
+    assert "and this base model 128 positions: set max_seq_len to 128 or less" in str(caught.value)
+    cut = TrainConfig(max_seq_len=128, epochs=1)
+    result = lora_core.train(base, [TrainJob("cut", long, train=cut)], tmp_path / "out")["cut"]
+    assert result.folder is not None
 
 
 def test_files_that_cannot_be_written_are_that_jobs_error(base: BaseModel, dataset: Path, tmp_path: Path) -> None:

@@ -179,14 +179,14 @@ def test_a_job_that_does_not_fit_is_refused_and_the_others_stay() -> None:
 
 
 def test_no_chunk_is_larger_than_a_job_says() -> None:
-    for batch_size, longest in ((3, 30), (60, 30), (5, 64)):
+    for batch_size, longest in ((1, 29), (3, 30), (60, 30), (5, 64)):
         train = TrainConfig(batch_size=batch_size, epochs=1, max_seq_len=64)
         wanted = EngineJob("job", LORA, train, documents(60, seed=0, longest=longest))
         live = TrainEngine(tiny_base("llama")).add(wanted)
         chunks = []
         for live.progress.step in range(wanted.steps):
             chunks += live.chunks(0, 1)
-        assert max(chunk.tokens for chunk in chunks) <= wanted.largest_chunk <= wanted.chunk_limit
+        assert max(chunk.rows for chunk in chunks) <= wanted.largest_chunk <= wanted.chunk_limit
 
 
 def test_available_memory_is_no_more_than_there_is() -> None:

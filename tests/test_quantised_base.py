@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_core.attention import PackedAttention
-from lora_core.base_model import BaseModel
+from lora_core.base_model import BaseModel, load_base, placed
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import Example
 from lora_core.decoder import Decoder
@@ -19,7 +20,8 @@ from lora_core.engine_job import EngineJob
 from lora_core.kernels.quantize import NF4_BLOCK, NF4_LEVELS, dequantize_nf4, quantize_nf4, quantize_rows
 from lora_core.precision import DenseWeight, Fp8Weight, Nf4Weight
 from lora_core.trainer import TrainEngine
-from tests.models import VOCABULARY, outcome_of, relative, tiny_base
+from tests.models import CPU, VOCABULARY, outcome_of, relative, tiny_base
+from tests.tiny_models import save_tiny_model
 
 
 def weights(rows: int, columns: int) -> Tensor:
@@ -89,6 +91,20 @@ def text(count: int, seed: int, factor: int = 5) -> list[Example]:
             ids.append(token if is_random else 3 + (factor * ids[-1] + 7) % (VOCABULARY - 3))
         found.append(Example(ids, [False] + [True] * 23))
     return found
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("fp8", 16), ("nf4", 4)])
+def test_a_quantised_base_has_as_many_parameters_in_fewer_bytes(precision: str, bits: int, tmp_path: Path) -> None:
+    """In fp8 the transpose lies there too."""
+    dense = load_base(
+        str(save_tiny_model("llama", tmp_path / "tiny")), precision="bf16", cache_dir=tmp_path, device=CPU
+    )
+    parameters = dense.parameters
+    linears = sum(part.numel() for parts in Decoder.stacks(dense.model) for part in parts)
+    small = placed(replace(dense, precision=precision, decoder=None), CPU)
+    assert small.parameters == parameters
+    rest = 2 * (parameters - linears)
+    assert linears * bits / 8 < small.nbytes - rest < 1.25 * linears * bits / 8
 
 
 @pytest.fixture(scope="module")

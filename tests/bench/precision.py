@@ -1,14 +1,16 @@
-"""What a base's precision costs in loss: `python -m tests.bench.precision [steps]`.
+"""What a base's precision costs in loss: `python -m tests.bench.precision --help`.
 
-SmolLM2-135M learns the example tickets (`jobs/examples/triage.jsonl`), r 16 on all linears, from the same start on the
-same rows, on a base in each precision; then the held-out tickets are evaluated. On a CPU the fp8 products are those of
-the GPU's matrix units, rounding for rounding of their operands, summed in fp32.
+SmolLM2-135M learns the example tickets (`jobs/examples/triage.jsonl`), r 16 on all linears, on a base in each
+precision, and the held-out tickets are evaluated. All have the same starts and orders of rows, one for each seed: after
+so few steps chance alone moves a run by some percent. On a CPU the fp8 products are those of the GPU's matrix units,
+rounding for rounding of their operands, summed in fp32.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
+import statistics
 import tempfile
 import time
 from dataclasses import replace
@@ -33,10 +35,12 @@ def base_in(precision: str, cache: Path) -> BaseModel:
     return placed(replace(dense, precision=precision, decoder=None), CPU) if precision in ("fp8", "nf4") else dense
 
 
-def losses(base: BaseModel, steps: int) -> tuple[float, float, float]:
+def losses(base: BaseModel, steps: int, seed: int) -> tuple[float, float, float]:
     """Held-out loss before training, training loss of the last quarter of the steps, held-out loss after them."""
     rows, held_out = (_examples(base, name) for name in ("triage", "triage_heldout"))
-    train = TrainConfig(batch_size=8, epochs=100, learning_rate=1e-3, lr_scheduler="constant", eval_steps=steps)
+    train = TrainConfig(
+        batch_size=8, epochs=100, learning_rate=1e-3, lr_scheduler="constant", eval_steps=steps, seed=seed
+    )
     engine = TrainEngine(base)
     live = engine.add(EngineJob("job", LoraConfig(), train, rows, held_out))
     seen: list[float] = []
@@ -47,8 +51,7 @@ def losses(base: BaseModel, steps: int) -> tuple[float, float, float]:
     engine.bank.close()
     before, after = live.progress.before, live.progress.evaluation
     assert before is not None and after is not None and after.step == steps
-    last = seen[-max(1, steps // 4) :]
-    return before.loss, sum(last) / len(last), after.loss
+    return before.loss, statistics.mean(seen[-max(1, steps // 4) :]), after.loss
 
 
 def _examples(base: BaseModel, name: str) -> list[Example]:
@@ -56,21 +59,36 @@ def _examples(base: BaseModel, name: str) -> list[Example]:
     return build_examples(rows, base.tokenizer, max_seq_len=512, train_on="completion", overlong="drop").examples
 
 
-def main(steps: int) -> None:
+def main(arguments: argparse.Namespace) -> None:
     """Measure and print."""
-    found = {}
-    print(f"SmolLM2-135M, {steps} steps of 8 tickets, r 16 all-linear\n")
-    print(f"{'':<6} {'held out before':>16} {'training':>10} {'held out after':>15} {'against bf16':>13} {'s':>6}")
+    found: dict[str, list[tuple[float, float, float]]] = {}
+    print(f"SmolLM2-135M, {arguments.steps} steps of 8 tickets, r 16 all-linear, mean of {arguments.seeds} seeds\n")
+    print(f"{'':<6} {'held out before':>16} {'training':>10} {'held out after':>15} {'against bf16':>20} {'s':>6}")
     with tempfile.TemporaryDirectory() as folder:
-        for precision in PRECISIONS:
-            began = time.perf_counter()
-            found[precision] = losses(base_in(precision, Path(folder)), steps)
-            before, training, after = found[precision]
-            against = after / found["bf16"][2] - 1 if "bf16" in found else float("nan")
+        for precision in arguments.only:
+            began, base = time.perf_counter(), base_in(precision, Path(folder))
+            found[precision] = [losses(base, arguments.steps, seed) for seed in range(arguments.seeds)]
+            before, training, after = (statistics.mean(column) for column in zip(*found[precision], strict=True))
+            against = _against(found[precision], found.get("bf16", []))
             seconds = time.perf_counter() - began
-            print(f"{precision:<6} {before:>16.4f} {training:>10.4f} {after:>15.4f} {against:>13.2%} {seconds:>6.0f}")
-    print("\n" + json.dumps({"bench": "precision", "steps": steps, "losses": found}))
+            print(f"{precision:<6} {before:>16.4f} {training:>10.4f} {after:>15.4f} {against:>20} {seconds:>6.0f}")
+    print("\n" + json.dumps({"bench": "precision", "steps": arguments.steps, "losses": found}))
+
+
+def _against(ours: list[tuple[float, float, float]], bf16: list[tuple[float, float, float]]) -> str:
+    """How much larger the held-out loss after training is than that of the same seed in bf16: mean and its standard
+    error.
+    """
+    ratios = [one[2] / other[2] - 1 for one, other in zip(ours, bf16, strict=False)]
+    if not ratios:
+        return "-"
+    error = f" +- {statistics.stdev(ratios) / len(ratios) ** 0.5:.2%}" if len(ratios) > 1 else ""
+    return f"{statistics.mean(ratios):.2%}{error}"
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 40)
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.precision")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", type=lambda text: text.split(","), default=list(PRECISIONS), metavar="bf16,fp8")
+    main(parser.parse_args())
