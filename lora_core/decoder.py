@@ -3,6 +3,7 @@
     for layer in layers:                                        saved for the backward pass
         x  += down-projection of the layer before               x
         qkv = frozen(norm(x)) + h B^T, turned by positions      qkv, h
+              (Qwen3: each head of q and k is normed before)    q and k before that
         x  += output projection of attention(q, k, v)           attention, h, x
         act = silu(gate) * up  of  frozen(norm(x)) + h B^T      gate and up, h
     losses = cross entropy of the head's logits, slice by slice
@@ -12,7 +13,7 @@ this page, and the same on each step, so that the peak is known before a base is
 are one frozen product and one low-rank one. Rows of different adapters meet only in frozen products, whose rows do not
 touch; every sum over tokens runs over one adapter's own (`kernels/low_rank.py`).
 
-Only the weights come from transformers: this file computes what its Llama, Mistral and Qwen2 do
+Only the weights come from transformers: this file computes what its Llama, Mistral, Qwen2 and Qwen3 do
 (https://github.com/huggingface/transformers), and `BaseModel` compares the two when a base is loaded.
 """
 
@@ -32,6 +33,7 @@ from lora_core.adapter_view import AdapterView, stacked_tables
 from lora_core.attention import Backward, DocumentAttention
 from lora_core.kernels.cross_entropy import cross_entropy_
 from lora_core.kernels.layer_ops import (
+    HeadNorm,
     Rope,
     norm_backward,
     norm_forward,
@@ -104,6 +106,7 @@ class _Kept:
     normed: Tensor | None
     h: list[Tensor | None]
     qkv: Tensor
+    unnormed: Tensor | None
     attended: Tensor
     attention_backward: Backward
     middle: Tensor
@@ -143,7 +146,13 @@ class Decoder:
         biases = [layer.get_submodule(leaf).bias for leaf in _GROUPS[QKV]]
         bias = None if biases[0] is None else torch.cat(biases)
         norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-        return Layer(tuple(weights), norms, bias)
+        return Layer(tuple(weights), norms, bias, self._head_norm(layer.self_attn))
+
+    def _head_norm(self, attention: Any) -> HeadNorm | None:
+        if not hasattr(attention, "q_norm"):
+            return None
+        norms = (attention.q_norm, self.heads), (attention.k_norm, self.kv_heads)
+        return HeadNorm(torch.cat([norm.weight.expand(heads, -1) for norm, heads in norms]), self.eps)
 
     @staticmethod
     def stacks(model: PreTrainedModel) -> list[list[Tensor]]:
@@ -153,10 +162,10 @@ class Decoder:
 
     @staticmethod
     def fits(config: Any) -> bool:
-        """Whether a model of this config is computed here: Llama, Mistral and Qwen2 as they usually come."""
+        """Whether a model of this config is computed here: Llama, Mistral, Qwen2 and Qwen3 as they usually come."""
         windowed = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None) is not None
         return (
-            config.model_type in ("llama", "mistral", "qwen2")
+            config.model_type in ("llama", "mistral", "qwen2", "qwen3")
             and config.hidden_act == "silu"
             and not windowed
             and not getattr(config, "attention_bias", False)
@@ -236,11 +245,14 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Layer:
-    """The frozen parts of a layer: its four groups of linears, its two norms, the bias of q, k and v."""
+    """The frozen parts of a layer: its four groups of linears, its two norms, the bias of q, k and v, the norm of q's
+    and k's heads.
+    """
 
     weights: tuple[FrozenWeight, ...]
     norms: tuple[Tensor, Tensor]
     bias: Tensor | None
+    head_norm: HeadNorm | None
 
 
 class _Batch:
@@ -298,7 +310,9 @@ class _Batch:
             h.append(shrink(source, low_ranks[kind]) if low_ranks[kind].width else None)
             return layer.weights[kind].forward(source)
 
-        qkv = rope_forward_(product(QKV, normed), h[QKV], low_ranks[QKV], self._rope(layer))
+        qkv, unnormed = rope_forward_(
+            product(QKV, normed), h[QKV], low_ranks[QKV], self._rope(layer), with_backward=with_backward
+        )
         attended, attention_backward = self._attention(*self._split(qkv), with_backward=with_backward)
         middle, middle_normed, middle_rstd = norm_forward(
             x, product(O, attended), h[O], low_ranks[O], layer.norms[1], self._decoder.eps
@@ -306,8 +320,9 @@ class _Batch:
         gate_up = product(GATE_UP, middle_normed)
         activation, h_down = swiglu_forward(gate_up, h[GATE_UP], low_ranks[GATE_UP], low_ranks[DOWN])
         h.append(h_down)
-        kept = _Kept(rstd, normed, h, qkv, attended, attention_backward, middle, middle_rstd, middle_normed, gate_up)
-        return kept, activation
+        return _Kept(
+            rstd, normed, h, qkv, unnormed, attended, attention_backward, middle, middle_rstd, middle_normed, gate_up
+        ), activation
 
     def backward(self, place: int, saved: _Saved, dx: Tensor, dh: Tensor | None) -> Gradient | None:
         """The `Gradient` of a layer's output -> of its input (None for the first), adding to the adapters'."""
@@ -342,7 +357,7 @@ class _Batch:
             expand_gradient_(dattended, dh, low_ranks[O])
         add_gradients(O, kept.attended, dmiddle, dh)
 
-        dqkv, products = rope_backward(*kept.attention_backward(dattended), kept.qkv, self._rope(layer))
+        dqkv, products = rope_backward(*kept.attention_backward(dattended), kept.qkv, kept.unnormed, self._rope(layer))
         dh = shrink_gradient(dqkv, low_ranks[QKV]) if low_ranks[QKV].width else None
         add_gradients(QKV, self._normed(kept.normed, saved.x, layer.norms[0]), dqkv, dh)
         if place == 0:
@@ -356,7 +371,8 @@ class _Batch:
 
     def _rope(self, layer: Layer) -> Rope:
         decoder = self._decoder
-        return Rope(self._cos, self._sin, decoder.head_size, decoder.heads + decoder.kv_heads, layer.bias)
+        turned = decoder.heads + decoder.kv_heads
+        return Rope(self._cos, self._sin, decoder.head_size, turned, layer.bias, layer.head_norm)
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v `[T, heads, d]` of rows that hold them side by side."""

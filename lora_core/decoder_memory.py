@@ -8,6 +8,7 @@ refers to it, as a tensor does: what Python frees there, it frees here. What ker
     qkv, attended                      2 T 6,144, 2 T 4,096
     gate_up                            2 T 28,672
     h of four groups                   2 T x the sum of ranks, rounded up to 8, each
+    q and k before their norm          not in Llama; in the 8B shape of Qwen3 2 T 5,120
 
 and takes the most at the head (a slice of logits), or in the first layer that goes backward (attention's fp32 sums).
 """
@@ -91,7 +92,9 @@ class DecoderActivations:
 
 @dataclass
 class _Kept:
-    """`decoder._Kept`; `rest` is what is only kept here: both rstd, h, and what attention's backward pass refers to."""
+    """`decoder._Kept`; `rest` is what is only kept here: both rstd, h, and what the backward passes of rope and
+    attention refer to.
+    """
 
     normed: Held | None
     middle: Held
@@ -122,6 +125,7 @@ class _Pass:
         self._groups, self._layers = decoder.groups, len(decoder.layers)
         self._vocabulary, self._hidden = decoder.head.shape
         self._heads = decoder.heads, decoder.kv_heads, decoder.head_size
+        self._head_norm = decoder.layers[0].head_norm is not None
         # ids, positions, dropout keys, labels and their rows, all int64; cos and sin of half a head each.
         self._batch = [kernels.rows(5, 8), kernels.rows(decoder.head_size)]
 
@@ -173,13 +177,13 @@ class _Pass:
             return self._product(kind)
 
         qkv = product(QKV)
-        kernels.rope_forward(self._turned)
+        unnormed = kernels.rope_forward(self._turned, normed=self._head_norm, with_backward=with_backward)
         attended, for_backward = kernels.attention(*self._heads, with_backward=with_backward)
         middle, middle_normed, middle_rstd = kernels.norm_forward(qkv, product(O), self._hidden)
         gate_up = product(GATE_UP)
         activation, h_down = kernels.swiglu_forward(self._groups[DOWN].inputs, self._width(place, DOWN))
         h.append(h_down)
-        rest = [rstd, middle_rstd, h, qkv, attended, for_backward]
+        rest = [rstd, middle_rstd, h, qkv, unnormed, attended, for_backward]
         return _Kept(normed, middle, middle_normed, gate_up, rest), h_down, activation
 
     def backward(self, place: int, saved: _Saved, dx: Held, dh: Held | None) -> tuple[Held, Held | None] | None:
@@ -201,7 +205,7 @@ class _Pass:
         dattended = self._input_gradient(O)
         gradients = kernels.attention_backward(*self._heads)
         columns = sum(self._groups[QKV].outputs)
-        dqkv, products = kernels.rope_backward(columns, self._turned, columns // self._heads[2])
+        dqkv, products = kernels.rope_backward(columns, self._turned, columns // self._heads[2], normed=self._head_norm)
         del gradients
         dh = kernels.shrink(self._width(place, QKV))
         self._normed(kept.normed, saved.x)

@@ -89,10 +89,11 @@ class TritonKernels:
         dx = self.rows(width)
         return dx, self._in_stripes(width, below, below)
 
-    def rope_forward(self, turned: int) -> None:
-        """In place."""
+    def rope_forward(self, turned: int, *, normed: bool, with_backward: bool) -> Held | None:
+        """In place; q and k before their norm, where the backward pass needs them."""
+        return self.rows(turned) if normed and with_backward else None
 
-    def rope_backward(self, width: int, turned: int, heads: int) -> tuple[Held, Held | None]:
+    def rope_backward(self, width: int, turned: int, heads: int, *, normed: bool) -> tuple[Held, Held | None]:
         """The gradient and the products, which are there for each head before."""
         dy, products = self.rows(width), self.rows(1, 4)
         self._moment(heads, 4)
@@ -169,13 +170,16 @@ class TorchKernels(TritonKernels):
         self._moment(3 * width, 4)
         return self.rows(width), self.shrink(below)
 
-    def rope_forward(self, turned: int) -> None:
-        """q and k with their halves exchanged."""
-        self._moment(turned)
+    def rope_forward(self, turned: int, *, normed: bool, with_backward: bool) -> Held | None:
+        """q and k with their halves exchanged; for their norm what `norm_forward` takes, at most."""
+        unnormed = super().rope_forward(turned, normed=normed, with_backward=with_backward)
+        self._moment(turned * (8 + self.itemsize) if normed else turned * self.itemsize, 1)
+        return unnormed
 
-    def rope_backward(self, width: int, turned: int, heads: int) -> tuple[Held, Held | None]:
+    def rope_backward(self, width: int, turned: int, heads: int, *, normed: bool) -> tuple[Held, Held | None]:
+        """q and k with their halves exchanged; for their norm what `norm_backward` takes."""
         dy = self.rows(width)
-        self._moment(turned)
+        self._moment(turned * (3 * 4 if normed else self.itemsize), 1)
         return dy, None
 
     def swiglu_forward(self, columns: int, width: int) -> tuple[Held, Held | None]:

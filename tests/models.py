@@ -53,7 +53,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "mistral": transformers.MistralConfig(**_LLAMA, sliding_window=7),
     "mistral-dense": transformers.MistralConfig(**_LLAMA, sliding_window=None),
     "qwen2": transformers.Qwen2Config(**_LLAMA),
-    "qwen3": transformers.Qwen3Config(**_LLAMA, head_dim=16),
+    "qwen3": transformers.Qwen3Config(**_LLAMA, head_dim=24),
     "gemma": transformers.GemmaConfig(**_LLAMA, head_dim=16),
     "gemma2": transformers.Gemma2Config(
         **_LLAMA, head_dim=16, sliding_window=7, attn_logit_softcapping=3.0, final_logit_softcapping=5.0
@@ -69,8 +69,8 @@ CONFIGS: dict[str, PretrainedConfig] = {
 
 
 def tiny_model(kind: str, seed: int = 0, attention: str = ATTENTION_NAME) -> PreTrainedModel:
-    """Random weights and biases, large enough that attention, windows and caps show in the logits; frozen, in eval
-    mode.
+    """Random weights, biases and norms of heads, large enough that attention, windows and caps show in the logits;
+    frozen, in eval mode.
     """
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -83,6 +83,8 @@ def tiny_model(kind: str, seed: int = 0, attention: str = ATTENTION_NAME) -> Pre
         for name, parameter in model.named_parameters():
             if name.endswith(".bias"):
                 parameter.normal_(0, 0.3)
+            elif name.endswith((".q_norm.weight", ".k_norm.weight")):
+                parameter += torch.randn_like(parameter) * 0.3
     return model.eval().requires_grad_(False)
 
 
@@ -109,7 +111,7 @@ def norms_in_double(model: nn.Module) -> None:
         return normed
 
     for module in model.modules():
-        if type(module).__name__ in ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm"):
+        if type(module).__name__ in ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"):
             module.forward = MethodType(rms_norm, module)  # type: ignore[method-assign]
 
 

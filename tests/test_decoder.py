@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
+from transformers import MistralConfig, Qwen2Config, Qwen3Config
 
 from lora_core import decoder as decoder_module
 from lora_core.adapter_view import AdapterView
@@ -93,11 +94,19 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 @pytest.mark.parametrize("dropouts", [(0.0, 0.0, 0.0), DROPOUTS])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-@pytest.mark.parametrize("kind", ["llama", "mistral-dense", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "mistral-dense", "qwen2", "qwen3"])
 def test_gradients_are_those_of_the_hooks(kind: str, checkpointing: Checkpointing, dropouts: tuple[float, ...]) -> None:
     world = World(kind, dropouts=dropouts)
     for ours, theirs in zip(world.by_decoder(checkpointing), world.by_hooks(), strict=True):
         assert relative(ours, theirs) < 1e-12
+
+
+def test_a_window_is_left_to_the_hooks() -> None:
+    window = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}
+    for config in (MistralConfig(sliding_window=7), Qwen2Config(**window), Qwen3Config(**window)):
+        assert not Decoder.fits(config)
+        config.sliding_window = None
+        assert Decoder.fits(config)
 
 
 def test_a_neighbours_dropout_changes_nothing() -> None:
@@ -217,7 +226,7 @@ def test_stacked_weights_are_the_models_own() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the next test has a GPU for it")
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_triton_follows_torch_in_its_interpreter(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole pass in the kernels in fp32, against fp64 in torch: what one hands to the next."""
     pytest.importorskip("triton", reason="Triton has no build for this system")
@@ -258,11 +267,12 @@ def decode_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dropouts", [(0.0, 0.0, 0.0), DROPOUTS])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
 @pytest.mark.parametrize("device", [GPU])
-def test_triton_follows_torch(device: str, dropouts: tuple[float, ...]) -> None:
+def test_triton_follows_torch(device: str, kind: str, dropouts: tuple[float, ...]) -> None:
     """The whole pass in the kernels in fp32, against fp64 on the CPU."""
-    exact = World(dropouts=dropouts).by_decoder()
-    world = World(dtype=torch.float32, dropouts=dropouts)
+    exact = World(kind, dropouts=dropouts).by_decoder()
+    world = World(kind, dtype=torch.float32, dropouts=dropouts)
     world.base.model.to(device)  # type: ignore[arg-type]
     world.base.device = torch.device(device)
     for place, live in enumerate(world.jobs):

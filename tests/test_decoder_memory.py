@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedTokenizerBase
-from transformers.models.llama.modeling_llama import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase, Qwen3Config
 
 from lora_core import kernel_memory
 from lora_core.attention import ATTENTION_NAME
@@ -32,27 +32,38 @@ H100 = int(79.1 * GIB)
 """What an H100 of 80 GB shows to CUDA."""
 
 WAYS: tuple[Checkpointing, ...] = ("none", "selective", "full")
-TINY = LlamaConfig(
-    vocab_size=1024, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=8,
-    num_key_value_heads=2, max_position_embeddings=2048,
-)  # fmt: skip
+SIZES: dict[str, Any] = {
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+}
+TINY = LlamaConfig(**SIZES)
+TINY_QWEN3 = Qwen3Config(**SIZES, head_dim=48)
 LORAS = [LoraConfig(r=8), LoraConfig(r=5, target_modules=["k_proj", "v_proj"], rank_pattern={"v_proj": 20})]
 
 
 # --- what tensors come to --------------------------------------------------------------------------------------------
 
 
-def tiny_base(precision: str = "bf16") -> BaseModel:
-    TINY._attn_implementation = ATTENTION_NAME
-    model = LlamaForCausalLM(TINY).to(torch.bfloat16).eval().requires_grad_(False)
+def tiny_base(precision: str = "bf16", config: PretrainedConfig = TINY) -> BaseModel:
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME)
+    model.to(torch.bfloat16).eval().requires_grad_(False)
     return placed(BaseModel(model, PreTrainedTokenizerBase(), "tiny", "0" * 64, precision, CPU), CPU)
 
 
 def measured(
-    monkeypatch: pytest.MonkeyPatch, checkpointing: Checkpointing, lengths: list[int], precision: str
+    monkeypatch: pytest.MonkeyPatch,
+    checkpointing: Checkpointing,
+    lengths: list[int],
+    precision: str = "bf16",
+    config: PretrainedConfig = TINY,
 ) -> tuple[int, int]:
     """Bytes of a real micro-batch of two jobs when the head begins, and at most."""
-    base = tiny_base(precision)
+    base = tiny_base(precision, config)
     engine = TrainEngine(base, capacity=4096, checkpointing=checkpointing)
     examples = [Example([7] * length, [False] + [True] * (length - 1)) for length in lengths]
     known: list[Tensor] = [*base.model.parameters(), *base.model.buffers()]
@@ -79,15 +90,26 @@ def measured(
 
 @pytest.mark.parametrize("checkpointing", WAYS)
 @pytest.mark.parametrize(
-    ("count", "length", "precision"),
-    [(8, 64, "bf16"), (1, 512, "bf16"), (2, 64, "nf4")],
+    ("count", "length", "precision", "config"),
+    [
+        (8, 64, "bf16", TINY),
+        (1, 512, "bf16", TINY),
+        (2, 64, "nf4", TINY),
+        (8, 64, "bf16", TINY_QWEN3),
+        (1, 512, "bf16", TINY_QWEN3),
+    ],
 )
 def test_the_count_is_what_tensors_come_to(
-    monkeypatch: pytest.MonkeyPatch, checkpointing: Checkpointing, count: int, length: int, precision: str
+    monkeypatch: pytest.MonkeyPatch,
+    checkpointing: Checkpointing,
+    count: int,
+    length: int,
+    precision: str,
+    config: PretrainedConfig,
 ) -> None:
-    saved, peak = measured(monkeypatch, checkpointing, [length] * count, precision)
+    saved, peak = measured(monkeypatch, checkpointing, [length] * count, precision, config)
     quantised = "nf4" if precision == "nf4" else None
-    of = DecoderActivations(predictor(TINY, torch.bfloat16).model, "cpu", quantised)
+    of = DecoderActivations(predictor(config, torch.bfloat16).model, "cpu", quantised)
     ledger = of.trace(LORAS, 2 * count * length, length, checkpointing)
     assert ledger.saved == pytest.approx(saved, rel=0.01)
     assert ledger.peak == pytest.approx(peak, rel=0.01)
@@ -98,14 +120,14 @@ def test_documents_of_any_lengths_take_no_more(monkeypatch: pytest.MonkeyPatch, 
     """On a CPU attention keeps its probabilities where documents are short, and computes them again where not."""
     of = DecoderActivations(predictor(TINY, torch.bfloat16).model, "cpu")
     for lengths in ([520, 512, 512, 512], [768], [768, 100, 70, 300]):
-        saved, peak = measured(monkeypatch, checkpointing, lengths, "bf16")
+        saved, peak = measured(monkeypatch, checkpointing, lengths)
         ledger = of.trace(LORAS, 2 * sum(lengths), max(lengths), checkpointing)
         assert 1.01 * ledger.saved >= saved and ledger.peak >= peak
 
 
 def test_nothing_is_held_once_the_pass_is_over() -> None:
-    for device in ("cpu", "cuda"):
-        of = DecoderActivations(predictor(TINY, torch.bfloat16).model, device)
+    for device, config in product(("cpu", "cuda"), (TINY, TINY_QWEN3)):
+        of = DecoderActivations(predictor(config, torch.bfloat16).model, device)
         assert all(of.trace(LORAS, 512, 128, checkpointing).live == 0 for checkpointing in WAYS)
 
 

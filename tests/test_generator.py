@@ -61,7 +61,7 @@ class Stock:
         return [int(token) for token in out[0, len(prompt) :]]
 
 
-@pytest.fixture(scope="session", params=["llama", "gpt2", "gemma2"])
+@pytest.fixture(scope="session", params=["llama", "qwen3", "gpt2", "gemma2"])
 def stock(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Stock:
     folder = save_tiny_model(request.param, tmp_path_factory.mktemp(request.param))
     return Stock(folder, tmp_path_factory.mktemp("tiny-cache"))

@@ -26,7 +26,7 @@ from lora_core.kernels import (
     quantize_triton,
     swiglu_triton,
 )
-from lora_core.kernels.layer_ops import Rope
+from lora_core.kernels.layer_ops import HeadNorm, Rope
 from lora_core.kernels.low_rank import NO_ADAPTER, GroupAdapter, LinearGroup, LowRank, Part, Segments
 
 CPU = torch.device("cpu")
@@ -244,23 +244,49 @@ def test_norm_backward(
     close(own(shrunk_there, below_there), shrunk)
 
 
+def ropes(size: int, with_bias: bool, with_norm: bool) -> tuple[Rope, Rope]:
+    """Of six heads of `size` that are turned, on the CPU and on the device."""
+    angle, weight = randn(T, size // 2), randn(6, size)
+    given = [angle.cos(), angle.sin(), randn(128) if with_bias else None, weight if with_norm else None]
+
+    def on(device: torch.device) -> Rope:
+        cos, sin, bias, weight = copies(given, device)
+        assert cos is not None and sin is not None
+        return Rope(cos, sin, size, 6, bias, None if weight is None else HeadNorm(weight, 0.1))
+
+    return on(CPU), on(DEVICE)
+
+
+@pytest.mark.parametrize("with_norm", [True, False])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("with_update", [True, False])
-def test_rope(with_update: bool, with_bias: bool) -> None:
+def test_rope(with_update: bool, with_bias: bool, with_norm: bool) -> None:
     here, there = low_rank_on("qkv"), low_rank_on("qkv", DEVICE)
-    y, h, angle = randn(T, 128), randn(T, here.width) if with_update else None, randn(T, 8)
-    bias = randn(128) if with_bias else None
-    rope = Rope(angle.cos(), angle.sin(), 16, 6, bias)
-    on_device = Rope(*copies([rope.cos, rope.sin], DEVICE), 16, 6, *copies([bias], DEVICE))  # type: ignore[arg-type]
-    reference = layer_ops.rope_forward_(*copies([y, h]), here, rope)  # type: ignore[arg-type]
-    ours = layer_ops_triton.rope_forward_(*copies([y, h], DEVICE), there, on_device)  # type: ignore[arg-type]
+    y, h = randn(T, 128), randn(T, here.width) if with_update else None
+    rope, on_device = ropes(16, with_bias, with_norm)
+    reference, unnormed = layer_ops.rope_forward_(*copies([y, h]), here, rope, True)  # type: ignore[arg-type]
+    ours, unnormed_there = layer_ops_triton.rope_forward_(*copies([y, h], DEVICE), there, on_device, True)  # type: ignore[arg-type]
     close(ours, reference)
+    assert (unnormed is not None) == (unnormed_there is not None) == with_norm
+    if unnormed is not None and unnormed_there is not None:
+        close(unnormed_there, unnormed)
     parts = [randn(T, heads, 16, seed=heads) for heads in (4, 2, 2)]
-    turned_back, _ = layer_ops.rope_backward(*parts, reference, rope)
-    dy, products = layer_ops_triton.rope_backward(*(part.to(DEVICE) for part in parts), ours, on_device)
+    turned_back, _ = layer_ops.rope_backward(*parts, reference, unnormed, rope)
+    moved_parts = [part.to(DEVICE) for part in parts]
+    dy, products = layer_ops_triton.rope_backward(*moved_parts, ours, unnormed_there, on_device)
     close(dy, turned_back)
     product = y if h is None else low_rank.expand_(y.clone(), h, here)
     close(products, (turned_back * product).sum(1))
+
+
+@pytest.mark.parametrize("with_norm", [True, False])
+def test_rope_keeps_nothing_without_a_backward_pass(with_norm: bool) -> None:
+    rope, on_device = ropes(16, False, with_norm)
+    low = low_rank_on("qkv", DEVICE)
+    assert layer_ops.rope_forward_(randn(T, 128), None, low_rank_on("qkv"), rope, False)[1] is None
+    ours, kept = layer_ops_triton.rope_forward_(randn(T, 128).to(DEVICE), None, low, on_device, False)
+    assert kept is None
+    close(ours, layer_ops.rope_forward_(randn(T, 128), None, low_rank_on("qkv"), rope, True)[0])
 
 
 @in_one_stripe_and_in_two

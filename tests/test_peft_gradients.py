@@ -25,7 +25,8 @@ LORAS: dict[str, dict[str, Any]] = {
     "dora": {"r": 4, "use_dora": True},
     "dora with rslora": {"r": 5, "use_dora": True, "use_rslora": True},
 }
-CASES = [(name, tiny_base) for name in LORAS] + [(name, decoder_base) for name in ("lora", "rslora", "patterns")]
+CASES = [("llama", name, tiny_base) for name in LORAS]
+CASES += [("llama", name, decoder_base) for name in ("lora", "rslora", "patterns")] + [("qwen3", "lora", decoder_base)]
 
 
 def moved(engine: TrainEngine, wanted: EngineJob) -> LiveJob:
@@ -39,11 +40,11 @@ def moved(engine: TrainEngine, wanted: EngineJob) -> LiveJob:
     return live
 
 
-def peft_with(live: LiveJob) -> tuple[torch.nn.Module, list[Tensor]]:
+def peft_with(live: LiveJob, kind: str = "llama") -> tuple[torch.nn.Module, list[Tensor]]:
     """PEFT's model with the weights of `live`, and its trained weights in our order."""
     lora = live.job.lora
     options = lora.model_dump(exclude={"init_lora_weights", "layers_to_transform"})
-    model = tiny_model("llama", attention="sdpa").to(DOUBLE)  # type: ignore[arg-type]  # eager's softmax is in fp32
+    model = tiny_model(kind, attention="sdpa").to(DOUBLE)  # type: ignore[arg-type]  # eager's softmax is in fp32
     norms_in_double(model)
     model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
     layers = [model.base_model.model.get_submodule(name) for name in live.adapter.a]
@@ -76,12 +77,12 @@ def our_gradient(engine: TrainEngine, live: LiveJob) -> Tensor:
     return gradient_of(live.adapter.trained) / tokens
 
 
-@pytest.mark.parametrize(("name", "make_base"), CASES)
-def test_without_dropout_the_gradient_is_pefts(name: str, make_base: Callable[..., BaseModel]) -> None:
-    engine = TrainEngine(make_base("llama", dtype=DOUBLE))
+@pytest.mark.parametrize(("kind", "name", "make_base"), CASES)
+def test_without_dropout_the_gradient_is_pefts(kind: str, name: str, make_base: Callable[..., BaseModel]) -> None:
+    engine = TrainEngine(make_base(kind, dtype=DOUBLE))
     live = moved(engine, job(lora=LORAS[name], batch_size=6))
     assert (live.view is not None) == (make_base is decoder_base)
-    model, weights = peft_with(live)
+    model, weights = peft_with(live, kind)
     padded_loss(model, [live.job.examples[index] for index in live.job.examples_of(0)]).backward()
     theirs = gradient_of(weights)
     assert relative(our_gradient(engine, live), theirs) < 1e-11

@@ -15,6 +15,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3Config,
 )
 
 from lora_core.adapter_bank import Adapter, AdapterBank
@@ -33,6 +34,10 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=6,
         num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
+    ),
+    "qwen3": Qwen3Config(
+        vocab_size=VOCABULARY, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=20, max_position_embeddings=256,
     ),
     "gpt2": GPT2Config(
         vocab_size=VOCABULARY, n_embd=48, n_layer=3, n_head=4, n_positions=128, bos_token_id=256, eos_token_id=256

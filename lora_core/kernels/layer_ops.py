@@ -3,8 +3,8 @@ product that it reads: `y + h B^T` and `dx + dh A` are never written for themsel
 
     norm_forward      x + y + h B^T -> x', RMSNorm(x') * weight          (Zhang and Sennrich 2019)
     norm_backward     its input gradient, plus what flows around it, and the shrink of that for the product before
-    rope_forward_     rotary positions on q and k (Su et al. 2021), in place
-    rope_backward     the inverse rotation, on the gradients of q and k
+    rope_forward_     rotary positions on q and k (Su et al. 2021), in place; before it RMSNorm of each head (Qwen3)
+    rope_backward     the inverse rotation, on the gradients of q and k; after it the norm's input gradient
     swiglu_forward    silu(gate) * up                                     (Shazeer 2020)
     swiglu_backward_  gradients of gate and up in their place, the activation in the gradient's
 
@@ -27,10 +27,19 @@ from lora_core.kernels.low_rank import LowRank, expand_, expand_gradient_, shrin
 
 
 @dataclass(frozen=True)
+class HeadNorm:
+    """RMSNorm of each head of q and k: `weight` `[heads of q and k, d]` is q's in q's rows and k's in k's."""
+
+    weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
 class Rope:
     """cos and sin `[T, d / 2]` of each row's position, and how a row of q, k, v divides: heads of d, and those turned.
 
-    `bias` `[out]` belongs to the frozen q, k, v (Qwen2), None elsewhere.
+    `bias` `[out]` belongs to the frozen q, k, v (Qwen2), `norm` to the heads before they are turned (Qwen3); None
+    elsewhere.
     """
 
     cos: Tensor
@@ -38,6 +47,7 @@ class Rope:
     head_size: int
     turned_heads: int
     bias: Tensor | None
+    norm: HeadNorm | None
 
 
 def norm_forward(
@@ -55,9 +65,8 @@ def norm_forward(
         if h is not None:
             expand_(y, h, low_rank)
         x = x + y
-    wide = x.to(_wide(x))
-    rstd = torch.rsqrt(wide.pow(2).mean(-1) + eps)
-    return x, (wide * rstd[:, None]).to(x.dtype) * weight, rstd
+    normed, rstd = _rms_norm(x, weight, eps)
+    return x, normed, rstd.squeeze(-1)
 
 
 def norm_backward(
@@ -82,37 +91,53 @@ def norm_backward(
         return layer_ops_triton.norm_backward(dn, dh, low_rank, x, rstd, weight, residual, products, below)
     if dh is not None:
         expand_gradient_(dn, dh, low_rank)
-    g, wide, rstd = dn.to(_wide(x)) * weight.to(_wide(x)), x.to(_wide(x)), rstd[:, None]
-    along_x = (g * wide).mean(-1, keepdim=True) * rstd.pow(3)
-    dx = g.mul_(rstd).addcmul_(wide, along_x, value=-1)  # rstd (g - n mean(g n)), n = rstd x
+    dx = _rms_norm_gradient(dn, x, rstd[:, None], weight)
     dx = (dx if residual is None else dx.add_(residual)).to(x.dtype)
     return dx, shrink_gradient(dx, below) if below.width else None
 
 
-def rope_forward_(y: Tensor, h: Tensor | None, low_rank: LowRank, rope: Rope) -> Tensor:
-    """y `[T, q + k + v]`, in place: plus h B^T and bias, its first `turned_heads` heads turned by their positions."""
+def rope_forward_(
+    y: Tensor, h: Tensor | None, low_rank: LowRank, rope: Rope, with_backward: bool
+) -> tuple[Tensor, Tensor | None]:
+    """y `[T, q + k + v]`, in place: plus h B^T and bias, its first `turned_heads` heads normed if there is a norm, then
+    turned by their positions. Also q and k `[T, q + k]` before the norm, if its backward pass is to come.
+
+    They are kept because the turned ones do not tell them: where the norm's weight is small in one half of a head and
+    large in the other, the small numbers are lost in rounding.
+    """
     if y.is_cuda:
         from lora_core.kernels import layer_ops_triton
 
-        return layer_ops_triton.rope_forward_(y, h, low_rank, rope)
+        return layer_ops_triton.rope_forward_(y, h, low_rank, rope, with_backward)
     if h is not None:
         expand_(y, h, low_rank)
     if rope.bias is not None:
         y += rope.bias
-    _turn_(y, rope, 1.0)
-    return y
+    heads, unnormed = _turned_heads(y, rope), None
+    if rope.norm is not None:
+        unnormed = heads.flatten(1).clone() if with_backward else None
+        heads.copy_(_rms_norm(heads, rope.norm.weight, rope.norm.eps)[0])
+    _turn_(heads, rope, 1.0)
+    return y, unnormed
 
 
-def rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, y: Tensor, rope: Rope) -> tuple[Tensor, Tensor | None]:
+def rope_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, y: Tensor, unnormed: Tensor | None, rope: Rope
+) -> tuple[Tensor, Tensor | None]:
     """dq, dk, dv `[T, heads, d]` of the turned q and k -> the gradient of q, k, v side by side, `[T, q + k + v]`, and
-    on CUDA the `products` for the norm before. y is what `rope_forward_` returned.
+    on CUDA the `products` for the norm before. y and `unnormed` are what `rope_forward_` returned.
     """
     if dq.is_cuda:
         from lora_core.kernels import layer_ops_triton
 
-        return layer_ops_triton.rope_backward(dq, dk, dv, y, rope)
+        return layer_ops_triton.rope_backward(dq, dk, dv, y, unnormed, rope)
     dy = torch.cat([part.reshape(part.shape[0], -1) for part in (dq, dk, dv)], dim=1)
-    _turn_(dy, rope, -1.0)
+    heads = _turned_heads(dy, rope)
+    _turn_(heads, rope, -1.0)
+    if rope.norm is not None:
+        assert unnormed is not None
+        x = unnormed.view_as(heads)
+        heads.copy_(_rms_norm_gradient(heads, x, _rstd(x.to(_wide(x)), rope.norm.eps), rope.norm.weight))
     return dy, None
 
 
@@ -155,12 +180,34 @@ def swiglu_backward_(
     return shrink_gradient(y, low_rank) if low_rank.width else None, None
 
 
-def _turn_(y: Tensor, rope: Rope, direction: float) -> None:
-    heads = y[:, : rope.turned_heads * rope.head_size].view(y.shape[0], rope.turned_heads, rope.head_size)
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x over its root mean square along the last dimension, times weight; the reciprocal of that root `[..., 1]`."""
+    wide = x.to(_wide(x))
+    rstd = _rstd(wide, eps)
+    return (wide * rstd).to(x.dtype) * weight, rstd
+
+
+def _rms_norm_gradient(dn: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
+    """With g = dn * weight and n = rstd x: rstd (g - n mean(g n)), in fp32."""
+    g, wide = dn.to(_wide(x)) * weight.to(_wide(x)), x.to(_wide(x))
+    along_x = (g * wide).mean(-1, keepdim=True) * rstd.pow(3)
+    return g.mul_(rstd).addcmul_(wide, along_x, value=-1)
+
+
+def _rstd(wide: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def _turned_heads(y: Tensor, rope: Rope) -> Tensor:
+    """`[T, heads, d]`: a view of y's q and k."""
+    return y[:, : rope.turned_heads * rope.head_size].view(-1, rope.turned_heads, rope.head_size)
+
+
+def _turn_(heads: Tensor, rope: Rope, direction: float) -> None:
     first, second = heads.chunk(2, dim=-1)
     across = torch.cat([second, first], dim=-1)
     sin = rope.sin * direction
-    cos, sin = (torch.cat(halves, dim=1)[:, None].to(y.dtype) for halves in ([rope.cos, rope.cos], [-sin, sin]))
+    cos, sin = (torch.cat(halves, dim=1)[:, None].to(heads.dtype) for halves in ([rope.cos, rope.cos], [-sin, sin]))
     heads.mul_(cos).addcmul_(across, sin)
 
 

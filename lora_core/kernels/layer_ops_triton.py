@@ -141,9 +141,16 @@ def _norm_backward(
 
 
 @triton.jit
+def _head_rstd(first, second, eps, HALF: tl.constexpr):
+    """Reciprocal root mean squares `[rows]` of a head that comes in halves."""
+    return tl.rsqrt((tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / (2 * HALF) + eps)
+
+
+@triton.jit
 def _rope_forward(
     y, h, bias, cos, sin, tiles, table, row_fields, adapters, N, N0, N1, h_stride, turned_heads,
-    BIAS: tl.constexpr, UPDATE: tl.constexpr, HALF: tl.constexpr,
+    weight, eps, unnormed,
+    BIAS: tl.constexpr, UPDATE: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr, HALF: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr, LOOP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile = tiles + tl.program_id(0) * 3
@@ -171,6 +178,20 @@ def _rope_forward(
         first += tl.load(bias + column + d, mask=d_mask, other=0.0).to(tl.float32)[None, :]
         second += tl.load(bias + column + HALF + d, mask=d_mask, other=0.0).to(tl.float32)[None, :]
     if head < turned_heads:
+        if NORM:
+            first, second = first.to(dtype), second.to(dtype)
+            if KEEP:
+                kept = unnormed + t[:, None] * (turned_heads * 2 * HALF) + (column + d)[None, :]
+                tl.store(kept, first, mask=mask)
+                tl.store(kept + HALF, second, mask=mask)
+            first, second = first.to(tl.float32), second.to(tl.float32)
+            rstd = _head_rstd(first, second, eps, HALF)
+            w = weight + column + d
+            first = (first * rstd[:, None]).to(dtype).to(tl.float32)
+            first *= tl.load(w, mask=d_mask, other=0.0).to(tl.float32)[None, :]
+            second = (second * rstd[:, None]).to(dtype).to(tl.float32)
+            second *= tl.load(w + HALF, mask=d_mask, other=0.0).to(tl.float32)[None, :]
+            first, second = first.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)
         angle = t[:, None] * HALF + d[None, :]
         c = tl.load(cos + angle, mask=mask, other=0.0).to(tl.float32)
         s = tl.load(sin + angle, mask=mask, other=0.0).to(tl.float32)
@@ -183,8 +204,8 @@ def _rope_forward(
 
 @triton.jit
 def _rope_backward(
-    dq, dk, dv, y, bias, dy, products, cos, sin, T, q_heads, k_heads, N,
-    BIAS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    dq, dk, dv, y, bias, dy, products, cos, sin, T, q_heads, k_heads, N, weight, eps, unnormed,
+    BIAS: tl.constexpr, NORM: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     head = tl.program_id(1)
@@ -199,9 +220,14 @@ def _rope_backward(
     first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
     place = t[:, None] * N + (head * 2 * HALF + d)[None, :]
+    held = y + place
+    if NORM:  # noqa: SIM102 - one is decided by the compiler, the other by the program
+        if head < q_heads + k_heads:
+            held = unnormed + (t * (q_heads + k_heads) + head)[:, None] * (2 * HALF) + d[None, :]
+    first_y = tl.load(held, mask=mask, other=0.0).to(tl.float32)
+    second_y = tl.load(held + HALF, mask=mask, other=0.0).to(tl.float32)
     # Turning both by the same angle leaves their product as it is.
-    product = first * tl.load(y + place, mask=mask, other=0.0).to(tl.float32)
-    product += second * tl.load(y + place + HALF, mask=mask, other=0.0).to(tl.float32)
+    product = first * first_y + second * second_y
     if head < q_heads + k_heads:
         angle = t[:, None] * HALF + d[None, :]
         c = tl.load(cos + angle, mask=mask, other=0.0).to(tl.float32)
@@ -209,6 +235,16 @@ def _rope_backward(
         turned = first * c + second * s
         second = second * c - first * s
         first = turned
+        if NORM:
+            rstd = _head_rstd(first_y, second_y, eps, HALF)
+            w = weight + head * 2 * HALF + d
+            first *= tl.load(w, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
+            second *= tl.load(w + HALF, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
+            total = tl.sum(first * first_y, axis=1) + tl.sum(second * second_y, axis=1)
+            factor = total * rstd * rstd / (2 * HALF)
+            first = rstd[:, None] * (first - first_y * factor[:, None])
+            second = rstd[:, None] * (second - second_y * factor[:, None])
+            product = first * first_y + second * second_y
     if BIAS:
         column = head * 2 * HALF + d
         product -= first * tl.load(bias + column, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
@@ -273,22 +309,29 @@ def norm_backward(
     return dx, shrink_gradient(dx, below) if below.width else None
 
 
-def rope_forward_(y: Tensor, h: Tensor | None, low_rank: LowRank, rope: Rope) -> Tensor:
+def rope_forward_(
+    y: Tensor, h: Tensor | None, low_rank: LowRank, rope: Rope, with_backward: bool
+) -> tuple[Tensor, Tensor | None]:
     """See `layer_ops.rope_forward_`."""
+    keep = rope.norm is not None and with_backward
+    unnormed = y.new_empty(y.shape[0], rope.turned_heads * rope.head_size) if keep else None
     half = rope.head_size // 2
     widths = low_rank.group.outputs
     tiles = low_rank.segments.tiles
     _rope_forward[tiles.shape[0], y.shape[1] // rope.head_size](
         y, h, rope.bias, rope.cos, rope.sin, tiles, *table_arguments(low_rank),
         y.shape[1], widths[0], widths[1], 0 if h is None else h.stride(0), rope.turned_heads,
-        BIAS=rope.bias is not None, UPDATE=h is not None, HALF=half,
+        *_norm_arguments(rope), unnormed,
+        BIAS=rope.bias is not None, UPDATE=h is not None, NORM=rope.norm is not None, KEEP=keep, HALF=half,
         ROWS=TILE_ROWS, BLOCK=max(16, triton.next_power_of_2(half)), **ranks_of(low_rank.rank),
         PRECISION=precision(y), **ROPE_FORWARD,
     )  # fmt: skip
-    return y
+    return y, unnormed
 
 
-def rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, y: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+def rope_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, y: Tensor, unnormed: Tensor | None, rope: Rope
+) -> tuple[Tensor, Tensor]:
     """See `layer_ops.rope_backward`."""
     tokens, q_heads, size = dq.shape
     k_heads = dk.shape[1]
@@ -297,7 +340,8 @@ def rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, y: Tensor, rope: Rope) -> 
     products = torch.empty(heads, tokens, dtype=torch.float32, device=y.device)
     _rope_backward[triton.cdiv(tokens, 64), heads](
         dq.contiguous(), dk.contiguous(), dv.contiguous(), y, rope.bias, dy, products, rope.cos, rope.sin, tokens,
-        q_heads, k_heads, heads * size, BIAS=rope.bias is not None,
+        q_heads, k_heads, heads * size, *_norm_arguments(rope), unnormed,
+        BIAS=rope.bias is not None, NORM=rope.norm is not None,
         HALF=size // 2, ROWS=64, BLOCK=triton.next_power_of_2(size // 2), num_warps=4,
     )  # fmt: skip
     return dy, products.sum(0)
@@ -311,6 +355,10 @@ def stripes_of(width: int, config: dict[str, int]) -> int:
 def partial_sums(x: Tensor, stripes: int, low_rank: LowRank) -> Tensor:
     """fp32 `[stripes, T, width]`: what each stripe adds to a shrink."""
     return torch.empty(stripes, x.shape[0], low_rank.width, dtype=torch.float32, device=x.device)
+
+
+def _norm_arguments(rope: Rope) -> tuple[Tensor | None, float]:
+    return (None, 0.0) if rope.norm is None else (rope.norm.weight, rope.norm.eps)
 
 
 def sized(config: dict[str, int], x: Tensor) -> dict[str, int]:
