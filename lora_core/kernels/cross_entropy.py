@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lora_core import kernels
+
 CACHED_ELEMENTS = 1 << 20
 """Logits that a CPU widens at a time: 4 MB of fp32, which stay in its caches from the first pass to the last."""
 
@@ -17,7 +19,7 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     The logits become the gradient of the summed losses with respect to them. Losses are fp32 (fp64 for fp64).
     """
-    if logits.is_cuda:
+    if kernels.runs_in_triton(logits):
         from lora_core.kernels import cross_entropy_triton
 
         return cross_entropy_triton.cross_entropy_(logits, labels)
@@ -33,6 +35,6 @@ def _few_rows_(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     largest, label_logits = wide.amax(-1), wide.gather(1, labels[:, None])[:, 0]
     p = torch.softmax(wide, dim=-1)
     losses = largest - label_logits - p.amax(-1).log()
-    p[torch.arange(len(labels)), labels] -= 1.0
+    p[torch.arange(len(labels), device=labels.device), labels] -= 1.0
     logits.copy_(p)
     return losses, label_logits == largest

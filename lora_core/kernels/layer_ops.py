@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_core import kernels
 from lora_core.kernels.low_rank import LowRank, expand_, expand_gradient_, shrink, shrink_gradient
 
 
@@ -57,7 +58,7 @@ def norm_forward(
 
     y None: x itself is normed and returned.
     """
-    if x.is_cuda:
+    if kernels.runs_in_triton(x):
         from lora_core.kernels import layer_ops_triton
 
         return layer_ops_triton.norm_forward(x, y, h, low_rank, weight, eps)
@@ -85,7 +86,7 @@ def norm_backward(
 
     `products` fp32 `[T]`: sums of dn n, if they are known; CPUs make them here.
     """
-    if x.is_cuda:
+    if kernels.runs_in_triton(x):
         from lora_core.kernels import layer_ops_triton
 
         return layer_ops_triton.norm_backward(dn, dh, low_rank, x, rstd, weight, residual, products, below)
@@ -105,7 +106,7 @@ def rope_forward_(
     They are kept because the turned ones do not tell them: where the norm's weight is small in one half of a head and
     large in the other, the small numbers are lost in rounding.
     """
-    if y.is_cuda:
+    if kernels.runs_in_triton(y):
         from lora_core.kernels import layer_ops_triton
 
         return layer_ops_triton.rope_forward_(y, h, low_rank, rope, with_backward)
@@ -127,7 +128,7 @@ def rope_backward(
     """dq, dk, dv `[T, heads, d]` of the turned q and k -> the gradient of q, k, v side by side, `[T, q + k + v]`, and
     on CUDA the `products` for the norm before. y and `unnormed` are what `rope_forward_` returned.
     """
-    if dq.is_cuda:
+    if kernels.runs_in_triton(dq):
         from lora_core.kernels import layer_ops_triton
 
         return layer_ops_triton.rope_backward(dq, dk, dv, y, unnormed, rope)
@@ -147,7 +148,7 @@ def swiglu_forward(y: Tensor, h: Tensor | None, low_rank: LowRank, down: LowRank
 
     On CPU y is updated in place, on CUDA it stays; `swiglu_backward_` knows.
     """
-    if y.is_cuda:
+    if kernels.runs_in_triton(y):
         from lora_core.kernels import swiglu_triton
 
         return swiglu_triton.swiglu_forward(y, h, low_rank, down)
@@ -165,7 +166,7 @@ def swiglu_backward_(
     holds the activation itself, which the gradient of the next product's A needs. Returns the shrunk gradient of gate
     and up, `[T, width]`, and on CUDA the `products` for the norm before.
     """
-    if dact.is_cuda:
+    if kernels.runs_in_triton(dact):
         from lora_core.kernels import swiglu_triton
 
         return swiglu_triton.swiglu_backward_(dact, dh_down, down, y, h, low_rank)

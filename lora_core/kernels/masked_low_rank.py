@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lora_core import kernels
 from lora_core.dropout import dropout_mask, kept_share
 from lora_core.kernels import low_rank as plain
 from lora_core.kernels.low_rank import GroupAdapter, LowRank, Part
@@ -27,7 +28,7 @@ MASK_ROWS = 256
 
 def shrink(x: Tensor, low_rank: LowRank) -> Tensor:
     """See `low_rank.shrink`."""
-    if x.is_cuda:
+    if kernels.runs_in_triton(x):
         from lora_core.kernels import masked_low_rank_triton
 
         return masked_low_rank_triton.shrink(x, low_rank)
@@ -35,13 +36,13 @@ def shrink(x: Tensor, low_rank: LowRank) -> Tensor:
     for adapter, part, rows, keys in _dropping(low_rank):
         scales = adapter.scales[part.columns] / kept_share(adapter.dropout)
         product = _masked(x[rows], adapter, part, keys) @ adapter.a[part.columns].t()
-        torch.mul(product, scales, out=h[rows, part.columns])
+        h[rows, part.columns] = product * scales
     return h
 
 
 def add_a_gradients(x: Tensor, dh: Tensor, low_rank: LowRank) -> None:
     """See `low_rank.add_a_gradients`."""
-    if x.is_cuda:
+    if kernels.runs_in_triton(x):
         from lora_core.kernels import masked_low_rank_triton
 
         masked_low_rank_triton.add_a_gradients(x, dh, low_rank)
@@ -54,7 +55,7 @@ def add_a_gradients(x: Tensor, dh: Tensor, low_rank: LowRank) -> None:
 
 def expand_gradient_(dx: Tensor, dh: Tensor, low_rank: LowRank) -> Tensor:
     """See `low_rank.expand_gradient_`."""
-    if dx.is_cuda:
+    if kernels.runs_in_triton(dx):
         from lora_core.kernels import masked_low_rank_triton
 
         return masked_low_rank_triton.expand_gradient_(dx, dh, low_rank)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_core import kernels
+
 FP8_MAX = 448.0
 FP8_TINY = 1e-12  # a row of zeros keeps a scale that can be divided by
 
@@ -25,7 +27,7 @@ NF4_LEVELS = (
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x `[n, k]` -> (float8_e4m3fn `[n, k]`, fp32 scales `[n, 1]`)."""
-    if x.is_cuda:
+    if kernels.runs_in_triton(x):
         from lora_core.kernels import quantize_triton
 
         return quantize_triton.quantize_rows(x)
@@ -63,7 +65,7 @@ def quantize_nf4(weight: Tensor) -> Nf4:
 
 def dequantize_nf4(packed: Nf4, dtype: torch.dtype) -> Tensor:
     """The matrix again, `[out, in]` in `dtype`."""
-    if packed.codes.is_cuda:
+    if kernels.runs_in_triton(packed.codes):
         from lora_core.kernels import quantize_triton
 
         return quantize_triton.dequantize_nf4(packed, dtype)
