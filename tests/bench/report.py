@@ -206,6 +206,19 @@ def matmul_rate(device: torch.device) -> float:
     return bunch * 2 * size**3 / min(seconds_of(products, device) for _ in range(20))
 
 
+def copy_rate(device: torch.device) -> float:
+    """Bytes/s, read and written, of copies of 1 GiB: the best of many, as above."""
+    source = torch.zeros(1 << 30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def copies() -> None:
+        for _ in range(5):
+            target.copy_(source)
+
+    copies()
+    return 5 * 2 * source.nbytes / min(seconds_of(copies, device) for _ in range(20))
+
+
 def product_parameters(model: nn.Module) -> int:
     """Parameters of every linear, the output head (tied or not) among them."""
     return sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))

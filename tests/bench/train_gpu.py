@@ -63,15 +63,17 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="8b")
     parser.add_argument("--tokens", type=int, default=1024, help="of a document")
-    parser.add_argument("--only", type=_some_of(PARTS), default=PARTS, help="parts, by commas")
-    parser.add_argument("--precisions", type=_some_of(PRECISIONS), default=PRECISIONS, help="of our base, by commas")
+    parser.add_argument("--only", type=some_of(PARTS), default=PARTS, help="parts, by commas")
+    parser.add_argument("--precisions", type=some_of(PRECISIONS), default=PRECISIONS, help="of our base, by commas")
     parser.add_argument("--quick", action="store_true", help="fewer steps")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries the program out")
     parser.add_argument("--first-step", choices=PRECISIONS, help="what the part 'first' runs in a process of its own")
     return parser.parse_args()
 
 
-def _some_of(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+def some_of(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    """The type of an option that takes some of these words, by commas."""
+
     def parse(text: str) -> tuple[str, ...]:
         chosen = tuple(text.split(","))
         if unknown := sorted(set(chosen) - set(known)):

@@ -1,0 +1,160 @@
+"""What `kernels_gpu` times: each Triton function of the decoder beside its definition in torch, with operands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from lora_core.decoder import HEAD_ROWS
+from lora_core.kernels import (
+    cross_entropy,
+    cross_entropy_triton,
+    layer_ops,
+    layer_ops_triton,
+    low_rank,
+    low_rank_triton,
+    masked_low_rank,
+    masked_low_rank_triton,
+    quantize,
+    quantize_triton,
+    swiglu_triton,
+)
+from tests.bench.kernel_operands import RANK, Case, Modules, Operands, Side, all_a, all_b, for_torch, present
+
+DROPOUT = 0.1
+INTERPRETED_FP8_TOLERANCE = 0.1  # Triton's interpreter rounds some fp8 numbers the wrong way
+
+LAYER_OPS = layer_ops_triton, layer_ops
+SWIGLU = swiglu_triton, layer_ops
+LOW_RANK = low_rank_triton, low_rank
+MASKED = masked_low_rank_triton, masked_low_rank
+QUANTIZE = quantize_triton, quantize
+
+
+def norm_forward(o: Operands) -> Case:
+    low, y = o.low_rank(o.down), o.rows(o.hidden)
+    arguments = (o.rows(o.hidden), y, o.rows(low.width), low, o.random(o.hidden), 1e-5)
+    return o.case("norm_forward", LAYER_OPS, arguments, written=(y,), matrices=all_b(low))
+
+
+def norm_backward(o: Operands) -> Case:
+    """The kernel is given each row's sum of dn n, which those of SwiGLU and rope make; the definition sums itself."""
+    low, below, dn, dh = o.low_rank(o.qkv), o.low_rank(o.o), o.rows(o.hidden), o.rows(3 * RANK)
+    x, rstd, weight = o.rows(o.hidden), o.rows().float().abs(), o.random(o.hidden)
+    whole = low_rank.expand_gradient_(dn.clone(), dh, low)
+    sums = (whole.float() * x.float() * weight.float()).sum(1) * rstd
+    arguments = (dn, dh, low, x, rstd, weight, o.rows(o.hidden), sums, below)
+    return o.case("norm_backward", LAYER_OPS, arguments, written=(dn,), matrices=all_a(low) + all_b(below))
+
+
+def rope_forward(o: Operands) -> Case:
+    low, y = o.low_rank(o.qkv), o.rows(sum(o.qkv.outputs))
+    arguments = (y, o.rows(low.width), low, o.rope())
+    return o.case("rope_forward_", LAYER_OPS, arguments, written=(y,), matrices=all_b(low))
+
+
+def rope_backward(o: Operands) -> Case:
+    parts = (o.rows(heads, o.head_size) for heads in (o.heads, o.kv_heads, o.kv_heads))
+    return o.case("rope_backward", LAYER_OPS, (*parts, o.rows(sum(o.qkv.outputs)), o.rope()))
+
+
+def swiglu_forward(o: Operands) -> Case:
+    """The definition also writes the updated gate and up, which its backward pass reads."""
+    low, down, y = o.low_rank(o.gate_up), o.low_rank(o.down), o.rows(2 * o.intermediate)
+    arguments = (y, o.rows(low.width), low, down)
+    return o.case("swiglu_forward", SWIGLU, arguments, written=(y,), matrices=all_b(low) + all_a(down))
+
+
+def swiglu_backward(o: Operands) -> Case:
+    """The definition finds gate and up updated, as its forward pass leaves them."""
+    low, down, dact = o.low_rank(o.gate_up), o.low_rank(o.down), o.rows(o.intermediate)
+    y, h, dh_down = o.rows(2 * o.intermediate), o.rows(low.width), o.rows(down.width)
+    updated = low_rank.expand_(y.clone(), h, low)
+    ours, reference = (
+        Side(module.swiglu_backward_, (dact, dh_down, down, memory, h, low), (memory, dact), (memory, dact))
+        for module, memory in zip(SWIGLU, (y, updated), strict=True)
+    )
+    reference = replace(reference, arguments=for_torch(reference.arguments))
+    return Case("swiglu_backward_", o.jobs, ours, reference, all_a(down) + 2 * all_b(low), o.tokens)
+
+
+def shrink(o: Operands, prefix: str = "", modules: Modules = LOW_RANK, dropout: float = 0.0) -> Case:
+    low = o.low_rank(o.qkv, dropout)
+    return o.case(f"{prefix}shrink", modules, (o.rows(o.hidden), low), matrices=all_a(low))
+
+
+def shrink_gradient(o: Operands) -> Case:
+    low = o.low_rank(o.qkv)
+    return o.case("shrink_gradient", LOW_RANK, (o.rows(sum(o.qkv.outputs)), low), matrices=all_b(low))
+
+
+def add_a_gradients(o: Operands, prefix: str = "", modules: Modules = LOW_RANK, dropout: float = 0.0) -> Case:
+    low = o.low_rank(o.qkv, dropout)
+    sums = tuple(adapter.a_gradient for adapter in present(low))
+    arguments = (o.rows(o.hidden), o.rows(low.width), low)
+    return o.case(f"{prefix}add_a_gradients", modules, arguments, written=sums, compared=sums, matrices=sums)
+
+
+def add_b_gradients(o: Operands) -> Case:
+    low = o.low_rank(o.gate_up)
+    sums = tuple(part.b_gradient for adapter in present(low) for part in filter(None, adapter.parts))
+    arguments = (o.rows(2 * o.intermediate), o.rows(low.width), low)
+    return o.case("add_b_gradients", LOW_RANK, arguments, written=sums, compared=sums, matrices=sums)
+
+
+def expand_gradient(o: Operands, prefix: str = "", modules: Modules = LOW_RANK, dropout: float = 0.0) -> Case:
+    """Without dropout only the output projection's comes to this: others are part of what reads the product next."""
+    low = o.low_rank(o.qkv if dropout else o.o, dropout)
+    dx = o.rows(o.hidden)
+    return o.case(
+        f"{prefix}expand_gradient_", modules, (dx, o.rows(low.width), low), written=(dx,), matrices=all_a(low)
+    )
+
+
+def masked(make: Callable[..., Case]) -> Callable[[Operands], Case]:
+    return lambda o: make(o, "masked_", MASKED, DROPOUT)
+
+
+def cross_entropy_case(o: Operands) -> Case:
+    count = min(HEAD_ROWS, o.tokens)
+    logits, labels = o.random(count, o.vocabulary), torch.randint(0, o.vocabulary, (count,), device=o.device)
+    modules = cross_entropy_triton, cross_entropy
+    return o.case("cross_entropy_", modules, (logits, labels), written=(logits,), compared=(logits,))
+
+
+def quantize_rows(o: Operands) -> Case:
+    case = o.case("quantize_rows", QUANTIZE, (o.rows(o.intermediate),))
+    return case if o.device.type == "cuda" else replace(case, tolerance=INTERPRETED_FP8_TOLERANCE)
+
+
+def dequantize_nf4(o: Operands) -> Case:
+    packed = quantize.quantize_nf4(o.random(2 * o.intermediate, o.hidden, std=0.02))
+    return o.case("dequantize_nf4", QUANTIZE, (packed, o.dtype))
+
+
+OF_JOBS: dict[str, Callable[[Operands], Case]] = {
+    "norm_forward": norm_forward,
+    "norm_backward": norm_backward,
+    "rope_forward_": rope_forward,
+    "swiglu_forward": swiglu_forward,
+    "swiglu_backward_": swiglu_backward,
+    "shrink": shrink,
+    "shrink_gradient": shrink_gradient,
+    "add_a_gradients": add_a_gradients,
+    "add_b_gradients": add_b_gradients,
+    "expand_gradient_": expand_gradient,
+    "masked_shrink": masked(shrink),
+    "masked_add_a_gradients": masked(add_a_gradients),
+    "masked_expand_gradient_": masked(expand_gradient),
+}
+"""Kernels that know of jobs, timed for one and for many."""
+
+OF_ROWS: dict[str, Callable[[Operands], Case]] = {
+    "rope_backward": rope_backward,
+    "cross_entropy_": cross_entropy_case,
+    "quantize_rows": quantize_rows,
+    "dequantize_nf4": dequantize_nf4,
+}
+"""The others."""
