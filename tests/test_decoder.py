@@ -10,12 +10,13 @@ from torch import Tensor
 from transformers import MistralConfig, Qwen2Config, Qwen3Config
 
 from lora_core import decoder as decoder_module
+from lora_core import kernels
 from lora_core.adapter_view import AdapterView
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.decoder import Checkpointing, Decoder, Rows
 from lora_core.engine_job import EngineJob
 from lora_core.kernels import cross_entropy
-from lora_core.kernels.low_rank import NO_ADAPTER, LowRank
+from lora_core.kernels.low_rank import NO_ADAPTER
 from lora_core.optim import StepOutcome
 from lora_core.packing import PackedBatch, pack
 from lora_core.precision import DenseWeight, Fp8Weight, Nf4Weight, stacked_dense
@@ -226,23 +227,23 @@ def test_stacked_weights_are_the_models_own() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the next test has a GPU for it")
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-def test_triton_follows_torch_in_its_interpreter(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "dropouts"), [("llama", (0.0, 0.0, 0.0)), ("llama", DROPOUTS), ("qwen2", DROPOUTS), ("qwen3", DROPOUTS)]
+)
+def test_triton_follows_torch_in_its_interpreter(
+    kind: str, dropouts: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The whole pass in the kernels in fp32, against fp64 in torch: what one hands to the next."""
     pytest.importorskip("triton", reason="Triton has no build for this system")
-    exact, world = World(kind).by_decoder(), World(kind, dtype=torch.float32)
+    exact, world = World(kind, dropouts=dropouts).by_decoder(), World(kind, torch.float32, dropouts)
     decode_with_triton(monkeypatch)
     for ours, theirs in zip(world.by_decoder(), exact, strict=True):
         assert relative(ours, theirs) < 1e-5
 
 
 def decode_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU: the decoder calls Triton's kernels themselves, on tables such as they read there."""
-    from lora_core.kernels import cross_entropy_triton, layer_ops_triton, low_rank_triton, swiglu_triton
-
-    def add_weight_gradients(x: Tensor, h: Tensor, dy: Tensor, dh: Tensor, low_rank: LowRank) -> None:
-        low_rank_triton.add_a_gradients(x, dh, low_rank)
-        low_rank_triton.add_b_gradients(dy, h, low_rank)
+    """Without a GPU, on tables of addresses as kernels read them there."""
+    from lora_core.kernels.low_rank_triton import table_row
 
     def start(batch: decoder_module._Batch, decoder: Decoder, rows: Rows, adapters: Sequence[AdapterView]) -> None:
         _start(batch, decoder, rows, adapters)
@@ -252,18 +253,9 @@ def decode_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
         batch._table = torch.tensor(numbers, dtype=torch.int64)
 
-    _start, table_row = decoder_module._Batch.__init__, low_rank_triton.table_row
+    _start = decoder_module._Batch.__init__
     monkeypatch.setattr(decoder_module._Batch, "__init__", start)
-    monkeypatch.setattr(decoder_module, "add_weight_gradients", add_weight_gradients)
-    kernels = [
-        (low_rank_triton, ("shrink", "shrink_gradient", "expand_gradient_")),
-        (layer_ops_triton, ("norm_forward", "norm_backward", "rope_forward_", "rope_backward")),
-        (swiglu_triton, ("swiglu_forward", "swiglu_backward_")),
-        (cross_entropy_triton, ("cross_entropy_",)),
-    ]
-    for module, names in kernels:
-        for name in names:
-            monkeypatch.setattr(decoder_module, name, getattr(module, name))
+    monkeypatch.setattr(kernels, "runs_in_triton", lambda x: True)
 
 
 @pytest.mark.parametrize("dropouts", [(0.0, 0.0, 0.0), DROPOUTS])

@@ -51,13 +51,13 @@ def norm_backward(o: Operands) -> Case:
 
 def rope_forward(o: Operands) -> Case:
     low, y = o.low_rank(o.qkv), o.rows(sum(o.qkv.outputs))
-    arguments = (y, o.rows(low.width), low, o.rope())
+    arguments = (y, o.rows(low.width), low, o.rope(), True)
     return o.case("rope_forward_", LAYER_OPS, arguments, written=(y,), matrices=all_b(low))
 
 
 def rope_backward(o: Operands) -> Case:
     parts = (o.rows(heads, o.head_size) for heads in (o.heads, o.kv_heads, o.kv_heads))
-    return o.case("rope_backward", LAYER_OPS, (*parts, o.rows(sum(o.qkv.outputs)), o.rope()))
+    return o.case("rope_backward", LAYER_OPS, (*parts, o.rows(sum(o.qkv.outputs)), None, o.rope()))
 
 
 def swiglu_forward(o: Operands) -> Case:

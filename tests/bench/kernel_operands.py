@@ -116,7 +116,7 @@ class Operands:
     def rope(self) -> Rope:
         angle = self.rows(self.head_size // 2).float()
         cos, sin = angle.cos().to(self.dtype), angle.sin().to(self.dtype)
-        return Rope(cos, sin, self.head_size, self.heads + self.kv_heads, bias=None)
+        return Rope(cos, sin, self.head_size, self.heads + self.kv_heads, bias=None, norm=None)
 
     def low_rank(self, group: LinearGroup, dropout: float = 0.0) -> LowRank:
         """All jobs on a group, as many rows each."""
