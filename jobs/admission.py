@@ -23,9 +23,9 @@ from jobs.initial_adapter import fetch_initial, store_initial
 from jobs.job import Job
 from jobs.spec import JobSpec, SpecError
 from lora_core.adapter_bank import Adapter, AdapterBank
-from lora_core.adapter_init import LoraConfigError, adapted_modules, continued_adapter
+from lora_core.adapter_init import LoraConfigError, adapted_modules, check_without_dense_weights, continued_adapter
 from lora_core.base_files import BaseModelError
-from lora_core.base_model import describe_base, too_long
+from lora_core.base_model import QUANTISED, describe_base, not_quantised, too_long
 from lora_core.dataset import Dataset, DatasetError, build_datasets
 from lora_core.peft_format import read_adapter
 
@@ -65,7 +65,9 @@ def admit(spec: JobSpec, settings: Settings, max_workers: int | None) -> Admitte
     described = _checked(lambda: _described(spec, settings), problems, "base_model")
     if described is not None:
         bank = AdapterBank(described[0])
-        _fits(lambda: adapted_modules(bank, spec.lora), problems)
+        _fits(lambda: _adapted(spec, bank), problems)
+        if spec.precision in QUANTISED and (problem := not_quantised(described[0], spec.precision)):
+            problems.append(f"precision: {problem}")
     with (
         _local(spec.dataset, problems, "dataset") as dataset,
         _local(spec.validation, problems, "validation") as validation,
@@ -112,6 +114,12 @@ def _check_initial(
     given = _checked(fetch, problems, "init_adapter")
     if given is not None and not any(problem.startswith("lora.") for problem in problems):
         _fits(lambda: continued_adapter(bank, spec.lora, given), problems)
+
+
+def _adapted(spec: JobSpec, bank: AdapterBank) -> None:
+    adapted_modules(bank, spec.lora)
+    if spec.precision in QUANTISED:
+        check_without_dense_weights(bank, spec.lora, spec.precision)
 
 
 def _fits(check: Callable[[], object], problems: list[str]) -> None:

@@ -56,6 +56,22 @@ def adapted_modules(bank: AdapterBank, lora: LoraConfig) -> list[str]:
     return modules
 
 
+def check_without_dense_weights(bank: AdapterBank, lora: LoraConfig, precision: str) -> None:
+    """On a base in fp8 or nf4 no option can read the frozen weights, and transformers' own modules are empty.
+
+    Raises:
+        LoraConfigError: the adapter needs them.
+    """
+    used = {"use_dora": lora.use_dora, "init_lora_weights": lora.init_lora_weights == "pissa"}
+    heads = [name for name in adapted_modules(bank, lora) if not name.startswith("model.layers.")]
+    used |= {f"target_modules: {name}": True for name in heads}
+    names = [name for name, is_used in used.items() if is_used]
+    if names:
+        raise LoraConfigError(
+            [f"{name} is not possible on a base in {precision}: leave it out, or use bf16" for name in names]
+        )
+
+
 def init_adapter(bank: AdapterBank, lora: LoraConfig, seed: int) -> Adapter:
     """A fresh adapter, without gradients, whose product is zero at the start (with PiSSA by its residual).
 

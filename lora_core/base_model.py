@@ -112,19 +112,15 @@ def placed(base: BaseModel, device: torch.device) -> BaseModel:
     Raises:
         BaseModelError: a family whose forward pass differs from ours, or that has no decoder where it needs one.
     """
-    fits = Decoder.fits(base.model.config)
     if base.precision in QUANTISED:
-        if not fits:
-            raise BaseModelError(
-                f"base model {base.source}: precision {base.precision} is there for the Llama family alone, not for"
-                f" {base.model.config.model_type}; use bf16"
-            )
+        if problem := not_quantised(base.model, base.precision):
+            raise BaseModelError(f"base model {base.source}: {problem}")
         _refuse_unfaithful(base)
         return _quantised(base, device)
     base.model.to(device)  # type: ignore[arg-type]
     base = replace(base, device=device)
     _refuse_unfaithful(base)
-    if fits and (device.type == "cuda" or base.precision == "bf16"):
+    if Decoder.misfit(base.model.config) is None and (device.type == "cuda" or base.precision == "bf16"):
         base.decoder = Decoder(base.model, stacked_dense if device.type == "cuda" else DenseWeight)
         _refuse_unfaithful(base)
     return base
@@ -164,6 +160,14 @@ def resolve_precision(precision: Precision, device: torch.device) -> str:
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     capabilities = torch.cpu.get_capabilities()
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
+
+
+def not_quantised(model: PreTrainedModel, precision: str) -> str | None:
+    """Why there is no base of this model in fp8 or nf4, if there is none."""
+    misfit = Decoder.misfit(model.config)
+    if misfit is None:
+        return None
+    return f"{precision} is there for Llama, Mistral, Qwen2 and Qwen3 alone, and {misfit}; use bf16"
 
 
 def too_long(model: PreTrainedModel, tokens: int) -> str | None:

@@ -161,17 +161,21 @@ class Decoder:
         return [[layer.get_submodule(leaf).weight for leaf in leaves] for layer in layers for leaves in _GROUPS]
 
     @staticmethod
-    def fits(config: Any) -> bool:
-        """Whether a model of this config is computed here: Llama, Mistral, Qwen2 and Qwen3 as they usually come."""
-        windowed = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None) is not None
-        return (
-            config.model_type in ("llama", "mistral", "qwen2", "qwen3")
-            and config.hidden_act == "silu"
-            and not windowed
-            and not getattr(config, "attention_bias", False)
-            and not getattr(config, "mlp_bias", False)
-            and config.hidden_size % 8 == config.intermediate_size % 8 == 0
-        )
+    def misfit(config: Any) -> str | None:
+        """Why a model of this config is not computed here; None for Llama, Mistral, Qwen2 and Qwen3 as they usually
+        come.
+        """
+        if config.model_type not in ("llama", "mistral", "qwen2", "qwen3"):
+            return f"its family is {config.model_type}"
+        if getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None) is not None:
+            return "its attention has a sliding window"
+        if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
+            return "its linears have biases"
+        if config.hidden_act != "silu":
+            return f"its activation is {config.hidden_act}"
+        if config.hidden_size % 8 or config.intermediate_size % 8:
+            return f"its sizes, {config.hidden_size} and {config.intermediate_size}, are no multiples of 8"
+        return None
 
     @staticmethod
     def adapts(adapter: Adapter) -> bool:

@@ -173,7 +173,8 @@ def predictor(
     model.eval()
     weights = sum(parameter.nbytes for parameter in model.parameters())
     decoder = None
-    if Decoder.fits(config) and (quantised or device == "cuda" or dtype == torch.bfloat16):  # as `placed` gives one
+    in_decoder = quantised or device == "cuda" or dtype == torch.bfloat16  # as `placed` gives one
+    if in_decoder and Decoder.misfit(config) is None:
         decoder = DecoderActivations(model, device, quantised)
         groups = decoder.decoder.groups
         weights += linear_bytes(groups, dtype.itemsize, quantised) - linear_bytes(groups, dtype.itemsize, None)

@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 
 from lora_core.adapter_bank import Adapter, AdapterBank, Run
-from lora_core.adapter_init import continued_adapter, init_adapter
+from lora_core.adapter_init import check_without_dense_weights, continued_adapter, init_adapter
 from lora_core.adapter_view import AdapterView
 from lora_core.base_model import QUANTISED, BaseModel
 from lora_core.checkpointing import recomputed_layers
-from lora_core.config import LoraConfig
 from lora_core.dataset import Example
 from lora_core.decoder import Checkpointing, Decoder, Labels, Rows
 from lora_core.dropout import mix64
@@ -161,15 +160,13 @@ class TrainEngine:
         """
         if problems := job.problems():
             raise ValueError("; ".join(problems))
-        if self.base.precision in QUANTISED and (unable := _needs_dense_weights(job.lora)):
-            raise ValueError(f"a base in {self.base.precision} cannot have {unable}: leave it out, or use bf16")
+        if self.base.precision in QUANTISED:
+            check_without_dense_weights(self.bank, job.lora, self.base.precision)
         if job.init_adapter is None:
             start = init_adapter(self.bank, job.lora, job.train.seed)
         else:
             start = continued_adapter(self.bank, job.lora, job.init_adapter)
         decoder = self.base.decoder if self.base.decoder is not None and Decoder.adapts(start) else None
-        if decoder is None and self.base.precision in QUANTISED:
-            raise ValueError(f"a base in {self.base.precision} cannot have an adapter on its head: use bf16")
         self._plan([*(live.job for live in list(self.live.values())), job])
         live = LiveJob(job, FlatAdamW(start, job.train, self.base.device, self.base.model.dtype))
         if checkpoint is not None:
@@ -330,12 +327,6 @@ class TrainEngine:
         if live.done and train.keeps_best:
             live.optimizer.load_best()
         return progress.outcome
-
-
-def _needs_dense_weights(lora: LoraConfig) -> str | None:
-    """The option that reads the frozen weights, or goes through the modules that hold them."""
-    needs = {"use_dora": lora.use_dora, "init_lora_weights": lora.init_lora_weights == "pissa"}
-    return next((option for option, used in needs.items() if used), None)
 
 
 def _as_rows(batch: PackedBatch, places: Sequence[int], dropout_keys: Tensor | None = None) -> tuple[Rows, Labels]:

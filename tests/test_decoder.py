@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
-from transformers import MistralConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from lora_core import decoder as decoder_module
 from lora_core import kernels
@@ -102,12 +102,22 @@ def test_gradients_are_those_of_the_hooks(kind: str, checkpointing: Checkpointin
         assert relative(ours, theirs) < 1e-12
 
 
-def test_a_window_is_left_to_the_hooks() -> None:
+def test_what_is_left_to_the_hooks_says_why() -> None:
     window = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}
     for config in (MistralConfig(sliding_window=7), Qwen2Config(**window), Qwen3Config(**window)):
-        assert not Decoder.fits(config)
+        assert Decoder.misfit(config) == "its attention has a sliding window"
         config.sliding_window = None
-        assert Decoder.fits(config)
+        assert Decoder.misfit(config) is None
+    for option, value, reason in (
+        ("attention_bias", True, "its linears have biases"),
+        ("mlp_bias", True, "its linears have biases"),
+        ("hidden_act", "gelu", "its activation is gelu"),
+        ("hidden_size", 36, "its sizes, 36 and 11008, are no multiples of 8"),
+        ("model_type", "gemma", "its family is gemma"),
+    ):
+        config = LlamaConfig(hidden_size=64)
+        setattr(config, option, value)
+        assert Decoder.misfit(config) == reason
 
 
 def test_a_neighbours_dropout_changes_nothing() -> None:
