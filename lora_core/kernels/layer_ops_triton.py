@@ -29,7 +29,7 @@ from lora_core.kernels.low_rank_triton import (
 NORM_FORWARD = {"COLUMNS": 512, "STAGES": 3, "num_warps": 4}
 NORM_BACKWARD = {"COLUMNS": 64, "BLOCKS": 16, "STAGES": 3, "num_warps": 4}
 PRODUCTS = {"COLUMNS": 1024, "num_warps": 4}
-ROPE_FORWARD = {"num_warps": 4}
+ROPE = {"num_warps": 4}
 WIDE_NUMBERS = {"COLUMNS": 64, "STAGES": 1}  # fp32 takes twice the shared memory
 
 
@@ -324,7 +324,7 @@ def rope_forward_(
         *_norm_arguments(rope), unnormed,
         BIAS=rope.bias is not None, UPDATE=h is not None, NORM=rope.norm is not None, KEEP=keep, HALF=half,
         ROWS=TILE_ROWS, BLOCK=max(16, triton.next_power_of_2(half)), **ranks_of(low_rank.rank),
-        PRECISION=precision(y), **ROPE_FORWARD,
+        PRECISION=precision(y), **ROPE,
     )  # fmt: skip
     return y, unnormed
 
@@ -338,11 +338,11 @@ def rope_backward(
     heads = q_heads + 2 * k_heads
     dy = torch.empty_like(y)
     products = torch.empty(heads, tokens, dtype=torch.float32, device=y.device)
-    _rope_backward[triton.cdiv(tokens, 64), heads](
+    _rope_backward[triton.cdiv(tokens, TILE_ROWS), heads](
         dq.contiguous(), dk.contiguous(), dv.contiguous(), y, rope.bias, dy, products, rope.cos, rope.sin, tokens,
         q_heads, k_heads, heads * size, *_norm_arguments(rope), unnormed,
         BIAS=rope.bias is not None, NORM=rope.norm is not None,
-        HALF=size // 2, ROWS=64, BLOCK=triton.next_power_of_2(size // 2), num_warps=4,
+        HALF=size // 2, ROWS=TILE_ROWS, BLOCK=triton.next_power_of_2(size // 2), **ROPE,
     )  # fmt: skip
     return dy, products.sum(0)
 
