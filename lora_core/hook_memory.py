@@ -1,8 +1,10 @@
 """Memory of one micro-batch through transformers' modules with the bank's hooks, from a run without numbers.
 
 It goes forward and backward on the meta device, where tensors have shapes alone: a meter counts the bytes of every
-storage from its first tensor to its last. Two lengths are run, and the line through them is what a token costs. So
-whatever a family, an option or checkpointing changes is counted here rather than known.
+storage from its first tensor to its last. The fewest tokens that fill a slice of the head and the most that a
+micro-batch takes are run, and the line through them is what a token costs: the peak is the highest of moments that each
+grow evenly, so it is nowhere above the line in between. So whatever a family, an option or checkpointing changes is
+counted here rather than known.
 """
 
 from __future__ import annotations
@@ -39,24 +41,25 @@ class HookActivations:
 
     model: PreTrainedModel
     device: str
+    largest: int  # tokens of a micro-batch
     _lines: dict[Any, tuple[float, float]] = field(default_factory=dict)
 
     def peak_bytes(self, loras: Sequence[LoraConfig], tokens: int, longest: int, checkpointing: Checkpointing) -> int:
         """Its two dry runs are remembered for adapters that come to the same."""
         bank = AdapterBank(self.model)
         try:
-            adapter, runs = widest(bank, loras), min(len(loras), 2)
-            document = max(longest, SLICE_ROWS)
+            adapter = widest(bank, loras)
+            # Whole documents, and at least a whole slice of logits: with less, their rows would count as every token's.
+            few = -(-SLICE_ROWS // longest) * longest
+            many = max(2 * few, -(-self.largest // longest) * longest)
             ranks = tuple((module, len(a)) for module, a in adapter.a.items())
             kinds = adapter.dropout > 0, bool(adapter.magnitude), adapter.residual is not None
-            key = checkpointing, runs, longest, kinds, ranks
+            key = checkpointing, longest, kinds, ranks
             if key not in self._lines:
                 attend = _MetaAttention(longest, self.device)
-                one, two = (
-                    self._dry_run(bank, adapter, runs, length, attend, checkpointing)
-                    for length in (document, 2 * document)
-                )
-                self._lines[key] = 2 * one - two, (two - one) / document
+                one, two = (self._dry_run(bank, adapter, length, attend, checkpointing) for length in (few, many))
+                slope = (two - one) / (many - few)
+                self._lines[key] = one - slope * few, slope
         finally:
             bank.close()
         constant, slope = self._lines[key]
@@ -73,14 +76,16 @@ class HookActivations:
         self,
         bank: AdapterBank,
         adapter: Adapter,
-        runs: int,
         tokens: int,
         attend: Attend,
         checkpointing: Checkpointing,
     ) -> int:
+        """Of a chunk of `tokens` tokens beside a tiny one, as activations take more where there are several (one job
+        may have them, too).
+        """
         base = BaseModel(self.model, PreTrainedTokenizerBase(), "", "", "", META)
-        example = Example([0] * (tokens // runs), [False] + [True] * (tokens // runs - 1))
-        batch = pack([Chunk("", ((0, example),))] * runs, META)
+        examples = [Example([0] * length, [False] + [True] * (length - 1)) for length in (tokens, 2)]
+        batch = pack([Chunk("", ((0, example),)) for example in examples], META)
         routed = [Run(adapter, chunk.rows, chunk.row_tokens) for chunk in batch.chunks]
         known = [*self.model.parameters(), *self.model.buffers(), *adapter.trained, *frozen(adapter)]
         meter = Meter([*known, *(tensor.grad for tensor in adapter.trained if tensor.grad is not None)])

@@ -178,7 +178,8 @@ def predictor(
         decoder = DecoderActivations(model, device, quantised)
         groups = decoder.decoder.groups
         weights += linear_bytes(groups, dtype.itemsize, quantised) - linear_bytes(groups, dtype.itemsize, None)
-    return Predictor(model, device, weights, EngineActivations(HookActivations(model, device), decoder))
+    hooks = HookActivations(model, device, LARGEST_CAPACITY[device])
+    return Predictor(model, device, weights, EngineActivations(hooks, decoder))
 
 
 def vector_bytes(model: PreTrainedModel, lora: LoraConfig) -> int:

@@ -16,7 +16,7 @@ import logging
 import math
 import threading
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from lora_core.engine_job import VALIDATION_NOT_FINITE, EngineJob, JobDiverged, 
 from lora_core.fair_queue import FairQueue
 from lora_core.kernels.low_rank import NO_ADAPTER
 from lora_core.loss import batch_losses, batch_scores
-from lora_core.memory import Plan, available_bytes, predictor, return_freed_memory
+from lora_core.memory import DoesNotFitError, Plan, available_bytes, predictor, return_freed_memory
 from lora_core.optim import AllReduce, Evaluation, FlatAdamW, NoGradientError, Snapshot, StepOutcome, learning_rate
 from lora_core.packing import Chunk, PackedBatch, PackedChunk, cut_into_chunks, pack
 
@@ -184,11 +184,16 @@ class TrainEngine:
         self.live[live.job.name] = live
 
     def remove(self, name: str) -> None:
-        """Let a job go; its memory is free once the caller drops its `LiveJob`."""
+        """Let a job go; its memory is free once the caller drops its `LiveJob`.
+
+        Those that stay fitted in beside it. Should the prediction for them alone come out higher, as the dry runs
+        differ, they go on as they did: a job that leaves is never a reason for the others to stop.
+        """
         del self.live[name]
         for queue in self._queues:
             queue.drop(name)
-        self._fit([live.job for live in self.live.values()])
+        with suppress(DoesNotFitError):
+            self._fit([live.job for live in self.live.values()])
 
     def _plan(self, jobs: Sequence[EngineJob]) -> Plan | None:
         """Capacity and checkpointing for these jobs, if they are to be chosen."""

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase
 
 from lora_core import memory
+from lora_core.attention import ATTENTION_NAME
+from lora_core.base_model import BaseModel
 from lora_core.config import LoraConfig, TrainConfig
+from lora_core.dataset import Example
 from lora_core.decoder import Checkpointing
 from lora_core.engine_job import EngineJob
 from lora_core.hook_memory import Meter, frozen
@@ -38,14 +41,15 @@ def job(name: str = "job", count: int = 8, r: int = 8, longest: int = 30) -> Eng
 # --- what tensors come to --------------------------------------------------------------------------------------------
 
 
-def measured(kind: str, dtype: torch.dtype, checkpointing: Checkpointing, wanted: EngineJob) -> tuple[int, int]:
+def measured(base: BaseModel, checkpointing: Checkpointing, *wanted: EngineJob) -> tuple[int, int]:
     """Peak bytes of the tensors of one real micro-batch on the CPU, and its tokens."""
-    base = tiny_base(kind, dtype=dtype)
     engine = TrainEngine(base, capacity=4096, checkpointing=checkpointing)
-    live = engine.add(wanted)
-    batch = pack(live.chunks(0, 1), base.device)
-    known = [*base.model.parameters(), *base.model.buffers(), *live.adapter.trained, live.optimizer._message]
-    meter = Meter([*known, *frozen(live.adapter)])
+    jobs = [engine.add(one) for one in wanted]
+    batch = pack([chunk for live in jobs for chunk in live.chunks(0, 1)], base.device)
+    known = [*base.model.parameters(), *base.model.buffers()]
+    for live in jobs:
+        known += [*live.adapter.trained, live.optimizer._message, *frozen(live.adapter)]
+    meter = Meter(known)
     with meter:
         engine.forward_backward(batch)
     return meter.peak, batch.ids.numel()
@@ -55,7 +59,7 @@ def measured(kind: str, dtype: torch.dtype, checkpointing: Checkpointing, wanted
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
 def test_a_run_without_numbers_counts_what_a_real_one_holds(kind: str, checkpointing: Checkpointing) -> None:
     wanted = EngineJob("job", LORA, TrainConfig(batch_size=20, max_seq_len=64), documents(20, 0, 32, 32))
-    taken, tokens = measured(kind, torch.float32, checkpointing, wanted)
+    taken, tokens = measured(tiny_base(kind), checkpointing, wanted)
     told = predictor(CONFIGS[kind], torch.float32).activations.peak_bytes([LORA], tokens, 32, checkpointing)
     assert told == pytest.approx(taken, rel=0.1)
 
@@ -64,9 +68,25 @@ def test_a_run_without_numbers_counts_what_a_real_one_holds(kind: str, checkpoin
 def test_options_of_an_adapter_are_counted(options: dict[str, Any]) -> None:
     lora = LoraConfig(**{"r": 8} | options)
     wanted = EngineJob("job", lora, TrainConfig(batch_size=20, max_seq_len=64), documents(20, 0, 32, 32))
-    taken, tokens = measured("llama", torch.float32, "none", wanted)
+    taken, tokens = measured(tiny_base("llama"), "none", wanted)
     told = predictor(CONFIGS["llama"], torch.float32).activations.peak_bytes([lora], tokens, 32, "none")
     assert told == pytest.approx(taken, rel=0.1)
+
+
+def test_company_is_counted_as_what_it_is() -> None:
+    """Two jobs whose chunks fill a slice of the head or do not, at a vocabulary that makes the head the most of it."""
+    config = LlamaConfig(
+        vocab_size=16_000, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=1024,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME).requires_grad_(False).eval()
+    base = BaseModel(model, PreTrainedTokenizerBase(), "", "", "fp32", CPU)
+    of, lora = predictor(config, torch.float32).activations, LoraConfig(r=2)
+    for lengths in ([512, 88], [512, 512], [1024, 1024]):
+        examples = [Example([3] * length, [False] + [True] * (length - 1)) for length in lengths]
+        wanted = [EngineJob(str(number), lora, TrainConfig(), [one]) for number, one in enumerate(examples)]
+        taken, tokens = measured(base, "none", *wanted)
+        assert of.peak_bytes([lora] * 2, tokens, 512, "none") == pytest.approx(taken, rel=0.1)
 
 
 def test_the_vectors_of_an_adapter_are_counted() -> None:
@@ -176,6 +196,17 @@ def test_a_job_that_does_not_fit_is_refused_and_the_others_stay() -> None:
     with pytest.raises(DoesNotFitError):
         engine.add(job("large", r=1024))
     assert list(engine.live) == ["job"] and engine.step()
+
+
+def test_a_job_leaves_even_where_the_others_are_said_not_to_fit() -> None:
+    engine = TrainEngine(tiny_base("llama"), capacity=None)
+    engine.add(job("stays"))
+    engine.add(job("leaves"))
+    plan = engine._capacity, engine._checkpointing
+    engine._budget = 1
+    engine.remove("leaves")
+    assert list(engine.live) == ["stays"] and (engine._capacity, engine._checkpointing) == plan
+    assert engine.step()
 
 
 def test_no_chunk_is_larger_than_a_job_says() -> None:
