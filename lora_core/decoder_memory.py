@@ -18,12 +18,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from transformers import PreTrainedModel
-
-from lora_core.adapter_bank import AdapterBank
-from lora_core.adapter_init import adapted_modules
-from lora_core.config import LoraConfig
 from lora_core.decoder import CPU_HEAD_ROWS, DOWN, GATE_UP, HEAD_ROWS, QKV, Checkpointing, Decoder, O
+from lora_core.footprint import Footprint, Footprints
 from lora_core.kernel_memory import Held, Ledger, TorchKernels, TritonKernels
 from lora_core.kernels.low_rank import LinearGroup
 from lora_core.kernels.quantize import NF4_BLOCK
@@ -48,46 +44,40 @@ def linear_bytes(groups: Sequence[LinearGroup], itemsize: int, quantised: str | 
 
 @dataclass
 class DecoderActivations:
-    """Of the written-out decoder on `device`, whose linears may be `quantised`; `model` is on the meta device."""
+    """Of the written-out decoder on `device`, whose linears may be `quantised`; the model is on the meta device."""
 
-    model: PreTrainedModel
+    footprints: Footprints
     device: str
     quantised: str | None = None
-    _ranks: dict[str, list[list[int]]] = field(default_factory=dict)
+    _known: dict[Footprint, tuple[list[int], list[int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.decoder = Decoder(self.model)
+        self.decoder = Decoder(self.footprints.model)
+        places = {name: place for place, name in enumerate(self.footprints.modules)}
+        self._places = [[places[name] for name in group.names] for group in self.decoder.groups]
 
-    def peak_bytes(self, loras: Sequence[LoraConfig], tokens: int, longest: int, checkpointing: Checkpointing) -> int:
+    def peak_bytes(self, kinds: Sequence[Footprint], tokens: int, longest: int, checkpointing: Checkpointing) -> int:
         """While `tokens`, all of them supervised, go forward and backward."""
         libraries = CUBLAS_WORKSPACES if self.device == "cuda" else 0
-        return self.trace(loras, tokens, longest, checkpointing).peak + libraries
+        return self.trace(kinds, tokens, longest, checkpointing).peak + libraries
 
-    def trace(self, loras: Sequence[LoraConfig], tokens: int, longest: int, checkpointing: Checkpointing) -> Ledger:
+    def trace(self, kinds: Sequence[Footprint], tokens: int, longest: int, checkpointing: Checkpointing) -> Ledger:
         """The whole pass, counted."""
-        adapters = [self._ranks_of(lora) for lora in loras]
-        of_groups = [[adapter[group.index] for adapter in adapters] for group in self.decoder.groups]
-        widths = [-(-max(map(sum, ranks), default=0) // 8) * 8 for ranks in of_groups]
-        largest = [max(map(max, ranks), default=0) for ranks in of_groups]
+        sums, ranks = zip(*map(self._of_groups, kinds), strict=True)
+        widths = [-(-max(of_group) // 8) * 8 for of_group in zip(*sums, strict=True)]
+        largest = [max(of_group) for of_group in zip(*ranks, strict=True)]
         kind = TritonKernels if self.device == "cuda" else TorchKernels
         head_rows = HEAD_ROWS if self.device == "cuda" else CPU_HEAD_ROWS
-        kernels = kind(Ledger(), self.model.dtype.itemsize, tokens, min(longest, tokens), self.quantised)
+        kernels = kind(Ledger(), self.footprints.model.dtype.itemsize, tokens, min(longest, tokens), self.quantised)
         _Pass(self.decoder, kernels, widths, largest, head_rows).forward_backward(checkpointing)
         return kernels.ledger
 
-    def _ranks_of(self, lora: LoraConfig) -> list[list[int]]:
-        """The rank of every linear of every group, 0 where it is not adapted."""
-        key = lora.model_dump_json()
-        if key not in self._ranks:
-            bank = AdapterBank(self.model)
-            try:
-                adapted = set(adapted_modules(bank, lora))
-            finally:
-                bank.close()
-            self._ranks[key] = [
-                [lora.rank_of(name) if name in adapted else 0 for name in group.names] for group in self.decoder.groups
-            ]
-        return self._ranks[key]
+    def _of_groups(self, footprint: Footprint) -> tuple[list[int], list[int]]:
+        """The sum and the largest of the ranks in every group, 0 where none is adapted."""
+        if footprint not in self._known:
+            groups = [[footprint.ranks[place] for place in group] for group in self._places]
+            self._known[footprint] = [sum(ranks) for ranks in groups], [max(ranks) for ranks in groups]
+        return self._known[footprint]
 
 
 @dataclass

@@ -9,6 +9,7 @@ counted here rather than known.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -22,108 +23,81 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_core.adapter_bank import Adapter, AdapterBank, Run
-from lora_core.adapter_init import adapted_modules
 from lora_core.attention import SHORT_DOCUMENT, Attend, AttentionSpec, plain_attention
 from lora_core.base_model import BaseModel
 from lora_core.checkpointing import recomputed_layers
-from lora_core.config import LoraConfig
 from lora_core.dataset import Example
 from lora_core.decoder import Checkpointing
+from lora_core.footprint import META, Footprint, Footprints
 from lora_core.loss import SLICE_ROWS, batch_losses
 from lora_core.packing import Chunk, pack
-
-META = torch.device("meta")
 
 
 @dataclass
 class HookActivations:
     """Of transformers' own modules with the bank's hooks, on `device`."""
 
-    model: PreTrainedModel
+    footprints: Footprints
     device: str
     largest: int  # tokens of a micro-batch
     _lines: dict[Any, tuple[float, float]] = field(default_factory=dict)
 
-    def peak_bytes(self, loras: Sequence[LoraConfig], tokens: int, longest: int, checkpointing: Checkpointing) -> int:
-        """Its two dry runs are remembered for adapters that come to the same."""
-        bank = AdapterBank(self.model)
-        try:
-            adapter = widest(bank, loras)
-            # Whole documents, and at least a whole slice of logits: with less, their rows would count as every token's.
-            few = -(-SLICE_ROWS // longest) * longest
-            many = max(2 * few, -(-self.largest // longest) * longest)
-            ranks = tuple((module, len(a)) for module, a in adapter.a.items())
-            kinds = adapter.dropout > 0, bool(adapter.magnitude), adapter.residual is not None
-            key = checkpointing, longest, kinds, ranks
-            if key not in self._lines:
-                attend = _MetaAttention(longest, self.device)
-                one, two = (self._dry_run(bank, adapter, length, attend, checkpointing) for length in (few, many))
-                slope = (two - one) / (many - few)
-                self._lines[key] = one - slope * few, slope
-        finally:
-            bank.close()
+    def peak_bytes(self, kinds: Sequence[Footprint], tokens: int, longest: int, checkpointing: Checkpointing) -> int:
+        """Its two dry runs, seconds long for a large base, are remembered for adapters that come to the same.
+
+        They are done on a copy of the model, so that threads need not wait for each other's.
+        """
+        key = Footprint.widest(kinds), self._document(longest), checkpointing
+        if key not in self._lines:
+            self._lines[key] = self._line(*key)
         constant, slope = self._lines[key]
         return int(constant + slope * tokens) + self._scratch()
+
+    def _document(self, longest: int) -> int:
+        """Tokens of a document for which attention takes the most; where it is fused they are all the same to it."""
+        model = self.footprints.model
+        if getattr(model.config, "attn_logit_softcapping", None) is not None:
+            return longest
+        return min(longest, SHORT_DOCUMENT) if self.device == "cpu" and model.dtype == torch.bfloat16 else SLICE_ROWS
+
+    def _line(self, footprint: Footprint, document: int, checkpointing: Checkpointing) -> tuple[float, float]:
+        """Bytes without tokens, and of each token."""
+        # Whole documents, and at least a whole slice of logits: with less, their rows would count as every token's.
+        few = -(-SLICE_ROWS // document) * document
+        many = max(2 * few, -(-self.largest // document) * document)
+        model, adapter = copy.deepcopy(self.footprints.model), self.footprints.adapter(footprint)
+        attend = _MetaAttention(document, self.device)
+        one, two = (_dry_run(model, adapter, tokens, attend, checkpointing) for tokens in (few, many))
+        slope = (two - one) / (many - few)
+        return one - slope * few, slope
 
     def _scratch(self) -> int:
         """oneDNN lays a weight out anew for a bf16 product, outside of any tensor, once forward and once backward; the
         head's is the largest.
         """
-        weight = self.model.get_output_embeddings().weight
+        weight = self.footprints.model.get_output_embeddings().weight
         return 2 * weight.nbytes if self.device == "cpu" and weight.dtype == torch.bfloat16 else 0
 
-    def _dry_run(
-        self,
-        bank: AdapterBank,
-        adapter: Adapter,
-        tokens: int,
-        attend: Attend,
-        checkpointing: Checkpointing,
-    ) -> int:
-        """Of a chunk of `tokens` tokens beside a tiny one, as activations take more where there are several (one job
-        may have them, too).
-        """
-        base = BaseModel(self.model, PreTrainedTokenizerBase(), "", "", "", META)
-        examples = [Example([0] * length, [False] + [True] * (length - 1)) for length in (tokens, 2)]
-        batch = pack([Chunk("", ((0, example),)) for example in examples], META)
-        routed = [Run(adapter, chunk.rows, chunk.row_tokens) for chunk in batch.chunks]
-        known = [*self.model.parameters(), *self.model.buffers(), *adapter.trained, *frozen(adapter)]
-        meter = Meter([*known, *(tensor.grad for tensor in adapter.trained if tensor.grad is not None)])
-        layers = recomputed_layers(self.model, bank) if checkpointing == "full" else nullcontext()
-        with meter:
-            with layers:
-                losses = batch_losses(base, bank, routed, batch, attend)
-            losses.sum().backward()
-        return meter.peak
 
-
-def widest(bank: AdapterBank, loras: Sequence[LoraConfig]) -> Adapter:
-    """An adapter without numbers that has every module of these, with the highest rank, dropout, DoRA and residual."""
-    shapes = bank.shapes(list(bank.modules))
-    ranks: dict[str, int] = {}
-    for lora in {lora.model_dump_json(): lora for lora in loras}.values():
-        for name in adapted_modules(bank, lora):
-            ranks[name] = max(lora.rank_of(name), ranks.get(name, 0))
-    modules = [name for name in bank.modules if name in ranks]
-    dropout = max(lora.lora_dropout for lora in loras)
-    adapter = Adapter(
-        dict.fromkeys(modules, 1.0),
-        {name: _trained((ranks[name], shapes[name][0])) for name in modules},
-        {name: _trained((shapes[name][1], ranks[name])) for name in modules},
-        dropout,
-    )
-    if any(lora.init_lora_weights == "pissa" for lora in loras):
-        a, b = ({name: weight.detach().clone() for name, weight in of.items()} for of in (adapter.a, adapter.b))
-        adapter.residual = Adapter(adapter.scale, a, b)
-    if any(lora.use_dora for lora in loras):
-        adapter.magnitude = {name: _trained((shapes[name][1],)) for name in modules}
-    return adapter
-
-
-def _trained(shape: tuple[int, ...]) -> Tensor:
-    weight = torch.empty(shape, device=META, requires_grad=True)
-    weight.grad = torch.empty(shape, device=META)
-    return weight
+def _dry_run(
+    model: PreTrainedModel, adapter: Adapter, tokens: int, attend: Attend, checkpointing: Checkpointing
+) -> int:
+    """Of a chunk of `tokens` tokens beside a tiny one, as activations take more where there are several (one job may
+    have them, too).
+    """
+    bank, base = AdapterBank(model), BaseModel(model, PreTrainedTokenizerBase(), "", "", "", META)
+    examples = [Example([0] * length, [False] + [True] * (length - 1)) for length in (tokens, 2)]
+    batch = pack([Chunk("", ((0, example),)) for example in examples], META)
+    routed = [Run(adapter, chunk.rows, chunk.row_tokens) for chunk in batch.chunks]
+    known = [*model.parameters(), *model.buffers(), *adapter.trained, *frozen(adapter)]
+    meter = Meter([*known, *(tensor.grad for tensor in adapter.trained if tensor.grad is not None)])
+    layers = recomputed_layers(model, bank) if checkpointing == "full" else nullcontext()
+    with meter:
+        with layers:
+            losses = batch_losses(base, bank, routed, batch, attend)
+        losses.sum().backward()
+    bank.close()
+    return meter.peak
 
 
 def frozen(adapter: Adapter) -> list[Tensor]:

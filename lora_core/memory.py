@@ -21,12 +21,12 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from lora_core.adapter_bank import AdapterBank
 from lora_core.attention import ATTENTION_NAME
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.decoder import Checkpointing, Decoder
 from lora_core.decoder_memory import DecoderActivations, linear_bytes
-from lora_core.hook_memory import META, HookActivations, Meter, frozen, widest
+from lora_core.footprint import META, Footprint, Footprints
+from lora_core.hook_memory import HookActivations, Meter, frozen
 from lora_core.optim import FlatAdamW
 
 LARGEST_CAPACITY = {"cpu": 2048, "cuda": 8192}
@@ -53,7 +53,7 @@ class DoesNotFitError(ValueError):
 class Activations(Protocol):
     """What one micro-batch takes beside weights and adapters. Each way through the base is one."""
 
-    def peak_bytes(self, loras: Sequence[LoraConfig], tokens: int, longest: int, checkpointing: Checkpointing) -> int:
+    def peak_bytes(self, kinds: Sequence[Footprint], tokens: int, longest: int, checkpointing: Checkpointing) -> int:
         """At most, while `tokens` of any of these adapters, in documents up to `longest`, go forward and backward."""
         ...
 
@@ -77,56 +77,53 @@ class EngineActivations:
 
     hooks: HookActivations
     decoder: DecoderActivations | None
-    _adapts: dict[str, bool] = field(default_factory=dict)
+    _adapts: dict[Footprint, bool] = field(default_factory=dict)
 
-    def peak_bytes(self, loras: Sequence[LoraConfig], tokens: int, longest: int, checkpointing: Checkpointing) -> int:
+    def peak_bytes(self, kinds: Sequence[Footprint], tokens: int, longest: int, checkpointing: Checkpointing) -> int:
         """The larger of the two, where there are adapters of both kinds."""
-        peak, in_hooks = 0, [lora for lora in loras if not self._in_decoder(lora)]
-        in_decoder = [lora for lora in loras if self._in_decoder(lora)]
+        peak, in_hooks = 0, [footprint for footprint in kinds if not self._in_decoder(footprint)]
+        in_decoder = [footprint for footprint in kinds if self._in_decoder(footprint)]
         if in_decoder and self.decoder is not None:
             peak = self.decoder.peak_bytes(in_decoder, tokens, longest, checkpointing)
         if in_hooks:
             peak = max(peak, self.hooks.peak_bytes(in_hooks, tokens, longest, checkpointing))
         return peak
 
-    def _in_decoder(self, lora: LoraConfig) -> bool:
+    def _in_decoder(self, footprint: Footprint) -> bool:
         if self.decoder is None:
             return False
-        key = lora.model_dump_json()
-        if key not in self._adapts:
-            bank = AdapterBank(self.hooks.model)
-            try:
-                self._adapts[key] = Decoder.adapts(widest(bank, [lora]))
-            finally:
-                bank.close()
-        return self._adapts[key]
+        if footprint not in self._adapts:
+            self._adapts[footprint] = Decoder.adapts(self.decoder.footprints.adapter(footprint))
+        return self._adapts[footprint]
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """Bytes of training any adapters on one base of `weights` bytes: `model` is the base on the meta device, `device`
-    the type of what it will train on.
+    """Bytes of training any adapters on one base of `weights` bytes: `footprints` are of the base on the meta device,
+    `device` is the type of what it will train on.
 
-    `longest` is everywhere the most tokens of one document.
+    `longest` is everywhere the most tokens of one document. Any threads may ask at once.
     """
 
-    model: PreTrainedModel
+    footprints: Footprints
     device: str
     weights: int
     activations: Activations
-    _vectors: dict[str, int] = field(default_factory=dict)
+    _vectors: dict[Footprint, int] = field(default_factory=dict)
 
     def predict(self, loras: Sequence[LoraConfig], capacity: int, longest: int, checkpointing: Checkpointing) -> int:
         """What training adds at its peak to what the process held before the base was loaded."""
-        vectors = sum(self._vector_bytes(lora) for lora in loras)
-        peak = self.activations.peak_bytes(loras, capacity, longest, checkpointing)
+        return self._predict([self.footprints.of(lora) for lora in loras], capacity, longest, checkpointing)
+
+    def _predict(self, adapters: Sequence[Footprint], capacity: int, longest: int, checkpointing: Checkpointing) -> int:
+        peak = self.activations.peak_bytes(list(dict.fromkeys(adapters)), capacity, longest, checkpointing)
+        vectors = sum(map(self._vector_bytes, adapters))
         return CONTEXT[self.device] + int(HOLES[self.device] * (self.weights + vectors + peak))
 
-    def _vector_bytes(self, lora: LoraConfig) -> int:
-        key = lora.model_dump_json()
-        if key not in self._vectors:
-            self._vectors[key] = vector_bytes(self.model, lora)
-        return self._vectors[key]
+    def _vector_bytes(self, footprint: Footprint) -> int:
+        if footprint not in self._vectors:
+            self._vectors[footprint] = vector_bytes(self.footprints, footprint)
+        return self._vectors[footprint]
 
     def fit(self, budget_bytes: int, loras: Sequence[LoraConfig], longest: int, smallest: int) -> Plan:
         """The largest capacity from `smallest` on that fits, with as little computed twice as lets any fit.
@@ -135,11 +132,12 @@ class Predictor:
             DoesNotFitError: `smallest` tokens do not fit even with full checkpointing.
         """
         capacities = range(smallest, max(smallest, LARGEST_CAPACITY[self.device]) + 1)
+        adapters = [self.footprints.of(lora) for lora in loras]
         ways: tuple[Checkpointing, ...] = ("none", "selective", "full")
         for checkpointing in ways:
 
             def needed(capacity: int, checkpointing: Checkpointing = checkpointing) -> int:
-                return self.predict(loras, capacity, longest, checkpointing)
+                return self._predict(adapters, capacity, longest, checkpointing)
 
             if needed(capacities[-1]) <= budget_bytes:
                 capacity = capacities[-1]
@@ -148,7 +146,7 @@ class Predictor:
             else:
                 continue
             predicted = needed(capacity)
-            heap = self.activations.peak_bytes(loras, capacity, longest, "none")  # holes came to half of it
+            heap = self.activations.peak_bytes(adapters, capacity, longest, "none")  # holes came to half of it
             exact_heap = self.device == "cpu" and predicted + heap > budget_bytes
             return Plan(capacity, checkpointing, predicted, exact_heap)
         raise DoesNotFitError(
@@ -172,26 +170,22 @@ def predictor(
     model.requires_grad_(False)
     model.eval()
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    decoder = None
+    decoder, footprints = None, Footprints(model)
     in_decoder = quantised or device == "cuda" or dtype == torch.bfloat16  # as `placed` gives one
     if in_decoder and Decoder.misfit(config) is None:
-        decoder = DecoderActivations(model, device, quantised)
+        decoder = DecoderActivations(footprints, device, quantised)
         groups = decoder.decoder.groups
         weights += linear_bytes(groups, dtype.itemsize, quantised) - linear_bytes(groups, dtype.itemsize, None)
-    hooks = HookActivations(model, device, LARGEST_CAPACITY[device])
-    return Predictor(model, device, weights, EngineActivations(hooks, decoder))
+    hooks = HookActivations(footprints, device, LARGEST_CAPACITY[device])
+    return Predictor(footprints, device, weights, EngineActivations(hooks, decoder))
 
 
-def vector_bytes(model: PreTrainedModel, lora: LoraConfig) -> int:
+def vector_bytes(footprints: Footprints, footprint: Footprint) -> int:
     """Of one adapter: its master weights, their gradient, two moments, the copy that products use."""
-    bank = AdapterBank(model)
-    try:
-        adapter = widest(bank, [lora])
-    finally:
-        bank.close()
+    adapter = footprints.adapter(footprint)
     meter = Meter([*adapter.trained, *frozen(adapter)])
     with meter:
-        FlatAdamW(adapter, TrainConfig(), META, model.dtype)
+        FlatAdamW(adapter, TrainConfig(), META, footprints.model.dtype)
     return meter.peak
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, suppress
 
@@ -142,7 +142,6 @@ class TrainEngine:
         self._rank, self._ranks, self._all_reduce = rank, ranks, all_reduce
         # Every rank's, so that this one knows when a job is complete.
         self._queues = [FairQueue() for _ in range(ranks)]
-        self._planning = threading.Lock()
 
     def add(self, job: EngineJob, checkpoint: bytes | None = None) -> LiveJob:
         """Take a job in, from the start or from `LiveJob.checkpoint`: `prepare` and `admit` in one."""
@@ -167,7 +166,9 @@ class TrainEngine:
         else:
             start = continued_adapter(self.bank, job.lora, job.init_adapter)
         decoder = self.base.decoder if self.base.decoder is not None and Decoder.adapts(start) else None
-        self._plan([*(live.job for live in list(self.live.values())), job])
+        jobs = [*(live.job for live in list(self.live.values())), job]
+        self._plan(jobs)
+        self._plan_ahead(jobs)
         live = LiveJob(job, FlatAdamW(start, job.train, self.base.device, self.base.model.dtype))
         if checkpoint is not None:
             live.restore(checkpoint)
@@ -200,8 +201,17 @@ class TrainEngine:
         if self._budget is None or not jobs:
             return None
         longest, smallest = max(job.longest for job in jobs), max(job.largest_chunk for job in jobs)
-        with self._planning:
-            return self._predictor.fit(self._budget, [job.lora for job in jobs], longest, smallest)
+        return self._predictor.fit(self._budget, [job.lora for job in jobs], longest, smallest)
+
+    def _plan_ahead(self, jobs: Sequence[EngineJob]) -> None:
+        """Make the dry runs that `remove` will ask for: without them it would hold up training for seconds."""
+        if self._budget is None:
+            return
+        kinds = Counter(self._predictor.footprints.of(job.lora) for job in jobs)
+        for leaver in jobs:
+            if kinds[self._predictor.footprints.of(leaver.lora)] == 1:
+                with suppress(DoesNotFitError):
+                    self._plan([job for job in jobs if job is not leaver])
 
     def _fit(self, jobs: Sequence[EngineJob]) -> None:
         plan = self._plan(jobs)

@@ -109,8 +109,8 @@ def test_the_count_is_what_tensors_come_to(
 ) -> None:
     saved, peak = measured(monkeypatch, checkpointing, [length] * count, precision, config)
     quantised = "nf4" if precision == "nf4" else None
-    of = DecoderActivations(predictor(config, torch.bfloat16).model, "cpu", quantised)
-    ledger = of.trace(LORAS, 2 * count * length, length, checkpointing)
+    of = DecoderActivations(predictor(config, torch.bfloat16).footprints, "cpu", quantised)
+    ledger = of.trace([of.footprints.of(lora) for lora in LORAS], 2 * count * length, length, checkpointing)
     assert ledger.saved == pytest.approx(saved, rel=0.01)
     assert ledger.peak == pytest.approx(peak, rel=0.01)
 
@@ -118,17 +118,20 @@ def test_the_count_is_what_tensors_come_to(
 @pytest.mark.parametrize("checkpointing", WAYS)
 def test_documents_of_any_lengths_take_no_more(monkeypatch: pytest.MonkeyPatch, checkpointing: Checkpointing) -> None:
     """On a CPU attention keeps its probabilities where documents are short, and computes them again where not."""
-    of = DecoderActivations(predictor(TINY, torch.bfloat16).model, "cpu")
+    of = DecoderActivations(predictor(TINY, torch.bfloat16).footprints, "cpu")
     for lengths in ([520, 512, 512, 512], [768], [768, 100, 70, 300]):
         saved, peak = measured(monkeypatch, checkpointing, lengths)
-        ledger = of.trace(LORAS, 2 * sum(lengths), max(lengths), checkpointing)
+        ledger = of.trace([of.footprints.of(lora) for lora in LORAS], 2 * sum(lengths), max(lengths), checkpointing)
         assert 1.01 * ledger.saved >= saved and ledger.peak >= peak
 
 
 def test_nothing_is_held_once_the_pass_is_over() -> None:
     for device, config in product(("cpu", "cuda"), (TINY, TINY_QWEN3)):
-        of = DecoderActivations(predictor(config, torch.bfloat16).model, device)
-        assert all(of.trace(LORAS, 512, 128, checkpointing).live == 0 for checkpointing in WAYS)
+        of = DecoderActivations(predictor(config, torch.bfloat16).footprints, device)
+        assert all(
+            of.trace([of.footprints.of(lora) for lora in LORAS], 512, 128, checkpointing).live == 0
+            for checkpointing in WAYS
+        )
 
 
 @pytest.mark.parametrize(("precision", "kind"), [("fp8", Fp8Weight), ("nf4", Nf4Weight)])
@@ -217,13 +220,14 @@ def test_memory_that_shrinks_leads_through_every_way() -> None:
 def test_adapters_that_only_hooks_compute_are_counted_as_theirs() -> None:
     of = predictor(TINY, torch.bfloat16).activations
     assert isinstance(of, EngineActivations) and of.decoder is not None
-    plain, dora = LoraConfig(r=8), LoraConfig(r=8, use_dora=True)
+    plain, dora, wide = map(
+        of.hooks.footprints.of, (LoraConfig(r=8), LoraConfig(r=8, use_dora=True), LoraConfig(r=1024))
+    )
     by_decoder = of.decoder.peak_bytes([plain], 512, 128, "none")
     by_hooks = of.hooks.peak_bytes([dora], 512, 128, "none")
     assert of.peak_bytes([plain], 512, 128, "none") == by_decoder
     assert of.peak_bytes([dora], 512, 128, "none") == by_hooks
     assert of.peak_bytes([dora, plain], 512, 128, "none") == by_hooks > by_decoder
-    wide = LoraConfig(r=1024)
     by_decoder = of.decoder.peak_bytes([wide], 512, 128, "none")
     assert of.peak_bytes([dora, wide], 512, 128, "none") == by_decoder > by_hooks
     in_fp32 = predictor(TINY, torch.float32).activations

@@ -40,6 +40,7 @@ ORDER = {
         "loss",
         "optim",
         "engine_job",
+        "footprint",
         "kernel_memory",
         "decoder_memory",
         "hook_memory",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase
 
-from lora_core import memory
+from lora_core import footprint, hook_memory, memory
 from lora_core.attention import ATTENTION_NAME
 from lora_core.base_model import BaseModel
 from lora_core.config import LoraConfig, TrainConfig
@@ -60,7 +62,8 @@ def measured(base: BaseModel, checkpointing: Checkpointing, *wanted: EngineJob) 
 def test_a_run_without_numbers_counts_what_a_real_one_holds(kind: str, checkpointing: Checkpointing) -> None:
     wanted = EngineJob("job", LORA, TrainConfig(batch_size=20, max_seq_len=64), documents(20, 0, 32, 32))
     taken, tokens = measured(tiny_base(kind), checkpointing, wanted)
-    told = predictor(CONFIGS[kind], torch.float32).activations.peak_bytes([LORA], tokens, 32, checkpointing)
+    of = predictor(CONFIGS[kind], torch.float32)
+    told = of.activations.peak_bytes([of.footprints.of(LORA)], tokens, 32, checkpointing)
     assert told == pytest.approx(taken, rel=0.1)
 
 
@@ -69,7 +72,8 @@ def test_options_of_an_adapter_are_counted(options: dict[str, Any]) -> None:
     lora = LoraConfig(**{"r": 8} | options)
     wanted = EngineJob("job", lora, TrainConfig(batch_size=20, max_seq_len=64), documents(20, 0, 32, 32))
     taken, tokens = measured(tiny_base("llama"), "none", wanted)
-    told = predictor(CONFIGS["llama"], torch.float32).activations.peak_bytes([lora], tokens, 32, "none")
+    of = small_predictor()
+    told = of.activations.peak_bytes([of.footprints.of(lora)], tokens, 32, "none")
     assert told == pytest.approx(taken, rel=0.1)
 
 
@@ -81,12 +85,13 @@ def test_company_is_counted_as_what_it_is() -> None:
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME).requires_grad_(False).eval()
     base = BaseModel(model, PreTrainedTokenizerBase(), "", "", "fp32", CPU)
-    of, lora = predictor(config, torch.float32).activations, LoraConfig(r=2)
+    of, lora = predictor(config, torch.float32), LoraConfig(r=2)
     for lengths in ([512, 88], [512, 512], [1024, 1024]):
         examples = [Example([3] * length, [False] + [True] * (length - 1)) for length in lengths]
         wanted = [EngineJob(str(number), lora, TrainConfig(), [one]) for number, one in enumerate(examples)]
         taken, tokens = measured(base, "none", *wanted)
-        assert of.peak_bytes([lora] * 2, tokens, 512, "none") == pytest.approx(taken, rel=0.1)
+        told = of.activations.peak_bytes([of.footprints.of(lora)], tokens, 512, "none")
+        assert told == pytest.approx(taken, rel=0.1)
 
 
 def test_the_vectors_of_an_adapter_are_counted() -> None:
@@ -94,7 +99,7 @@ def test_the_vectors_of_an_adapter_are_counted() -> None:
     optimizer: FlatAdamW = TrainEngine(base).add(job()).optimizer
     vectors = (optimizer.flat, optimizer._message, optimizer._cast, *optimizer.moments)
     of = predictor(CONFIGS["llama"], torch.bfloat16)
-    told = vector_bytes(of.model, job().lora)
+    told = vector_bytes(of.footprints, of.footprints.of(job().lora))
     assert of.predict([job().lora] * 3, 256, 32, "none") == of.predict([job().lora] * 2, 256, 32, "none") + told
     assert told == pytest.approx(sum(vector.nbytes for vector in vectors), rel=0.01)
 
@@ -207,6 +212,41 @@ def test_a_job_leaves_even_where_the_others_are_said_not_to_fit() -> None:
     engine.remove("leaves")
     assert list(engine.live) == ["stays"] and (engine._capacity, engine._checkpointing) == plan
     assert engine.step()
+
+
+def test_training_waits_for_no_dry_run_of_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = TrainEngine(tiny_base("llama"), capacity=None)
+    engine.add(job("stays"))
+    engine.add(job("leaves"))
+    dry_run, begun, go_on = hook_memory._dry_run, threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> int:
+        begun.set()
+        go_on.wait(30)
+        return dry_run(*arguments)
+
+    monkeypatch.setattr(hook_memory, "_dry_run", slow)
+    with ThreadPoolExecutor(2) as threads:
+        prepared = threads.submit(engine.prepare, job("new", r=16))
+        assert begun.wait(30)
+        try:
+            threads.submit(engine.remove, "leaves").result(timeout=10)
+        finally:
+            go_on.set()
+        engine.admit(prepared.result())
+    assert list(engine.live) == ["stays", "new"]
+
+
+def test_a_plan_is_known_for_adapters_that_take_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No dry run and no bank: neither for other alphas and lengths, nor where the last job of a kind leaves."""
+    engine = TrainEngine(tiny_base("llama"), capacity=None)
+    for name, lora in (("a", LoraConfig(r=8)), ("b", LoraConfig(r=4, use_dora=True, target_modules=["q_proj"]))):
+        engine.add(EngineJob(name, lora, TrainConfig(), documents(4, 0)))
+    for module in (hook_memory, footprint):
+        monkeypatch.setattr(module, "AdapterBank", None)
+    engine.add(EngineJob("c", LoraConfig(r=8, lora_alpha=99), TrainConfig(), documents(4, 1, longest=60)))
+    engine.remove("a")
+    engine.remove("c")
 
 
 def test_no_chunk_is_larger_than_a_job_says() -> None:
