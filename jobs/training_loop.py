@@ -54,7 +54,7 @@ from lora_core.engine_job import EngineJob, JobDiverged
 from lora_core.memory import available_bytes
 from lora_core.optim import Evaluation
 from lora_core.peft_format import adapter_files
-from lora_core.trainer import LiveJob, TrainEngine, probe_losses
+from lora_core.trainer import LiveJob, PreparedJob, TrainEngine, probe_losses
 
 log = logging.getLogger("lora.rank")
 
@@ -64,8 +64,8 @@ IDLE_POLL_SECONDS = 0.1
 STORAGE_PATIENCE, STORAGE_PAUSE = 600.0, 5.0
 
 
-Read = Future[tuple[JobSpec, LiveJob]]
-"""What a job needs to join: its spec, and itself with its rows, its adapter and its optimizer."""
+Read = Future[tuple[JobSpec, PreparedJob]]
+"""What a job needs to join: its spec, and itself with its rows, its adapter and the state of its optimizer."""
 
 
 class PeerLostError(RuntimeError):
@@ -199,7 +199,7 @@ class Rank:
         everywhere = [set(json.loads(of_rank or "[]")) for of_rank in self._gather(done)]
         return [job_id for job_id in self._preparing if all(job_id in of_rank for of_rank in everywhere)]
 
-    def _read(self, assignment: Assignment) -> tuple[JobSpec, LiveJob]:
+    def _read(self, assignment: Assignment) -> tuple[JobSpec, PreparedJob]:
         """With patience while the storage does not answer: what a job has reached is worth more than a few minutes."""
         deadline = time.monotonic() + STORAGE_PATIENCE
         while True:
@@ -211,7 +211,7 @@ class Rank:
                 if assignment.job_id not in self._preparing or time.monotonic() > deadline:
                     raise
 
-    def _read_now(self, assignment: Assignment) -> tuple[JobSpec, LiveJob]:
+    def _read_now(self, assignment: Assignment) -> tuple[JobSpec, PreparedJob]:
         spec = JobSpec.model_validate_json(assignment.spec)
         train, validation = self._examples(assignment, spec)
         checkpoint, start = None, None
@@ -227,8 +227,7 @@ class Rank:
         live, problem = None, None
         try:
             spec, prepared = work.result()
-            self.engine.admit(prepared)
-            live = prepared
+            live = self.engine.admit(prepared)
         except Exception as error:  # whatever it is, it is this job's, and the others go on
             log.exception("job=%s rank=%d event=join_failed", assignment.job_id, self.rank)
             problem = f"rank {self.rank}: {type(error).__name__}: {error}"

@@ -149,8 +149,9 @@ def _without_zero_ranks(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _pissa(linear: torch.nn.Module, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """A and B with `scale B A` = the part of the weight in its `rank` largest singular vectors. A singular vector's
-    sign is free; the largest entry of each row of A is positive, so that ranks on different machines agree.
+    """A and B with `scale B A` = the part of the weight in its `rank` largest singular vectors, in host memory. A
+    singular vector's sign is free; the largest entry of each row of A is positive, so that ranks on different machines
+    agree.
     """
     weight = linear.weight
     assert isinstance(weight, Tensor)
@@ -158,7 +159,7 @@ def _pissa(linear: torch.nn.Module, rank: int, scale: float) -> tuple[Tensor, Te
     u, s, vh = torch.linalg.svd(weight.t() if isinstance(linear, Conv1D) else weight, full_matrices=False)
     u, s, vh = u[:, :rank], (s[:rank] / scale).sqrt(), vh[:rank]
     sign = vh.gather(1, vh.abs().argmax(1, keepdim=True)).sign()
-    return s[:, None] * vh * sign, u * s * sign[:, 0]
+    return (s[:, None] * vh * sign).cpu(), (u * s * sign[:, 0]).cpu()
 
 
 def _layer_of(module: str) -> int | None:

@@ -27,7 +27,7 @@ from lora_core.decoder import Checkpointing, Decoder
 from lora_core.decoder_memory import DecoderActivations, linear_bytes
 from lora_core.footprint import META, Footprint, Footprints
 from lora_core.hook_memory import HookActivations, Meter, frozen
-from lora_core.optim import FlatAdamW
+from lora_core.optim import FlatAdamW, HostState
 
 LARGEST_CAPACITY = {"cpu": 2048, "cuda": 8192}
 """Tokens of a micro-batch beyond which nothing is won: products are as fast as they get."""
@@ -182,10 +182,10 @@ def predictor(
 
 def vector_bytes(footprints: Footprints, footprint: Footprint) -> int:
     """Of one adapter: its master weights, their gradient, two moments, the copy that products use."""
-    adapter = footprints.adapter(footprint)
+    adapter, dtype = footprints.adapter(footprint), footprints.model.dtype
     meter = Meter([*adapter.trained, *frozen(adapter)])
     with meter:
-        FlatAdamW(adapter, TrainConfig(), META, footprints.model.dtype)
+        FlatAdamW(HostState(adapter, dtype), TrainConfig(), META, dtype)
     return meter.peak
 
 

@@ -1,11 +1,8 @@
 """One flat fp32 vector a job: A and B, their gradient, and AdamW's two moments.
 
-The vector is the unit of everything that happens between steps: one optimizer call, one all-reduce, one checkpoint
-blob. A and B are views into it: all A in the model's order, then all B, then DoRA's m, so that each kind is one slice.
-Every tensor starts at a multiple of 8 numbers, as vector loads want; what lies between stays zero. The gradient carries
-two more numbers at its end, the sum of token losses and the count of supervised tokens, so that ranks agree on all
-three in one message. Where the base computes in bf16, a bf16 copy of the vector is what products use; it is made anew
-after each step. A base in fp64 makes all of it fp64.
+The vector (`flat_adapter.py`) is the unit of everything that happens between steps: one optimizer call, one all-reduce,
+one checkpoint blob. The gradient carries two more numbers at its end, the sum of token losses and the count of
+supervised tokens, so that ranks agree on all three in one message.
 """
 
 from __future__ import annotations
@@ -14,7 +11,6 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import torch
 from safetensors.torch import load, save
@@ -22,12 +18,10 @@ from torch import Tensor
 
 from lora_core.adapter_bank import Adapter
 from lora_core.config import TrainConfig
+from lora_core.flat_adapter import FlatAdapter, HostAdapter
 
 MIN_TOKENS_TO_JUDGE = 16
 """A step of one or two tokens may rightly leave q and k without a gradient (a token that sees only itself)."""
-
-ALIGNMENT = 8
-"""Numbers: 16 bytes of bf16."""
 
 AllReduce = Callable[[Tensor], None]
 """Sums a tensor over all ranks in place."""
@@ -83,68 +77,64 @@ class Snapshot:
     counters: dict[str, float | int | str]
 
     def dump(self) -> bytes:
-        """One safetensors blob, of which `FlatAdamW.restore` makes the state again."""
+        """One safetensors blob, which `load` reads."""
         return save(self.tensors, {"counters": json.dumps(self.counters)})
+
+    @classmethod
+    def load(cls, blob: bytes) -> Snapshot:
+        """What `dump` wrote."""
+        header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
+        return cls(load(blob), json.loads(header["__metadata__"]["counters"]))
+
+
+class HostState:
+    """What training starts from, in host memory: vectors take their place on the device when there is room for them.
+
+    `moments` None are zeros. With `pinned` memory the move is as fast as the bus.
+    """
+
+    def __init__(self, start: Adapter, dtype: torch.dtype = torch.float32, pinned: bool = False) -> None:
+        """`start` holds the weights to begin with, which are copied; `dtype` is what the base computes in."""
+        wide = torch.promote_types(dtype, torch.float32)
+        self._pinned = pinned
+        self.trained = HostAdapter(start, wide, pinned)
+        self.residual = HostAdapter(start.residual, wide, pinned) if start.residual is not None else None
+        self.moments: tuple[Tensor, Tensor] | None = None
+        self.best: Tensor | None = None
+        self.steps = 0
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Start from there.
+
+        Raises:
+            ValueError: it is of an adapter with another number of parameters.
+        """
+        tensors, flat = snapshot.tensors, self.trained.vector
+        if tensors["flat"].shape != flat.shape:
+            raise ValueError(f"the checkpoint holds {tensors['flat'].numel()} parameters, this job has {flat.numel()}")
+        flat.copy_(tensors["flat"])
+        if self.residual is not None:
+            self.residual.vector.copy_(tensors["residual"])
+        # Copied too: AdamW may round another way where vectors do not begin as torch's do.
+        first, second = (torch.empty(len(flat), dtype=flat.dtype, pin_memory=self._pinned) for _ in range(2))
+        self.moments = first.copy_(tensors["exp_avg"]), second.copy_(tensors["exp_avg_sq"])
+        self.best = tensors.get("best")
+        self.steps = int(snapshot.counters["adam_steps"])
 
 
 class NoGradientError(ValueError):
     """Some adapted modules take no part in the model's output, so that they would never learn."""
 
 
-class FlatAdapter:
-    """A copy of an adapter's A, B and m on one vector, and the vector in the dtype that the base computes in.
-
-    `adapter` has views into both, `size_a` is where B begins.
-    """
-
-    def __init__(self, start: Adapter, device: torch.device, dtype: torch.dtype) -> None:
-        weights = start.trained
-        offsets = [0, *accumulate(-(-weight.numel() // ALIGNMENT) * ALIGNMENT for weight in weights)]
-        self.size_a = offsets[len(start.a)]
-        # Laid out where the weights are, and moved in one piece: a copy a weight would hold up a live session.
-        vector = torch.zeros(offsets[-1], device=weights[0].device, dtype=torch.promote_types(dtype, torch.float32))
-        self._layout = list(zip(offsets, [weight.shape for weight in weights], strict=False))
-        self._b_places = range(len(start.a), 2 * len(start.a))
-        for view, weight in zip(self.views(vector), weights, strict=True):
-            view.copy_(weight.detach())
-        self.vector = vector.to(device)
-        self.cast = self.vector.to(dtype)  # the vector itself where the dtype is its own
-        views, casts, count = self.views(self.vector), self.views(self.cast), len(start.a)
-        pairs = zip(casts[:count], casts[count : 2 * count], strict=True)
-        self.adapter = replace(
-            start,
-            a=dict(zip(start.a, views[:count], strict=True)),
-            b=dict(zip(start.b, views[count : 2 * count], strict=True)),
-            cast=dict(zip(start.a, pairs, strict=True)),
-            magnitude=dict(zip(start.magnitude, views[2 * count :], strict=True)),
-        )
-
-    def views(self, vector: Tensor) -> list[Tensor]:
-        """Every A, then every B, then every m, in a vector of this layout. B lies transposed, `[r, out]`, which is how
-        the decoder's kernels read it fastest (`kernels/low_rank_triton.py`).
-        """
-        views = []
-        for place, (offset, shape) in enumerate(self._layout):
-            part = vector[offset : offset + shape.numel()]
-            is_b = place in self._b_places
-            views.append(part.view(shape[1], shape[0]).t() if is_b else part.view(shape))
-        return views
-
-    def update_cast(self) -> None:
-        """After the vector changed."""
-        if self.cast is not self.vector:
-            self.cast.copy_(self.vector)
-
-
 class FlatAdamW:
     """A, B and AdamW of one job, on one vector. `adapter` is what the bank computes with; its A and B are views."""
 
     def __init__(
-        self, start: Adapter, train: TrainConfig, device: torch.device, dtype: torch.dtype = torch.float32
+        self, start: HostState, train: TrainConfig, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> None:
-        """`start` holds the weights to begin with, which are copied; `dtype` is what the base computes in."""
-        self.train, self.steps = train, 0
-        self._trained = FlatAdapter(start, device, dtype)
+        """`start` is moved, and of no more use after it; `dtype` is what the base computes in."""
+        self.train, self.steps = train, start.steps
+        self._trained = FlatAdapter(start.trained, device, dtype)
         self._residual = FlatAdapter(start.residual, device, dtype) if start.residual is not None else None
         residual = self._residual.adapter if self._residual is not None else None
         self.adapter = replace(self._trained.adapter, residual=residual)
@@ -153,9 +143,12 @@ class FlatAdamW:
         self._grad = self._message[:-2]
         for weight, grad in zip(self.adapter.trained, self._trained.views(self._grad), strict=True):
             weight.requires_grad_().grad = grad  # the bank adds into it
-        self.moments = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
+        if start.moments is None:
+            self.moments = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
+        else:
+            self.moments = start.moments[0].to(device), start.moments[1].to(device)
         self._adamw = self._two_groups()
-        self._best: Tensor | None = None  # in host memory: it is written at evaluations and read once
+        self._best = start.best  # in host memory: it is written at evaluations and read once
 
     def _two_groups(self) -> torch.optim.AdamW:
         """AdamW of the slice of A and the slice of B and m, whose moments are slices of `moments`."""
@@ -170,7 +163,7 @@ class FlatAdamW:
         slices = (vector.split(split) for vector in (self._grad, *self.moments))
         for part, grad, exp_avg, exp_avg_sq in zip(parts, *slices, strict=True):
             part.grad = grad
-            step = torch.zeros((), device=part.device)
+            step = torch.full((), float(self.steps), device=part.device)
             adamw.state[part] = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         return adamw
 
@@ -263,36 +256,13 @@ class FlatAdamW:
         self._refresh(self._trained)
 
     def snapshot(self, counters: dict[str, float | int | str]) -> Snapshot:
-        """All that `restore` needs to continue bit for bit, copied to host memory: steps may go on while it is
-        written.
+        """All that `HostState.restore` needs to continue bit for bit, copied to host memory: steps may go on while it
+        is written.
         """
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._state().items()}
         if self._best is not None:
             copies["best"] = self._best  # replaced by the next one, never written into
         return Snapshot(copies, {**counters, "adam_steps": self.steps})
-
-    def restore(self, blob: bytes) -> dict[str, float | int | str]:
-        """Continue from `Snapshot.dump`; returns its counters.
-
-        Raises:
-            ValueError: the blob is of an adapter with another number of parameters.
-        """
-        tensors = load(blob)
-        header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
-        counters: dict[str, float | int | str] = json.loads(header["__metadata__"]["counters"])
-        if tensors["flat"].shape != self.flat.shape:
-            raise ValueError(
-                f"the checkpoint holds {tensors['flat'].numel()} parameters, this job has {self.flat.numel()}"
-            )
-        with torch.no_grad():
-            for name, own in self._state().items():
-                own.copy_(tensors[name])
-        self._refresh(*self._vectors)
-        self._best = tensors.get("best")
-        self.steps = int(counters["adam_steps"])
-        for state in self._adamw.state.values():
-            state["step"].fill_(self.steps)
-        return counters
 
 
 def _any(gradients: Iterable[Tensor | None]) -> list[bool]:

@@ -17,6 +17,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, suppress
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -34,7 +35,16 @@ from lora_core.fair_queue import FairQueue
 from lora_core.kernels.low_rank import NO_ADAPTER
 from lora_core.loss import batch_losses, batch_scores
 from lora_core.memory import DoesNotFitError, Plan, available_bytes, predictor, return_freed_memory
-from lora_core.optim import AllReduce, Evaluation, FlatAdamW, NoGradientError, Snapshot, StepOutcome, learning_rate
+from lora_core.optim import (
+    AllReduce,
+    Evaluation,
+    FlatAdamW,
+    HostState,
+    NoGradientError,
+    Snapshot,
+    StepOutcome,
+    learning_rate,
+)
 from lora_core.packing import Chunk, PackedBatch, PackedChunk, cut_into_chunks, pack
 
 log = logging.getLogger("lora.engine")
@@ -47,7 +57,6 @@ class LiveJob:
         self.job = job
         self.optimizer = optimizer
         self.progress = Progress()
-        self.digest = job.digest()
         self.view: AdapterView | None = None  # of the adapter, where the decoder computes it
         # Of the evaluation that is under way: sum of token losses, tokens that the model would have written, tokens.
         self.scores = torch.zeros(3, dtype=torch.float64, device=optimizer.flat.device)
@@ -88,11 +97,20 @@ class LiveJob:
         """Everything that `TrainEngine.add` needs to continue exactly, as of the last step: of the next one's
         gradient, what is there already is computed again.
         """
-        return self.optimizer.snapshot({"job": self.digest, "progress": self.progress.to_json()})
+        return self.optimizer.snapshot({"job": self.job.digest(), "progress": self.progress.to_json()})
 
     def checkpoint(self) -> bytes:
         """`snapshot`, written."""
         return self.snapshot().dump()
+
+
+class PreparedJob:
+    """A job that is ready to be admitted, in host memory."""
+
+    def __init__(self, job: EngineJob, state: HostState) -> None:
+        self.job, self.state = job, state
+        self.progress = Progress()
+        self.digest = job.digest()  # of all its rows: it is known from here on
 
     def restore(self, checkpoint: bytes) -> None:
         """Continue from `checkpoint` of the same job.
@@ -100,12 +118,13 @@ class LiveJob:
         Raises:
             ValueError: it is another job's, or of other settings or rows.
         """
-        counters = self.optimizer.restore(checkpoint)
-        if counters["job"] != self.digest:
+        snapshot = Snapshot.load(checkpoint)
+        self.state.restore(snapshot)
+        if snapshot.counters["job"] != self.digest:
             raise ValueError(
                 f"the checkpoint is not one of {self.job.name}: its lora or train settings, or its rows, are others"
             )
-        self.progress = Progress.from_json(str(counters["progress"]))
+        self.progress = Progress.from_json(str(snapshot.counters["progress"]))
 
 
 class TrainEngine:
@@ -142,16 +161,16 @@ class TrainEngine:
         self._rank, self._ranks, self._all_reduce = rank, ranks, all_reduce
         # Every rank's, so that this one knows when a job is complete.
         self._queues = [FairQueue() for _ in range(ranks)]
+        self._prepared = WeakSet[PreparedJob]()  # and not admitted, as far as somebody still wants to
 
     def add(self, job: EngineJob, checkpoint: bytes | None = None) -> LiveJob:
         """Take a job in, from the start or from `LiveJob.checkpoint`: `prepare` and `admit` in one."""
-        live = self.prepare(job, checkpoint)
-        self.admit(live)
-        return live
+        return self.admit(self.prepare(job, checkpoint))
 
-    def prepare(self, job: EngineJob, checkpoint: bytes | None = None) -> LiveJob:
+    def prepare(self, job: EngineJob, checkpoint: bytes | None = None) -> PreparedJob:
         """Everything that a job needs to be taken in. It may be done on a thread of its own, so that those who train
-        are held up by `admit` alone.
+        are held up by `admit` alone. Their plan is one without it, so nothing of it lies on the device yet; where that
+        is the host, its weights do, and what it has of a checkpoint.
 
         Raises:
             ValueError: the target modules match nothing, the job lacks examples, the checkpoint is another job's,
@@ -165,24 +184,34 @@ class TrainEngine:
             start = init_adapter(self.bank, job.lora, job.train.seed)
         else:
             start = continued_adapter(self.bank, job.lora, job.init_adapter)
-        decoder = self.base.decoder if self.base.decoder is not None and Decoder.adapts(start) else None
-        jobs = [*(live.job for live in list(self.live.values())), job]
-        self._plan(jobs)
-        self._plan_ahead(jobs)
-        live = LiveJob(job, FlatAdamW(start, job.train, self.base.device, self.base.model.dtype))
+        beside = [live.job for live in list(self.live.values())]
+        self._plan([*beside, job])
+        waiting = {prepared.job.name: prepared.job for prepared in self._prepared}
+        self._plan_ahead([*({other.name: other for other in beside} | waiting | {job.name: job}).values()])
+        prepared = PreparedJob(job, HostState(start, self.base.model.dtype, pinned=self.base.device.type == "cuda"))
         if checkpoint is not None:
-            live.restore(checkpoint)
-        live.view = None if decoder is None else decoder.view(live.adapter)
-        return live
+            prepared.restore(checkpoint)
+        self._prepared.add(prepared)
+        return prepared
 
-    def admit(self, live: LiveJob) -> None:
-        """Let a prepared job train from the next micro-batch on.
+    def admit(self, prepared: PreparedJob) -> LiveJob:
+        """Let a prepared job train from the next micro-batch on: first there is room for its vectors, then they are.
 
         Raises:
             DoesNotFitError: it does not fit into memory beside those that came in meanwhile.
         """
-        self._fit([*(other.job for other in self.live.values()), live.job])
-        self.live[live.job.name] = live
+        job, base = prepared.job, self.base
+        self._fit([*(live.job for live in self.live.values()), job])
+        try:
+            live = LiveJob(job, FlatAdamW(prepared.state, job.train, base.device, base.model.dtype))
+            if base.decoder is not None and Decoder.adapts(live.adapter):
+                live.view = base.decoder.view(live.adapter)
+        except Exception:  # as the other ranks will, that let the job go again
+            self._fit_again()
+            raise
+        live.progress = prepared.progress
+        self.live[job.name] = live
+        return live
 
     def remove(self, name: str) -> None:
         """Let a job go; its memory is free once the caller drops its `LiveJob`.
@@ -193,6 +222,9 @@ class TrainEngine:
         del self.live[name]
         for queue in self._queues:
             queue.drop(name)
+        self._fit_again()
+
+    def _fit_again(self) -> None:
         with suppress(DoesNotFitError):
             self._fit([live.job for live in self.live.values()])
 
@@ -204,9 +236,13 @@ class TrainEngine:
         return self._predictor.fit(self._budget, [job.lora for job in jobs], longest, smallest)
 
     def _plan_ahead(self, jobs: Sequence[EngineJob]) -> None:
-        """Make the dry runs that `remove` will ask for: without them it would hold up training for seconds."""
+        """Make the dry runs that `admit` and `remove` will ask for: without them those would hold up training for
+        seconds. So all of these jobs come together, or one leaves.
+        """
         if self._budget is None:
             return
+        with suppress(DoesNotFitError):
+            self._plan(jobs)
         kinds = Counter(self._predictor.footprints.of(job.lora) for job in jobs)
         for leaver in jobs:
             if kinds[self._predictor.footprints.of(leaver.lora)] == 1:

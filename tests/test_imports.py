@@ -38,6 +38,7 @@ ORDER = {
         "packing",
         "fair_queue",
         "loss",
+        "flat_adapter",
         "optim",
         "engine_job",
         "footprint",

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase
 
-from lora_core import footprint, hook_memory, memory
+from lora_core import footprint, hook_memory, memory, trainer
 from lora_core.attention import ATTENTION_NAME
 from lora_core.base_model import BaseModel
 from lora_core.config import LoraConfig, TrainConfig
@@ -247,6 +247,37 @@ def test_a_plan_is_known_for_adapters_that_take_the_same(monkeypatch: pytest.Mon
     engine.add(EngineJob("c", LoraConfig(r=8, lora_alpha=99), TrainConfig(), documents(4, 1, longest=60)))
     engine.remove("a")
     engine.remove("c")
+
+
+def test_a_newcomer_has_its_vectors_only_once_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = small_predictor()
+    budget = of.predict([job().lora], LARGEST, 30, "none") + 1000
+    engine = TrainEngine(tiny_base("llama"), capacity=None, budget_bytes=budget)
+    engine.add(job())
+    meter, capacities = Meter([]), [engine._capacity]
+    with meter:
+        prepared = engine.prepare(job("large", r=128))
+    vectors = vector_bytes(of.footprints, of.footprints.of(prepared.job.lora))
+    assert meter.live < 0.5 * vectors  # its weights; not their gradient and two moments
+
+    def recorded(*arguments: Any) -> FlatAdamW:
+        capacities.append(engine._capacity)
+        return FlatAdamW(*arguments)
+
+    monkeypatch.setattr(trainer, "FlatAdamW", recorded)
+    engine.admit(prepared)
+    assert LARGEST == capacities[0] > capacities[1] == engine._capacity
+
+
+def test_a_rank_without_memory_for_a_newcomer_goes_on_as_all_do_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = small_predictor().predict([job().lora], LARGEST, 30, "none") + 1000
+    engine = TrainEngine(tiny_base("llama"), capacity=None, budget_bytes=budget)
+    engine.add(job())
+    prepared = engine.prepare(job("large", r=128))
+    with monkeypatch.context() as patched, pytest.raises(TypeError):
+        patched.setattr(trainer, "FlatAdamW", None)
+        engine.admit(prepared)
+    assert engine._capacity == LARGEST and list(engine.live) == ["job"]
 
 
 def test_no_chunk_is_larger_than_a_job_says() -> None:

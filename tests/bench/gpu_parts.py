@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 from lora_core.attention import ATTENTION_NAME
 from lora_core.optim import StepOutcome
-from lora_core.trainer import LiveJob, TrainEngine
+from lora_core.trainer import LiveJob, PreparedJob, TrainEngine
 from tests.bench.engines import base_of, bench_job, checked_step, session_step, set_jobs
 from tests.bench.peers import SHAPES, random_llama
 from tests.bench.report import (
@@ -113,7 +113,7 @@ def swap(report: Report, conditions: Conditions, precision: str) -> None:
     report.figure(f"{precision}: graphs compiled in {SWAPS} swaps", counters["stats"]["unique_graphs"] - graphs)
 
 
-def _exchange_and_step(engine: TrainEngine, leaver: str, newcomer: LiveJob) -> None:
+def _exchange_and_step(engine: TrainEngine, leaver: str, newcomer: PreparedJob) -> None:
     engine.remove(leaver)
     engine.admit(newcomer)
     checked_step(engine)

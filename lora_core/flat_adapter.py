@@ -1,0 +1,82 @@
+"""An adapter's weights end to end in one vector, of which A, B and m are views: all A in the model's order, then all B,
+then DoRA's m, so that each kind is one slice.
+
+Every tensor starts at a multiple of 8 numbers, as vector loads want; what lies between stays zero. Where the base
+computes in bf16, a bf16 copy of the vector is what products use; it is made anew after each step. A base in fp64 makes
+all of it fp64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from lora_core.adapter_bank import Adapter
+
+ALIGNMENT = 8
+"""Numbers: 16 bytes of bf16."""
+
+
+class HostAdapter:
+    """A copy of an adapter's A, B and m on one vector in host memory, which the device gets in one piece: a copy a
+    weight would hold up a live session.
+
+    `adapter` has views into it, `size_a` is where B begins.
+    """
+
+    def __init__(self, start: Adapter, wide: torch.dtype, pinned: bool) -> None:
+        weights, count = start.trained, len(start.a)
+        offsets = [0, *accumulate(-(-weight.numel() // ALIGNMENT) * ALIGNMENT for weight in weights)]
+        self.size_a = offsets[count]
+        self._layout = list(zip(offsets, [weight.shape for weight in weights], strict=False))
+        self._b_places = range(count, 2 * count)
+        # A begins in host memory, or on the meta device.
+        self.vector = torch.zeros(offsets[-1], dtype=wide, device=weights[0].device, pin_memory=pinned)
+        views = self.views(self.vector)
+        for view, weight in zip(views, weights, strict=True):
+            view.copy_(weight.detach())
+        self.adapter = self.viewed(start, views)
+
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """Every A, then every B, then every m, in a vector of this layout. B lies transposed, `[r, out]`, which is how
+        the decoder's kernels read it fastest (`kernels/low_rank_triton.py`).
+        """
+        views = []
+        for place, (offset, shape) in enumerate(self._layout):
+            part = vector[offset : offset + shape.numel()]
+            is_b = place in self._b_places
+            views.append(part.view(shape[1], shape[0]).t() if is_b else part.view(shape))
+        return views
+
+    @staticmethod
+    def viewed(adapter: Adapter, views: list[Tensor]) -> Adapter:
+        """The adapter with these for weights, and without its residual, which is a vector of its own."""
+        count = len(adapter.a)
+        return replace(
+            adapter,
+            a=dict(zip(adapter.a, views[:count], strict=True)),
+            b=dict(zip(adapter.b, views[count : 2 * count], strict=True)),
+            magnitude=dict(zip(adapter.magnitude, views[2 * count :], strict=True)),
+            residual=None,
+        )
+
+
+class FlatAdapter:
+    """The same on the device, with the vector in the dtype that the base computes in besides."""
+
+    def __init__(self, host: HostAdapter, device: torch.device, dtype: torch.dtype) -> None:
+        self.views, self.size_a = host.views, host.size_a
+        self.vector = host.vector.to(device)  # where that is the host, it is the same
+        self.cast = self.vector.to(dtype)  # the vector itself where the dtype is its own
+        adapter, casts, count = host.adapter, self.views(self.cast), len(host.adapter.a)
+        pairs = zip(casts[:count], casts[count : 2 * count], strict=True)
+        adapter = replace(adapter, cast=dict(zip(adapter.a, pairs, strict=True)))
+        self.adapter = host.viewed(adapter, self.views(self.vector))
+
+    def update_cast(self) -> None:
+        """After the vector changed."""
+        if self.cast is not self.vector:
+            self.cast.copy_(self.vector)
