@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -84,7 +83,7 @@ class Held:
     stepped: float = field(default_factory=time.monotonic)
     step_seconds: float = 0.0
     checkpointed: float = field(default_factory=time.monotonic)
-    upload: threading.Thread | None = None
+    written_step: int = 0
 
 
 def train_loop(config: dict[str, Any]) -> None:
@@ -117,6 +116,8 @@ class Rank:
         self._next_orders: ray.ObjectRef[Orders] | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
         self._preparing: dict[str, tuple[Assignment, Read]] = {}
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._upload: Future[None] | None = None
         self._reported = 0.0
         torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) // self._local_ranks))
 
@@ -280,8 +281,8 @@ class Rank:
                 self._report(Evaluated(job_id, asdict(outcome.evaluation), held.live.progress.stopped))
             if held.live.done:
                 self._finish(held)
-            elif self.rank == 0:
-                self._maybe_checkpoint(held)
+        if self.rank == 0:
+            self._maybe_checkpoint()
         if self.rank == 0 and time.monotonic() - self._reported >= REPORT_SECONDS:
             self._reported = time.monotonic()
             for held in self.held.values():
@@ -305,15 +306,24 @@ class Rank:
             **({"best_validation_loss": progress.best.loss, "best_step": progress.best.step} if progress.best else {}),
         }
 
-    def _maybe_checkpoint(self, held: Held) -> None:
-        """Rank 0: take the state at this step boundary and write it beside the next steps."""
-        if time.monotonic() - held.checkpointed < self.settings.checkpoint_seconds:
+    def _maybe_checkpoint(self) -> None:
+        """Rank 0: take the state of the job that has waited longest and write it beside the next steps. One at a time:
+        in host memory there is room for one (see `memory.py`), and several would only share the way to the storage.
+        """
+        if self._upload is not None and not self._upload.done():
             return
-        if held.upload is not None and held.upload.is_alive():
+        due = [
+            held
+            for held in self.held.values()
+            if time.monotonic() - held.checkpointed >= self.settings.checkpoint_seconds
+            and held.live.progress.step > held.written_step
+        ]
+        if not due:
             return
-        held.checkpointed = time.monotonic()
+        held = min(due, key=lambda one: one.checkpointed)
         job_id, attempt = held.assignment.job_id, held.assignment.attempt
         step, snapshot = held.live.progress.step, held.live.snapshot()
+        held.checkpointed, held.written_step = time.monotonic(), step
 
         def upload() -> None:
             key = checkpoint_state_key(job_id, attempt, step)
@@ -326,8 +336,7 @@ class Rank:
                 return
             self._report(CheckpointWritten(job_id, step, key, sha256))
 
-        held.upload = threading.Thread(target=upload, name=f"checkpoint-{job_id}")
-        held.upload.start()
+        self._upload = self._writer.submit(upload)
 
     def _finish(self, held: Held) -> None:
         """Hand the adapter over, with probes from which a server sees that it computes the same; all ranks let the job

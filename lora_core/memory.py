@@ -1,6 +1,7 @@
 """How much memory training will take, before the base is loaded; and what fits into what there is.
 
     predicted = context + weights + vectors of every adapter + the peak of one micro-batch
+                + on a CPU what is kept in host memory: best weights, and one checkpoint while it is written
 
 Adapters that the decoder computes and those that the hooks do come in micro-batches of their own, so the peak is the
 larger of the two: of the decoder from its shapes (`decoder_memory.py`), of the hooks from a run without numbers
@@ -41,6 +42,9 @@ HOLES = {"cpu": 1.0, "cuda": 1.04}
 """What torch's allocator reserves for each byte in tensors. 2.2 to 6.2 % more were seen on an H100 over 17 cases in
 which the tensors themselves were predicted within 0.5 % (`tests/bench/memory_gpu.py`).
 """
+
+COPIES_OF_A_CHECKPOINT = 3
+"""While it is written: the snapshot, the bytes of each tensor, the blob. 0.69 GB were seen of a state of 0.24 GB."""
 
 EXACT_HEAP_BYTES = 2**20
 _M_MMAP_THRESHOLD = -3  # malloc.h
@@ -110,34 +114,66 @@ class Predictor:
     weights: int
     activations: Activations
     _vectors: dict[Footprint, int] = field(default_factory=dict)
+    _states: dict[Footprint, tuple[int, int]] = field(default_factory=dict)
 
-    def predict(self, loras: Sequence[LoraConfig], capacity: int, longest: int, checkpointing: Checkpointing) -> int:
-        """What training adds at its peak to what the process held before the base was loaded."""
-        return self._predict([self.footprints.of(lora) for lora in loras], capacity, longest, checkpointing)
+    def predict(
+        self,
+        loras: Sequence[LoraConfig],
+        capacity: int,
+        longest: int,
+        checkpointing: Checkpointing,
+        kept: Sequence[LoraConfig] = (),
+    ) -> int:
+        """What training adds at its peak to what the process held before the base was loaded; `kept` are those of
+        `loras` whose best weights are kept.
+        """
+        adapters, best = self._of(loras), self._of(kept)
+        peak = self.activations.peak_bytes(adapters, capacity, longest, checkpointing)
+        return self._without_activations(adapters, best) + int(HOLES[self.device] * peak)
 
-    def _predict(self, adapters: Sequence[Footprint], capacity: int, longest: int, checkpointing: Checkpointing) -> int:
-        peak = self.activations.peak_bytes(list(dict.fromkeys(adapters)), capacity, longest, checkpointing)
-        vectors = sum(map(self._vector_bytes, adapters))
-        return CONTEXT[self.device] + int(HOLES[self.device] * (self.weights + vectors + peak))
+    def _of(self, loras: Sequence[LoraConfig]) -> list[Footprint]:
+        return [self.footprints.of(lora) for lora in loras]
+
+    def _without_activations(self, adapters: Sequence[Footprint], kept: Sequence[Footprint]) -> int:
+        held = self.weights + sum(map(self._vector_bytes, adapters))
+        if self.device == "cpu":
+            best = {footprint: self._state_bytes(footprint)[0] for footprint in kept}
+            states = {footprint: sum(self._state_bytes(footprint)) + best.get(footprint, 0) for footprint in adapters}
+            held += sum(best[footprint] for footprint in kept) + COPIES_OF_A_CHECKPOINT * max(states.values())
+        return CONTEXT[self.device] + int(HOLES[self.device] * held)
 
     def _vector_bytes(self, footprint: Footprint) -> int:
         if footprint not in self._vectors:
             self._vectors[footprint] = vector_bytes(self.footprints, footprint)
         return self._vectors[footprint]
 
-    def fit(self, budget_bytes: int, loras: Sequence[LoraConfig], longest: int, smallest: int) -> Plan:
+    def _state_bytes(self, footprint: Footprint) -> tuple[int, int]:
+        if footprint not in self._states:
+            self._states[footprint] = state_bytes(self.footprints, footprint)
+        return self._states[footprint]
+
+    def fit(
+        self,
+        budget_bytes: int,
+        loras: Sequence[LoraConfig],
+        longest: int,
+        smallest: int,
+        kept: Sequence[LoraConfig] = (),
+    ) -> Plan:
         """The largest capacity from `smallest` on that fits, with as little computed twice as lets any fit.
 
         Raises:
             DoesNotFitError: `smallest` tokens do not fit even with full checkpointing.
         """
         capacities = range(smallest, max(smallest, LARGEST_CAPACITY[self.device]) + 1)
-        adapters = [self.footprints.of(lora) for lora in loras]
+        adapters = self._of(loras)
+        without, kinds = self._without_activations(adapters, self._of(kept)), list(dict.fromkeys(adapters))
         ways: tuple[Checkpointing, ...] = ("none", "selective", "full")
         for checkpointing in ways:
 
             def needed(capacity: int, checkpointing: Checkpointing = checkpointing) -> int:
-                return self._predict(adapters, capacity, longest, checkpointing)
+                peak = self.activations.peak_bytes(kinds, capacity, longest, checkpointing)
+                return without + int(HOLES[self.device] * peak)
 
             if needed(capacities[-1]) <= budget_bytes:
                 capacity = capacities[-1]
@@ -146,7 +182,7 @@ class Predictor:
             else:
                 continue
             predicted = needed(capacity)
-            heap = self.activations.peak_bytes(adapters, capacity, longest, "none")  # holes came to half of it
+            heap = self.activations.peak_bytes(kinds, capacity, longest, "none")  # holes came to half of it
             exact_heap = self.device == "cpu" and predicted + heap > budget_bytes
             return Plan(capacity, checkpointing, predicted, exact_heap)
         raise DoesNotFitError(
@@ -187,6 +223,13 @@ def vector_bytes(footprints: Footprints, footprint: Footprint) -> int:
     with meter:
         FlatAdamW(HostState(adapter, dtype), TrainConfig(), META, dtype)
     return meter.peak
+
+
+def state_bytes(footprints: Footprints, footprint: Footprint) -> tuple[int, int]:
+    """Of one adapter's weights, and of what a checkpoint has besides: both moments, and PiSSA's residual."""
+    state = HostState(footprints.adapter(footprint), footprints.model.dtype)
+    weights = state.trained.vector.nbytes
+    return weights, 2 * weights + (state.residual.vector.nbytes if state.residual is not None else 0)
 
 
 def available_bytes(device: torch.device) -> int:

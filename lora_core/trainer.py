@@ -233,7 +233,8 @@ class TrainEngine:
         if self._budget is None or not jobs:
             return None
         longest, smallest = max(job.longest for job in jobs), max(job.largest_chunk for job in jobs)
-        return self._predictor.fit(self._budget, [job.lora for job in jobs], longest, smallest)
+        kept = [job.lora for job in jobs if job.train.keeps_best]
+        return self._predictor.fit(self._budget, [job.lora for job in jobs], longest, smallest, kept)
 
     def _plan_ahead(self, jobs: Sequence[EngineJob]) -> None:
         """Make the dry runs that `admit` and `remove` will ask for: without them those would hold up training for

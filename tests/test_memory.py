@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,29 @@ def test_the_vectors_of_an_adapter_are_counted() -> None:
     told = vector_bytes(of.footprints, of.footprints.of(job().lora))
     assert of.predict([job().lora] * 3, 256, 32, "none") == of.predict([job().lora] * 2, 256, 32, "none") + told
     assert told == pytest.approx(sum(vector.nbytes for vector in vectors), rel=0.01)
+
+
+@pytest.mark.parametrize("options", [{}, {"init_lora_weights": "pissa"}])
+def test_on_a_cpu_a_checkpoint_and_the_best_weights_are_counted(options: dict[str, Any]) -> None:
+    lora, of = LoraConfig(r=32, **options), small_predictor()
+    wanted = EngineJob("job", lora, TrainConfig(load_best_model_at_end=True), documents(4, 0), documents(2, 1))
+    engine = TrainEngine(tiny_base("llama"), capacity=None)
+    live, meter = engine.add(wanted), Meter([])
+    with meter:
+        live.optimizer.keep_best()
+        best = meter.live
+        snapshot = live.snapshot()
+    tracemalloc.start()
+    snapshot.dump()
+    dump = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    on_gpu = predictor(CONFIGS["llama"], torch.float32, "cuda")
+    without = of.weights + vector_bytes(of.footprints, of.footprints.of(lora)) + memory.CONTEXT["cpu"]
+    peak = of.activations.peak_bytes([of.footprints.of(lora)], 256, 30, "none")
+    told = of.predict([lora], 256, 30, "none", [lora]) - peak - without
+    assert told == pytest.approx(meter.live + dump + best, rel=0.1)  # the snapshot may have the best of before
+    assert engine._plan([wanted]) == of.fit(engine._budget or 0, [lora], wanted.longest, wanted.largest_chunk, [lora])
+    assert on_gpu.predict([lora], 256, 30, "none", [lora]) == on_gpu.predict([lora], 256, 30, "none")
 
 
 # --- what a process takes --------------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +12,9 @@ import pytest
 from cluster.storage import StorageCorrupt, StorageUnavailable
 from jobs import training_loop
 from jobs.orders import Assignment
-from jobs.training_loop import Rank
+from jobs.training_loop import Held, Rank
+from lora_core.trainer import TrainEngine
+from tests.models import job, tiny_base
 
 ASSIGNMENT = Assignment("job-1", 2, "{}", "datasets/x", checkpoint_key="checkpoints/1-500")
 
@@ -51,3 +56,28 @@ def test_nobody_waits_for_ever_nor_for_a_job_that_is_not_wanted(monkeypatch: pyt
     monkeypatch.setattr(training_loop, "STORAGE_PATIENCE", 0.0)
     with pytest.raises(StorageUnavailable):
         rank._read(ASSIGNMENT)
+
+
+def test_checkpoints_are_written_one_at_a_time_and_none_waits_for_ever() -> None:
+    engine, went_on, written = TrainEngine(tiny_base("llama")), threading.Event(), []
+    rank: Rank = object.__new__(Rank)
+    rank.rank, rank.settings, rank._upload = 0, SimpleNamespace(checkpoint_seconds=0.0), None  # type: ignore[assignment]
+    rank.held = {name: Held(Assignment(name, 1, "{}", ""), None, engine.add(job(name))) for name in "abc"}  # type: ignore[arg-type]
+
+    def put(key: str, _: bytes) -> None:
+        assert went_on.wait(30)
+        written.append(key.split("/")[1])
+
+    rank.storage = SimpleNamespace(put=put)  # type: ignore[assignment]
+    rank._report = lambda report: None  # type: ignore[method-assign]
+    with ThreadPoolExecutor(1) as rank._writer:
+        for turn in range(4):
+            while any(live.progress.step <= turn for live in engine.live.values()):
+                engine.micro_batch()
+            rank._maybe_checkpoint()
+            rank._maybe_checkpoint()  # the first is being written
+            assert len(written) == turn and rank._upload is not None
+            went_on.set()
+            rank._upload.result()
+            went_on.clear()
+    assert [key[0] for key in written] == ["a", "b", "c", "a"]
