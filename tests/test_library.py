@@ -19,7 +19,7 @@ import lora_core
 from lora_core import LoraConfig, TrainConfig, TrainJob, TrainJobsError
 from lora_core.base_model import BaseModel, load_base
 from lora_core.dataset import split
-from lora_core.trainer import LiveJob, TrainEngine
+from lora_core.trainer import LiveJob, PreparedJob, TrainEngine
 from tests.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -111,9 +111,10 @@ def test_the_memory_of_a_job_that_ended_is_free_before_the_next_step(
     added: list[weakref.ref[LiveJob]] = []
     admit, micro_batch = TrainEngine.admit, TrainEngine.micro_batch
 
-    def admitting(engine: TrainEngine, live: LiveJob) -> None:
+    def admitting(engine: TrainEngine, prepared: PreparedJob) -> LiveJob:
+        live = admit(engine, prepared)
         added.append(weakref.ref(live))
-        admit(engine, live)
+        return live
 
     def stepping(engine: TrainEngine) -> object:
         assert sum(live() is not None for live in added) == len(engine.live)
