@@ -169,8 +169,8 @@ class TrainEngine:
 
     def prepare(self, job: EngineJob, checkpoint: bytes | None = None) -> PreparedJob:
         """Everything that a job needs to be taken in. It may be done on a thread of its own, so that those who train
-        are held up by `admit` alone. Their plan is one without it, so nothing of it lies on the device yet; where that
-        is the host, its weights do, and what it has of a checkpoint.
+        are held up by `admit` alone. Their plan is one without it, so nothing of it lies on the device yet. Where that
+        is the host, its weights and what it has of a checkpoint do, in the room for one that is written.
 
         Raises:
             ValueError: the target modules match nothing, the job lacks examples, the checkpoint is another job's,
