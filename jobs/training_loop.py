@@ -50,10 +50,11 @@ from lora_core.base_files import chat_template_hash
 from lora_core.base_model import BaseModel, load_base
 from lora_core.dataset import Example
 from lora_core.engine_job import EngineJob, JobDiverged
+from lora_core.live_job import LiveJob, PreparedJob
 from lora_core.memory import available_bytes
 from lora_core.optim import Evaluation
 from lora_core.peft_format import adapter_files
-from lora_core.trainer import LiveJob, PreparedJob, TrainEngine, probe_losses
+from lora_core.trainer import TrainEngine, probe_losses
 
 log = logging.getLogger("lora.rank")
 

@@ -20,9 +20,10 @@ from lora_core.base_model import BaseModel, too_long
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import DatasetError, Example, build_datasets
 from lora_core.engine_job import EngineJob, JobDiverged
+from lora_core.live_job import LiveJob
 from lora_core.optim import Evaluation
 from lora_core.peft_format import AdapterFormatError, adapter_files, read_adapter
-from lora_core.trainer import LiveJob, TrainEngine
+from lora_core.trainer import TrainEngine
 
 log = logging.getLogger("lora.library")
 

@@ -24,9 +24,10 @@ from lora_core.dataset import Example
 from lora_core.decoder import Checkpointing, Decoder
 from lora_core.engine_job import EngineJob, JobDiverged
 from lora_core.fair_queue import FairQueue
+from lora_core.live_job import LiveJob
 from lora_core.optim import StepOutcome
 from lora_core.packing import Chunk
-from lora_core.trainer import LiveJob, TrainEngine
+from lora_core.trainer import TrainEngine
 
 VOCABULARY = 96
 CPU = torch.device("cpu")

@@ -17,7 +17,8 @@ from lora_core.attention import PackedAttention
 from lora_core.base_model import BaseModel
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.engine_job import EngineJob
-from lora_core.trainer import LiveJob, TrainEngine
+from lora_core.live_job import LiveJob
+from lora_core.trainer import TrainEngine
 from tests.models import VOCABULARY, documents, random_adapter, threads, tiny_base, tiny_model
 
 DOWN = "model.layers.1.mlp.down_proj"

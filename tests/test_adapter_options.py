@@ -18,9 +18,10 @@ from lora_core.adapter_bank import Adapter, AdapterBank, Run
 from lora_core.adapter_init import LoraConfigError, adapted_modules, continued_adapter, init_adapter
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.engine_job import EngineJob
+from lora_core.live_job import LiveJob
 from lora_core.packing import pack
 from lora_core.peft_format import adapter_files, read_adapter
-from lora_core.trainer import LiveJob, TrainEngine, probe_losses
+from lora_core.trainer import TrainEngine, probe_losses
 from tests.models import documents, micro_batches, random_b, relative, tiny_base, tiny_model, train_until
 from tests.test_trainer import padded_loss
 

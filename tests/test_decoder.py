@@ -17,10 +17,11 @@ from lora_core.decoder import Checkpointing, Decoder, Rows
 from lora_core.engine_job import EngineJob
 from lora_core.kernels import cross_entropy
 from lora_core.kernels.low_rank import NO_ADAPTER
+from lora_core.live_job import LiveJob
 from lora_core.optim import StepOutcome
 from lora_core.packing import PackedBatch, pack
 from lora_core.precision import DenseWeight, Fp8Weight, Nf4Weight, stacked_dense
-from lora_core.trainer import LiveJob, TrainEngine
+from lora_core.trainer import TrainEngine
 from tests.models import CPU, documents, job, tiny_base
 
 CONFIGS = [

@@ -21,10 +21,11 @@ from lora_core.attention import PackedAttention
 from lora_core.config import LoraConfig
 from lora_core.dora import RowNorms, weight_of
 from lora_core.engine_job import EngineJob, JobDiverged
+from lora_core.live_job import LiveJob
 from lora_core.merge import write_merged
 from lora_core.packing import pack
 from lora_core.peft_format import adapter_files, read_adapter
-from lora_core.trainer import LiveJob, TrainEngine, probe_losses
+from lora_core.trainer import TrainEngine, probe_losses
 from tests.models import (
     CONFIGS,
     VOCABULARY,

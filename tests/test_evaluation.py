@@ -16,8 +16,9 @@ from lora_core.adapter_bank import Run
 from lora_core.attention import PackedAttention
 from lora_core.dataset import Example
 from lora_core.engine_job import JobDiverged, Progress
+from lora_core.live_job import LiveJob
 from lora_core.optim import Evaluation, StepOutcome
-from lora_core.trainer import LiveJob, TrainEngine
+from lora_core.trainer import TrainEngine
 from tests.models import RanksInThreads, documents, job, outcome_of, state, tiny_base, train_to_the_end
 
 HELD_OUT = documents(9, seed=50)

@@ -41,6 +41,7 @@ ORDER = {
         "flat_adapter",
         "optim",
         "engine_job",
+        "live_job",
         "footprint",
         "kernel_memory",
         "decoder_memory",

@@ -19,7 +19,8 @@ import lora_core
 from lora_core import LoraConfig, TrainConfig, TrainJob, TrainJobsError
 from lora_core.base_model import BaseModel, load_base
 from lora_core.dataset import split
-from lora_core.trainer import LiveJob, PreparedJob, TrainEngine
+from lora_core.live_job import LiveJob, PreparedJob
+from lora_core.trainer import TrainEngine
 from tests.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).parent.parent

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lora_core.base_model import BaseModel
 from lora_core.engine_job import EngineJob
+from lora_core.live_job import LiveJob
 from lora_core.packing import pack
-from lora_core.trainer import LiveJob, TrainEngine
+from lora_core.trainer import TrainEngine
 from tests.models import decoder_base, documents, job, norms_in_double, relative, tiny_base, tiny_model
 from tests.test_trainer import padded_loss
 

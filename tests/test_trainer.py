@@ -21,10 +21,11 @@ from lora_core.base_model import BaseModel
 from lora_core.config import TrainConfig
 from lora_core.dataset import Example
 from lora_core.engine_job import EngineJob, JobDiverged
+from lora_core.live_job import LiveJob
 from lora_core.lora import LinearWithLoRA, replace_linear_with_lora
 from lora_core.optim import StepOutcome, learning_rate
 from lora_core.packing import pack
-from lora_core.trainer import LiveJob, TrainEngine, probe_losses
+from lora_core.trainer import TrainEngine, probe_losses
 from tests.models import (
     RanksInThreads,
     chunks_of,

@@ -14,8 +14,9 @@ import torch
 from torch._dynamo.utils import counters
 
 from lora_core.attention import ATTENTION_NAME
+from lora_core.live_job import LiveJob, PreparedJob
 from lora_core.optim import StepOutcome
-from lora_core.trainer import LiveJob, PreparedJob, TrainEngine
+from lora_core.trainer import TrainEngine
 from tests.bench.engines import base_of, bench_job, checked_step, session_step, set_jobs
 from tests.bench.peers import SHAPES, random_llama
 from tests.bench.report import (
