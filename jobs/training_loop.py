@@ -15,12 +15,10 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -31,9 +29,8 @@ import torch.distributed as dist
 from cluster.bases import local_source
 from cluster.runtime import log_to_stderr
 from cluster.settings import Settings
-from cluster.storage import Storage, StorageUnavailable, checkpoint_state_key, open_storage
-from jobs.admission import examples_of
-from jobs.initial_adapter import load_initial
+from cluster.storage import Storage, checkpoint_state_key, open_storage
+from jobs.job_reader import JobReader, Read
 from jobs.orders import (
     Assignment,
     CheckpointWritten,
@@ -48,9 +45,8 @@ from jobs.orders import (
 from jobs.spec import JobSpec
 from lora_core.base_files import chat_template_hash
 from lora_core.base_model import BaseModel, load_base
-from lora_core.dataset import Example
-from lora_core.engine_job import EngineJob, JobDiverged
-from lora_core.live_job import LiveJob, PreparedJob
+from lora_core.engine_job import JobDiverged
+from lora_core.live_job import LiveJob
 from lora_core.memory import available_bytes
 from lora_core.optim import Evaluation
 from lora_core.peft_format import adapter_files
@@ -61,11 +57,6 @@ log = logging.getLogger("lora.rank")
 PROBES = 4
 REPORT_SECONDS = 0.3
 IDLE_POLL_SECONDS = 0.1
-STORAGE_PATIENCE, STORAGE_PAUSE = 600.0, 5.0
-
-
-Read = Future[tuple[JobSpec, PreparedJob]]
-"""What a job needs to join: its spec, and itself with its rows, its adapter and the state of its optimizer."""
 
 
 class PeerLostError(RuntimeError):
@@ -115,8 +106,6 @@ class Rank:
         # Control messages go through gloo on GPU too: they are small Python objects, and NCCL would stall the stream.
         self._control = dist.new_group(backend="gloo")
         self._next_orders: ray.ObjectRef[Orders] | None = None
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
-        self._preparing: dict[str, tuple[Assignment, Read]] = {}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._upload: Future[None] | None = None
         self._reported = 0.0
@@ -135,15 +124,16 @@ class Rank:
             ranks=self.ranks,
             all_reduce=self._all_reduce,
         )
+        self.reader = JobReader(self.storage, self.engine, self.rank)
         while True:
             orders = self._agree(self._orders)
             for job_id in [job_id for job_id in self.held if job_id not in {a.job_id for a in orders.assignments}]:
                 self._leave(job_id)
-            self._prepare(orders.assignments)
+            self.reader.prepare(orders.assignments, self.held)
             if orders.stop:
                 return
             for job_id in self._prepared_everywhere():
-                self._join(*self._preparing.pop(job_id))
+                self._join(*self.reader.reading.pop(job_id))
             if not self.held:
                 time.sleep(IDLE_POLL_SECONDS)
                 continue
@@ -178,51 +168,19 @@ class Rank:
             self._next_orders = self.mailbox.orders.remote(tuple(self.held))
         ready, _ = ray.wait([self._next_orders], timeout=0 if self.held else None)
         if not ready:
-            preparing = (assignment for assignment, _ in self._preparing.values())
-            return Orders((*(held.assignment for held in self.held.values()), *preparing))
+            reading = (assignment for assignment, _ in self.reader.reading.values())
+            return Orders((*(held.assignment for held in self.held.values()), *reading))
         orders: Orders = ray.get(self._next_orders)
         self._next_orders = None
         return orders
 
-    def _prepare(self, assignments: Sequence[Assignment]) -> None:
-        """Read and tokenize what new jobs need beside the steps of those that train; forget those no longer wanted."""
-        wanted = {assignment.job_id for assignment in assignments}
-        self._preparing = {job_id: one for job_id, one in self._preparing.items() if job_id in wanted}
-        for assignment in assignments:
-            if assignment.job_id not in self.held and assignment.job_id not in self._preparing:
-                work = self._reader.submit(self._read, assignment)
-                self._preparing[assignment.job_id] = assignment, work
-
     def _prepared_everywhere(self) -> list[str]:
         """Jobs that every rank has read, or failed to; in the same order on all."""
-        if not self._preparing:
+        if not self.reader.reading:
             return []
-        done = json.dumps([job_id for job_id, (_, work) in self._preparing.items() if work.done()])
+        done = json.dumps([job_id for job_id, (_, work) in self.reader.reading.items() if work.done()])
         everywhere = [set(json.loads(of_rank or "[]")) for of_rank in self._gather(done)]
-        return [job_id for job_id in self._preparing if all(job_id in of_rank for of_rank in everywhere)]
-
-    def _read(self, assignment: Assignment) -> tuple[JobSpec, PreparedJob]:
-        """With patience while the storage does not answer: what a job has reached is worth more than a few minutes."""
-        deadline = time.monotonic() + STORAGE_PATIENCE
-        while True:
-            try:
-                return self._read_now(assignment)
-            except StorageUnavailable as error:
-                log.warning("job=%s rank=%d event=storage_away error=%r", assignment.job_id, self.rank, str(error))
-                time.sleep(STORAGE_PAUSE)
-                if assignment.job_id not in self._preparing or time.monotonic() > deadline:
-                    raise
-
-    def _read_now(self, assignment: Assignment) -> tuple[JobSpec, PreparedJob]:
-        spec = JobSpec.model_validate_json(assignment.spec)
-        train, validation = self._examples(assignment, spec)
-        checkpoint, start = None, None
-        if assignment.checkpoint_key is not None:
-            checkpoint = self.storage.get(assignment.checkpoint_key, sha256=assignment.checkpoint_sha256)
-        if assignment.init_adapter_sha is not None:
-            start = load_initial(self.storage, assignment.init_adapter_sha, self.engine.bank)
-        job = EngineJob(assignment.job_id, spec.lora, spec.train, train, validation, start)
-        return spec, self.engine.prepare(job, checkpoint)
+        return [job_id for job_id in self.reader.reading if all(job_id in of_rank for of_rank in everywhere)]
 
     def _join(self, assignment: Assignment, work: Read) -> None:
         """Take a job in on all ranks, or on none: a rank that cannot is a reason for all to leave it."""
@@ -251,19 +209,6 @@ class Rank:
         )
         if live.done:
             self._finish(held)
-
-    def _examples(self, assignment: Assignment, spec: JobSpec) -> tuple[Sequence[Example], Sequence[Example]]:
-        with tempfile.TemporaryDirectory() as folder:
-
-            def fetched(key: str, name: str) -> Path:
-                path = Path(folder) / f"{Path(key).name}{Path(name).suffix}"
-                self.storage.fetch(key, path, sha256=Path(key).name)
-                return path
-
-            dataset = fetched(assignment.dataset_key, spec.dataset)
-            validation = fetched(assignment.validation_key, str(spec.validation)) if assignment.validation_key else None
-            train, held_out = examples_of(spec, dataset, validation, self.base.tokenizer)
-        return train.examples, held_out.examples if held_out else []
 
     def _leave(self, job_id: str) -> None:
         self.engine.remove(job_id)

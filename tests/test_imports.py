@@ -69,6 +69,7 @@ ORDER = {
         "launcher",
         "scheduler",
         "orders",
+        "job_reader",
         "training_loop",
         "session",
         "demo",

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from cluster.storage import StorageCorrupt, StorageUnavailable
-from jobs import training_loop
+from jobs import job_reader
+from jobs.job_reader import JobReader
 from jobs.orders import Assignment
 from jobs.training_loop import Held, Rank
 from lora_core.trainer import TrainEngine
@@ -19,10 +20,10 @@ from tests.models import job, tiny_base
 ASSIGNMENT = Assignment("job-1", 2, "{}", "datasets/x", checkpoint_key="checkpoints/1-500")
 
 
-def rank_whose_storage_answers(answers: list[Any], monkeypatch: pytest.MonkeyPatch) -> Rank:
+def reader_whose_storage_answers(answers: list[Any], monkeypatch: pytest.MonkeyPatch) -> JobReader:
     """Each read takes the next answer."""
-    rank: Rank = object.__new__(Rank)
-    rank.rank, rank._preparing = 0, {ASSIGNMENT.job_id: (ASSIGNMENT, None)}  # type: ignore[dict-item]
+    reader = JobReader(None, None, rank=0)  # type: ignore[arg-type]
+    reader.reading = {ASSIGNMENT.job_id: (ASSIGNMENT, None)}  # type: ignore[dict-item]
 
     def read(_: Assignment) -> Any:
         answer = answers.pop(0)
@@ -30,32 +31,32 @@ def rank_whose_storage_answers(answers: list[Any], monkeypatch: pytest.MonkeyPat
             raise answer
         return answer
 
-    monkeypatch.setattr(rank, "_read_now", read)
-    monkeypatch.setattr(training_loop, "STORAGE_PAUSE", 0.0)
-    return rank
+    monkeypatch.setattr(reader, "_read_now", read)
+    monkeypatch.setattr(job_reader, "STORAGE_PAUSE", 0.0)
+    return reader
 
 
 def test_a_job_with_a_checkpoint_outlives_a_storage_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     answers: list[Any] = [StorageUnavailable("503"), StorageUnavailable("503"), "read"]
-    assert rank_whose_storage_answers(answers, monkeypatch)._read(ASSIGNMENT) == "read"
+    assert reader_whose_storage_answers(answers, monkeypatch)._read(ASSIGNMENT) == "read"
 
 
 def test_what_waiting_does_not_mend_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    rank = rank_whose_storage_answers([StorageCorrupt("other bytes"), "read"], monkeypatch)
+    reader = reader_whose_storage_answers([StorageCorrupt("other bytes"), "read"], monkeypatch)
     with pytest.raises(StorageCorrupt):
-        rank._read(ASSIGNMENT)
+        reader._read(ASSIGNMENT)
 
 
 def test_nobody_waits_for_ever_nor_for_a_job_that_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     away: list[Any] = [StorageUnavailable("503")] * 3
-    rank = rank_whose_storage_answers([*away, "read"], monkeypatch)
-    rank._preparing = {}
+    reader = reader_whose_storage_answers([*away, "read"], monkeypatch)
+    reader.reading = {}
     with pytest.raises(StorageUnavailable):
-        rank._read(ASSIGNMENT)
-    rank = rank_whose_storage_answers([*away, "read"], monkeypatch)
-    monkeypatch.setattr(training_loop, "STORAGE_PATIENCE", 0.0)
+        reader._read(ASSIGNMENT)
+    reader = reader_whose_storage_answers([*away, "read"], monkeypatch)
+    monkeypatch.setattr(job_reader, "STORAGE_PATIENCE", 0.0)
     with pytest.raises(StorageUnavailable):
-        rank._read(ASSIGNMENT)
+        reader._read(ASSIGNMENT)
 
 
 def test_checkpoints_are_written_one_at_a_time_and_none_waits_for_ever() -> None:
