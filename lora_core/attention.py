@@ -115,7 +115,8 @@ class DocumentAttention:
     def __init__(self, lengths: Sequence[int], scaling: float, device: torch.device) -> None:
         self._scaling, self._lengths = scaling, list(lengths)
         self._longest = max(self._lengths)
-        self._ends = torch.tensor([0, *itertools.accumulate(self._lengths)], dtype=torch.int32, device=device)
+        ends = torch.tensor([0, *itertools.accumulate(self._lengths)], dtype=torch.int32)
+        self._ends = ends.to(device, non_blocking=True)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, with_backward: bool) -> tuple[Tensor, Backward]:
         """(attended `[T, heads * d]`, its gradient -> those of q, k and v)."""

@@ -5,11 +5,14 @@ EngineJob  ->  PreparedJob, in host memory  ->  LiveJob, with its optimizer on t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lora_core.adapter_bank import Adapter
 from lora_core.adapter_view import AdapterView
+from lora_core.dataset import Example
 from lora_core.dropout import mix64
 from lora_core.engine_job import EngineJob, Progress
 from lora_core.optim import FlatAdamW, HostState, Snapshot
@@ -47,6 +50,7 @@ class LiveJob:
         self.optimizer = optimizer
         self.progress = Progress()
         self.view: AdapterView | None = None  # of the adapter, where the decoder computes it
+        self._ahead: tuple[tuple[int, int], list[Chunk]] | None = None
         # Of the evaluation that is under way: sum of token losses, tokens that the model would have written, tokens.
         self.scores = torch.zeros(3, dtype=torch.float64, device=optimizer.flat.device)
 
@@ -70,16 +74,32 @@ class LiveJob:
     def chunks(self, rank: int, ranks: int) -> list[Chunk]:
         """A rank's share of what comes next, the held-out examples or those of the next step: every `ranks`-th."""
         if self.evaluation_due:
-            examples = self.job.validation
-        else:
-            examples = [self.job.examples[index] for index in self.job.examples_of(self.progress.step)]
+            return self._cut(self.job.validation, rank, ranks)
+        if self._ahead is not None and self._ahead[0] == (self.progress.step, rank):
+            return self._ahead[1]
+        return self._of_step(self.progress.step, rank, ranks)
+
+    def look_ahead(self, rank: int, ranks: int) -> None:
+        """Make ready what `chunks` will return for this rank after the step that is under way."""
+        step = self.progress.step + 1
+        if step < self.job.steps:
+            chunks = self._of_step(step, rank, ranks)
+            for chunk in chunks:
+                _ = chunk.columns
+            self._ahead = (step, rank), chunks
+
+    def _of_step(self, step: int, rank: int, ranks: int) -> list[Chunk]:
+        return self._cut([self.job.examples[index] for index in self.job.examples_of(step)], rank, ranks)
+
+    def _cut(self, examples: Sequence[Example], rank: int, ranks: int) -> list[Chunk]:
         return cut_into_chunks(self.job.name, list(enumerate(examples))[rank::ranks], self.job.chunk_limit)
 
     def dropout_keys(self, chunk: PackedChunk) -> Tensor | None:
         """int64 [rows]: a hash of (job seed, step, example in the step, token in the document)."""
         if self.job.lora.lora_dropout == 0:
             return None
-        seed = torch.tensor([self.job.train.seed], dtype=torch.int64, device=chunk.row_tokens.device)
+        # Not a tensor of a list, whose way to the device would be waited for.
+        seed = torch.full((1,), self.job.train.seed, dtype=torch.int64, device=chunk.row_tokens.device)
         return mix64(mix64(mix64(mix64(seed) + self.progress.step) + chunk.row_examples) + chunk.row_tokens)
 
     def snapshot(self) -> Snapshot:

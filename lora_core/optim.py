@@ -68,6 +68,11 @@ class StepOutcome:
     grad_norm: float
     evaluation: Evaluation | None = None
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the job can go on from it."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -177,35 +182,41 @@ class FlatAdamW:
         self._message[-2] += loss_sum
         self._message[-1] += tokens
 
-    def step(self, rate: float, all_reduce: AllReduce | None) -> StepOutcome:
-        """Reduce, divide by the step's supervised tokens, clip, update, and clear the gradient.
+    def queue_step(self, rate: float, all_reduce: AllReduce | None) -> Tensor:
+        """Reduce, divide by the step's supervised tokens, clip, update, and clear the gradient, after the first step
+        without waiting for the device: `[3]`, what `outcome` reads.
 
         A loss or gradient that is not finite changes nothing: A, B and the moments stay as they were, and the outcome
-        shows it.
+        shows it. Neither does a step whose examples were all prompt.
 
         Raises:
             NoGradientError: on the first step, some B has no gradient; on every rank, as it is the reduced one.
         """
         if all_reduce is not None:
             all_reduce(self._message)
-        # One answer of the device for all three, and one pass that both divides and clips.
-        loss_sum, tokens, norm = torch.stack([*self._message[-2:], torch.linalg.vector_norm(self._grad)]).tolist()
-        if tokens == 0:  # every example of the step was all prompt; there is nothing to learn from it
-            self._message.zero_()
-            return StepOutcome(loss=0.0, tokens=0, grad_norm=0.0)
-        if self.steps == 0 and tokens >= MIN_TOKENS_TO_JUDGE:
+        if self.steps == 0 and float(self._message[-1]) >= MIN_TOKENS_TO_JUDGE:
             self._refuse_missing_gradient()
-        norm /= tokens
-        if math.isfinite(norm) and math.isfinite(loss_sum):
-            longest = self.train.max_grad_norm
-            self._grad.mul_((1.0 if longest is None or norm <= longest else longest / norm) / tokens)
-            group_a, group_b = self._adamw.param_groups
-            group_a["lr"], group_b["lr"] = rate, rate * self.train.loraplus_lr_ratio
-            self._adamw.step()
-            self.steps += 1
-            self._refresh(self._trained)
-        outcome = StepOutcome(loss=loss_sum / tokens, tokens=int(tokens), grad_norm=norm)
+        loss_sum, tokens = self._message[-2:]
+        norm = torch.linalg.vector_norm(self._grad)
+        sums = torch.stack([loss_sum, tokens, norm])
+        longest = self.train.max_grad_norm
+        factor = tokens.reciprocal() if longest is None else torch.minimum(tokens.reciprocal(), longest / norm)
+        self._grad.mul_(factor)
+        # As torch's GradScaler tells it: the device then skips the update.
+        self._adamw.found_inf = (~torch.isfinite(sums * factor).all()).float()  # type: ignore[attr-defined]
+        group_a, group_b = self._adamw.param_groups
+        group_a["lr"], group_b["lr"] = rate, rate * self.train.loraplus_lr_ratio
+        self._adamw.step()
+        self._refresh(self._trained)
         self._message.zero_()
+        return sums
+
+    def outcome(self, loss_sum: float, tokens: float, norm: float) -> StepOutcome:
+        """What came of a queued step; it counts if it changed something."""
+        if tokens == 0:
+            return StepOutcome(loss=0.0, tokens=0, grad_norm=0.0)
+        outcome = StepOutcome(loss=loss_sum / tokens, tokens=int(tokens), grad_norm=norm / tokens)
+        self.steps += outcome.is_finite
         return outcome
 
     def _refresh(self, *changed: FlatAdapter) -> None:

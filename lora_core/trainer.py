@@ -3,7 +3,7 @@
     for job between steps:             its next step's examples, or held-out ones: each rank's share, cut into chunks
     batch = a fair share of every job  chunks of several jobs side by side, at most `capacity` rows
     forward_backward(batch)            gradients by job
-    for job that is complete:          optim_step(job): one all-reduce of (gradient, loss, tokens), divide, clip, AdamW
+    for job that is complete:          optim_step: one all-reduce of (gradient, loss, tokens), divide, clip, AdamW
 
 A job steps when its own batch is complete and begins its next one at once: it waits for no neighbour's. Each has its
 own step count, data order, schedule, clipping, dropout stream, evaluations and optimizer; a neighbour that joins,
@@ -53,11 +53,11 @@ class TrainEngine:
     """One rank's training of any number of jobs on one base.
 
     `all_reduce` sums a tensor over the ranks in place (None: one rank). `capacity` is the rows of one micro-batch.
-    `checkpointing` "full" keeps the inputs of decoder layers alone and computes the rest twice; "selective" computes
-    norms twice, of adapters that the decoder computes. Where `capacity` is None, both are chosen whenever a job joins
-    or leaves, so that training fits into `budget_bytes` (None: what this machine can give now). Ranks stay in step as
-    long as their budgets are equal and they add and remove the same jobs in the same order between the same
-    micro-batches.
+    `checkpointing` "full" keeps little but the inputs of the model's layers and computes the rest twice; "selective"
+    computes gate and up twice, of adapters that the decoder computes, and nothing of others. Where `capacity` is None,
+    both are chosen whenever a job joins or leaves, so that training fits into `budget_bytes` (None: what this machine
+    can give now). Ranks stay in step as long as their budgets are equal and they add and remove the same jobs in the
+    same order between the same micro-batches.
     """
 
     def __init__(
@@ -215,13 +215,18 @@ class TrainEngine:
             if part:
                 batch = pack(part, self.base.device)
                 (self.forward_backward if training else self.evaluate)(batch)
-        outcomes: dict[str, StepOutcome | JobDiverged] = {}
-        for live in jobs:
-            if not self._waits(live):
-                outcome = self._evaluated(live) if live.evaluation_due else self.optim_step(live)
-                if isinstance(outcome, JobDiverged) or (outcome is not None and not live.evaluation_due):
-                    outcomes[live.job.name] = outcome
-        return outcomes
+        complete = [live for live in jobs if not self._waits(live)]
+        evaluated = [live for live in complete if live.evaluation_due]
+        found: dict[str, StepOutcome | JobDiverged | None] = {
+            live.job.name: self._evaluated(live) for live in evaluated
+        }
+        found |= self.optim_step([live for live in complete if live.job.name not in found])
+        outcomes = ((live, found[live.job.name]) for live in complete)
+        return {
+            live.job.name: outcome
+            for live, outcome in outcomes
+            if isinstance(outcome, JobDiverged) or (outcome is not None and not live.evaluation_due)
+        }
 
     def _waits(self, live: LiveJob) -> bool:
         return any(live.job.name in queue for queue in self._queues)
@@ -272,16 +277,33 @@ class TrainEngine:
         assert len(views) == len(places)
         return self.base.decoder, rows, views, labels
 
-    def optim_step(self, live: LiveJob) -> StepOutcome | JobDiverged:
-        """One optimizer step of one job, by all ranks together."""
+    def optim_step(self, complete: Sequence[LiveJob]) -> dict[str, StepOutcome | JobDiverged]:
+        """One optimizer step of each, by all ranks together. The device answers once for all of them; while it still
+        computes, the rows of their next steps are made ready. If a rank is lost meanwhile, some have stepped and are
+        not counted: the engine is then of no more use.
+        """
+        outcomes: dict[str, StepOutcome | JobDiverged] = {}
+        queued: dict[str, Tensor] = {}
+        for live in complete:
+            job, step = live.job, live.progress.step
+            try:
+                rate = learning_rate(job.train, step, job.steps)
+                queued[job.name] = live.optimizer.queue_step(rate, self._all_reduce)
+            except NoGradientError as error:
+                outcomes[job.name] = JobDiverged(job.name, step + 1, str(error))
+        for live in complete:
+            live.look_ahead(self._rank, self._ranks)
+        sums = torch.stack([*queued.values()]).tolist() if queued else []
+        for name, of_job in zip(queued, sums, strict=True):
+            outcomes[name] = self._stepped(self.live[name], *of_job)
+        return outcomes
+
+    def _stepped(self, live: LiveJob, loss_sum: float, tokens: float, norm: float) -> StepOutcome | JobDiverged:
         job, progress = live.job, live.progress
-        indices = job.examples_of(progress.step)
-        try:
-            outcome = live.optimizer.step(learning_rate(job.train, progress.step, job.steps), self._all_reduce)
-        except NoGradientError as error:
-            return JobDiverged(job.name, progress.step + 1, str(error))
-        if not (math.isfinite(outcome.grad_norm) and math.isfinite(outcome.loss)):
+        outcome = live.optimizer.outcome(loss_sum, tokens, norm)
+        if not outcome.is_finite:
             return JobDiverged(job.name, progress.step + 1)
+        indices = job.examples_of(progress.step)
         progress.stepped(outcome, sum(len(job.examples[index].ids) for index in indices))
         return outcome
 

@@ -9,11 +9,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 
 import torch
 from torch._dynamo.utils import counters
 
 from lora_core.attention import ATTENTION_NAME
+from lora_core.engine_job import JobDiverged
 from lora_core.live_job import LiveJob, PreparedJob
 from lora_core.optim import StepOutcome
 from lora_core.trainer import TrainEngine
@@ -61,7 +63,7 @@ def sweep(report: Report, conditions: Conditions, precision: str) -> None:
         split = [_split_step(engine, conditions.device) for _ in range(conditions.warm + conditions.timed)]
         timed = split[conditions.warm :]
         whole = statistics.median(step for step, _ in timed)
-        bare = statistics.median(step - optimizer for step, optimizer in timed)
+        bare = statistics.median(bare for _, bare in timed)
         case = f"sweep, {precision}, {jobs} x {documents} x {tokens}"
         for title, median in ((case, whole), (f"{case}, no optimizer", bare)):
             timing = Timing(split[0][0], median)
@@ -73,22 +75,27 @@ def sweep(report: Report, conditions: Conditions, precision: str) -> None:
 
 
 def _split_step(engine: TrainEngine, device: torch.device) -> tuple[float, float]:
-    """Seconds of a step, and of those the optimizer's of all jobs (each waits for the device in any case)."""
+    """Seconds of a step, and of one without the optimizer's part: of another, since the device has to be waited for
+    before that part and after it.
+    """
     optim_step = engine.optim_step
     taken: list[float] = []
 
-    def timed(live: LiveJob) -> StepOutcome | Exception:
-        outcomes: list[StepOutcome | Exception] = []
-        taken.append(seconds_of(lambda: outcomes.append(optim_step(live)), device))
-        return outcomes[0]
+    def timed(complete: Sequence[LiveJob]) -> dict[str, StepOutcome | JobDiverged]:
+        outcomes: dict[str, StepOutcome | JobDiverged] = {}
+        seconds = seconds_of(lambda: outcomes.update(optim_step(complete)), device)
+        if complete:
+            taken.append(seconds)
+        return outcomes
 
+    whole = seconds_of(lambda: checked_step(engine), device)
     engine.optim_step = timed  # type: ignore[method-assign]
     try:
-        whole = seconds_of(lambda: checked_step(engine), device)
+        parted = seconds_of(lambda: checked_step(engine), device)
     finally:
         del engine.optim_step
     assert taken, "the engine's step went past optim_step, so its time is not known"
-    return whole, sum(taken)
+    return whole, parted - sum(taken)
 
 
 def swap(report: Report, conditions: Conditions, precision: str) -> None:

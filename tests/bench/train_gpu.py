@@ -49,6 +49,7 @@ def main() -> None:
     if arguments.first_step:
         print(json.dumps(gpu_parts.first_steps(conditions, arguments.first_step)))
         return
+    torch.set_num_threads(1)  # as Ray has it in a rank's worker
     # By default a function that was compiled eight times runs eagerly from then on, without a word.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     report = _report(conditions)
