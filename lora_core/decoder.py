@@ -19,7 +19,7 @@ Only the weights come from transformers: this file computes what its Llama, Mist
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -35,6 +35,7 @@ from lora_core.kernels.cross_entropy import cross_entropy_
 from lora_core.kernels.layer_ops import (
     HeadNorm,
     Rope,
+    gate_up_again,
     norm_backward,
     norm_forward,
     rope_backward,
@@ -45,8 +46,10 @@ from lora_core.kernels.layer_ops import (
 from lora_core.kernels.low_rank import (
     LinearGroup,
     LowRank,
+    Norm,
     Segments,
-    add_weight_gradients,
+    add_a_gradients,
+    add_b_gradients,
     expand_gradient_,
     shrink,
     shrink_gradient,
@@ -64,7 +67,7 @@ _GROUPS = (
 )
 
 Checkpointing = Literal["none", "selective", "full"]
-"""What is computed again in the backward pass: nothing, the norms, or the whole layer."""
+"""What is computed again in the backward pass: the norms alone, gate and up as well, or the whole layer."""
 
 Labels = Sequence[tuple[Tensor, Tensor]]
 """(rows int64 `[n]` of the batch, labels int64 `[n]`) of each chunk."""
@@ -103,7 +106,6 @@ class _Saved:
 @dataclass
 class _Kept:
     rstd: Tensor
-    normed: Tensor | None
     h: list[Tensor | None]
     qkv: Tensor
     unnormed: Tensor | None
@@ -111,8 +113,12 @@ class _Kept:
     attention_backward: Backward
     middle: Tensor
     middle_rstd: Tensor
-    middle_normed: Tensor | None
-    gate_up: Tensor
+    gate_up: Tensor | None
+
+
+def rounded_width(widths: Iterable[int]) -> int:
+    """Columns of h for adapters of these widths: a multiple of 16, as Triton compiles once more for other numbers."""
+    return -(-max(widths) // 16) * 16
 
 
 class Decoder:
@@ -268,7 +274,7 @@ class _Batch:
         self._segments = Segments(rows.runs, device)
         self._dropout_keys = rows.dropout_keys
         self._table = stacked_tables(adapters, len(decoder.groups)) if device.type == "cuda" else None
-        self._widths = [-(-max(widths) // 8) * 8 for widths in zip(*(a.widths for a in adapters), strict=True)]
+        self._widths = [rounded_width(widths) for widths in zip(*(a.widths for a in adapters), strict=True)]
         self._ranks = [max(ranks) for ranks in zip(*(a.ranks for a in adapters), strict=True)]
         cos, sin = decoder.rotary(decoder.embedding[:1], rows.positions[None])
         half = decoder.head_size // 2
@@ -296,9 +302,9 @@ class _Batch:
         layer = self._decoder.layers[place]
         x, normed, rstd = self.add_and_norm(x, pending, layer.norms[0])
         kept, activation = self._activation(place, x, normed, rstd, with_backward=checkpointing != "full")
-        down = layer.weights[DOWN].forward(activation)
         if checkpointing == "selective":
-            kept.normed = kept.middle_normed = None
+            kept.gate_up = None
+        down = layer.weights[DOWN].forward(activation)
         saved = _Saved(x, None if checkpointing == "full" else kept)
         return saved, kept.middle, (down, kept.h[DOWN], self.low_rank(4 * place + DOWN))
 
@@ -324,9 +330,8 @@ class _Batch:
         gate_up = product(GATE_UP, middle_normed)
         activation, h_down = swiglu_forward(gate_up, h[GATE_UP], low_ranks[GATE_UP], low_ranks[DOWN])
         h.append(h_down)
-        return _Kept(
-            rstd, normed, h, qkv, unnormed, attended, attention_backward, middle, middle_rstd, middle_normed, gate_up
-        ), activation
+        kept = _Kept(rstd, h, qkv, unnormed, attended, attention_backward, middle, middle_rstd, gate_up)
+        return kept, activation
 
     def backward(self, place: int, saved: _Saved, dx: Tensor, dh: Tensor | None) -> Gradient | None:
         """The `Gradient` of a layer's output -> of its input (None for the first), adding to the adapters'."""
@@ -334,26 +339,31 @@ class _Batch:
         if kept is None:
             _, normed, rstd = self.add_and_norm(saved.x, None, layer.norms[0])
             kept = self._activation(place, saved.x, normed, rstd, with_backward=True)[0]
+            del normed
         low_ranks = [self.low_rank(4 * place + kind) for kind in range(4)]
 
-        def add_gradients(kind: int, source: Tensor, dy: Tensor, dh: Tensor | None) -> None:
+        def add_gradients(kind: int, source: Tensor, dy: Tensor, dh: Tensor | None, norm: Norm | None = None) -> None:
             h = kept.h[kind]
             if dh is not None and h is not None:
-                add_weight_gradients(source, h, dy, dh, low_ranks[kind])
+                add_a_gradients(source, dh, low_ranks[kind], norm)
+                add_b_gradients(dy, h, low_ranks[kind])
 
+        gate_up, h = kept.gate_up, kept.h[GATE_UP]
+        norm = Norm(kept.middle_rstd, layer.norms[1])
+        if gate_up is None:
+            again = layer.weights[GATE_UP].forward
+            gate_up = gate_up_again(again(norm.of(kept.middle)), h, low_ranks[GATE_UP])
         activation = layer.weights[DOWN].input_gradient(dx)
-        gate_up_dh, products = swiglu_backward_(
-            activation, dh, low_ranks[DOWN], kept.gate_up, kept.h[GATE_UP], low_ranks[GATE_UP]
-        )
+        gate_up_dh, products = swiglu_backward_(activation, dh, low_ranks[DOWN], gate_up, h, low_ranks[GATE_UP])
         add_gradients(DOWN, activation, dx, dh)
         del activation
 
         dh = gate_up_dh
-        normed = self._normed(kept.middle_normed, kept.middle, layer.norms[1])
-        add_gradients(GATE_UP, normed, kept.gate_up, dh)
-        dn = layer.weights[GATE_UP].input_gradient(kept.gate_up)
+        add_gradients(GATE_UP, kept.middle, gate_up, dh, norm)
+        dn = layer.weights[GATE_UP].input_gradient(gate_up)
+        del gate_up
         dmiddle, dh = norm_backward(
-            dn, dh, low_ranks[GATE_UP], kept.middle, kept.middle_rstd, layer.norms[1], dx, products, low_ranks[O]
+            dn, dh, low_ranks[GATE_UP], kept.middle, norm.rstd, norm.weight, dx, products, low_ranks[O]
         )
 
         dattended = layer.weights[O].input_gradient(dmiddle)
@@ -363,15 +373,13 @@ class _Batch:
 
         dqkv, products = rope_backward(*kept.attention_backward(dattended), kept.qkv, kept.unnormed, self._rope(layer))
         dh = shrink_gradient(dqkv, low_ranks[QKV]) if low_ranks[QKV].width else None
-        add_gradients(QKV, self._normed(kept.normed, saved.x, layer.norms[0]), dqkv, dh)
+        norm = Norm(kept.rstd, layer.norms[0])
+        add_gradients(QKV, saved.x, dqkv, dh, norm)
         if place == 0:
             return None
         dn = layer.weights[QKV].input_gradient(dqkv)
         below = self.low_rank(4 * place - 4 + DOWN)
-        return norm_backward(dn, dh, low_ranks[QKV], saved.x, kept.rstd, layer.norms[0], dmiddle, products, below)
-
-    def _normed(self, normed: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
-        return self.add_and_norm(x, None, weight)[1] if normed is None else normed
+        return norm_backward(dn, dh, low_ranks[QKV], saved.x, norm.rstd, norm.weight, dmiddle, products, below)
 
     def _rope(self, layer: Layer) -> Rope:
         decoder = self._decoder
@@ -392,4 +400,4 @@ def _sums(parts: list[Tensor], counts: Tensor) -> Tensor:
         return torch.zeros(len(counts))
     joined = torch.cat(parts)
     wide = joined if joined.is_floating_point() else joined.float()
-    return torch.segment_reduce(wide, "sum", lengths=counts.to(wide.device))
+    return torch.segment_reduce(wide, "sum", lengths=counts.to(wide.device, non_blocking=True), unsafe=True)

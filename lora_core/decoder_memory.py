@@ -4,11 +4,11 @@
 refers to it, as a tensor does: what Python frees there, it frees here. What kernels take for themselves is in
 `kernel_memory.py`. With T rows in bf16, the 8B shape of Llama keeps of each layer
 
-    x, normed, middle, middle_normed   2 T 4,096 each        selective: without the two norms; full: x alone
-    qkv, attended                      2 T 6,144, 2 T 4,096
-    gate_up                            2 T 28,672
-    h of four groups                   2 T x the sum of ranks, rounded up to 8, each
-    q and k before their norm          not in Llama; in the 8B shape of Qwen3 2 T 5,120
+    x, middle                   2 T 4,096 each           full: x alone
+    qkv, attended               2 T 6,144, 2 T 4,096
+    gate_up                     2 T 28,672               selective: without it
+    h of four groups            2 T x the sum of ranks, rounded up to 16, each
+    q and k before their norm   not in Llama; in the 8B shape of Qwen3 2 T 5,120
 
 and takes the most at the head (a slice of logits), or in the first layer that goes backward (attention's fp32 sums).
 """
@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lora_core.decoder import CPU_HEAD_ROWS, DOWN, GATE_UP, HEAD_ROWS, QKV, Checkpointing, Decoder, O
+from lora_core.decoder import CPU_HEAD_ROWS, DOWN, GATE_UP, HEAD_ROWS, QKV, Checkpointing, Decoder, O, rounded_width
 from lora_core.footprint import Footprint, Footprints
 from lora_core.kernel_memory import Held, Ledger, TorchKernels, TritonKernels
 from lora_core.kernels.low_rank import LinearGroup
@@ -64,7 +64,7 @@ class DecoderActivations:
     def trace(self, kinds: Sequence[Footprint], tokens: int, longest: int, checkpointing: Checkpointing) -> Ledger:
         """The whole pass, counted."""
         sums, ranks = zip(*map(self._of_groups, kinds), strict=True)
-        widths = [-(-max(of_group) // 8) * 8 for of_group in zip(*sums, strict=True)]
+        widths = [rounded_width(of_group) for of_group in zip(*sums, strict=True)]
         largest = [max(of_group) for of_group in zip(*ranks, strict=True)]
         kind = TritonKernels if self.device == "cuda" else TorchKernels
         head_rows = HEAD_ROWS if self.device == "cuda" else CPU_HEAD_ROWS
@@ -86,10 +86,8 @@ class _Kept:
     attention refer to.
     """
 
-    normed: Held | None
     middle: Held
-    middle_normed: Held | None
-    gate_up: Held
+    gate_up: Held | None
     rest: list[object]
 
 
@@ -151,15 +149,15 @@ class _Pass:
         self, place: int, x: Held, pending: tuple[Held, Held | None] | None, checkpointing: Checkpointing
     ) -> tuple[_Saved, Held, tuple[Held, Held | None]]:
         x, normed, rstd = self._kernels.norm_forward(x, pending and pending[0], self._hidden)
-        kept, h_down, activation = self._activation(place, normed, rstd, with_backward=checkpointing != "full")
-        down = self._product(DOWN)
+        kept, h_down, activation = self._activation(place, rstd, with_backward=checkpointing != "full")
         if checkpointing == "selective":
-            kept.normed = kept.middle_normed = None
+            kept.gate_up = None
+        down = self._product(DOWN)
         saved = _Saved(x, None if checkpointing == "full" else kept)
         del activation, normed  # not before: the function's end is what frees them
         return saved, kept.middle, (down, h_down)
 
-    def _activation(self, place: int, normed: Held, rstd: Held, with_backward: bool) -> tuple[_Kept, Held | None, Held]:
+    def _activation(self, place: int, rstd: Held, with_backward: bool) -> tuple[_Kept, Held | None, Held]:
         kernels, h = self._kernels, []
 
         def product(kind: int) -> Held:
@@ -174,22 +172,31 @@ class _Pass:
         activation, h_down = kernels.swiglu_forward(self._groups[DOWN].inputs, self._width(place, DOWN))
         h.append(h_down)
         rest = [rstd, middle_rstd, h, qkv, unnormed, attended, for_backward]
-        return _Kept(normed, middle, middle_normed, gate_up, rest), h_down, activation
+        del middle_normed  # not before: the function's end is what frees it
+        return _Kept(middle, gate_up, rest), h_down, activation
 
     def backward(self, place: int, saved: _Saved, dx: Held, dh: Held | None) -> tuple[Held, Held | None] | None:
         kernels, kept = self._kernels, saved.kept
         if kept is None:
             _, normed, rstd = kernels.norm_forward(saved.x, None, self._hidden)
-            kept = self._activation(place, normed, rstd, with_backward=True)[0]
+            kept = self._activation(place, rstd, with_backward=True)[0]
+            del normed
 
+        gate_up = kept.gate_up
+        if gate_up is None:
+            kernels.norm_again(self._hidden)
+            normed = kernels.rows(self._hidden)
+            gate_up = self._product(GATE_UP)
+            del normed
         activation = self._input_gradient(DOWN)
         columns, width, rank = self._groups[DOWN].inputs, self._width(place, GATE_UP), self._rank(place, GATE_UP)
         gate_up_dh, products = kernels.swiglu_backward(columns, width, rank)
         del activation
 
         dh = gate_up_dh
-        normed = self._normed(kept.middle_normed, kept.middle)
+        kernels.add_a_gradients_of_norm(self._hidden)
         dn = self._input_gradient(GATE_UP)
+        del gate_up
         dmiddle, dh = kernels.norm_backward(self._hidden, self._width(place, O))
 
         dattended = self._input_gradient(O)
@@ -198,16 +205,13 @@ class _Pass:
         dqkv, products = kernels.rope_backward(columns, self._turned, columns // self._heads[2], normed=self._head_norm)
         del gradients
         dh = kernels.shrink(self._width(place, QKV))
-        self._normed(kept.normed, saved.x)
+        kernels.add_a_gradients_of_norm(self._hidden)
         if place == 0:
             return None
         dn = self._input_gradient(QKV)
         before = kernels.norm_backward(self._hidden, self._width(place - 1, DOWN))
-        del dh, normed, dattended, dqkv, dn, dmiddle, products  # not before: the function's end is what frees them
+        del dh, gate_up_dh, dattended, dqkv, dn, dmiddle, products  # not before: the function's end is what frees them
         return before
-
-    def _normed(self, normed: Held | None, x: Held) -> Held:
-        return self._kernels.norm_forward(x, None, self._hidden)[1] if normed is None else normed
 
     def _product(self, kind: int) -> Held:
         group = self._groups[kind]

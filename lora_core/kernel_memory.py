@@ -84,6 +84,13 @@ class TritonKernels:
         """x + y (in y's memory), its norm, and rstd."""
         return y or x, self.rows(width), self.rows(1, 4)
 
+    def norm_again(self, width: int) -> None:
+        """`Norm.of` besides its result: x with rstd in fp32, and that in the dtype of the batch."""
+        self._moment(width * (4 + self.itemsize), 1)
+
+    def add_a_gradients_of_norm(self, width: int) -> None:
+        """The norm is made in registers."""
+
     def norm_backward(self, width: int, below: int) -> tuple[Held, Held | None]:
         """The gradient and its shrink."""
         dx = self.rows(width)
@@ -164,6 +171,11 @@ class TorchKernels(TritonKernels):
         normed, rstd = self.rows(width), self.rows(1, 4)
         self._moment(width * (4 + self.itemsize), 1)
         return total, normed, rstd
+
+    def add_a_gradients_of_norm(self, width: int) -> None:
+        """The norm is made once more."""
+        self.norm_again(width)
+        self._moment(2 * width)
 
     def norm_backward(self, width: int, below: int) -> tuple[Held, Held | None]:
         """g, x and their product, in fp32."""

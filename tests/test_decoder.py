@@ -239,17 +239,23 @@ def test_stacked_weights_are_the_models_own() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the next test has a GPU for it")
 @pytest.mark.parametrize(
-    ("kind", "dropouts"), [("llama", (0.0, 0.0, 0.0)), ("llama", DROPOUTS), ("qwen2", DROPOUTS), ("qwen3", DROPOUTS)]
+    ("kind", "dropouts", "checkpointing"),
+    [
+        ("llama", (0.0, 0.0, 0.0), "none"),
+        ("llama", DROPOUTS, "selective"),
+        ("qwen2", DROPOUTS, "none"),
+        ("qwen3", DROPOUTS, "full"),
+    ],
 )
 def test_triton_follows_torch_in_its_interpreter(
-    kind: str, dropouts: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+    kind: str, dropouts: tuple[float, ...], checkpointing: Checkpointing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole pass in the kernels in fp32, against fp64 in torch: what one hands to the next."""
     pytest.importorskip("triton", reason="Triton has no build for this system")
     exact, world = World(kind, dropouts=dropouts).by_decoder(), World(kind, torch.float32, dropouts)
     decode_with_triton(monkeypatch)
-    for ours, theirs in zip(world.by_decoder(), exact, strict=True):
-        assert relative(ours, theirs) < 1e-5
+    for ours, theirs in zip(world.by_decoder(checkpointing), exact, strict=True):
+        assert relative(ours, theirs) < 2e-5  # torch's own pass in fp32 is up to 8e-6 off
 
 
 def decode_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,30 +164,31 @@ def llama_8b(precision: str | None = None) -> Predictor:
 @pytest.mark.parametrize(
     ("precision", "jobs", "checkpointing", "peak"),
     [
-        (None, 1, "none", 43.6),
-        (None, 8, "none", 48.5),
-        (None, 1, "full", 19.3),
-        ("fp8", 1, "none", 43.6),
-        ("fp8", 8, "none", 48.5),
+        (None, 1, "none", 39.58),
+        (None, 1, "selective", 25.70),
+        (None, 1, "full", 19.14),
+        (None, 8, "none", 44.51),
+        (None, 32, "none", 61.38),
+        ("fp8", 1, "none", 39.59),
     ],
 )
 def test_peaks_of_an_h100_are_met(precision: str | None, jobs: int, checkpointing: Checkpointing, peak: float) -> None:
-    """`torch.cuda.max_memory_allocated` in GiB, 8,192 tokens in documents of 1,024, r 16 on all linears."""
-    told = llama_8b(precision).predict([LoraConfig()] * jobs, 8192, 1024, checkpointing) - CONTEXT["cuda"]
+    """`torch.cuda.max_memory_allocated` in GiB, 8,192 tokens in documents of 256, r 16 on all linears."""
+    told = llama_8b(precision).predict([LoraConfig()] * jobs, 8192, 256, checkpointing) - CONTEXT["cuda"]
     assert told / HOLES["cuda"] / GIB == pytest.approx(peak, abs=0.1)
 
 
 @pytest.mark.parametrize(
     ("jobs", "capacity", "checkpointing", "taken"),
     [
-        (1, 8192, "none", 45.53),
-        (1, 8192, "selective", 41.20),
-        (1, 8192, "full", 20.55),
-        (1, 2048, "none", 24.23),
-        (8, 8192, "none", 50.72),
-        (8, 4096, "selective", 34.33),
-        (32, 8192, "none", 68.80),
-        (32, 4096, "full", 42.42),
+        (1, 8192, "none", 40.89),
+        (1, 8192, "selective", 27.48),
+        (1, 8192, "full", 20.61),
+        (1, 2048, "none", 23.24),
+        (8, 8192, "none", 46.08),
+        (8, 4096, "selective", 27.25),
+        (32, 8192, "none", 64.15),
+        (32, 4096, "full", 41.05),
     ],
 )
 def test_what_an_h100_gave_is_met(jobs: int, capacity: int, checkpointing: Checkpointing, taken: float) -> None:
@@ -200,7 +201,7 @@ def test_64_jobs_on_an_8b_base_fit_on_one_gpu() -> None:
     of, loras = llama_8b(), [LoraConfig()] * 64
     plan = of.fit(H100 - CONTEXT["cuda"], loras, 1024, 1024)
     assert (plan.checkpointing, plan.exact_heap) == ("none", False)
-    assert 4000 < plan.capacity < 4600
+    assert 4700 < plan.capacity < 5300
     assert plan.predicted_bytes <= H100 - CONTEXT["cuda"]
     assert of.predict(loras, plan.capacity + 1, 1024, "none") > H100 - CONTEXT["cuda"]
 

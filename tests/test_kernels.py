@@ -27,7 +27,7 @@ from lora_core.kernels import (
     swiglu_triton,
 )
 from lora_core.kernels.layer_ops import HeadNorm, Rope
-from lora_core.kernels.low_rank import NO_ADAPTER, GroupAdapter, LinearGroup, LowRank, Part, Segments
+from lora_core.kernels.low_rank import NO_ADAPTER, GroupAdapter, LinearGroup, LowRank, Norm, Part, Segments
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -139,19 +139,24 @@ def test_shrink_gradient(kind: str) -> None:
     close(own(low_rank_triton.shrink_gradient(dy.to(DEVICE), there), there), low_rank.shrink_gradient(dy, here))
 
 
-def add_weight_gradients(x: Tensor, h: Tensor, dy: Tensor, dh: Tensor, low: LowRank) -> None:
-    kernels(low).add_a_gradients(x, dh, low)
-    low_rank_triton.add_b_gradients(dy, h, low)
+def norms(width: int) -> tuple[Norm, Norm]:
+    """On the CPU and on the device."""
+    rstd, weight = randn(T).abs() + 0.1, randn(width)
+    return Norm(rstd, weight), Norm(rstd.to(DEVICE), weight.to(DEVICE))
 
 
 @with_and_without_dropout
+@pytest.mark.parametrize("with_norm", [True, False])
 @pytest.mark.parametrize("kind", list(GROUPS))
-def test_weight_gradients_are_added(kind: str, dropouts: Sequence[float]) -> None:
+def test_weight_gradients_are_added(kind: str, with_norm: bool, dropouts: Sequence[float]) -> None:
     here, there = low_rank_on(kind, CPU, dropouts), low_rank_on(kind, DEVICE, dropouts)
-    arguments = [randn(T, width) for width in (here.group.inputs, here.width, sum(here.group.outputs), here.width)]
+    x, h, dy, dh = (randn(T, width) for width in (here.group.inputs, here.width, sum(here.group.outputs), here.width))
+    norm, norm_there = norms(here.group.inputs) if with_norm else (None, None)
     for _ in range(2):
-        low_rank.add_weight_gradients(*arguments, here)
-        add_weight_gradients(*(tensor.to(DEVICE) for tensor in arguments), there)
+        low_rank.add_a_gradients(x if norm is None else norm.of(x), dh, here)
+        low_rank.add_b_gradients(dy, h, here)
+        kernels(there).add_a_gradients(x.to(DEVICE), dh.to(DEVICE), there, norm_there)
+        low_rank_triton.add_b_gradients(dy.to(DEVICE), h.to(DEVICE), there)
     for ours, reference in zip(gradients(there), gradients(here), strict=True):
         close(ours, reference)
 
@@ -191,8 +196,9 @@ def test_a_cpu_makes_masks_of_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPat
     def results() -> list[Tensor]:
         low = low_rank_on("qkv", CPU, DROPOUT)
         x, dh = randn(T, 96), randn(T, low.width)
-        low_rank.add_weight_gradients(x, dh, randn(T, 128), dh, low)
-        return [low_rank.shrink(x, low), *gradients(low), low_rank.expand_gradient_(x, dh, low)]
+        low_rank.add_a_gradients(x, dh, low)
+        summed = [adapter.a_gradient for adapter in low.adapters if adapter is not None]
+        return [low_rank.shrink(x, low), *summed, low_rank.expand_gradient_(x, dh, low)]
 
     at_once = results()
     monkeypatch.setattr(masked_low_rank, "MASK_ROWS", 32)
@@ -366,7 +372,8 @@ def test_a_neighbours_nan_stays_with_it(kind: str, dropouts: Sequence[float]) ->
     x, dy = (randn(T, width).to(DEVICE) for width in (low.group.inputs, sum(low.group.outputs)))
     x[rows] = dy[rows] = torch.nan
     h, dh = kernels(low).shrink(x, low), low_rank_triton.shrink_gradient(dy, low)
-    add_weight_gradients(x, h, dy, dh, low)
+    kernels(low).add_a_gradients(x, dh, low)
+    low_rank_triton.add_b_gradients(dy, h, low)
     dx = kernels(low).expand_gradient_(x.clone(), dh, low)
     for tensor in (own(h, low), own(dh, low), dx):
         assert torch.isfinite(tensor[~rows]).all()

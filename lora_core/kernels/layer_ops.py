@@ -159,6 +159,11 @@ def swiglu_forward(y: Tensor, h: Tensor | None, low_rank: LowRank, down: LowRank
     return activation, shrink(activation, down) if down.width else None
 
 
+def gate_up_again(y: Tensor, h: Tensor | None, low_rank: LowRank) -> Tensor:
+    """y as `swiglu_forward` left it, where its frozen product was made again."""
+    return y if h is None or kernels.runs_in_triton(y) else expand_(y, h, low_rank)
+
+
 def swiglu_backward_(
     dact: Tensor, dh_down: Tensor | None, down: LowRank, y: Tensor, h: Tensor | None, low_rank: LowRank
 ) -> tuple[Tensor | None, Tensor | None]:

@@ -25,7 +25,7 @@ from lora_core.kernels.low_rank_triton import (
 )
 
 # The fastest of a sweep on one H100 at 8,192 tokens of the 8B shape, r 16 (microseconds; in brackets the floor,
-# bytes over 3 TB/s): norm forward 121 (89), rope 101 (67). The norm's backward pass has SwiGLU's blocks.
+# bytes over 3 TB/s): norm forward 121 (89) and backward 135 (89), rope 101 (67).
 NORM_FORWARD = {"COLUMNS": 512, "STAGES": 3, "num_warps": 4}
 NORM_BACKWARD = {"COLUMNS": 64, "BLOCKS": 16, "STAGES": 3, "num_warps": 4}
 PRODUCTS = {"COLUMNS": 1024, "num_warps": 4}
@@ -33,7 +33,7 @@ ROPE = {"num_warps": 4}
 WIDE_NUMBERS = {"COLUMNS": 64, "STAGES": 1}  # fp32 takes twice the shared memory
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["adapters"])
 def _norm_forward(
     x, y, h, total, normed, rstds, weight, tiles, table, row_fields, adapters, H, h_stride, eps,
     ADD: tl.constexpr, UPDATE: tl.constexpr,
@@ -93,7 +93,7 @@ def _products(dn, x, rstds, weight, products, H, COLUMNS: tl.constexpr):
     tl.store(products + t, tl.sum(total, axis=0) * tl.load(rstds + t))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["adapters", "T"])
 def _norm_backward(
     dn, dh, x, rstds, products, weight, residual, dx, partial, tiles, table, below_table, row_fields, adapters,
     H, T, h_stride, partial_width,
@@ -146,7 +146,7 @@ def _head_rstd(first, second, eps, HALF: tl.constexpr):
     return tl.rsqrt((tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / (2 * HALF) + eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["adapters"])
 def _rope_forward(
     y, h, bias, cos, sin, tiles, table, row_fields, adapters, N, N0, N1, h_stride, turned_heads,
     weight, eps, unnormed,
@@ -202,7 +202,7 @@ def _rope_forward(
     tl.store(place + HALF, second.to(dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _rope_backward(
     dq, dk, dv, y, bias, dy, products, cos, sin, T, q_heads, k_heads, N, weight, eps, unnormed,
     BIAS: tl.constexpr, NORM: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

@@ -7,6 +7,9 @@ Addresses come from a table of int64, one row an adapter: FIELDS numbers for eac
     4 + 4 i ... of linear i: B, B's gradient, r, column of h
     16 share that dropout drops, in 1/65,536    17 + i linear i's key in dropout masks
 
+What differs from batch to batch, the number of adapters and of rows T, is not specialised, or jobs that come and go
+would have every kernel compiled again. Ranks are taken in blocks of 16, 32 or 64, and each compiles once.
+
 All memory is bf16 or fp32 as the batch is, gradients and scales fp32. A and B start at multiples of 16 bytes, and B
 lies transposed, `[r, out]`: threads side by side then read numbers side by side, whatever r is.
 """
@@ -19,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.dropout import threshold
-from lora_core.kernels.low_rank import TILE_ROWS, GroupAdapter, LinearGroup, LowRank
+from lora_core.kernels.low_rank import TILE_ROWS, GroupAdapter, LinearGroup, LowRank, Norm
 
 FIELDS = 20
 
@@ -108,7 +111,7 @@ def expanded(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["adapters"])
 def _shrink(
     x, h, tiles, table, row_fields, adapters, K, h_stride,
     ROWS: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
@@ -137,7 +140,7 @@ def _shrink(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["adapters"])
 def _shrink_gradient(
     dy, dh, tiles, table, row_fields, adapters, N, N0, N1, h_stride,
     ROWS: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
@@ -176,9 +179,16 @@ def _shrink_gradient(
 
 
 @triton.jit
+def times_rstd(low_tile, rstds, t, t_mask):
+    """Rows of dh times the reciprocal root mean squares of x: with x, the same product as dh with x normed."""
+    rstd = tl.load(rstds + t, mask=t_mask, other=0.0)
+    return (low_tile.to(tl.float32) * rstd[:, None]).to(low_tile.dtype)
+
+
+@triton.jit
 def _sum_products(
-    wide, low, low_stride, first_row, rows, n, n_mask, N, c, c_mask,
-    COLUMNS: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    wide, low, rstds, low_stride, first_row, rows, n, n_mask, N, c, c_mask,
+    NORM: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`[columns, ranks]`: the sum over `rows` rows of wide^T low."""
     acc = tl.zeros((COLUMNS, RANKS), tl.float32)
@@ -190,14 +200,16 @@ def _sum_products(
         low_tile = tl.load(
             low + t[:, None] * low_stride + c[None, :], mask=t_mask[:, None] & c_mask[None, :], other=0.0
         )
+        if NORM:
+            low_tile = times_rstd(low_tile, rstds, t, t_mask)
         acc = tl.dot(tl.trans(wide_tile), low_tile, acc, input_precision=PRECISION)
     return acc
 
 
 @triton.jit
 def _add_a_gradient(
-    x, dh, spans, table, row_fields, K, h_stride,
-    COLUMNS: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    x, dh, rstds, weight, spans, table, row_fields, K, h_stride,
+    NORM: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     span = spans + tl.program_id(1) * 3
     row = table + tl.load(span) * row_fields
@@ -208,9 +220,11 @@ def _add_a_gradient(
         k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         k_mask = k < K
         acc = _sum_products(
-            x, dh, h_stride, tl.load(span + 1), tl.load(span + 2), k, k_mask, K, c, c_mask,
-            COLUMNS, RANKS, STEP, PRECISION,
+            x, dh, rstds, h_stride, tl.load(span + 1), tl.load(span + 2), k, k_mask, K, c, c_mask,
+            NORM, COLUMNS, RANKS, STEP, PRECISION,
         )  # fmt: skip
+        if NORM:
+            acc *= tl.load(weight + k, mask=k_mask, other=0.0).to(tl.float32)[:, None]
         gradient = tl.load(row + 1).to(tl.pointer_type(tl.float32))
         tl.atomic_add(gradient + c[None, :] * K + k[:, None], acc, mask=c_mask[None, :] & k_mask[:, None])
 
@@ -237,14 +251,14 @@ def _add_b_gradient(
         n = block * COLUMNS + tl.arange(0, COLUMNS)
         n_mask = n < size
         acc = _sum_products(
-            dy + start, h + tl.load(field + 3), h_stride, tl.load(span + 1), tl.load(span + 2), n, n_mask, N, c, c_mask,
-            COLUMNS, RANKS, STEP, PRECISION,
+            dy + start, h + tl.load(field + 3), None, h_stride, tl.load(span + 1), tl.load(span + 2), n, n_mask, N, c,
+            c_mask, False, COLUMNS, RANKS, STEP, PRECISION,
         )  # fmt: skip
         gradient = tl.load(field + 1).to(tl.pointer_type(tl.float32))
         tl.atomic_add(gradient + c[None, :] * size + n[:, None], acc, mask=n_mask[:, None] & c_mask[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["adapters"])
 def _expand_gradient(
     dx, dh, tiles, table, row_fields, adapters, K, h_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr, LOOP: tl.constexpr, PRECISION: tl.constexpr,
@@ -291,15 +305,15 @@ def shrink_gradient(dy: Tensor, low_rank: LowRank) -> Tensor:
     return dh
 
 
-def add_a_gradients(x: Tensor, dh: Tensor, low_rank: LowRank) -> None:
+def add_a_gradients(x: Tensor, dh: Tensor, low_rank: LowRank, norm: Norm | None = None) -> None:
     """See `low_rank.add_a_gradients`."""
     table, row_fields, _ = table_arguments(low_rank)
     spans = low_rank.segments.spans
     ranks = rank_block(low_rank.width)
     grid = (triton.cdiv(x.shape[1], A_GRADIENT["COLUMNS"]), spans.shape[0], triton.cdiv(low_rank.width, ranks))
     _add_a_gradient[grid](
-        x, dh, spans, table, row_fields, x.shape[1], dh.stride(0),
-        RANKS=ranks, PRECISION=precision(x), **sized(A_GRADIENT, x),
+        x, dh, *norm_arguments(norm), spans, table, row_fields, x.shape[1], dh.stride(0),
+        NORM=norm is not None, RANKS=ranks, PRECISION=precision(x), **sized(A_GRADIENT, x),
     )  # fmt: skip
 
 
@@ -323,6 +337,10 @@ def expand_gradient_(dx: Tensor, dh: Tensor, low_rank: LowRank) -> Tensor:
         ROWS=TILE_ROWS, **ranks_of(low_rank.width), PRECISION=precision(dx), **EXPAND_GRADIENT,
     )  # fmt: skip
     return dx
+
+
+def norm_arguments(norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if norm is None else (norm.rstd, norm.weight)
 
 
 def sized(config: dict[str, int], x: Tensor) -> dict[str, int]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from lora_core import kernels
 from lora_core.dropout import dropout_mask, kept_share
 from lora_core.kernels import low_rank as plain
-from lora_core.kernels.low_rank import GroupAdapter, LowRank, Part
+from lora_core.kernels.low_rank import GroupAdapter, LowRank, Norm, Part
 
 MASK_ROWS = 256
 """Rows whose mask a CPU makes at a time: the numbers on the way to it take several times the memory of x."""
@@ -40,13 +40,14 @@ def shrink(x: Tensor, low_rank: LowRank) -> Tensor:
     return h
 
 
-def add_a_gradients(x: Tensor, dh: Tensor, low_rank: LowRank) -> None:
+def add_a_gradients(x: Tensor, dh: Tensor, low_rank: LowRank, norm: Norm | None = None) -> None:
     """See `low_rank.add_a_gradients`."""
     if kernels.runs_in_triton(x):
         from lora_core.kernels import masked_low_rank_triton
 
-        masked_low_rank_triton.add_a_gradients(x, dh, low_rank)
+        masked_low_rank_triton.add_a_gradients(x, dh, low_rank, norm)
         return
+    x = x if norm is None else norm.of(x)
     plain.add_a_gradients(x, dh, _without_dropout(low_rank))
     for adapter, part, rows, keys in _dropping(low_rank):
         gradient, left = adapter.a_gradient[part.columns], dh[rows, part.columns].t()

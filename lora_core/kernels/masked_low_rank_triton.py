@@ -11,18 +11,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_core.kernels.low_rank import TILE_ROWS, LowRank
+from lora_core.kernels.low_rank import TILE_ROWS, LowRank, Norm
 from lora_core.kernels.low_rank_triton import (
     A_GRADIENT,
     EXPAND_GRADIENT,
     SHRINK,
     address,
+    norm_arguments,
     precision,
     rank_block,
     ranks_of,
     sized,
     table_arguments,
     table_of,
+    times_rstd,
 )
 
 
@@ -58,7 +60,7 @@ def _dropout_of(row, linear):
     return threshold, 65536.0 / (65536 - threshold).to(tl.float32), tl.load(row + 17 + linear)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["adapters"])
 def _shrink(
     x, h, keys, tiles, table, row_fields, adapters, K, h_stride,
     ROWS: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
@@ -99,8 +101,8 @@ def _shrink(
 
 @triton.jit
 def _add_a_gradient(
-    x, dh, keys, spans, table, row_fields, K, h_stride, linears,
-    COLUMNS: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    x, dh, rstds, weight, keys, spans, table, row_fields, K, h_stride, linears,
+    NORM: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     span = spans + tl.program_id(1) * 3
     linear = tl.program_id(2) % linears
@@ -126,16 +128,20 @@ def _add_a_gradient(
             dh_tile = tl.load(
                 dh + t[:, None] * h_stride + (offset + c)[None, :], mask=t_mask[:, None] & c_mask[None, :], other=0.0
             )
+            if NORM:
+                dh_tile = times_rstd(dh_tile, rstds, t, t_mask)
             bits = _row_bits(keys, module_key, t, t_mask)
             kept = _kept(bits, tl.program_id(0) * COLUMNS, threshold, STEP, COLUMNS)
             x_tile = tl.where(kept, x_tile, 0.0).to(dtype)
             acc = tl.dot(tl.trans(x_tile), dh_tile, acc, input_precision=PRECISION)
+        if NORM:
+            acc *= tl.load(weight + k, mask=k_mask, other=0.0).to(tl.float32)[:, None]
         gradient = tl.load(row + 1).to(tl.pointer_type(tl.float32))
         place = gradient + (offset + c)[None, :] * K + k[:, None]
         tl.atomic_add(place, acc * factor, mask=c_mask[None, :] & k_mask[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["adapters"])
 def _expand_gradient(
     dx, dh, keys, tiles, table, row_fields, adapters, K, h_stride,
     LINEARS: tl.constexpr,
@@ -190,7 +196,7 @@ def shrink(x: Tensor, low_rank: LowRank) -> Tensor:
     return h
 
 
-def add_a_gradients(x: Tensor, dh: Tensor, low_rank: LowRank) -> None:
+def add_a_gradients(x: Tensor, dh: Tensor, low_rank: LowRank, norm: Norm | None = None) -> None:
     """See `masked_low_rank.add_a_gradients`."""
     table, row_fields, _ = table_arguments(low_rank)
     spans = low_rank.segments.spans
@@ -198,8 +204,8 @@ def add_a_gradients(x: Tensor, dh: Tensor, low_rank: LowRank) -> None:
     linears = len(low_rank.group.outputs)
     blocks = triton.cdiv(x.shape[1], A_GRADIENT["COLUMNS"])
     _add_a_gradient[blocks, spans.shape[0], linears * triton.cdiv(low_rank.rank, ranks)](
-        x, dh, low_rank.dropout_keys, spans, table, row_fields, x.shape[1], dh.stride(0), linears,
-        RANKS=ranks, PRECISION=precision(x), **sized(A_GRADIENT, x),
+        x, dh, *norm_arguments(norm), low_rank.dropout_keys, spans, table, row_fields, x.shape[1], dh.stride(0),
+        linears, NORM=norm is not None, RANKS=ranks, PRECISION=precision(x), **sized(A_GRADIENT, x),
     )  # fmt: skip
 
 

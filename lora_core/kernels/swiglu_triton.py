@@ -25,8 +25,8 @@ from lora_core.kernels.low_rank_triton import (
     updated,
 )
 
-# The fastest of a sweep on one H100 at 8,192 tokens of the 8B shape, r 16: 335 microseconds forward (the floor, bytes
-# over 3 TB/s, is 235) and 670 backward (470), with the shrinks and without the products for the norm.
+# The fastest of a sweep on one H100 at 8,192 tokens of the 8B shape, r 16: 297 microseconds forward (the floor, bytes
+# over 3 TB/s, is 235) and 608 backward (470).
 SWIGLU = {"COLUMNS": 64, "BLOCKS": 16, "STAGES": 3, "num_warps": 4}
 
 
@@ -51,7 +51,7 @@ def _b_tile(low, I, n, n_mask, c):
     return tl.load(b + (c[:, None] * I + n[None, :]), mask=(c < r)[:, None] & n_mask[None, :], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["adapters", "T"])
 def _swiglu_forward(
     y, h, activation, partial, tiles, table, down_table, row_fields, adapters, I, T, h_stride, partial_width,
     UPDATE: tl.constexpr, SHRINK: tl.constexpr,
@@ -102,7 +102,7 @@ def _swiglu_forward(
         tl.store(target, shrunk, mask=t_mask[:, None] & (k < partial_width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["adapters", "T"])
 def _swiglu_backward(
     dact, dh_down, down_table, dh_stride, y, h, partial, products, tiles, table, row_fields, adapters,
     I, T, h_stride, partial_width,

@@ -21,6 +21,7 @@ from lora_core.kernels import (
     quantize_triton,
     swiglu_triton,
 )
+from lora_core.kernels.low_rank import Norm
 from tests.bench.kernel_operands import RANK, Case, Modules, Operands, Side, all_a, all_b, for_torch, present
 
 DROPOUT = 0.1
@@ -91,9 +92,11 @@ def shrink_gradient(o: Operands) -> Case:
 
 
 def add_a_gradients(o: Operands, prefix: str = "", modules: Modules = LOW_RANK, dropout: float = 0.0) -> Case:
+    """Of what a norm has made, which is not in memory."""
     low = o.low_rank(o.qkv, dropout)
     sums = tuple(adapter.a_gradient for adapter in present(low))
-    arguments = (o.rows(o.hidden), o.rows(low.width), low)
+    norm = Norm(o.rows().float().abs(), o.random(o.hidden))
+    arguments = (o.rows(o.hidden), o.rows(low.width), low, norm)
     return o.case(f"{prefix}add_a_gradients", modules, arguments, written=sums, compared=sums, matrices=sums)
 
 
