@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from lora_core.adapter_bank import Adapter
 from lora_core.adapter_view import AdapterView, stacked_tables
 from lora_core.attention import Backward, DocumentAttention
-from lora_core.kernels.cross_entropy import cross_entropy_
+from lora_core.decoder_head import Labels, head_losses
 from lora_core.kernels.layer_ops import (
     HeadNorm,
     Rope,
@@ -56,8 +56,6 @@ from lora_core.kernels.low_rank import (
 )
 from lora_core.precision import DenseWeight, FrozenWeight
 
-HEAD_ROWS = 2048  # at a vocabulary of 128 K: 0.5 GB of bf16 logits at a time
-CPU_HEAD_ROWS = 256  # the fewest at which the head's products are as fast as at 1,024
 QKV, O, GATE_UP, DOWN = range(4)  # noqa: E741 - the output projection's name in every checkpoint
 _GROUPS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -68,9 +66,6 @@ _GROUPS = (
 
 Checkpointing = Literal["none", "selective", "full"]
 """What is computed again in the backward pass: the norms alone, gate and up as well, or the whole layer."""
-
-Labels = Sequence[tuple[Tensor, Tensor]]
-"""(rows int64 `[n]` of the batch, labels int64 `[n]`) of each chunk."""
 
 Pending = tuple[Tensor, Tensor | None, LowRank]
 """A frozen product, its h, and the adapters to go with it: added to x by the norm that comes next."""
@@ -207,7 +202,7 @@ class Decoder:
             layer, x, pending = batch.forward(place, x, pending, checkpointing)
             saved.append(layer)
         x, normed, rstd = batch.add_and_norm(x, pending, self.final_norm)
-        losses, _, dn = self._head_losses(normed, labels, with_gradient=True)
+        losses, _, dn = head_losses(self.head, normed, labels, with_gradient=True)
         assert dn is not None
         below = batch.low_rank(len(self.groups) - 1)
         gradient: Gradient | None = norm_backward(
@@ -221,7 +216,7 @@ class Decoder:
     @torch.no_grad()
     def evaluate(self, rows: Rows, adapters: Sequence[AdapterView], labels: Labels) -> tuple[Tensor, Tensor]:
         """(summed token loss, number of labels that have the largest logit) of each chunk of `labels`."""
-        losses, correct, _ = self._head_losses(self.hidden(rows, adapters), labels, with_gradient=False)
+        losses, correct, _ = head_losses(self.head, self.hidden(rows, adapters), labels, with_gradient=False)
         return losses, correct
 
     @torch.no_grad()
@@ -232,25 +227,6 @@ class Decoder:
         for place in range(len(self.layers)):
             _, x, pending = batch.forward(place, x, pending, "full")
         return batch.add_and_norm(x, pending, self.final_norm)[1]
-
-    def _head_losses(self, normed: Tensor, labels: Labels, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Only labelled rows go through the head, a slice at a time; also the gradient of the normed rows `[T, H]`."""
-        rows, targets = torch.cat([rows for rows, _ in labels]), torch.cat([targets for _, targets in labels])
-        picked = normed[rows]
-        losses, correct, dpicked = [], [], torch.empty_like(picked)
-        limit = HEAD_ROWS if normed.is_cuda else CPU_HEAD_ROWS
-        memory = picked.new_empty(min(limit, len(rows)), self.head.shape[0])
-        for start in range(0, len(rows), limit):
-            part = slice(start, start + limit)
-            logits = torch.mm(picked[part], self.head.t(), out=memory[: len(rows) - start])
-            loss, right = cross_entropy_(logits, targets[part])
-            losses.append(loss)
-            correct.append(right)
-            if with_gradient:
-                torch.mm(logits, self.head, out=dpicked[part])
-        counts = torch.tensor([len(targets) for _, targets in labels])
-        dn = torch.zeros_like(normed).index_copy_(0, rows, dpicked) if with_gradient else None
-        return _sums(losses, counts), _sums(correct, counts), dn
 
 
 @dataclass(frozen=True)
@@ -392,12 +368,3 @@ class _Batch:
         sizes = [heads * decoder.head_size for heads in (decoder.heads, decoder.kv_heads, decoder.kv_heads)]
         q, k, v = (part.unflatten(1, (-1, decoder.head_size)) for part in qkv.split(sizes, dim=1))
         return q, k, v
-
-
-def _sums(parts: list[Tensor], counts: Tensor) -> Tensor:
-    """fp32 (or wider) `[len(counts)]`: sums of consecutive stretches of the joined parts."""
-    if not parts:
-        return torch.zeros(len(counts))
-    joined = torch.cat(parts)
-    wide = joined if joined.is_floating_point() else joined.float()
-    return torch.segment_reduce(wide, "sum", lengths=counts.to(wide.device, non_blocking=True), unsafe=True)

@@ -28,7 +28,8 @@ from lora_core.adapter_view import AdapterView
 from lora_core.base_model import QUANTISED, BaseModel
 from lora_core.checkpointing import recomputed_layers
 from lora_core.dataset import Example
-from lora_core.decoder import Checkpointing, Decoder, Labels, Rows
+from lora_core.decoder import Checkpointing, Decoder, Rows
+from lora_core.decoder_head import Labels
 from lora_core.engine_job import VALIDATION_NOT_FINITE, EngineJob, JobDiverged
 from lora_core.fair_queue import FairQueue
 from lora_core.kernels.low_rank import NO_ADAPTER

@@ -10,18 +10,21 @@ from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lora_core import kernels
 from lora_core.adapter_bank import Adapter, AdapterBank
 from lora_core.adapter_init import init_adapter
+from lora_core.adapter_view import AdapterView
 from lora_core.attention import ATTENTION_NAME
 from lora_core.base_model import BaseModel
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import Example
-from lora_core.decoder import Checkpointing, Decoder
+from lora_core.decoder import Checkpointing, Decoder, Rows, _Batch
 from lora_core.engine_job import EngineJob, JobDiverged
 from lora_core.fair_queue import FairQueue
 from lora_core.live_job import LiveJob
@@ -292,3 +295,20 @@ def random_adapter(
     for weight in adapter.trained:
         weight.requires_grad_(trained)
     return adapter
+
+
+def decode_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU, on tables of addresses as kernels read them there."""
+    from lora_core.kernels.low_rank_triton import table_row
+
+    def start(batch: _Batch, decoder: Decoder, rows: Rows, adapters: Sequence[AdapterView]) -> None:
+        _start(batch, decoder, rows, adapters)
+        numbers = [
+            [number for at, group in zip(places, decoder.groups, strict=True) for number in table_row(at, group)]
+            for places in (*(adapter.groups for adapter in adapters), [None] * len(decoder.groups))
+        ]
+        batch._table = torch.tensor(numbers, dtype=torch.int64)
+
+    _start = _Batch.__init__
+    monkeypatch.setattr(_Batch, "__init__", start)
+    monkeypatch.setattr(kernels, "runs_in_triton", lambda x: True)

@@ -23,15 +23,12 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from lora_core import decoder, kernels
-from lora_core.adapter_view import AdapterView
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.decoder import Decoder, Rows
 from lora_core.engine_job import EngineJob
-from lora_core.kernels.low_rank_triton import FIELDS
 from lora_core.packing import pack
 from lora_core.trainer import TrainEngine
-from tests.models import CPU, documents, tiny_base
+from tests.models import CPU, decode_with_triton, documents, tiny_base
 
 BATCHES = ([4], [4, 4], [4, 5, 3], [2] * 16)
 """Ranks of the adapters in each; their rows differ, too. A rank above 16 would take kernels of its own."""
@@ -86,14 +83,7 @@ def keys_of(ranks: Sequence[int], dropout: float) -> list[str]:
 
 def main() -> None:
     """Print the keys of each batch, without dropout and with it."""
-    kernels.runs_in_triton = lambda x: True
-    start = decoder._Batch.__init__
-
-    def with_table(batch: Any, of: Decoder, rows: Rows, adapters: Sequence[AdapterView]) -> None:
-        start(batch, of, rows, adapters)
-        batch._table = torch.zeros(len(adapters) + 1, len(of.groups) * FIELDS, dtype=torch.int64)  # as on a GPU
-
-    decoder._Batch.__init__ = with_table  # type: ignore[method-assign]
+    decode_with_triton(pytest.MonkeyPatch())
     print(json.dumps({str(dropout): [keys_of(ranks, dropout) for ranks in BATCHES] for dropout in (0.0, 0.1)}))
 
 

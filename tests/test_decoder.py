@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from lora_core import decoder as decoder_module
-from lora_core import kernels
-from lora_core.adapter_view import AdapterView
+from lora_core import decoder_head
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.decoder import Checkpointing, Decoder, Rows
 from lora_core.engine_job import EngineJob
@@ -22,7 +20,7 @@ from lora_core.optim import StepOutcome
 from lora_core.packing import PackedBatch, pack
 from lora_core.precision import DenseWeight, Fp8Weight, Nf4Weight, stacked_dense
 from lora_core.trainer import TrainEngine
-from tests.models import CPU, documents, job, tiny_base
+from tests.models import CPU, decode_with_triton, documents, job, tiny_base
 
 CONFIGS = [
     LoraConfig(r=4),
@@ -211,7 +209,7 @@ def test_the_head_goes_slice_by_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World()
     whole = world.by_decoder()
     vocabulary = world.base.model.config.vocab_size
-    monkeypatch.setattr(decoder_module, "CPU_HEAD_ROWS", 7)
+    monkeypatch.setattr(decoder_head, "CPU_HEAD_ROWS", 7)
     monkeypatch.setattr(cross_entropy, "CACHED_ELEMENTS", 3 * vocabulary)
     for sliced, expected in zip(world.by_decoder(), whole, strict=True):
         assert relative(sliced, expected) < 1e-12
@@ -256,23 +254,6 @@ def test_triton_follows_torch_in_its_interpreter(
     decode_with_triton(monkeypatch)
     for ours, theirs in zip(world.by_decoder(checkpointing), exact, strict=True):
         assert relative(ours, theirs) < 2e-5  # torch's own pass in fp32 is up to 8e-6 off
-
-
-def decode_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU, on tables of addresses as kernels read them there."""
-    from lora_core.kernels.low_rank_triton import table_row
-
-    def start(batch: decoder_module._Batch, decoder: Decoder, rows: Rows, adapters: Sequence[AdapterView]) -> None:
-        _start(batch, decoder, rows, adapters)
-        numbers = [
-            [number for at, group in zip(places, decoder.groups, strict=True) for number in table_row(at, group)]
-            for places in (*(adapter.groups for adapter in adapters), [None] * len(decoder.groups))
-        ]
-        batch._table = torch.tensor(numbers, dtype=torch.int64)
-
-    _start = decoder_module._Batch.__init__
-    monkeypatch.setattr(decoder_module._Batch, "__init__", start)
-    monkeypatch.setattr(kernels, "runs_in_triton", lambda x: True)
 
 
 @pytest.mark.parametrize("dropouts", [(0.0, 0.0, 0.0), DROPOUTS])

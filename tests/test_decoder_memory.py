@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase, Qwen3Config
 
-from lora_core import kernel_memory
+from lora_core import decoder, kernel_memory
 from lora_core.attention import ATTENTION_NAME
 from lora_core.base_model import BaseModel, placed
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import Example
-from lora_core.decoder import Checkpointing, Decoder, Labels
+from lora_core.decoder import Checkpointing, Decoder
+from lora_core.decoder_head import Labels
 from lora_core.decoder_memory import DecoderActivations, linear_bytes
 from lora_core.engine_job import EngineJob
 from lora_core.hook_memory import Meter
@@ -76,14 +77,14 @@ def measured(
         known += [optimizer.flat, optimizer._cast, optimizer._message]
     batch = pack([chunk for live in engine.live.values() for chunk in live.chunks(0, 1)], CPU)
     meter, saved = Meter(known), []
-    head: Callable[..., Any] = Decoder._head_losses
+    losses: Callable[..., Any] = decoder.head_losses
 
-    def head_losses(self: Decoder, normed: Tensor, labels: Labels, with_gradient: bool) -> Any:
+    def head_losses(head: Tensor, normed: Tensor, labels: Labels, with_gradient: bool) -> Any:
         saved.append(meter.live)
-        return head(self, normed, labels, with_gradient)
+        return losses(head, normed, labels, with_gradient)
 
     with monkeypatch.context() as patched, meter:
-        patched.setattr(Decoder, "_head_losses", head_losses)
+        patched.setattr(decoder, "head_losses", head_losses)
         engine.forward_backward(batch)
     return saved[0], meter.peak
 

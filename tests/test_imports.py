@@ -27,6 +27,7 @@ ORDER = {
         "checkpointing",
         "precision",
         "adapter_view",
+        "decoder_head",
         "decoder",
         "base_files",
         "base_model",

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_core import kernels
-from lora_core.kernels.low_rank import LowRank, expand_, expand_gradient_, shrink, shrink_gradient
+from lora_core.kernels.low_rank import LowRank, Norm, expand_, expand_gradient_, shrink, shrink_gradient
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def norm_forward(
             expand_(y, h, low_rank)
         x = x + y
     normed, rstd = _rms_norm(x, weight, eps)
-    return x, normed, rstd.squeeze(-1)
+    return x, normed, rstd
 
 
 def norm_backward(
@@ -187,10 +187,9 @@ def swiglu_backward_(
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x over its root mean square along the last dimension, times weight; the reciprocal of that root `[..., 1]`."""
-    wide = x.to(_wide(x))
-    rstd = _rstd(wide, eps)
-    return (wide * rstd).to(x.dtype) * weight, rstd
+    """x over its root mean square along the last dimension, times weight; the reciprocal of that root `[...]`."""
+    rstd = _rstd(x.to(_wide(x)), eps).squeeze(-1)
+    return Norm(rstd, weight).of(x), rstd
 
 
 def _rms_norm_gradient(dn: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:

@@ -176,14 +176,17 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Norm:
-    """RMSNorm as a forward pass found it: `rstd` `[T]`, the reciprocal root mean squares of its input, and weight."""
+    """RMSNorm as a forward pass found it: `rstd` `[T]`, the reciprocal root mean squares of its input, and weight.
+
+    Of heads, both have a dimension more.
+    """
 
     rstd: Tensor
     weight: Tensor
 
     def of(self, x: Tensor) -> Tensor:
-        """As `layer_ops.norm_forward` rounds it."""
-        return (x * self.rstd[:, None]).to(x.dtype) * self.weight
+        """x normed, rounded where transformers rounds it."""
+        return (x * self.rstd[..., None]).to(x.dtype) * self.weight
 
 
 def shrink(x: Tensor, low_rank: LowRank) -> Tensor:

@@ -340,6 +340,7 @@ def expand_gradient_(dx: Tensor, dh: Tensor, low_rank: LowRank) -> Tensor:
 
 
 def norm_arguments(norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
+    """Its rstd and weight."""
     return (None, None) if norm is None else (norm.rstd, norm.weight)
 
 

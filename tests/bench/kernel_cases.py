@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from lora_core.decoder import HEAD_ROWS
+from lora_core.decoder_head import HEAD_ROWS
 from lora_core.kernels import (
     cross_entropy,
     cross_entropy_triton,

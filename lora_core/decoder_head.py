@@ -1,0 +1,52 @@
+"""The head of the written-out decoder (`decoder.py`) and its loss: logits by slices of rows, each of which becomes its
+own gradient, so that those of a whole batch are never there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_core.kernels.cross_entropy import cross_entropy_
+
+HEAD_ROWS = 2048  # at a vocabulary of 128 K: 0.5 GB of bf16 logits at a time
+CPU_HEAD_ROWS = 256  # the fewest at which the head's products are as fast as at 1,024
+
+Labels = Sequence[tuple[Tensor, Tensor]]
+"""(rows int64 `[n]` of the batch, labels int64 `[n]`) of each chunk."""
+
+
+def head_losses(
+    head: Tensor, normed: Tensor, labels: Labels, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(summed token loss, number of labels that have the largest logit) of each chunk of `labels`, and the gradient of
+    the normed rows `[T, H]`. Only labelled rows go through the head `[vocabulary, H]`.
+    """
+    rows, targets = torch.cat([rows for rows, _ in labels]), torch.cat([targets for _, targets in labels])
+    picked = normed[rows]
+    losses, correct, dpicked = [], [], torch.empty_like(picked)
+    limit = HEAD_ROWS if normed.is_cuda else CPU_HEAD_ROWS
+    memory = picked.new_empty(min(limit, len(rows)), head.shape[0])
+    for start in range(0, len(rows), limit):
+        part = slice(start, start + limit)
+        logits = torch.mm(picked[part], head.t(), out=memory[: len(rows) - start])
+        loss, right = cross_entropy_(logits, targets[part])
+        losses.append(loss)
+        correct.append(right)
+        if with_gradient:
+            torch.mm(logits, head, out=dpicked[part])
+    counts = torch.tensor([len(targets) for _, targets in labels])
+    dn = torch.zeros_like(normed).index_copy_(0, rows, dpicked) if with_gradient else None
+    return _sums(losses, counts), _sums(correct, counts), dn
+
+
+def _sums(parts: list[Tensor], counts: Tensor) -> Tensor:
+    """fp32 (or wider) `[len(counts)]`: sums of consecutive stretches of the joined parts."""
+    if not parts:
+        return torch.zeros(len(counts))
+    joined = torch.cat(parts)
+    wide = joined if joined.is_floating_point() else joined.float()
+    # `unsafe` leaves out checks of the counts, for which the device would be waited for.
+    return torch.segment_reduce(wide, "sum", lengths=counts.to(wide.device, non_blocking=True), unsafe=True)
