@@ -2,29 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lora_core.adapter_bank import Adapter
-from lora_core.kernels.low_rank import GroupAdapter, LinearGroup, Part
+from lora_core.dora import RowNorms
+from lora_core.kernels.low_rank import GroupAdapter, LinearGroup, Magnitude, Part
 
 
 class AdapterView:
-    """An adapter's weights and gradients as the kernels take them, group by group: the same memory."""
+    """An adapter's weights and gradients as the kernels take them, group by group: the same memory. With DoRA, norms
+    and gains of its own; `stale` says that they are not of the weights as they are.
+    """
 
     def __init__(self, adapter: Adapter, groups: Sequence[LinearGroup], device: torch.device) -> None:
+        self._adapter = adapter
+        self.magnitudes = _magnitudes(adapter)
         scales = _scales(adapter, groups, device)
-        self.groups = [_group_adapter(adapter, group, scales[group.index]) for group in groups]
+        self.groups = [_group_adapter(adapter, group, scales[group.index], self.magnitudes) for group in groups]
         self.widths = [0 if group is None else group.width for group in self.groups]
         self.ranks = [0 if group is None else group.largest_rank for group in self.groups]
+        self.dora = [group is not None and group.dora for group in self.groups]
         self.table: Tensor | None = None
         if device.type == "cuda":
             from lora_core.kernels.low_rank_triton import table_row
 
             rows = [table_row(adapter, group) for adapter, group in zip(self.groups, groups, strict=True)]
             self.table = torch.tensor([number for row in rows for number in row], dtype=torch.int64, device=device)
+
+    @property
+    def stale(self) -> bool:
+        norm = self._adapter.norm
+        return any(norm.get(name) is not magnitude.norm for name, magnitude in self.magnitudes.items())
+
+    def settle(self) -> None:
+        """Norms and gains are now those of the weights."""
+        self._adapter.norm.update({name: magnitude.norm for name, magnitude in self.magnitudes.items()})
+
+    def measure(self, norms: RowNorms) -> None:
+        """Compute norms and gains, on CPU."""
+        for name, magnitude in self.magnitudes.items():
+            magnitude.norm.copy_(norms.of(name, *self._adapter.folded(name)))
+            torch.div(magnitude.m, magnitude.norm, out=magnitude.gain)
+
+
+def _magnitudes(adapter: Adapter) -> dict[str, Magnitude]:
+    """With room for norms and gains in one piece."""
+    if not adapter.magnitude:
+        return {}
+    sizes = [len(m) for m in adapter.magnitude.values()]
+    joined = next(iter(adapter.magnitude.values())).new_empty(2, sum(sizes), requires_grad=False)
+    parts = zip(adapter.magnitude.items(), *(row.split(sizes) for row in joined), strict=True)
+    return {name: Magnitude(m.detach(), _gradient(m), norm, gain) for (name, m), norm, gain in parts}
 
 
 def _scales(adapter: Adapter, groups: Sequence[LinearGroup], device: torch.device) -> Sequence[Tensor]:
@@ -37,7 +68,9 @@ def _scales(adapter: Adapter, groups: Sequence[LinearGroup], device: torch.devic
     return parts
 
 
-def _group_adapter(adapter: Adapter, group: LinearGroup, scales: Tensor) -> GroupAdapter | None:
+def _group_adapter(
+    adapter: Adapter, group: LinearGroup, scales: Tensor, magnitudes: Mapping[str, Magnitude]
+) -> GroupAdapter | None:
     """None where the adapter has nothing on this group."""
     present = [name for name in group.names if name in adapter.a]
     if not present:
@@ -51,7 +84,8 @@ def _group_adapter(adapter: Adapter, group: LinearGroup, scales: Tensor) -> Grou
         if name not in adapter.a:
             parts.append(None)
             continue
-        parts.append(Part(adapter.cast[name][1], _gradient(adapter.b[name]), offset, adapter.module_keys[name]))
+        b, gradient, key = adapter.cast[name][1], _gradient(adapter.b[name]), adapter.module_keys[name]
+        parts.append(Part(b, gradient, offset, key, magnitudes.get(name)))
         offset += adapter.a[name].shape[0]
     return GroupAdapter(a, a_gradient, scales, tuple(parts), adapter.dropout)
 

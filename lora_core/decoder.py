@@ -8,6 +8,9 @@
         act = silu(gate) * up  of  frozen(norm(x)) + h B^T      gate and up, h
     losses = cross entropy of the head's logits, slice by slice
 
+With DoRA in a batch, `frozen(n) + h B^T` is multiplied by the gains of its rows' adapter, and what the projections add
+to x is kept, too, for the gradients of their magnitudes (`kernels/gains.py`).
+
 There is no autograd in it but for attention: what is kept, what is computed again and where memory is reused is on
 this page, and the same on each step, so that the peak is known before a base is loaded. Linears that share an input
 are one frozen product and one low-rank one. Rows of different adapters meet only in frozen products, whose rows do not
@@ -25,13 +28,16 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lora_core import kernels
 from lora_core.adapter_bank import Adapter
 from lora_core.adapter_view import AdapterView, stacked_tables
 from lora_core.attention import Backward, DocumentAttention
 from lora_core.decoder_head import Labels, head_losses
+from lora_core.dora import RowNorms, weight_of
+from lora_core.kernels.gains import gains_backward
 from lora_core.kernels.layer_ops import (
     HeadNorm,
     Rope,
@@ -92,9 +98,12 @@ class Rows:
 
 @dataclass
 class _Saved:
-    """What the backward pass of one layer needs; of a layer that is computed again, x alone."""
+    """What the backward pass of one layer needs; of a layer that is computed again, x alone. With DoRA on the
+    down-projection also what that adds to x.
+    """
 
     x: Tensor
+    down: Tensor | None
     kept: _Kept | None = None
 
 
@@ -106,6 +115,7 @@ class _Kept:
     unnormed: Tensor | None
     attended: Tensor
     attention_backward: Backward
+    o: Tensor | None
     middle: Tensor
     middle_rstd: Tensor
     gate_up: Tensor | None
@@ -133,6 +143,8 @@ class Decoder:
         self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         self.head_size = int(getattr(config, "head_dim", None) or config.hidden_size // self.heads)
         self.rotary = body.rotary_emb
+        self.linears: dict[str, nn.Module] = {}
+        self.row_norms = RowNorms(self.linears)
         self.groups: list[LinearGroup] = []
         self.layers = [self._layer(place, layer, freeze) for place, layer in enumerate(body.layers)]
 
@@ -144,6 +156,7 @@ class Decoder:
             outputs = tuple(linear.out_features for linear in linears)
             self.groups.append(LinearGroup(len(self.groups), names, linears[0].in_features, outputs))
             weights.append(freeze([linear.weight for linear in linears]))
+            self.linears |= dict(zip(names, linears, strict=True))
         biases = [layer.get_submodule(leaf).bias for leaf in _GROUPS[QKV]]
         bias = None if biases[0] is None else torch.cat(biases)
         norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
@@ -180,12 +193,8 @@ class Decoder:
 
     @staticmethod
     def adapts(adapter: Adapter) -> bool:
-        """Whether this adapter is computed here: A and B on the layers' linears, without DoRA or PiSSA."""
-        return (
-            not adapter.magnitude
-            and adapter.residual is None
-            and all(name.startswith("model.layers.") for name in adapter.a)
-        )
+        """Whether this adapter is computed here: A, B and m on the layers' linears, without PiSSA."""
+        return adapter.residual is None and all(name.startswith("model.layers.") for name in adapter.a)
 
     def view(self, adapter: Adapter) -> AdapterView:
         """The adapter as `forward_backward` takes it; it follows every change of the weights."""
@@ -197,6 +206,7 @@ class Decoder:
     ) -> Tensor:
         """Add the gradients of every adapter; returns the summed token loss of each chunk of `labels`."""
         batch = _Batch(self, rows, adapters)
+        batch.measure_gains()
         x, pending, saved = F.embedding(rows.ids, self.embedding), None, []
         for place in range(len(self.layers)):
             layer, x, pending = batch.forward(place, x, pending, checkpointing)
@@ -223,6 +233,7 @@ class Decoder:
     def hidden(self, rows: Rows, adapters: Sequence[AdapterView]) -> Tensor:
         """Last hidden states `[T, H]`, normed."""
         batch = _Batch(self, rows, adapters)
+        batch.measure_gains()
         x, pending = F.embedding(rows.ids, self.embedding), None
         for place in range(len(self.layers)):
             _, x, pending = batch.forward(place, x, pending, "full")
@@ -252,6 +263,7 @@ class _Batch:
         self._table = stacked_tables(adapters, len(decoder.groups)) if device.type == "cuda" else None
         self._widths = [rounded_width(widths) for widths in zip(*(a.widths for a in adapters), strict=True)]
         self._ranks = [max(ranks) for ranks in zip(*(a.ranks for a in adapters), strict=True)]
+        self._dora = [any(dora) for dora in zip(*(a.dora for a in adapters), strict=True)]
         cos, sin = decoder.rotary(decoder.embedding[:1], rows.positions[None])
         half = decoder.head_size // 2
         self._cos, self._sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
@@ -261,10 +273,27 @@ class _Batch:
         """The adapters on group `index`."""
         group = self._decoder.groups[index]
         adapters = [adapter.groups[index] for adapter in self._adapters]
-        width, rank = (self._widths[index], self._ranks[index]) if adapters else (0, 0)
+        width, rank, dora = (self._widths[index], self._ranks[index], self._dora[index]) if adapters else (0, 0, False)
         drops = any(adapter is not None and adapter.dropout > 0 for adapter in adapters)
         keys = self._dropout_keys if drops else None
-        return LowRank(group, adapters, self._segments, width, rank, self._table, keys)
+        return LowRank(group, adapters, self._segments, width, rank, self._table, keys, dora)
+
+    def measure_gains(self) -> None:
+        """DoRA's norms change with A and B, and so with each optimizer step; until the next they are what they are."""
+        stale = [adapter for adapter in self._adapters if adapter.stale]
+        if stale and kernels.runs_in_triton(self._decoder.embedding):
+            from lora_core.kernels.gains_triton import update_gains
+
+            assert self._table is not None
+            for group in self._decoder.groups:
+                if self._dora[group.index]:
+                    weights = [weight_of(self._decoder.linears[name]) for name in group.names]
+                    update_gains(weights, self._table, group.index, self._ranks[group.index])
+        else:
+            for adapter in stale:
+                adapter.measure(self._decoder.row_norms)
+        for adapter in stale:
+            adapter.settle()
 
     def add_and_norm(self, x: Tensor, pending: Pending | None, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(x + pending, its norm, its reciprocal root mean squares)."""
@@ -280,9 +309,9 @@ class _Batch:
         kept, activation = self._activation(place, x, normed, rstd, with_backward=checkpointing != "full")
         if checkpointing == "selective":
             kept.gate_up = None
-        down = layer.weights[DOWN].forward(activation)
-        saved = _Saved(x, None if checkpointing == "full" else kept)
-        return saved, kept.middle, (down, kept.h[DOWN], self.low_rank(4 * place + DOWN))
+        down, low_rank = layer.weights[DOWN].forward(activation), self.low_rank(4 * place + DOWN)
+        saved = _Saved(x, down if low_rank.dora else None, None if checkpointing == "full" else kept)
+        return saved, kept.middle, (down, kept.h[DOWN], low_rank)
 
     def _activation(
         self, place: int, x: Tensor, normed: Tensor, rstd: Tensor, with_backward: bool
@@ -300,13 +329,13 @@ class _Batch:
             product(QKV, normed), h[QKV], low_ranks[QKV], self._rope(layer), with_backward=with_backward
         )
         attended, attention_backward = self._attention(*self._split(qkv), with_backward=with_backward)
-        middle, middle_normed, middle_rstd = norm_forward(
-            x, product(O, attended), h[O], low_ranks[O], layer.norms[1], self._decoder.eps
-        )
+        o = product(O, attended)
+        middle, middle_normed, middle_rstd = norm_forward(x, o, h[O], low_ranks[O], layer.norms[1], self._decoder.eps)
         gate_up = product(GATE_UP, middle_normed)
         activation, h_down = swiglu_forward(gate_up, h[GATE_UP], low_ranks[GATE_UP], low_ranks[DOWN])
         h.append(h_down)
-        kept = _Kept(rstd, h, qkv, unnormed, attended, attention_backward, middle, middle_rstd, gate_up)
+        o_kept = o if low_ranks[O].dora else None
+        kept = _Kept(rstd, h, qkv, unnormed, attended, attention_backward, o_kept, middle, middle_rstd, gate_up)
         return kept, activation
 
     def backward(self, place: int, saved: _Saved, dx: Tensor, dh: Tensor | None) -> Gradient | None:
@@ -324,15 +353,22 @@ class _Batch:
                 add_a_gradients(source, dh, low_ranks[kind], norm)
                 add_b_gradients(dy, h, low_ranks[kind])
 
+        def of_product(kind: int, dy: Tensor, dh: Tensor | None, y: Tensor | None) -> Gradient:
+            if y is None:
+                return dy, dh
+            dv = gains_backward(dy, y, low_ranks[kind])
+            return dv, shrink_gradient(dv, low_ranks[kind])
+
+        ddown, dh = of_product(DOWN, dx, dh, saved.down)
         gate_up, h = kept.gate_up, kept.h[GATE_UP]
         norm = Norm(kept.middle_rstd, layer.norms[1])
         if gate_up is None:
             again = layer.weights[GATE_UP].forward
             gate_up = gate_up_again(again(norm.of(kept.middle)), h, low_ranks[GATE_UP])
-        activation = layer.weights[DOWN].input_gradient(dx)
+        activation = layer.weights[DOWN].input_gradient(ddown)
         gate_up_dh, products = swiglu_backward_(activation, dh, low_ranks[DOWN], gate_up, h, low_ranks[GATE_UP])
-        add_gradients(DOWN, activation, dx, dh)
-        del activation
+        add_gradients(DOWN, activation, ddown, dh)
+        del activation, ddown
 
         dh = gate_up_dh
         add_gradients(GATE_UP, kept.middle, gate_up, dh, norm)
@@ -342,12 +378,16 @@ class _Batch:
             dn, dh, low_ranks[GATE_UP], kept.middle, norm.rstd, norm.weight, dx, products, low_ranks[O]
         )
 
-        dattended = layer.weights[O].input_gradient(dmiddle)
+        do, dh = of_product(O, dmiddle, dh, kept.o)
+        dattended = layer.weights[O].input_gradient(do)
         if dh is not None:
             expand_gradient_(dattended, dh, low_ranks[O])
-        add_gradients(O, kept.attended, dmiddle, dh)
+        add_gradients(O, kept.attended, do, dh)
+        del do
 
-        dqkv, products = rope_backward(*kept.attention_backward(dattended), kept.qkv, kept.unnormed, self._rope(layer))
+        dqkv, products = rope_backward(
+            *kept.attention_backward(dattended), kept.qkv, kept.unnormed, low_ranks[QKV], self._rope(layer)
+        )
         dh = shrink_gradient(dqkv, low_ranks[QKV]) if low_ranks[QKV].width else None
         norm = Norm(kept.rstd, layer.norms[0])
         add_gradients(QKV, saved.x, dqkv, dh, norm)

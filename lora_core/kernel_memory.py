@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from lora_core.cpu_attention import KEPT_LENGTH, QUERY_BLOCK
 from lora_core.kernels.cross_entropy import CACHED_ELEMENTS
+from lora_core.kernels.gains import CPU_ROWS
 
 LARGEST_BLOCK = 64
 """Ranks that a program of `low_rank_triton` takes at a time. The SwiGLU kernels make a shrink of up to so many."""
@@ -80,9 +81,10 @@ class TritonKernels:
     def shrink(self, width: int) -> Held | None:
         return self.rows(width) if width else None
 
-    def norm_forward(self, x: Held, y: Held | None, width: int) -> tuple[Held, Held, Held]:
-        """x + y (in y's memory), its norm, and rstd."""
-        return y or x, self.rows(width), self.rows(1, 4)
+    def norm_forward(self, x: Held, y: Held | None, width: int, *, dora: bool = False) -> tuple[Held, Held, Held]:
+        """x + y (in y's memory, but for DoRA), its norm, and rstd."""
+        total = self.rows(width) if dora and y is not None else y or x
+        return total, self.rows(width), self.rows(1, 4)
 
     def norm_again(self, width: int) -> None:
         """`Norm.of` besides its result: x with rstd in fp32, and that in the dtype of the batch."""
@@ -100,7 +102,9 @@ class TritonKernels:
         """In place; q and k before their norm, where the backward pass needs them."""
         return self.rows(turned) if normed and with_backward else None
 
-    def rope_backward(self, width: int, turned: int, heads: int, *, normed: bool) -> tuple[Held, Held | None]:
+    def rope_backward(
+        self, width: int, turned: int, heads: int, *, normed: bool, dora: bool
+    ) -> tuple[Held, Held | None]:
         """The gradient and the products, which are there for each head before."""
         dy, products = self.rows(width), self.rows(1, 4)
         self._moment(heads, 4)
@@ -111,7 +115,7 @@ class TritonKernels:
         activation = self.rows(columns)
         return activation, self._in_stripes(columns, width, width)
 
-    def swiglu_backward(self, columns: int, width: int, rank: int) -> tuple[Held | None, Held | None]:
+    def swiglu_backward(self, columns: int, width: int, rank: int, *, dora: bool) -> tuple[Held | None, Held | None]:
         """The shrunk gradient of gate and up, and the products, which are there for each stripe before."""
         products = self.rows(1, 4)
         self._moment(-(-columns // STRIPE_COLUMNS), 4)
@@ -125,6 +129,10 @@ class TritonKernels:
         if 0 < rank <= LARGEST_BLOCK:
             self._moment((-(-columns // STRIPE_COLUMNS) + 1) * width, 4)
         return shrunk
+
+    def gains_backward(self, width: int) -> Held:
+        """dv."""
+        return self.rows(width)
 
     def cross_entropy(self, rows: int, vocabulary: int) -> None:
         """Over the logits."""
@@ -164,7 +172,7 @@ class TorchKernels(TritonKernels):
             self.ledger.moment(columns * width * (1 + 8 + 4))
         return super()._multiplied(columns, width)
 
-    def norm_forward(self, x: Held, y: Held | None, width: int) -> tuple[Held, Held, Held]:
+    def norm_forward(self, x: Held, y: Held | None, width: int, *, dora: bool = False) -> tuple[Held, Held, Held]:
         """x, its product with rstd and that in the dtype of the batch, besides."""
         total = x if y is None else self.rows(width)
         self._moment(8 * width, 1)
@@ -188,19 +196,37 @@ class TorchKernels(TritonKernels):
         self._moment(turned * (8 + self.itemsize) if normed else turned * self.itemsize, 1)
         return unnormed
 
-    def rope_backward(self, width: int, turned: int, heads: int, *, normed: bool) -> tuple[Held, Held | None]:
-        """q and k with their halves exchanged; for their norm what `norm_backward` takes."""
+    def rope_backward(
+        self, width: int, turned: int, heads: int, *, normed: bool, dora: bool
+    ) -> tuple[Held, Held | None]:
+        """q and k with their halves exchanged; for their norm what `norm_backward` takes. For DoRA what was turned is
+        copied and turned back.
+        """
         dy = self.rows(width)
         self._moment(turned * (3 * 4 if normed else self.itemsize), 1)
+        if dora:
+            self._moment_of_gains(width, width)
         return dy, None
 
     def swiglu_forward(self, columns: int, width: int) -> tuple[Held, Held | None]:
         return self.rows(columns), self.shrink(width)
 
-    def swiglu_backward(self, columns: int, width: int, rank: int) -> tuple[Held | None, Held | None]:
-        """silu and its gradient, and that of up."""
-        self._moment(3 * columns)
+    def swiglu_backward(self, columns: int, width: int, rank: int, *, dora: bool) -> tuple[Held | None, Held | None]:
+        """silu and its gradient, and that of up; for DoRA gate and up before."""
+        self._moment((5 if dora else 3) * columns)
+        if dora:
+            self._moment_of_gains(5 * columns, columns)
         return self.shrink(width), None
+
+    def gains_backward(self, width: int) -> Held:
+        dv = super().gains_backward(width)
+        self._moment_of_gains(0, width)
+        return dv
+
+    def _moment_of_gains(self, held: int, width: int) -> None:
+        """A few rows in fp32, and their products, beside `held` columns of all rows."""
+        few = min(self.tokens, CPU_ROWS) * width * 2 * 4
+        self.ledger.moment(self.tokens * held * self.itemsize + few)
 
     def cross_entropy(self, rows: int, vocabulary: int) -> None:
         """A few rows and their softmax in fp32."""

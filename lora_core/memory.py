@@ -217,12 +217,14 @@ def predictor(
 
 
 def vector_bytes(footprints: Footprints, footprint: Footprint) -> int:
-    """Of one adapter: its master weights, their gradient, two moments, the copy that products use."""
+    """Of one adapter: its master weights, their gradient, two moments, the copy that products use; with DoRA norms and
+    gains.
+    """
     adapter, dtype = footprints.adapter(footprint), footprints.model.dtype
     meter = Meter([*adapter.trained, *frozen(adapter)])
     with meter:
         FlatAdamW(HostState(adapter, dtype), TrainConfig(), META, dtype)
-    return meter.peak
+    return meter.peak + 2 * sum(m.nbytes for m in adapter.magnitude.values())
 
 
 def state_bytes(footprints: Footprints, footprint: Footprint) -> tuple[int, int]:

@@ -30,6 +30,10 @@ CONFIGS = [
 DROPOUTS = (0.3, 0.0, 0.6)
 """Of the three, where a test has dropout."""
 
+NO_DROPOUT = (0.0, 0.0, 0.0)
+KINDS = [(NO_DROPOUT, ()), (DROPOUTS, ()), (NO_DROPOUT, (0, 2)), (DROPOUTS, (1,))]
+"""Their dropouts, and those that have DoRA."""
+
 GPU = pytest.param(
     "cuda",
     marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")],
@@ -40,17 +44,24 @@ class World:
     """Three adapters with a B that is not zero, a batch of theirs, and both ways through the base."""
 
     def __init__(
-        self, kind: str = "llama", dtype: torch.dtype = torch.float64, dropouts: Sequence[float] = (0.0, 0.0, 0.0)
+        self,
+        kind: str = "llama",
+        dtype: torch.dtype = torch.float64,
+        dropouts: Sequence[float] = NO_DROPOUT,
+        dora: Sequence[int] = (),
     ) -> None:
         self.base = tiny_base(kind, dtype=dtype)
         self.engine = TrainEngine(self.base)
         for place, (lora, dropout) in enumerate(zip(CONFIGS, dropouts, strict=True)):
-            lora = lora.model_copy(update={"lora_dropout": dropout})
+            lora = lora.model_copy(update={"lora_dropout": dropout, "use_dora": place in dora})
             job = EngineJob(str(place), lora, TrainConfig(batch_size=5), documents(6, place))
             optimizer = self.engine.add(job).optimizer
             with torch.no_grad():
                 drawn = torch.randn(optimizer.flat.shape, generator=torch.Generator().manual_seed(place))
+                lengths = [m * (1 + 0.1 * torch.randn(m.shape)) for m in optimizer.adapter.magnitude.values()]
                 optimizer.flat.copy_(drawn * 0.1)  # the same numbers in every dtype
+                for m, length in zip(optimizer.adapter.magnitude.values(), lengths, strict=True):
+                    m.copy_(length)
             optimizer._refresh(optimizer._trained)
         self.batch = pack([chunk for live in self.jobs for chunk in live.chunks(0, 1)], CPU)
 
@@ -92,11 +103,13 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
     return float((ours.cpu() - theirs).norm() / theirs.norm())
 
 
-@pytest.mark.parametrize("dropouts", [(0.0, 0.0, 0.0), DROPOUTS])
+@pytest.mark.parametrize(("dropouts", "dora"), KINDS)
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("kind", ["llama", "mistral-dense", "qwen2", "qwen3"])
-def test_gradients_are_those_of_the_hooks(kind: str, checkpointing: Checkpointing, dropouts: tuple[float, ...]) -> None:
-    world = World(kind, dropouts=dropouts)
+def test_gradients_are_those_of_the_hooks(
+    kind: str, checkpointing: Checkpointing, dropouts: tuple[float, ...], dora: tuple[int, ...]
+) -> None:
+    world = World(kind, dropouts=dropouts, dora=dora)
     for ours, theirs in zip(world.by_decoder(checkpointing), world.by_hooks(), strict=True):
         assert relative(ours, theirs) < 1e-12
 
@@ -237,32 +250,38 @@ def test_stacked_weights_are_the_models_own() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the next test has a GPU for it")
 @pytest.mark.parametrize(
-    ("kind", "dropouts", "checkpointing"),
+    ("kind", "dropouts", "dora", "checkpointing"),
     [
-        ("llama", (0.0, 0.0, 0.0), "none"),
-        ("llama", DROPOUTS, "selective"),
-        ("qwen2", DROPOUTS, "none"),
-        ("qwen3", DROPOUTS, "full"),
+        ("llama", NO_DROPOUT, (), "none"),
+        ("llama", DROPOUTS, (), "selective"),
+        ("llama", NO_DROPOUT, (0, 2), "full"),
+        ("qwen2", DROPOUTS, (1,), "none"),
+        ("qwen3", DROPOUTS, (1,), "selective"),
     ],
 )
 def test_triton_follows_torch_in_its_interpreter(
-    kind: str, dropouts: tuple[float, ...], checkpointing: Checkpointing, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    dropouts: tuple[float, ...],
+    dora: tuple[int, ...],
+    checkpointing: Checkpointing,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The whole pass in the kernels in fp32, against fp64 in torch: what one hands to the next."""
     pytest.importorskip("triton", reason="Triton has no build for this system")
-    exact, world = World(kind, dropouts=dropouts).by_decoder(), World(kind, torch.float32, dropouts)
+    exact = World(kind, dropouts=dropouts, dora=dora).by_decoder()
+    world = World(kind, torch.float32, dropouts, dora)
     decode_with_triton(monkeypatch)
     for ours, theirs in zip(world.by_decoder(checkpointing), exact, strict=True):
         assert relative(ours, theirs) < 2e-5  # torch's own pass in fp32 is up to 8e-6 off
 
 
-@pytest.mark.parametrize("dropouts", [(0.0, 0.0, 0.0), DROPOUTS])
+@pytest.mark.parametrize(("dropouts", "dora"), KINDS)
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 @pytest.mark.parametrize("device", [GPU])
-def test_triton_follows_torch(device: str, kind: str, dropouts: tuple[float, ...]) -> None:
+def test_triton_follows_torch(device: str, kind: str, dropouts: tuple[float, ...], dora: tuple[int, ...]) -> None:
     """The whole pass in the kernels in fp32, against fp64 on the CPU."""
-    exact = World(kind, dropouts=dropouts).by_decoder()
-    world = World(kind, dtype=torch.float32, dropouts=dropouts)
+    exact = World(kind, dropouts=dropouts, dora=dora).by_decoder()
+    world = World(kind, dtype=torch.float32, dropouts=dropouts, dora=dora)
     world.base.model.to(device)  # type: ignore[arg-type]
     world.base.device = torch.device(device)
     for place, live in enumerate(world.jobs):

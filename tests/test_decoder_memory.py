@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
@@ -44,7 +44,8 @@ SIZES: dict[str, Any] = {
 }
 TINY = LlamaConfig(**SIZES)
 TINY_QWEN3 = Qwen3Config(**SIZES, head_dim=48)
-LORAS = [LoraConfig(r=8), LoraConfig(r=5, target_modules=["k_proj", "v_proj"], rank_pattern={"v_proj": 20})]
+PLAIN = [LoraConfig(r=8), LoraConfig(r=5, target_modules=["k_proj", "v_proj"], rank_pattern={"v_proj": 20})]
+DORA = [lora.model_copy(update={"use_dora": True}) for lora in PLAIN]
 
 
 # --- what tensors come to --------------------------------------------------------------------------------------------
@@ -62,6 +63,7 @@ def measured(
     lengths: list[int],
     precision: str = "bf16",
     config: PretrainedConfig = TINY,
+    loras: Sequence[LoraConfig] = PLAIN,
 ) -> tuple[int, int]:
     """Bytes of a real micro-batch of two jobs when the head begins, and at most."""
     base = tiny_base(precision, config)
@@ -71,10 +73,15 @@ def measured(
     assert base.decoder is not None
     packed = [w._packed for layer in base.decoder.layers for w in layer.weights if isinstance(w, Nf4Weight)]
     known += [tensor for weight in packed for tensor in (weight.codes, weight.scales)]
-    for number, lora in enumerate(LORAS):
+    for number, lora in enumerate(loras):
         train = TrainConfig(batch_size=len(lengths), max_seq_len=max(lengths))
-        optimizer = engine.add(EngineJob(str(number), lora, train, examples)).optimizer
-        known += [optimizer.flat, optimizer._cast, optimizer._message]
+        live = engine.add(EngineJob(str(number), lora, train, examples))
+        known += [live.optimizer.flat, live.optimizer._cast, live.optimizer._message]
+        if lora.use_dora:
+            assert live.view is not None
+            live.view.measure(base.decoder.row_norms)
+            live.view.settle()
+            known += [vector for one in live.view.magnitudes.values() for vector in (one.norm, one.gain)]
     batch = pack([chunk for live in engine.live.values() for chunk in live.chunks(0, 1)], CPU)
     meter, saved = Meter(known), []
     losses: Callable[..., Any] = decoder.head_losses
@@ -91,13 +98,16 @@ def measured(
 
 @pytest.mark.parametrize("checkpointing", WAYS)
 @pytest.mark.parametrize(
-    ("count", "length", "precision", "config"),
+    ("count", "length", "precision", "config", "loras"),
     [
-        (8, 64, "bf16", TINY),
-        (1, 512, "bf16", TINY),
-        (2, 64, "nf4", TINY),
-        (8, 64, "bf16", TINY_QWEN3),
-        (1, 512, "bf16", TINY_QWEN3),
+        (8, 64, "bf16", TINY, PLAIN),
+        (1, 512, "bf16", TINY, PLAIN),
+        (2, 64, "nf4", TINY, PLAIN),
+        (8, 64, "bf16", TINY_QWEN3, PLAIN),
+        (1, 512, "bf16", TINY_QWEN3, PLAIN),
+        (8, 64, "bf16", TINY, DORA),
+        (8, 64, "bf16", TINY_QWEN3, [DORA[0], PLAIN[1]]),
+        (8, 64, "bf16", TINY, [PLAIN[0], DORA[1]]),
     ],
 )
 def test_the_count_is_what_tensors_come_to(
@@ -107,11 +117,12 @@ def test_the_count_is_what_tensors_come_to(
     length: int,
     precision: str,
     config: PretrainedConfig,
+    loras: Sequence[LoraConfig],
 ) -> None:
-    saved, peak = measured(monkeypatch, checkpointing, [length] * count, precision, config)
+    saved, peak = measured(monkeypatch, checkpointing, [length] * count, precision, config, loras)
     quantised = "nf4" if precision == "nf4" else None
     of = DecoderActivations(predictor(config, torch.bfloat16).footprints, "cpu", quantised)
-    ledger = of.trace([of.footprints.of(lora) for lora in LORAS], 2 * count * length, length, checkpointing)
+    ledger = of.trace([of.footprints.of(lora) for lora in loras], 2 * count * length, length, checkpointing)
     assert ledger.saved == pytest.approx(saved, rel=0.01)
     assert ledger.peak == pytest.approx(peak, rel=0.01)
 
@@ -122,7 +133,7 @@ def test_documents_of_any_lengths_take_no_more(monkeypatch: pytest.MonkeyPatch, 
     of = DecoderActivations(predictor(TINY, torch.bfloat16).footprints, "cpu")
     for lengths in ([520, 512, 512, 512], [768], [768, 100, 70, 300]):
         saved, peak = measured(monkeypatch, checkpointing, lengths)
-        ledger = of.trace([of.footprints.of(lora) for lora in LORAS], 2 * sum(lengths), max(lengths), checkpointing)
+        ledger = of.trace([of.footprints.of(lora) for lora in PLAIN], 2 * sum(lengths), max(lengths), checkpointing)
         assert 1.01 * ledger.saved >= saved and ledger.peak >= peak
 
 
@@ -130,7 +141,7 @@ def test_nothing_is_held_once_the_pass_is_over() -> None:
     for device, config in product(("cpu", "cuda"), (TINY, TINY_QWEN3)):
         of = DecoderActivations(predictor(config, torch.bfloat16).footprints, device)
         assert all(
-            of.trace([of.footprints.of(lora) for lora in LORAS], 512, 128, checkpointing).live == 0
+            of.trace([of.footprints.of(lora) for lora in (*PLAIN, *DORA)], 512, 128, checkpointing).live == 0
             for checkpointing in WAYS
         )
 
@@ -222,16 +233,16 @@ def test_memory_that_shrinks_leads_through_every_way() -> None:
 def test_adapters_that_only_hooks_compute_are_counted_as_theirs() -> None:
     of = predictor(TINY, torch.bfloat16).activations
     assert isinstance(of, EngineActivations) and of.decoder is not None
-    plain, dora, wide = map(
-        of.hooks.footprints.of, (LoraConfig(r=8), LoraConfig(r=8, use_dora=True), LoraConfig(r=1024))
+    plain, pissa, wide = map(
+        of.hooks.footprints.of, (LoraConfig(r=8), LoraConfig(r=8, init_lora_weights="pissa"), LoraConfig(r=1024))
     )
     by_decoder = of.decoder.peak_bytes([plain], 512, 128, "none")
-    by_hooks = of.hooks.peak_bytes([dora], 512, 128, "none")
+    by_hooks = of.hooks.peak_bytes([pissa], 512, 128, "none")
     assert of.peak_bytes([plain], 512, 128, "none") == by_decoder
-    assert of.peak_bytes([dora], 512, 128, "none") == by_hooks
-    assert of.peak_bytes([dora, plain], 512, 128, "none") == by_hooks > by_decoder
+    assert of.peak_bytes([pissa], 512, 128, "none") == by_hooks
+    assert of.peak_bytes([pissa, plain], 512, 128, "none") == by_hooks > by_decoder
     by_decoder = of.decoder.peak_bytes([wide], 512, 128, "none")
-    assert of.peak_bytes([dora, wide], 512, 128, "none") == by_decoder > by_hooks
+    assert of.peak_bytes([pissa, wide], 512, 128, "none") == by_decoder > by_hooks
     in_fp32 = predictor(TINY, torch.float32).activations
     assert isinstance(in_fp32, EngineActivations) and in_fp32.decoder is None
 

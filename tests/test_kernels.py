@@ -16,6 +16,8 @@ from lora_core.dropout import dropout_mask, key_of
 from lora_core.kernels import (
     cross_entropy,
     cross_entropy_triton,
+    gains,
+    gains_triton,
     layer_ops,
     layer_ops_triton,
     low_rank,
@@ -27,7 +29,7 @@ from lora_core.kernels import (
     swiglu_triton,
 )
 from lora_core.kernels.layer_ops import HeadNorm, Rope
-from lora_core.kernels.low_rank import NO_ADAPTER, GroupAdapter, LinearGroup, LowRank, Norm, Part, Segments
+from lora_core.kernels.low_rank import NO_ADAPTER, GroupAdapter, LinearGroup, LowRank, Magnitude, Norm, Part, Segments
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,18 +50,29 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
-def adapter_on(group: LinearGroup, ranks: Sequence[int | None], seed: int, dropout: float = 0.0) -> GroupAdapter:
-    """An adapter with these ranks (None: that linear is not adapted) and a scale of its own on each."""
+def adapter_on(
+    group: LinearGroup, ranks: Sequence[int | None], seed: int, dropout: float = 0.0, dora: bool = False
+) -> GroupAdapter:
+    """An adapter with these ranks (None: that linear is not adapted) and a scale of its own on each. With DoRA, one
+    of its magnitudes is 0.
+    """
     width = sum(rank or 0 for rank in ranks)
     scales = torch.cat([torch.full((rank or 0,), 0.5 + place) for place, rank in enumerate(ranks)])
     parts: list[Part | None] = []
     offset = 0
     for name, rank, size in zip(group.names, ranks, group.outputs, strict=True):
         b = None if rank is None else randn(rank, size, seed=seed).t()
-        parts.append(None if b is None else Part(b, torch.zeros_like(b), offset, key_of(name)))
+        magnitude = magnitude_of(size, seed) if dora else None
+        parts.append(None if b is None else Part(b, torch.zeros_like(b), offset, key_of(name), magnitude))
         offset += rank or 0
     a = randn(width, group.inputs, seed=seed)
     return GroupAdapter(a, torch.zeros_like(a), scales, tuple(parts), dropout)
+
+
+def magnitude_of(size: int, seed: int) -> Magnitude:
+    m, norm = randn(size, seed=seed), randn(size, seed=seed + 1).abs() + 0.1
+    m[3] = 0.0
+    return Magnitude(m, torch.zeros(size), norm, m / norm)
 
 
 GROUPS = {
@@ -72,23 +85,32 @@ GROUPS = {
 }
 
 
-def low_rank_on(kind: str, device: torch.device = CPU, dropouts: Sequence[float] = NO_DROPOUT) -> LowRank:
-    """Three adapters on a group, with the table that Triton reads."""
+def low_rank_on(
+    kind: str, device: torch.device = CPU, dropouts: Sequence[float] = NO_DROPOUT, dora: bool = False
+) -> LowRank:
+    """Three adapters on a group, with the table that Triton reads; the first two have DoRA, or none."""
     group, ranks = GROUPS[kind]
-    both = enumerate(zip(ranks, dropouts, strict=True))
-    adapters = [moved(adapter_on(group, of_one, seed, dropout), device) for seed, (of_one, dropout) in both]
+    adapters = [
+        moved(adapter_on(group, of_one, seed, dropout, dora and seed < 2), device)
+        for seed, (of_one, dropout) in enumerate(zip(ranks, dropouts, strict=True))
+    ]
     rows = [low_rank_triton.table_row(adapter, group) for adapter in (*adapters, None)]
     width = -(-max(adapter.width for adapter in adapters) // 8) * 8
     rank = max(adapter.largest_rank for adapter in adapters)
     table = torch.tensor(rows, dtype=torch.int64, device=device)
     keys = KEYS.to(device) if any(dropouts) else None
-    return LowRank(group, adapters, Segments(RUNS, device), width, rank, table, keys)
+    return LowRank(group, adapters, Segments(RUNS, device), width, rank, table, keys, dora)
 
 
 def moved(adapter: GroupAdapter, device: torch.device) -> GroupAdapter:
-    parts = [
-        part and replace(part, b=part.b.to(device), b_gradient=part.b_gradient.to(device)) for part in adapter.parts
-    ]
+    def moved_part(part: Part) -> Part:
+        magnitude = part.magnitude
+        if magnitude is not None:
+            fields = (magnitude.m, magnitude.gradient, magnitude.norm, magnitude.gain)
+            magnitude = Magnitude(*(vector.to(device) for vector in fields))
+        return replace(part, b=part.b.to(device), b_gradient=part.b_gradient.to(device), magnitude=magnitude)
+
+    parts = [part and moved_part(part) for part in adapter.parts]
     a, a_gradient, scales = (tensor.to(device) for tensor in (adapter.a, adapter.a_gradient, adapter.scales))
     return GroupAdapter(a, a_gradient, scales, tuple(parts), adapter.dropout)
 
@@ -99,6 +121,17 @@ def gradients(low: LowRank) -> list[Tensor]:
         assert adapter is not None
         found += [adapter.a_gradient, *(part.b_gradient for part in adapter.parts if part is not None)]
     return [gradient.cpu() for gradient in found]
+
+
+def magnitudes(low: LowRank) -> list[Magnitude]:
+    found = [part.magnitude for adapter in low.adapters if adapter for part in adapter.parts if part is not None]
+    return [magnitude for magnitude in found if magnitude is not None]
+
+
+def same_magnitude_gradients(ours: LowRank, reference: LowRank) -> None:
+    for one, other in zip(magnitudes(ours), magnitudes(reference), strict=True):
+        close(one.gradient, other.gradient)
+        assert one.gradient[3] == 0.0
 
 
 def close(ours: Tensor, reference: Tensor) -> None:
@@ -119,6 +152,7 @@ def kernels(low: LowRank) -> ModuleType:
     return low_rank_triton if low.dropout_keys is None else masked_low_rank_triton
 
 
+with_and_without_dora = pytest.mark.parametrize("dora", [False, True])
 with_and_without_dropout = pytest.mark.parametrize("dropouts", [NO_DROPOUT, DROPOUT])
 in_one_stripe_and_in_two = pytest.mark.parametrize("blocks", [16, 1])
 """A row is 96 or 80 numbers here, and a block of the kernels in fp32 64."""
@@ -206,16 +240,23 @@ def test_a_cpu_makes_masks_of_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPat
         close(one, other)
 
 
+@with_and_without_dora
 @pytest.mark.parametrize("with_update", [True, False])
 @pytest.mark.parametrize("with_sum", [True, False])
-def test_norm_forward(with_sum: bool, with_update: bool) -> None:
-    here, there = low_rank_on("down"), low_rank_on("down", DEVICE)
+def test_norm_forward(with_sum: bool, with_update: bool, dora: bool) -> None:
+    """With DoRA, what is added stays in y."""
+    here, there = low_rank_on("down", dora=dora), low_rank_on("down", DEVICE, dora=dora)
     x, y, h, weight = randn(T, 96), randn(T, 96, seed=1), randn(T, here.width), randn(96)
     given: Sequence[Tensor | None] = [x, y if with_sum else None, h if with_sum and with_update else None]
-    reference = layer_ops.norm_forward(*copies(given), here, weight, 1e-5)  # type: ignore[arg-type]
-    ours = layer_ops_triton.norm_forward(*copies(given, DEVICE), there, weight.to(DEVICE), 1e-5)  # type: ignore[arg-type]
+    given_here, given_there = copies(given), copies(given, DEVICE)
+    reference = layer_ops.norm_forward(*given_here, here, weight, 1e-5)  # type: ignore[arg-type]
+    ours = layer_ops_triton.norm_forward(*given_there, there, weight.to(DEVICE), 1e-5)  # type: ignore[arg-type]
     for one, other in zip(ours, reference, strict=True):
         close(one, other)
+    added, added_there = given_here[1], given_there[1]
+    if dora and added is not None and added_there is not None:
+        close(added_there, added)
+        close(added + x, reference[0])
 
 
 @with_and_without_dropout
@@ -250,6 +291,49 @@ def test_norm_backward(
     close(own(shrunk_there, below_there), shrunk)
 
 
+def test_norm_backward_leaves_the_shrink_to_what_dora_needs_first() -> None:
+    given = [randn(T, 96), None, randn(T, 96, seed=1), randn(T).abs(), randn(96), None, None]
+    for ops, device in ((layer_ops, CPU), (layer_ops_triton, DEVICE)):
+        dn, dh, *rest = copies(given, device)
+        low, below = low_rank_on("qkv", device), low_rank_on("o", device, dora=True)
+        assert ops.norm_backward(dn, dh, low, *rest, below)[1] is None
+
+
+@pytest.mark.parametrize("kind", ["o", "down"])
+def test_gains_backward(kind: str) -> None:
+    here, there = low_rank_on(kind, dora=True), low_rank_on(kind, DEVICE, dora=True)
+    dy, y = randn(T, 96), randn(T, 96, seed=1)
+    for _ in range(2):
+        reference = gains.gains_backward(dy, y, here)
+        close(gains_triton.gains_backward(dy.to(DEVICE), y.to(DEVICE), there), reference)
+    same_magnitude_gradients(there, here)
+    assert torch.equal(reference[70:75], dy[70:75]) and torch.equal(reference[78:119], dy[78:119])
+    assert not torch.isclose(reference[:70], dy[:70]).all()
+
+
+@pytest.mark.parametrize("kind", list(GROUPS))
+def test_norms_and_gains(kind: str) -> None:
+    """Of rows of W + s B A; one row of W and B is zero."""
+    low = low_rank_on(kind, DEVICE, dora=True)
+    weights = [randn(size, low.group.inputs, seed=place).to(DEVICE) for place, size in enumerate(low.group.outputs)]
+    for weight in weights:
+        weight[5] = 0.0
+    for adapter in low.adapters:
+        assert adapter is not None
+        for part in filter(None, adapter.parts):
+            part.b[5] = 0.0
+    assert low.table is not None
+    gains_triton.update_gains(weights, low.table, 0, low.rank)
+    for adapter in low.adapters:
+        assert adapter is not None
+        for part, weight, scale in zip(adapter.parts, weights, adapter.part_scales, strict=True):
+            if part is not None and (magnitude := part.magnitude) is not None:
+                exact = (weight.double() + scale * part.b.double() @ adapter.a[part.columns].double()).norm(dim=1)
+                exact[5] = torch.finfo(torch.float32).tiny ** 0.5
+                torch.testing.assert_close(magnitude.norm, exact.float(), rtol=1e-6, atol=0)
+                torch.testing.assert_close(magnitude.gain, magnitude.m / magnitude.norm)
+
+
 def ropes(size: int, with_bias: bool, with_norm: bool) -> tuple[Rope, Rope]:
     """Of six heads of `size` that are turned, on the CPU and on the device."""
     angle, weight = randn(T, size // 2), randn(6, size)
@@ -263,11 +347,12 @@ def ropes(size: int, with_bias: bool, with_norm: bool) -> tuple[Rope, Rope]:
     return on(CPU), on(DEVICE)
 
 
+@with_and_without_dora
 @pytest.mark.parametrize("with_norm", [True, False])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("with_update", [True, False])
-def test_rope(with_update: bool, with_bias: bool, with_norm: bool) -> None:
-    here, there = low_rank_on("qkv"), low_rank_on("qkv", DEVICE)
+def test_rope(with_update: bool, with_bias: bool, with_norm: bool, dora: bool) -> None:
+    here, there = low_rank_on("qkv", dora=dora), low_rank_on("qkv", DEVICE, dora=dora)
     y, h = randn(T, 128), randn(T, here.width) if with_update else None
     rope, on_device = ropes(16, with_bias, with_norm)
     reference, unnormed = layer_ops.rope_forward_(*copies([y, h]), here, rope, True)  # type: ignore[arg-type]
@@ -277,10 +362,11 @@ def test_rope(with_update: bool, with_bias: bool, with_norm: bool) -> None:
     if unnormed is not None and unnormed_there is not None:
         close(unnormed_there, unnormed)
     parts = [randn(T, heads, 16, seed=heads) for heads in (4, 2, 2)]
-    turned_back, _ = layer_ops.rope_backward(*parts, reference, unnormed, rope)
+    turned_back, _ = layer_ops.rope_backward(*parts, reference, unnormed, here, rope)
     moved_parts = [part.to(DEVICE) for part in parts]
-    dy, products = layer_ops_triton.rope_backward(*moved_parts, ours, unnormed_there, on_device)
+    dy, products = layer_ops_triton.rope_backward(*moved_parts, ours, unnormed_there, there, on_device)
     close(dy, turned_back)
+    same_magnitude_gradients(there, here)
     product = y if h is None else low_rank.expand_(y.clone(), h, here)
     close(products, (turned_back * product).sum(1))
 
@@ -297,15 +383,21 @@ def test_rope_keeps_nothing_without_a_backward_pass(with_norm: bool) -> None:
 
 @in_one_stripe_and_in_two
 @with_and_without_dropout
+@with_and_without_dora
 @pytest.mark.parametrize("with_update", [True, False])
 @pytest.mark.parametrize("kinds", [("gate_up", "down"), ("gate_up_small", "down_small")])
 def test_swiglu(
-    kinds: tuple[str, str], with_update: bool, dropouts: Sequence[float], blocks: int, monkeypatch: pytest.MonkeyPatch
+    kinds: tuple[str, str],
+    with_update: bool,
+    dora: bool,
+    dropouts: Sequence[float],
+    blocks: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Ranks that fit into one block of the kernels, and ranks that do not."""
     monkeypatch.setitem(swiglu_triton.SWIGLU, "BLOCKS", blocks)
     (here, there), (down, down_there) = (
-        (low_rank_on(k, CPU, dropouts), low_rank_on(k, DEVICE, dropouts)) for k in kinds
+        (low_rank_on(k, CPU, dropouts, dora), low_rank_on(k, DEVICE, dropouts, dora)) for k in kinds
     )
     y, dact = randn(T, 160), randn(T, 80)
     h, dh = (randn(T, low.width) if with_update else None for low in (here, down))
@@ -317,7 +409,7 @@ def test_swiglu(
     close(activation, reference)
     close(own(shrunk_there, down_there), shrunk)
     dact_here, dact_there = dact.clone(), dact.to(DEVICE, copy=True)
-    product = y_here.clone()
+    product = y if h is None else low_rank.expand_(y.clone(), h, here)
     shrunk, _ = layer_ops.swiglu_backward_(dact_here, dh, down, y_here, h, here)
     shrunk_there, products = swiglu_triton.swiglu_backward_(
         dact_there, on_device[1], down_there, y_there, on_device[0], there
@@ -328,6 +420,7 @@ def test_swiglu(
     close(products, (y_here * product).sum(1))
     close(dact_there, dact_here)
     close(dact_there, reference)  # what the next product's A needs
+    same_magnitude_gradients(there, here)
 
 
 def test_cross_entropy() -> None:

@@ -13,6 +13,9 @@ Sums run in fp32 (fp64 for fp64); results are rounded once to the dtype of the b
 The norm's backward pass needs the sum over a row of dn n, n the normed row and dn its whole gradient. With y = W n and
 dn = dy W (W with its adapters) that is the sum of dy y: `products`. Where dy is made, y is at hand, and the norm's
 kernel need not read its row twice.
+
+With DoRA in the batch (`low_rank.dora`) y is `gain (W n + h B^T)` plus bias. The gradients that rope's and SwiGLU's
+backward passes return are then those of what is in brackets, and m's are added; see `gains.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_core import kernels
+from lora_core.kernels.gains import apply_gains_, gains_backward_
 from lora_core.kernels.low_rank import LowRank, Norm, expand_, expand_gradient_, shrink, shrink_gradient
 
 
@@ -56,16 +60,15 @@ def norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x, y `[T, H]` -> (x + y + h B^T, its RMSNorm, fp32 `[T]` reciprocal root mean squares).
 
-    y None: x itself is normed and returned.
+    y None: x itself is normed and returned. y is used up; with DoRA, whose `gains_backward` needs it, it is what was
+    added to x.
     """
     if kernels.runs_in_triton(x):
         from lora_core.kernels import layer_ops_triton
 
         return layer_ops_triton.norm_forward(x, y, h, low_rank, weight, eps)
     if y is not None:
-        if h is not None:
-            expand_(y, h, low_rank)
-        x = x + y
+        x = x + _updated_(y, h, low_rank)
     normed, rstd = _rms_norm(x, weight, eps)
     return x, normed, rstd
 
@@ -82,7 +85,7 @@ def norm_backward(
     below: LowRank,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient with respect to x `[T, H]`: of the norm, whose output's is dn + dh A, plus `residual`; dn is used up.
-    Also its shrink for the product that x is a sum with, `[T, width]` (None where nothing adapts it).
+    Also its shrink for the product that x is a sum with, `[T, width]` (None where nothing adapts it, and with DoRA).
 
     `products` fp32 `[T]`: sums of dn n, if they are known; CPUs make them here.
     """
@@ -94,7 +97,7 @@ def norm_backward(
         expand_gradient_(dn, dh, low_rank)
     dx = _rms_norm_gradient(dn, x, rstd[:, None], weight)
     dx = (dx if residual is None else dx.add_(residual)).to(x.dtype)
-    return dx, shrink_gradient(dx, below) if below.width else None
+    return dx, shrink_gradient(dx, below) if below.width and not below.dora else None
 
 
 def rope_forward_(
@@ -110,8 +113,7 @@ def rope_forward_(
         from lora_core.kernels import layer_ops_triton
 
         return layer_ops_triton.rope_forward_(y, h, low_rank, rope, with_backward)
-    if h is not None:
-        expand_(y, h, low_rank)
+    _updated_(y, h, low_rank)
     if rope.bias is not None:
         y += rope.bias
     heads, unnormed = _turned_heads(y, rope), None
@@ -123,7 +125,7 @@ def rope_forward_(
 
 
 def rope_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, y: Tensor, unnormed: Tensor | None, rope: Rope
+    dq: Tensor, dk: Tensor, dv: Tensor, y: Tensor, unnormed: Tensor | None, low_rank: LowRank, rope: Rope
 ) -> tuple[Tensor, Tensor | None]:
     """dq, dk, dv `[T, heads, d]` of the turned q and k -> the gradient of q, k, v side by side, `[T, q + k + v]`, and
     on CUDA the `products` for the norm before. y and `unnormed` are what `rope_forward_` returned.
@@ -131,7 +133,7 @@ def rope_backward(
     if kernels.runs_in_triton(dq):
         from lora_core.kernels import layer_ops_triton
 
-        return layer_ops_triton.rope_backward(dq, dk, dv, y, unnormed, rope)
+        return layer_ops_triton.rope_backward(dq, dk, dv, y, unnormed, low_rank, rope)
     dy = torch.cat([part.reshape(part.shape[0], -1) for part in (dq, dk, dv)], dim=1)
     heads = _turned_heads(dy, rope)
     _turn_(heads, rope, -1.0)
@@ -139,6 +141,13 @@ def rope_backward(
         assert unnormed is not None
         x = unnormed.view_as(heads)
         heads.copy_(_rms_norm_gradient(heads, x, _rstd(x.to(_wide(x)), rope.norm.eps), rope.norm.weight))
+    if low_rank.dora:
+        y = y.clone()
+        if unnormed is not None:
+            _turned_heads(y, rope).copy_(unnormed.view_as(heads))
+        else:
+            _turn_back_(_turned_heads(y, rope), rope)
+        return gains_backward_(dy, y if rope.bias is None else y.sub_(rope.bias), low_rank), None
     return dy, None
 
 
@@ -152,8 +161,7 @@ def swiglu_forward(y: Tensor, h: Tensor | None, low_rank: LowRank, down: LowRank
         from lora_core.kernels import swiglu_triton
 
         return swiglu_triton.swiglu_forward(y, h, low_rank, down)
-    if h is not None:
-        expand_(y, h, low_rank)
+    _updated_(y, h, low_rank)
     gate, up = y.chunk(2, dim=1)
     activation = F.silu(gate).mul_(up)
     return activation, shrink(activation, down) if down.width else None
@@ -161,7 +169,7 @@ def swiglu_forward(y: Tensor, h: Tensor | None, low_rank: LowRank, down: LowRank
 
 def gate_up_again(y: Tensor, h: Tensor | None, low_rank: LowRank) -> Tensor:
     """y as `swiglu_forward` left it, where its frozen product was made again."""
-    return y if h is None or kernels.runs_in_triton(y) else expand_(y, h, low_rank)
+    return y if kernels.runs_in_triton(y) else _updated_(y, h, low_rank)
 
 
 def swiglu_backward_(
@@ -177,13 +185,23 @@ def swiglu_backward_(
         return swiglu_triton.swiglu_backward_(dact, dh_down, down, y, h, low_rank)
     if dh_down is not None:
         expand_gradient_(dact, dh_down, down)
+    updated = y.clone() if low_rank.dora else None
     gate, up = y.chunk(2, dim=1)
     silu, dsilu = F.silu(gate), dact * up
     dup = dact * silu
     torch.mul(silu, up, out=dact)
     up.copy_(dup)
     torch.ops.aten.silu_backward.grad_input(dsilu, gate, grad_input=gate)
+    if updated is not None:
+        gains_backward_(y, updated, low_rank)
     return shrink_gradient(y, low_rank) if low_rank.width else None, None
+
+
+def _updated_(y: Tensor, h: Tensor | None, low_rank: LowRank) -> Tensor:
+    """A frozen product with all that its adapters add, on CPU."""
+    if h is not None:
+        expand_(y, h, low_rank)
+    return apply_gains_(y, low_rank) if low_rank.dora else y
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -214,6 +232,13 @@ def _turn_(heads: Tensor, rope: Rope, direction: float) -> None:
     sin = rope.sin * direction
     cos, sin = (torch.cat(halves, dim=1)[:, None].to(heads.dtype) for halves in ([rope.cos, rope.cos], [-sin, sin]))
     heads.mul_(cos).addcmul_(across, sin)
+
+
+def _turn_back_(heads: Tensor, rope: Rope) -> None:
+    """As they were before `_turn_`. With rounded cos and sin the inverse is not quite the transpose."""
+    _turn_(heads, rope, -1.0)
+    squares = rope.cos.to(_wide(heads)).square() + rope.sin.to(_wide(heads)).square()
+    heads /= torch.cat([squares, squares], dim=1)[:, None]
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels import low_rank_triton, masked_low_rank_triton
+from lora_core.kernels.gains_triton import add_magnitude_gradient, gained
 from lora_core.kernels.layer_ops import Rope
 from lora_core.kernels.low_rank import NARROW_ROWS, TILE_ROWS, LowRank
 from lora_core.kernels.low_rank_triton import (
@@ -22,6 +23,7 @@ from lora_core.kernels.low_rank_triton import (
     table_arguments,
     table_of,
     updated,
+    widths,
 )
 
 # The fastest of a sweep on one H100 at 8,192 tokens of the 8B shape, r 16 (microseconds; in brackets the floor,
@@ -36,7 +38,7 @@ WIDE_NUMBERS = {"COLUMNS": 64, "STAGES": 1}  # fp32 takes twice the shared memor
 @triton.jit(do_not_specialize=["adapters"])
 def _norm_forward(
     x, y, h, total, normed, rstds, weight, tiles, table, row_fields, adapters, H, h_stride, eps,
-    ADD: tl.constexpr, UPDATE: tl.constexpr,
+    ADD: tl.constexpr, UPDATE: tl.constexpr, DORA: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     RANKS: tl.constexpr, LOOP: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -57,6 +59,9 @@ def _norm_forward(
             addend = tl.load(y + place, mask=mask, other=0.0).to(tl.float32)
             if UPDATE:
                 addend = updated(addend, h, h_stride, t, t_mask, row, 0, H, n, n_mask, RANKS, LOOP, PRECISION)
+            if DORA:
+                addend = gained(addend, row, 0, n, n_mask)
+                tl.store(y + place, addend.to(dtype), mask=mask)
             value += addend
             rounded = value.to(dtype)
             tl.store(total + place, rounded, mask=mask)
@@ -150,7 +155,8 @@ def _head_rstd(first, second, eps, HALF: tl.constexpr):
 def _rope_forward(
     y, h, bias, cos, sin, tiles, table, row_fields, adapters, N, N0, N1, h_stride, turned_heads,
     weight, eps, unnormed,
-    BIAS: tl.constexpr, UPDATE: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr, HALF: tl.constexpr,
+    BIAS: tl.constexpr, UPDATE: tl.constexpr, DORA: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr,
+    HALF: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr, LOOP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile = tiles + tl.program_id(0) * 3
@@ -174,6 +180,9 @@ def _rope_forward(
         second = updated(
             second, h, h_stride, t, t_mask, row, linear, size, local + HALF + d, d_mask, RANKS, LOOP, PRECISION
         )
+    if DORA:
+        first = gained(first, row, linear, local + d, d_mask)
+        second = gained(second, row, linear, local + HALF + d, d_mask)
     if BIAS:
         first += tl.load(bias + column + d, mask=d_mask, other=0.0).to(tl.float32)[None, :]
         second += tl.load(bias + column + HALF + d, mask=d_mask, other=0.0).to(tl.float32)[None, :]
@@ -202,15 +211,20 @@ def _rope_forward(
     tl.store(place + HALF, second.to(dtype), mask=mask)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["adapters", "T"])
 def _rope_backward(
-    dq, dk, dv, y, bias, dy, products, cos, sin, T, q_heads, k_heads, N, weight, eps, unnormed,
-    BIAS: tl.constexpr, NORM: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    dq, dk, dv, y, bias, dy, products, cos, sin, tiles, table, row_fields, adapters, N, N0, N1, T, q_heads, k_heads,
+    weight, eps, unnormed,
+    BIAS: tl.constexpr, DORA: tl.constexpr, NORM: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    t = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    tile = tiles + tl.program_id(0) * 3
+    t = (tl.load(tile + 1) + tl.arange(0, ROWS)).to(tl.int64)
+    t_mask = tl.arange(0, ROWS) < tl.load(tile + 2)
     head = tl.program_id(1)
     d = tl.arange(0, BLOCK)
-    mask = (t < T)[:, None] & (d < HALF)[None, :]
+    d_mask = d < HALF
+    mask = t_mask[:, None] & d_mask[None, :]
     if head < q_heads:
         source = dq + (t * q_heads + head)[:, None] * (2 * HALF) + d[None, :]
     elif head < q_heads + k_heads:
@@ -235,21 +249,38 @@ def _rope_backward(
         turned = first * c + second * s
         second = second * c - first * s
         first = turned
+        if DORA and not NORM:
+            squares = c * c + s * s  # not quite 1 where cos and sin are rounded; 0 past the end
+            squares = tl.where(squares == 0.0, 1.0, squares)
+            turned = (first_y * c + second_y * s) / squares
+            second_y = (second_y * c - first_y * s) / squares
+            first_y = turned
         if NORM:
             rstd = _head_rstd(first_y, second_y, eps, HALF)
             w = weight + head * 2 * HALF + d
-            first *= tl.load(w, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
-            second *= tl.load(w + HALF, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
+            first *= tl.load(w, mask=d_mask, other=0.0).to(tl.float32)[None, :]
+            second *= tl.load(w + HALF, mask=d_mask, other=0.0).to(tl.float32)[None, :]
             total = tl.sum(first * first_y, axis=1) + tl.sum(second * second_y, axis=1)
             factor = total * rstd * rstd / (2 * HALF)
             first = rstd[:, None] * (first - first_y * factor[:, None])
             second = rstd[:, None] * (second - second_y * factor[:, None])
             product = first * first_y + second * second_y
+    column = head * 2 * HALF
     if BIAS:
-        column = head * 2 * HALF + d
-        product -= first * tl.load(bias + column, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
-        product -= second * tl.load(bias + column + HALF, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
-    tl.store(products + head * T + t, tl.sum(product, axis=1), mask=t < T)
+        first_bias = tl.load(bias + column + d, mask=d_mask, other=0.0).to(tl.float32)[None, :]
+        second_bias = tl.load(bias + column + HALF + d, mask=d_mask, other=0.0).to(tl.float32)[None, :]
+        product -= first * first_bias + second * second_bias
+        first_y -= first_bias
+        second_y -= second_bias
+    tl.store(products + head * T + t, tl.sum(product, axis=1), mask=t_mask)
+    if DORA:
+        row = table_of(table, tl.load(tile), row_fields, adapters)
+        linear = tl.where(column < N0, 0, tl.where(column < N0 + N1, 1, 2))
+        local = column - tl.where(linear == 0, 0, tl.where(linear == 1, N0, N0 + N1))
+        add_magnitude_gradient(first, first_y, row, linear, local + d, d_mask)
+        add_magnitude_gradient(second, second_y, row, linear, local + HALF + d, d_mask)
+        first = gained(first, row, linear, local + d, d_mask)
+        second = gained(second, row, linear, local + HALF + d, d_mask)
     tl.store(dy + place, first.to(dy.dtype.element_ty), mask=mask)
     tl.store(dy + place + HALF, second.to(dy.dtype.element_ty), mask=mask)
 
@@ -257,14 +288,15 @@ def _rope_backward(
 def norm_forward(
     x: Tensor, y: Tensor | None, h: Tensor | None, low_rank: LowRank, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `layer_ops.norm_forward`; y's memory becomes the sum."""
+    """See `layer_ops.norm_forward`; y's memory becomes the sum, unless it is what is added."""
     normed = torch.empty_like(x)
     rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    total = x if y is None else y
+    dora = y is not None and low_rank.dora
+    total = x if y is None else torch.empty_like(y) if dora else y
     _norm_forward[(low_rank.segments.narrow_tiles.shape[0],)](
-        x, total, h, total, normed, rstd, weight, low_rank.segments.narrow_tiles, *table_arguments(low_rank),
+        x, y, h, total, normed, rstd, weight, low_rank.segments.narrow_tiles, *table_arguments(low_rank),
         x.shape[1], 0 if h is None else h.stride(0), eps,
-        ADD=y is not None, UPDATE=h is not None,
+        ADD=y is not None, UPDATE=h is not None, DORA=dora,
         ROWS=NARROW_ROWS, **ranks_of(low_rank.rank), PRECISION=precision(x), **sized(NORM_FORWARD, x),
     )  # fmt: skip
     return total, normed, rstd
@@ -295,7 +327,7 @@ def norm_backward(
     dx, tiles = torch.empty_like(x), low_rank.segments.tiles
     stripes = stripes_of(width, NORM_BACKWARD)
     below_ranks = rank_block(below.width)
-    together = 0 < below.width <= below_ranks
+    together = 0 < below.width <= below_ranks and not below.dora
     partial = partial_sums(x, stripes, below) if together else None
     table, row_fields, adapters = table_arguments(low_rank)
     _norm_backward[tiles.shape[0], stripes](
@@ -306,7 +338,7 @@ def norm_backward(
     )  # fmt: skip
     if partial is not None:
         return dx, partial.sum(0).to(x.dtype)
-    return dx, shrink_gradient(dx, below) if below.width else None
+    return dx, shrink_gradient(dx, below) if below.width and not below.dora else None
 
 
 def rope_forward_(
@@ -316,21 +348,20 @@ def rope_forward_(
     keep = rope.norm is not None and with_backward
     unnormed = y.new_empty(y.shape[0], rope.turned_heads * rope.head_size) if keep else None
     half = rope.head_size // 2
-    widths = low_rank.group.outputs
     tiles = low_rank.segments.tiles
     _rope_forward[tiles.shape[0], y.shape[1] // rope.head_size](
         y, h, rope.bias, rope.cos, rope.sin, tiles, *table_arguments(low_rank),
-        y.shape[1], widths[0], widths[1], 0 if h is None else h.stride(0), rope.turned_heads,
+        *widths(low_rank.group), 0 if h is None else h.stride(0), rope.turned_heads,
         *_norm_arguments(rope), unnormed,
-        BIAS=rope.bias is not None, UPDATE=h is not None, NORM=rope.norm is not None, KEEP=keep, HALF=half,
-        ROWS=TILE_ROWS, BLOCK=max(16, triton.next_power_of_2(half)), **ranks_of(low_rank.rank),
+        BIAS=rope.bias is not None, UPDATE=h is not None, DORA=low_rank.dora, NORM=rope.norm is not None, KEEP=keep,
+        HALF=half, ROWS=TILE_ROWS, BLOCK=max(16, triton.next_power_of_2(half)), **ranks_of(low_rank.rank),
         PRECISION=precision(y), **ROPE,
     )  # fmt: skip
     return y, unnormed
 
 
 def rope_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, y: Tensor, unnormed: Tensor | None, rope: Rope
+    dq: Tensor, dk: Tensor, dv: Tensor, y: Tensor, unnormed: Tensor | None, low_rank: LowRank, rope: Rope
 ) -> tuple[Tensor, Tensor]:
     """See `layer_ops.rope_backward`."""
     tokens, q_heads, size = dq.shape
@@ -338,10 +369,12 @@ def rope_backward(
     heads = q_heads + 2 * k_heads
     dy = torch.empty_like(y)
     products = torch.empty(heads, tokens, dtype=torch.float32, device=y.device)
-    _rope_backward[triton.cdiv(tokens, TILE_ROWS), heads](
-        dq.contiguous(), dk.contiguous(), dv.contiguous(), y, rope.bias, dy, products, rope.cos, rope.sin, tokens,
-        q_heads, k_heads, heads * size, *_norm_arguments(rope), unnormed,
-        BIAS=rope.bias is not None, NORM=rope.norm is not None,
+    tiles = low_rank.segments.tiles
+    _rope_backward[tiles.shape[0], heads](
+        dq.contiguous(), dk.contiguous(), dv.contiguous(), y, rope.bias, dy, products, rope.cos, rope.sin,
+        tiles, *table_arguments(low_rank), *widths(low_rank.group), tokens, q_heads, k_heads,
+        *_norm_arguments(rope), unnormed,
+        BIAS=rope.bias is not None, DORA=low_rank.dora, NORM=rope.norm is not None,
         HALF=size // 2, ROWS=TILE_ROWS, BLOCK=triton.next_power_of_2(size // 2), **ROPE,
     )  # fmt: skip
     return dy, products.sum(0)

@@ -52,6 +52,18 @@ class LinearGroup:
 
 
 @dataclass(frozen=True)
+class Magnitude:
+    """DoRA on one linear: m `[out]`, its gradient, the norms of the rows of W + s B A, and `gain`, m over these; fp32
+    or wider. The linear's output is `gain (W x + h B^T)` plus its bias.
+    """
+
+    m: Tensor
+    gradient: Tensor
+    norm: Tensor
+    gain: Tensor
+
+
+@dataclass(frozen=True)
 class Part:
     """One adapter's B of one linear: b `[out, r]` in the base's dtype, its fp32 gradient, and its columns of h.
 
@@ -62,6 +74,7 @@ class Part:
     b_gradient: Tensor
     offset: int
     module_key: int = 0
+    magnitude: Magnitude | None = None
 
     @property
     def columns(self) -> slice:
@@ -105,6 +118,10 @@ class GroupAdapter:
     @property
     def largest_rank(self) -> int:
         return max(part.b.shape[1] for part in self.parts if part is not None)
+
+    @property
+    def dora(self) -> bool:
+        return any(part is not None and part.magnitude is not None for part in self.parts)
 
 
 class Segments:
@@ -157,7 +174,8 @@ class LowRank:
 
     `width` is the number of columns of h, at least that of any adapter here; `rank` the largest of any of its parts.
     `table` int64 `[adapters + 1, groups * FIELDS]` holds addresses for Triton (see `low_rank_triton.py`).
-    `dropout_keys` int64 `[T]` are there if one of these adapters drops features in this batch.
+    `dropout_keys` int64 `[T]` are there if one of these adapters drops features in this batch, and `dora` says whether
+    one has magnitudes (`gains.py`).
     """
 
     group: LinearGroup
@@ -167,6 +185,7 @@ class LowRank:
     rank: int
     table: Tensor | None
     dropout_keys: Tensor | None = None
+    dora: bool = False
 
     def present(self) -> list[tuple[GroupAdapter, slice]]:
         """Each adapter that has something here, with its rows."""

@@ -6,6 +6,7 @@ Addresses come from a table of int64, one row an adapter: FIELDS numbers for eac
     0 A    1 A's gradient    2 width (sum of ranks)    3 scales
     4 + 4 i ... of linear i: B, B's gradient, r, column of h
     16 share that dropout drops, in 1/65,536    17 + i linear i's key in dropout masks
+    20 + 4 i ... of linear i, all 0 without DoRA: gain, m, m's gradient, norms of rows
 
 What differs from batch to batch, the number of adapters and of rows T, is not specialised, or jobs that come and go
 would have every kernel compiled again. Ranks are taken in blocks of 16, 32 or 64, and each compiles once.
@@ -24,7 +25,8 @@ from torch import Tensor
 from lora_core.dropout import threshold
 from lora_core.kernels.low_rank import TILE_ROWS, GroupAdapter, LinearGroup, LowRank, Norm
 
-FIELDS = 20
+FIELDS = 32
+MAGNITUDE = tl.constexpr(20)
 
 # The fastest of a sweep on one H100 at 8,192 tokens of the 8B shape, r 16 (microseconds; in brackets the floor,
 # bytes over 3 TB/s): shrink of 4,096 features 37 (22), of 14,336 92 (78); A's gradient 61 (22) and 97 (78), B's of
@@ -52,6 +54,9 @@ def table_row(adapter: GroupAdapter | None, group: LinearGroup) -> list[int]:
                 part.offset,
             ]
             row[17 + place] = part.module_key
+            if (magnitude := part.magnitude) is not None:
+                vectors = (magnitude.gain, magnitude.m, magnitude.gradient, magnitude.norm)
+                row[20 + 4 * place : 24 + 4 * place] = [vector.data_ptr() for vector in vectors]
     row[16] = threshold(adapter.dropout)
     return row
 

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels import masked_low_rank_triton
+from lora_core.kernels.gains_triton import add_magnitude_gradient, gained
 from lora_core.kernels.layer_ops_triton import partial_sums, sized, stripes_of
 from lora_core.kernels.low_rank import TILE_ROWS, LowRank
 from lora_core.kernels.low_rank_triton import (
@@ -54,7 +55,7 @@ def _b_tile(low, I, n, n_mask, c):
 @triton.jit(do_not_specialize=["adapters", "T"])
 def _swiglu_forward(
     y, h, activation, partial, tiles, table, down_table, row_fields, adapters, I, T, h_stride, partial_width,
-    UPDATE: tl.constexpr, SHRINK: tl.constexpr,
+    UPDATE: tl.constexpr, DORA: tl.constexpr, SHRINK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
     RANKS: tl.constexpr, LOOP: tl.constexpr, DOWN_RANKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -90,6 +91,9 @@ def _swiglu_forward(
                 up_tile = _b_tile(up_low, I, n, n_mask, c)
                 gate = tl.dot(gate_low[0], gate_tile, gate, input_precision=PRECISION)
                 up = tl.dot(up_low[0], up_tile, up, input_precision=PRECISION)
+        if DORA:
+            gate = gained(gate, row, 0, n, n_mask)
+            up = gained(up, row, 1, n, n_mask)
         value = (gate * tl.sigmoid(gate) * up).to(dtype)
         tl.store(activation + t[:, None] * I + n[None, :], value, mask=mask)
         if SHRINK:
@@ -107,7 +111,8 @@ def _swiglu_backward(
     dact, dh_down, down_table, dh_stride, y, h, partial, products, tiles, table, row_fields, adapters,
     I, T, h_stride, partial_width,
     EXPAND: tl.constexpr, DOWN_RANKS: tl.constexpr, DOWN_LOOP: tl.constexpr,
-    UPDATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+    UPDATE: tl.constexpr, DORA: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
     RANKS: tl.constexpr, LOOP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile = tiles + tl.program_id(0) * 3
@@ -150,6 +155,9 @@ def _swiglu_backward(
                 up_tile = _b_tile(up_low, I, n, n_mask, c)
                 gate = tl.dot(gate_low[0], gate_tile, gate, input_precision=PRECISION)
                 up = tl.dot(up_low[0], up_tile, up, input_precision=PRECISION)
+        if DORA:
+            gate = gained(gate, row, 0, n, n_mask)
+            up = gained(up, row, 1, n, n_mask)
         if EXPAND:
             if DOWN_LOOP:
                 gradient = expanded(
@@ -162,8 +170,15 @@ def _swiglu_backward(
                 gradient = tl.dot(dh_tile, a_tile, gradient, input_precision=PRECISION)
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
-        dgate = (gradient * up * (sigmoid + silu * (1.0 - sigmoid))).to(dtype)
-        dup = (gradient * silu).to(dtype)
+        dgate = gradient * up * (sigmoid + silu * (1.0 - sigmoid))
+        dup = gradient * silu
+        if DORA:
+            add_magnitude_gradient(dgate, gate, row, 0, n, n_mask)
+            add_magnitude_gradient(dup, up, row, 1, n, n_mask)
+            dgate = gained(dgate, row, 0, n, n_mask)
+            dup = gained(dup, row, 1, n, n_mask)
+        dgate = dgate.to(dtype)
+        dup = dup.to(dtype)
         tl.store(place, dgate, mask=mask)
         tl.store(place + I, dup, mask=mask)
         activation = silu * up
@@ -198,8 +213,8 @@ def swiglu_forward(y: Tensor, h: Tensor | None, low_rank: LowRank, down: LowRank
     _swiglu_forward[tiles.shape[0], stripes](
         y, h, activation, partial, tiles, table, table_arguments(down)[0], row_fields, adapters,
         width, y.shape[0], 0 if h is None else h.stride(0), down.width,
-        UPDATE=h is not None, SHRINK=together, ROWS=TILE_ROWS, **ranks_of(low_rank.rank), DOWN_RANKS=down_ranks,
-        PRECISION=precision(y), **sized(SWIGLU, y),
+        UPDATE=h is not None, DORA=low_rank.dora, SHRINK=together,
+        ROWS=TILE_ROWS, **ranks_of(low_rank.rank), DOWN_RANKS=down_ranks, PRECISION=precision(y), **sized(SWIGLU, y),
     )  # fmt: skip
     if partial is not None:
         return activation, partial.sum(0).to(y.dtype)
@@ -227,7 +242,7 @@ def swiglu_backward_(
         tiles, table, row_fields, adapters, width, y.shape[0], 0 if h is None else h.stride(0), low_rank.width,
         EXPAND=dh_down is not None,
         DOWN_RANKS=rank_block(down.width), DOWN_LOOP=down.width > rank_block(down.width),
-        UPDATE=h is not None, ROWS=TILE_ROWS, **ranks, PRECISION=precision(y), **sized(SWIGLU, y),
+        UPDATE=h is not None, DORA=low_rank.dora, ROWS=TILE_ROWS, **ranks, PRECISION=precision(y), **sized(SWIGLU, y),
     )  # fmt: skip
     products = products.sum(0)
     if partial is not None:

@@ -1,0 +1,52 @@
+"""DoRA's part of a layer (`lora_core/dora.py`): y = gain v, v = x W^T + h B^T, row by row of W, for the adapters of a
+batch that have magnitudes; other rows stay as they are.
+
+    apply_gains_      v -> y, after `expand_`; on CUDA the kernels that add h B^T do it
+    gains_backward_   dy -> dv = gain dy, which takes dy's place in all products, and m's gradient; on CUDA likewise
+    gains_backward    the same where dy stays
+
+The norm is a constant to the gradient, so m's is the sum of dy v / norm, which is that of dy y / m: y is what forward
+passes keep. Where m is 0 a row's y is 0 and m's gradient is taken for 0: such rows are those of zeros in W, whose B
+learns nothing either.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_core import kernels
+from lora_core.kernels.low_rank import LowRank
+
+CPU_ROWS = 128
+"""Rows that are widened to fp32 at a time."""
+
+
+def apply_gains_(y: Tensor, low_rank: LowRank) -> Tensor:
+    """y `[T, out]`, in place, on CPU."""
+    for adapter, rows in low_rank.present():
+        for part, columns, _ in adapter.present(low_rank.group):
+            if part.magnitude is not None:
+                y[rows, columns] *= part.magnitude.gain
+    return y
+
+
+def gains_backward_(dy: Tensor, y: Tensor, low_rank: LowRank) -> Tensor:
+    """dy `[T, out]`, in place, adding to m's gradients; y `[T, out]` is without bias."""
+    for adapter, rows in low_rank.present():
+        for part, columns, _ in adapter.present(low_rank.group):
+            if (magnitude := part.magnitude) is not None:
+                own, divisor = dy[rows, columns], torch.where(magnitude.m == 0, torch.inf, magnitude.m)
+                for few, of_few in zip(own.split(CPU_ROWS), y[rows, columns].split(CPU_ROWS), strict=True):
+                    magnitude.gradient.add_((few.to(divisor.dtype) * of_few).sum(0) / divisor)
+                own *= magnitude.gain
+    return dy
+
+
+def gains_backward(dy: Tensor, y: Tensor, low_rank: LowRank) -> Tensor:
+    """dy `[T, out]` -> dv, likewise."""
+    if kernels.runs_in_triton(dy):
+        from lora_core.kernels import gains_triton
+
+        return gains_triton.gains_backward(dy, y, low_rank)
+    return gains_backward_(dy.clone(), y, low_rank)
