@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lora_core.cpu_attention import EqualDocuments
+from lora_core.to_device import to_device
 
 ATTENTION_NAME = "lora"
 
@@ -116,7 +117,7 @@ class DocumentAttention:
         self._scaling, self._lengths = scaling, list(lengths)
         self._longest = max(self._lengths)
         ends = torch.tensor([0, *itertools.accumulate(self._lengths)], dtype=torch.int32)
-        self._ends = ends.to(device, non_blocking=True)
+        self._ends = to_device(ends, device)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, with_backward: bool) -> tuple[Tensor, Backward]:
         """(attended `[T, heads * d]`, its gradient -> those of q, k and v)."""

@@ -233,7 +233,8 @@ def _packing_error(base: BaseModel) -> float:
     if base.decoder is None:
         hidden = base.hidden(ids, positions, PackedAttention(lengths))
     else:
-        hidden = base.decoder.hidden(Rows(ids[0], positions[0], lengths, [(NO_ADAPTER, len(ids[0]))]), [])[None]
+        rows = Rows(ids[0], positions[0], lengths, [(NO_ADAPTER, len(ids[0]))])
+        hidden = base.decoder.hidden(base.decoder.batch(rows, []))[None]
     ours = base.head(hidden).float()
     base.model.set_attn_implementation("eager")
     try:

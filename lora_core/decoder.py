@@ -201,13 +201,15 @@ class Decoder:
         return AdapterView(adapter, self.groups, self.embedding.device)
 
     @torch.no_grad()
-    def forward_backward(
-        self, rows: Rows, adapters: Sequence[AdapterView], labels: Labels, checkpointing: Checkpointing = "none"
-    ) -> Tensor:
+    def batch(self, rows: Rows, adapters: Sequence[AdapterView]) -> Batch:
+        """What the passes take, with all of it on the device: it can be made while another one is computed."""
+        return Batch(self, rows, adapters)
+
+    @torch.no_grad()
+    def forward_backward(self, batch: Batch, labels: Labels, checkpointing: Checkpointing = "none") -> Tensor:
         """Add the gradients of every adapter; returns the summed token loss of each chunk of `labels`."""
-        batch = _Batch(self, rows, adapters)
         batch.measure_gains()
-        x, pending, saved = F.embedding(rows.ids, self.embedding), None, []
+        x, pending, saved = F.embedding(batch.ids, self.embedding), None, []
         for place in range(len(self.layers)):
             layer, x, pending = batch.forward(place, x, pending, checkpointing)
             saved.append(layer)
@@ -224,17 +226,16 @@ class Decoder:
         return losses
 
     @torch.no_grad()
-    def evaluate(self, rows: Rows, adapters: Sequence[AdapterView], labels: Labels) -> tuple[Tensor, Tensor]:
+    def evaluate(self, batch: Batch, labels: Labels) -> tuple[Tensor, Tensor]:
         """(summed token loss, number of labels that have the largest logit) of each chunk of `labels`."""
-        losses, correct, _ = head_losses(self.head, self.hidden(rows, adapters), labels, with_gradient=False)
+        losses, correct, _ = head_losses(self.head, self.hidden(batch), labels, with_gradient=False)
         return losses, correct
 
     @torch.no_grad()
-    def hidden(self, rows: Rows, adapters: Sequence[AdapterView]) -> Tensor:
+    def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states `[T, H]`, normed."""
-        batch = _Batch(self, rows, adapters)
         batch.measure_gains()
-        x, pending = F.embedding(rows.ids, self.embedding), None
+        x, pending = F.embedding(batch.ids, self.embedding), None
         for place in range(len(self.layers)):
             _, x, pending = batch.forward(place, x, pending, "full")
         return batch.add_and_norm(x, pending, self.final_norm)[1]
@@ -252,13 +253,15 @@ class Layer:
     head_norm: HeadNorm | None
 
 
-class _Batch:
+class Batch:
     """The layers on one batch."""
 
     def __init__(self, decoder: Decoder, rows: Rows, adapters: Sequence[AdapterView]) -> None:
         self._decoder, self._adapters = decoder, adapters
-        device = rows.ids.device
+        self.ids, device = rows.ids, rows.ids.device
         self._segments = Segments(rows.runs, device)
+        if device.type == "cuda" and adapters:  # else they would be made between the first kernels
+            _ = self._segments.tiles, self._segments.narrow_tiles, self._segments.spans
         self._dropout_keys = rows.dropout_keys
         self._table = stacked_tables(adapters, len(decoder.groups)) if device.type == "cuda" else None
         self._widths = [rounded_width(widths) for widths in zip(*(a.widths for a in adapters), strict=True)]

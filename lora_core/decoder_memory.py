@@ -104,7 +104,7 @@ class _Saved:
 
 
 class _Pass:
-    """`Decoder.forward_backward` and its `_Batch`."""
+    """`Decoder.forward_backward` and its `Batch`."""
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora_core.packing import Chunk
 
@@ -31,6 +31,13 @@ class FairQueue:
         self._waiting: dict[str, _Waiting] = {}
         self._tags: dict[str, int] = {}
         self._clock = 0
+
+    def copy(self) -> FairQueue:
+        """One that goes its own way from here on."""
+        other = FairQueue()
+        other._waiting = {job: replace(one, chunks=one.chunks.copy()) for job, one in self._waiting.items()}
+        other._tags, other._clock = self._tags.copy(), self._clock
+        return other
 
     def __contains__(self, job: object) -> bool:
         return job in self._waiting

@@ -87,7 +87,7 @@ def _dry_run(
     """
     bank, base = AdapterBank(model), BaseModel(model, PreTrainedTokenizerBase(), "", "", "", META)
     examples = [Example([0] * length, [False] + [True] * (length - 1)) for length in (tokens, 2)]
-    batch = pack([Chunk("", ((0, example),)) for example in examples], META)
+    batch = pack([Chunk("", ((0, example),), None) for example in examples], META)
     routed = [Run(adapter, chunk.rows, chunk.row_tokens) for chunk in batch.chunks]
     known = [*model.parameters(), *model.buffers(), *adapter.trained, *frozen(adapter)]
     meter = Meter([*known, *(tensor.grad for tensor in adapter.trained if tensor.grad is not None)])

@@ -5,14 +5,13 @@ EngineJob  ->  PreparedJob, in host memory  ->  LiveJob, with its optimizer on t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_core.adapter_bank import Adapter
 from lora_core.adapter_view import AdapterView
-from lora_core.dataset import Example
 from lora_core.dropout import mix64
 from lora_core.engine_job import EngineJob, Progress
 from lora_core.optim import FlatAdamW, HostState, Snapshot
@@ -42,6 +41,15 @@ class PreparedJob:
         self.progress = Progress.from_json(str(snapshot.counters["progress"]))
 
 
+class Standing(NamedTuple):
+    """Where a job that is not done stands: its next optimizer step is `step` (from 0), and the held-out examples may be
+    due before it.
+    """
+
+    step: int
+    evaluation_due: bool
+
+
 class LiveJob:
     """A job in training: its optimizer, its adapter's weights and its progress."""
 
@@ -50,7 +58,6 @@ class LiveJob:
         self.optimizer = optimizer
         self.progress = Progress()
         self.view: AdapterView | None = None  # of the adapter, where the decoder computes it
-        self._ahead: tuple[tuple[int, int], list[Chunk]] | None = None
         # Of the evaluation that is under way: sum of token losses, tokens that the model would have written, tokens.
         self.scores = torch.zeros(3, dtype=torch.float64, device=optimizer.flat.device)
 
@@ -71,36 +78,33 @@ class LiveJob:
         step, last = self.progress.step, self.progress.evaluation
         return self.job.evaluates_after(step) and (last is None or last.step != step)
 
-    def chunks(self, rank: int, ranks: int) -> list[Chunk]:
-        """A rank's share of what comes next, the held-out examples or those of the next step: every `ranks`-th."""
-        if self.evaluation_due:
-            return self._cut(self.job.validation, rank, ranks)
-        if self._ahead is not None and self._ahead[0] == (self.progress.step, rank):
-            return self._ahead[1]
-        return self._of_step(self.progress.step, rank, ranks)
+    @property
+    def standing(self) -> Standing | None:
+        """None: it is done."""
+        return None if self.done else Standing(self.progress.step, self.evaluation_due)
 
-    def look_ahead(self, rank: int, ranks: int) -> None:
-        """Make ready what `chunks` will return for this rank after the step that is under way."""
+    @property
+    def standing_after(self) -> Standing | None:
+        """What `standing` will be if the step that is under way succeeds."""
         step = self.progress.step + 1
-        if step < self.job.steps:
-            chunks = self._of_step(step, rank, ranks)
-            for chunk in chunks:
-                _ = chunk.columns
-            self._ahead = (step, rank), chunks
+        due = self.job.evaluates_after(step)
+        return Standing(step, due) if due or step < self.job.steps else None
 
-    def _of_step(self, step: int, rank: int, ranks: int) -> list[Chunk]:
-        return self._cut([self.job.examples[index] for index in self.job.examples_of(step)], rank, ranks)
-
-    def _cut(self, examples: Sequence[Example], rank: int, ranks: int) -> list[Chunk]:
-        return cut_into_chunks(self.job.name, list(enumerate(examples))[rank::ranks], self.job.chunk_limit)
+    def chunks(self, standing: Standing, rank: int, ranks: int) -> list[Chunk]:
+        """A rank's share of what comes next there, the held-out examples or those of the step: every `ranks`-th."""
+        job, step = self.job, None if standing.evaluation_due else standing.step
+        examples = job.validation if step is None else [job.examples[index] for index in job.examples_of(step)]
+        return cut_into_chunks(job.name, list(enumerate(examples))[rank::ranks], job.chunk_limit, step)
 
     def dropout_keys(self, chunk: PackedChunk) -> Tensor | None:
-        """int64 [rows]: a hash of (job seed, step, example in the step, token in the document)."""
-        if self.job.lora.lora_dropout == 0:
+        """int64 [rows]: a hash of (job seed, step, example in the step, token in the document); None without dropout or
+        training.
+        """
+        if self.job.lora.lora_dropout == 0 or chunk.step is None:
             return None
         # Not a tensor of a list, whose way to the device would be waited for.
         seed = torch.full((1,), self.job.train.seed, dtype=torch.int64, device=chunk.row_tokens.device)
-        return mix64(mix64(mix64(mix64(seed) + self.progress.step) + chunk.row_examples) + chunk.row_tokens)
+        return mix64(mix64(mix64(mix64(seed) + chunk.step) + chunk.row_examples) + chunk.row_tokens)
 
     def snapshot(self) -> Snapshot:
         """Everything that `TrainEngine.add` needs to continue exactly, as of the last step: of the next one's

@@ -39,16 +39,14 @@ def batch_losses(
     """
     with bank.routed(runs):
         hidden = base.hidden(batch.ids, batch.positions, attend or PackedAttention(batch.lengths))[0]
-    labelled = [(chunk.label_rows, chunk.labels) for chunk in batch.chunks]
-    return chunk_losses(hidden, routed_head(base, bank, runs), labelled, bank.head_weights(runs))
+    return chunk_losses(hidden, routed_head(base, bank, runs), batch.labels, bank.head_weights(runs))
 
 
 def batch_scores(base: BaseModel, bank: AdapterBank, runs: Sequence[Run], batch: PackedBatch) -> Tensor:
     """fp64 `[chunks, 2]`: each chunk's summed token loss, and how many of its labels are the most probable token."""
     with bank.routed(runs):
         hidden = base.hidden(batch.ids, batch.positions, PackedAttention(batch.lengths))[0]
-    labelled = [(chunk.label_rows, chunk.labels) for chunk in batch.chunks]
-    return chunk_scores(hidden, routed_head(base, bank, runs), labelled)
+    return chunk_scores(hidden, routed_head(base, bank, runs), batch.labels)
 
 
 def routed_head(base: BaseModel, bank: AdapterBank, runs: Sequence[Run]) -> Head:

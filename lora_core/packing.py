@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_core.dataset import Example
+from lora_core.to_device import to_device
 
 ROW_MULTIPLE = 8
 """Chunks are padded to this many rows. On CPU a product's last rows, left over when a thread's share is cut into fours,
@@ -43,10 +44,13 @@ class Columns(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunk:
-    """Examples of one job, with each one's place in the optimizer step (over all ranks)."""
+    """Examples of one job, with each one's place in the optimizer step (over all ranks). `step` is that step; None
+    where they are not trained on.
+    """
 
     job: str
     examples: tuple[tuple[int, Example], ...]
+    step: int | None
 
     @property
     def tokens(self) -> int:
@@ -59,7 +63,7 @@ class Chunk:
 
     @cached_property
     def columns(self) -> Columns:
-        """Its rows. Made once, and before they are needed where a GPU would wait for them (`LiveJob.look_ahead`)."""
+        """Its rows, made once: a micro-batch that was made ready may have to be made again."""
         ids, supervised = array("q"), bytearray()
         lengths, places = [], []
         for place, example in self.examples:
@@ -83,14 +87,15 @@ class Chunk:
 
 @dataclass(frozen=True)
 class PackedChunk:
-    """Where a chunk lies in a batch: `rows` tokens; `label_rows` int64 [n] (indices into the batch) predict `labels`
-    int64 [n].
+    """Where a chunk of a step lies in a batch: `rows` tokens; `label_rows` int64 [n] (indices into the batch) predict
+    `labels` int64 [n].
 
     `row_examples` and `row_tokens` int64 [rows] give each row's example in the step and token in its document. The last
     rows may be padding, a document of its own without labels.
     """
 
     job: str
+    step: int | None
     rows: int
     label_rows: Tensor
     labels: Tensor
@@ -109,27 +114,32 @@ class PackedBatch:
     lengths: tuple[int, ...]
     chunks: tuple[PackedChunk, ...]
 
+    @property
+    def labels(self) -> list[tuple[Tensor, Tensor]]:
+        """(rows, labels) of each chunk."""
+        return [(chunk.label_rows, chunk.labels) for chunk in self.chunks]
 
-def cut_into_chunks(job: str, examples: Iterable[tuple[int, Example]], limit: int) -> list[Chunk]:
+
+def cut_into_chunks(job: str, examples: Iterable[tuple[int, Example]], limit: int, step: int | None) -> list[Chunk]:
     """Consecutive examples, together at most `limit` tokens a chunk; a longer example is a chunk of its own."""
     chunks: list[Chunk] = []
     current: list[tuple[int, Example]] = []
     tokens = 0
     for position, example in examples:
         if current and tokens + len(example.ids) > limit:
-            chunks.append(Chunk(job, tuple(current)))
+            chunks.append(Chunk(job, tuple(current), step))
             current, tokens = [], 0
         current.append((position, example))
         tokens += len(example.ids)
     if current:
-        chunks.append(Chunk(job, tuple(current)))
+        chunks.append(Chunk(job, tuple(current), step))
     return chunks
 
 
 def pack(chunks: Sequence[Chunk], device: torch.device) -> PackedBatch:
     """Lay the chunks end to end: positions restart with each document, and no document's first token is a label.
 
-    All of it is put together on the CPU and moved in one piece, since a GPU has nothing to do meanwhile.
+    All of it is put together on the CPU and moved in one piece.
     """
     columns = [chunk.columns for chunk in chunks]
     rows, counts = [chunk.rows for chunk in chunks], [len(of_chunk.labels) for of_chunk in columns]
@@ -139,10 +149,12 @@ def pack(chunks: Sequence[Chunk], device: torch.device) -> PackedBatch:
     positions = np.concatenate([of_chunk.positions for of_chunk in columns])
     examples = np.concatenate([of_chunk.examples for of_chunk in columns])
     parts = ids, positions, examples, labels - 1, ids[labels]
-    moved = torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True).split([len(part) for part in parts])
+    moved = to_device(torch.from_numpy(np.concatenate(parts)), device).split([len(part) for part in parts])
     of_chunks = zip(
         moved[3].split(counts), moved[4].split(counts), moved[2].split(rows), moved[1].split(rows), strict=True
     )
-    packed = [PackedChunk(chunk.job, chunk.rows, *part) for chunk, part in zip(chunks, of_chunks, strict=True)]
+    packed = [
+        PackedChunk(chunk.job, chunk.step, chunk.rows, *part) for chunk, part in zip(chunks, of_chunks, strict=True)
+    ]
     lengths = tuple(length for of_chunk in columns for length in of_chunk.lengths)
     return PackedBatch(moved[0][None], moved[1][None], lengths, tuple(packed))

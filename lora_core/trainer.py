@@ -2,6 +2,7 @@
 
     for job between steps:             its next step's examples, or held-out ones: each rank's share, cut into chunks
     batch = a fair share of every job  chunks of several jobs side by side, at most `capacity` rows
+                                       (both made while the device still computes what came before, where it can be)
     forward_backward(batch)            gradients by job
     for job that is complete:          optim_step: one all-reduce of (gradient, loss, tokens), divide, clip, AdamW
 
@@ -15,8 +16,9 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from weakref import WeakSet
 
 import torch
@@ -24,16 +26,14 @@ from torch import Tensor
 
 from lora_core.adapter_bank import Adapter, AdapterBank, Run
 from lora_core.adapter_init import check_without_dense_weights, continued_adapter, init_adapter
-from lora_core.adapter_view import AdapterView
 from lora_core.base_model import QUANTISED, BaseModel
 from lora_core.checkpointing import recomputed_layers
 from lora_core.dataset import Example
-from lora_core.decoder import Checkpointing, Decoder, Rows
-from lora_core.decoder_head import Labels
+from lora_core.decoder import Checkpointing, Decoder
 from lora_core.engine_job import VALIDATION_NOT_FINITE, EngineJob, JobDiverged
 from lora_core.fair_queue import FairQueue
 from lora_core.kernels.low_rank import NO_ADAPTER
-from lora_core.live_job import LiveJob, PreparedJob
+from lora_core.live_job import LiveJob, PreparedJob, Standing
 from lora_core.loss import batch_losses, batch_scores
 from lora_core.memory import DoesNotFitError, Plan, available_bytes, predictor, return_freed_memory
 from lora_core.optim import (
@@ -45,9 +45,22 @@ from lora_core.optim import (
     StepOutcome,
     learning_rate,
 )
-from lora_core.packing import Chunk, PackedBatch, pack
+from lora_core.packing import Chunk, pack
+from lora_core.ready_batch import ReadyBatch, decoder_rows, make_ready
 
 log = logging.getLogger("lora.engine")
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """The next micro-batch, if its jobs stand as `standings` say: what each rank has waiting after it, and what this
+    rank computes. All ranks foresee alike, so all of them take it or none.
+    """
+
+    standings: dict[str, Standing]
+    queues: list[FairQueue]
+    batches: list[ReadyBatch]
+    training: bool
 
 
 class TrainEngine:
@@ -84,6 +97,7 @@ class TrainEngine:
         self._rank, self._ranks, self._all_reduce = rank, ranks, all_reduce
         # Every rank's, so that this one knows when a job is complete.
         self._queues = [FairQueue() for _ in range(ranks)]
+        self._ahead: _Turn | None = None  # of the next micro-batch
         self._prepared = WeakSet[PreparedJob]()  # and not admitted, as far as somebody still wants to
 
     def add(self, job: EngineJob, checkpoint: bytes | None = None) -> LiveJob:
@@ -124,6 +138,7 @@ class TrainEngine:
             DoesNotFitError: it does not fit into memory beside those that came in meanwhile.
         """
         job, base = prepared.job, self.base
+        self._ahead = None  # capacity may change even where the job does not come in
         self._fit([*(live.job for live in self.live.values()), job])
         try:
             live = LiveJob(job, FlatAdamW(prepared.state, job.train, base.device, base.model.dtype))
@@ -143,6 +158,7 @@ class TrainEngine:
         differ, they go on as they did: a job that leaves is never a reason for the others to stop.
         """
         del self.live[name]
+        self._ahead = None  # which holds the job's memory, too
         for queue in self._queues:
             queue.drop(name)
         self._fit_again()
@@ -203,19 +219,7 @@ class TrainEngine:
         evaluation after it, where one was due). A job that cannot go on is returned as its error; the others went on.
         """
         jobs = [live for live in self.live.values() if not live.done]
-        for live in jobs:
-            if not self._waits(live):
-                for rank, queue in enumerate(self._queues):
-                    queue.put(live.job.name, live.chunks(rank, self._ranks), training=not live.evaluation_due)
-        taken = [queue.take(self._capacity) for queue in self._queues]
-        chunks, training = taken[self._rank]  # the other ranks may have some where this one has none
-        in_decoder = [chunk for chunk in chunks if self.live[chunk.job].view is not None]
-        in_hooks = [chunk for chunk in chunks if self.live[chunk.job].view is None]
-        in_decoder.sort(key=lambda chunk: chunk.job)  # chunks of one job lie side by side there
-        for part in (in_decoder, in_hooks):
-            if part:
-                batch = pack(part, self.base.device)
-                (self.forward_backward if training else self.evaluate)(batch)
+        self._compute_turn()
         complete = [live for live in jobs if not self._waits(live)]
         evaluated = [live for live in complete if live.evaluation_due]
         found: dict[str, StepOutcome | JobDiverged | None] = {
@@ -232,56 +236,73 @@ class TrainEngine:
     def _waits(self, live: LiveJob) -> bool:
         return any(live.job.name in queue for queue in self._queues)
 
-    def forward_backward(self, batch: PackedBatch) -> None:
-        """Add every chunk's loss and gradient to its job: through the decoder if its jobs have a view."""
-        if self.live[batch.chunks[0].job].view is not None:
-            decoder, rows, views, labels = self._decoder_arguments(batch, self._dropout_keys(batch))
-            losses = decoder.forward_backward(rows, views, labels, self._checkpointing)
+    def _standings(self, stepping: Collection[str] = ()) -> dict[str, Standing]:
+        """Where the jobs that are not done stand; those of `stepping` once the step that is under way succeeds."""
+        jobs = self.live.items()
+        found = {name: live.standing_after if name in stepping else live.standing for name, live in jobs}
+        return {name: standing for name, standing in found.items() if standing is not None}
+
+    def _turn(self, standings: dict[str, Standing]) -> _Turn:
+        """What all ranks do next where jobs stand so. It changes nothing of what this engine is."""
+        queues = [queue.copy() for queue in self._queues]
+        for name, standing in standings.items():
+            if not any(name in queue for queue in queues):
+                for rank, queue in enumerate(queues):
+                    chunks = self.live[name].chunks(standing, rank, self._ranks)
+                    queue.put(name, chunks, training=not standing.evaluation_due)
+        taken = [queue.take(self._capacity) for queue in queues]
+        chunks, training = taken[self._rank]  # the other ranks may have some where this one has none
+        in_decoder = [chunk for chunk in chunks if self.live[chunk.job].view is not None]
+        in_hooks = [chunk for chunk in chunks if self.live[chunk.job].view is None]
+        in_decoder.sort(key=lambda chunk: chunk.job)  # chunks of one job lie side by side there
+        return _Turn(standings, queues, [self.ready(part) for part in (in_decoder, in_hooks) if part], training)
+
+    def _compute_turn(self) -> None:
+        """This rank's share of the next micro-batch: what was made ready, if all came as it was foreseen."""
+        standings, turn, self._ahead = self._standings(), self._ahead, None
+        if turn is None or turn.standings != standings:
+            turn = self._turn(standings)
+        self._queues = turn.queues
+        for batch in turn.batches:
+            (self.forward_backward if turn.training else self.evaluate)(batch)
+
+    def ready(self, chunks: Sequence[Chunk]) -> ReadyBatch:
+        """Make all that `forward_backward` or `evaluate` takes of chunks whose jobs have a view all, or none."""
+        return make_ready(self.base, self.live, chunks)
+
+    def forward_backward(self, batch: ReadyBatch) -> None:
+        """Add every chunk's loss and gradient to its job."""
+        chunks = batch.packed.chunks
+        assert all(chunk.step is not None for chunk in chunks)
+        if batch.in_decoder is not None:
+            assert self.base.decoder is not None
+            losses = self.base.decoder.forward_backward(batch.in_decoder, batch.packed.labels, self._checkpointing)
         else:
-            runs = [
-                Run(self.live[chunk.job].adapter, chunk.rows, self.live[chunk.job].dropout_keys(chunk))
-                for chunk in batch.chunks
-            ]
             with recomputed_layers(self.base.model, self.bank) if self._checkpointing == "full" else nullcontext():
-                losses = batch_losses(self.base, self.bank, runs, batch)
+                losses = batch_losses(self.base, self.bank, batch.runs, batch.packed)
             losses.sum().backward()
-        for chunk, loss in zip(batch.chunks, losses.detach(), strict=True):
+        for chunk, loss in zip(chunks, losses.detach(), strict=True):
             self.live[chunk.job].optimizer.add_loss(loss, chunk.labels.numel())
 
     @torch.no_grad()
-    def evaluate(self, batch: PackedBatch) -> None:
+    def evaluate(self, batch: ReadyBatch) -> None:
         """Add every chunk's loss and number of hits to its job's evaluation."""
-        if self.live[batch.chunks[0].job].view is not None:
-            decoder, rows, views, labels = self._decoder_arguments(batch)
-            scores = torch.stack(decoder.evaluate(rows, views, labels), dim=1)
+        chunks = batch.packed.chunks
+        assert all(chunk.step is None for chunk in chunks)
+        if batch.in_decoder is not None:
+            assert self.base.decoder is not None
+            scores = torch.stack(self.base.decoder.evaluate(batch.in_decoder, batch.packed.labels), dim=1)
         else:
-            runs = [Run(self.live[chunk.job].adapter, chunk.rows) for chunk in batch.chunks]
-            scores = batch_scores(self.base, self.bank, runs, batch)
-        for chunk, score in zip(batch.chunks, scores, strict=True):
+            scores = batch_scores(self.base, self.bank, batch.runs, batch.packed)
+        for chunk, score in zip(chunks, scores, strict=True):
             self.live[chunk.job].scores[:2] += score
             self.live[chunk.job].scores[2] += chunk.labels.numel()
 
-    def _dropout_keys(self, batch: PackedBatch) -> Tensor | None:
-        """int64 `[T]`, zero for rows of jobs without dropout; None where all are without."""
-        keys = [(chunk, self.live[chunk.job].dropout_keys(chunk)) for chunk in batch.chunks]
-        if all(of_chunk is None for _, of_chunk in keys):
-            return None
-        return torch.cat([torch.zeros_like(chunk.row_tokens) if k is None else k for chunk, k in keys])
-
-    def _decoder_arguments(
-        self, batch: PackedBatch, dropout_keys: Tensor | None = None
-    ) -> tuple[Decoder, Rows, list[AdapterView], Labels]:
-        assert self.base.decoder is not None
-        places = {job: place for place, job in enumerate(dict.fromkeys(chunk.job for chunk in batch.chunks))}
-        rows, labels = _as_rows(batch, [places[chunk.job] for chunk in batch.chunks], dropout_keys)
-        views = [view for job in places if (view := self.live[job].view) is not None]
-        assert len(views) == len(places)
-        return self.base.decoder, rows, views, labels
-
     def optim_step(self, complete: Sequence[LiveJob]) -> dict[str, StepOutcome | JobDiverged]:
         """One optimizer step of each, by all ranks together. The device answers once for all of them; while it still
-        computes, the rows of their next steps are made ready. If a rank is lost meanwhile, some have stepped and are
-        not counted: the engine is then of no more use.
+        computes, the next micro-batch is made ready as if all go on: it takes none of the time after the answer, when
+        a GPU has nothing to do. If a rank is lost meanwhile, some have stepped and are not counted: the engine is then
+        of no more use.
         """
         outcomes: dict[str, StepOutcome | JobDiverged] = {}
         queued: dict[str, Tensor] = {}
@@ -292,10 +313,11 @@ class TrainEngine:
                 queued[job.name] = live.optimizer.queue_step(rate, self._all_reduce)
             except NoGradientError as error:
                 outcomes[job.name] = JobDiverged(job.name, step + 1, str(error))
-        for live in complete:
-            live.look_ahead(self._rank, self._ranks)
-        sums = torch.stack([*queued.values()]).tolist() if queued else []
-        for name, of_job in zip(queued, sums, strict=True):
+        if not queued:
+            return outcomes
+        sums = torch.stack([*queued.values()])
+        self._ahead = self._turn(self._standings(queued))
+        for name, of_job in zip(queued, sums.tolist(), strict=True):
             outcomes[name] = self._stepped(self.live[name], *of_job)
         return outcomes
 
@@ -326,13 +348,6 @@ class TrainEngine:
         return progress.outcome
 
 
-def _as_rows(batch: PackedBatch, places: Sequence[int], dropout_keys: Tensor | None = None) -> tuple[Rows, Labels]:
-    """The batch as the decoder takes it; `places` say which adapter each chunk has."""
-    runs = [(place, chunk.rows) for place, chunk in zip(places, batch.chunks, strict=True)]
-    labels = [(chunk.label_rows, chunk.labels) for chunk in batch.chunks]
-    return Rows(batch.ids[0], batch.positions[0], batch.lengths, runs, dropout_keys), labels
-
-
 @torch.no_grad()
 def probe_losses(
     base: BaseModel, bank: AdapterBank, adapter: Adapter | None, examples: Iterable[Example]
@@ -342,10 +357,11 @@ def probe_losses(
     """
     losses = []
     for place, example in enumerate(examples):
-        batch = pack([Chunk("probe", ((place, example),))], base.device)
+        batch = pack([Chunk("probe", ((place, example),), None)], base.device)
         if base.decoder is not None and base.precision in QUANTISED:
-            rows, labels = _as_rows(batch, [NO_ADAPTER if adapter is None else 0])
-            loss, _ = base.decoder.evaluate(rows, [] if adapter is None else [base.decoder.view(adapter)], labels)
+            rows = decoder_rows(batch, [NO_ADAPTER if adapter is None else 0])
+            views = [] if adapter is None else [base.decoder.view(adapter)]
+            loss, _ = base.decoder.evaluate(base.decoder.batch(rows, views), batch.labels)
         else:
             loss = batch_losses(base, bank, [Run(adapter, batch.chunks[0].rows)], batch)
         losses.append(float(loss[0]))

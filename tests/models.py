@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import MethodType
@@ -24,7 +24,7 @@ from lora_core.attention import ATTENTION_NAME
 from lora_core.base_model import BaseModel
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import Example
-from lora_core.decoder import Checkpointing, Decoder, Rows, _Batch
+from lora_core.decoder import Batch, Checkpointing, Decoder, Rows
 from lora_core.engine_job import EngineJob, JobDiverged
 from lora_core.fair_queue import FairQueue
 from lora_core.live_job import LiveJob
@@ -165,7 +165,13 @@ def job(
 
 def chunks_of(wanted: EngineJob, rank: int = 0, ranks: int = 1) -> list[Chunk]:
     """A rank's share of the first step."""
-    return TrainEngine(tiny_base("llama")).add(wanted).chunks(rank, ranks)
+    return next_chunks([TrainEngine(tiny_base("llama")).add(wanted)], rank, ranks)
+
+
+def next_chunks(lives: Iterable[LiveJob], rank: int = 0, ranks: int = 1) -> list[Chunk]:
+    """A rank's share of what comes next for each."""
+    at = [(live, standing) for live in lives if (standing := live.standing) is not None]
+    return [chunk for live, standing in at for chunk in live.chunks(standing, rank, ranks)]
 
 
 def state(live: LiveJob) -> Tensor:
@@ -301,7 +307,7 @@ def decode_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU, on tables of addresses as kernels read them there."""
     from lora_core.kernels.low_rank_triton import table_row
 
-    def start(batch: _Batch, decoder: Decoder, rows: Rows, adapters: Sequence[AdapterView]) -> None:
+    def start(batch: Batch, decoder: Decoder, rows: Rows, adapters: Sequence[AdapterView]) -> None:
         _start(batch, decoder, rows, adapters)
         numbers = [
             [number for at, group in zip(places, decoder.groups, strict=True) for number in table_row(at, group)]
@@ -309,6 +315,6 @@ def decode_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
         batch._table = torch.tensor(numbers, dtype=torch.int64)
 
-    _start = _Batch.__init__
-    monkeypatch.setattr(_Batch, "__init__", start)
+    _start = Batch.__init__
+    monkeypatch.setattr(Batch, "__init__", start)
     monkeypatch.setattr(kernels, "runs_in_triton", lambda x: True)

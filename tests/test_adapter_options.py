@@ -19,10 +19,9 @@ from lora_core.adapter_init import LoraConfigError, adapted_modules, continued_a
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.engine_job import EngineJob
 from lora_core.live_job import LiveJob
-from lora_core.packing import pack
 from lora_core.peft_format import adapter_files, read_adapter
 from lora_core.trainer import TrainEngine, probe_losses
-from tests.models import documents, micro_batches, random_b, relative, tiny_base, tiny_model, train_until
+from tests.models import documents, micro_batches, next_chunks, random_b, relative, tiny_base, tiny_model, train_until
 from tests.test_trainer import padded_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
@@ -76,8 +75,8 @@ def gradients_of_peft(model: Any, live: LiveJob) -> dict[str, Tensor]:
 
 
 def gradients_of_ours(engine: TrainEngine, live: LiveJob) -> dict[str, Tensor]:
-    for chunks in micro_batches([live.chunks(0, 1)], 2048):
-        engine.forward_backward(pack(chunks, engine.base.device))
+    for chunks in micro_batches([next_chunks([live])], 2048):
+        engine.forward_backward(engine.ready(chunks))
     tokens = live.optimizer._message[-1]
     pairs = ((live.adapter.a, "A"), (live.adapter.b, "B"))
     return {

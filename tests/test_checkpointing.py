@@ -10,9 +10,8 @@ from lora_core.checkpointing import decoder_layers
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.decoder import Checkpointing
 from lora_core.engine_job import EngineJob
-from lora_core.packing import pack
 from lora_core.trainer import TrainEngine
-from tests.models import CONFIGS, documents, threads, tiny_base
+from tests.models import CONFIGS, documents, next_chunks, threads, tiny_base
 
 CAPACITY = 256
 
@@ -41,9 +40,8 @@ def saved_bytes(engine: TrainEngine) -> int:
             storages[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    lives = engine.live.values()
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        engine.forward_backward(pack([chunk for live in lives for chunk in live.chunks(0, 1)], engine.base.device))
+        engine.forward_backward(engine.ready(next_chunks(engine.live.values())))
     return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
 
@@ -62,7 +60,7 @@ def test_recomputed_layers_train_the_same_bits(kind: str) -> None:
 def test_recomputed_layers_keep_only_their_inputs(kind: str) -> None:
     engine = engine_of(kind, "full")
     kept = saved_bytes(engine)
-    tokens = sum(-(-chunk.tokens // 8) * 8 for live in engine.live.values() for chunk in live.chunks(0, 1))
+    tokens = sum(-(-chunk.tokens // 8) * 8 for chunk in next_chunks(engine.live.values()))
     inputs = (len(decoder_layers(engine.base.model)) + 2) * tokens * engine.base.model.config.hidden_size * 4
     assert kept < 2.5 * inputs
     assert saved_bytes(engine_of(kind, "none")) > 5 * kept

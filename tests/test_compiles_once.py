@@ -27,8 +27,9 @@ from lora_core.config import LoraConfig, TrainConfig
 from lora_core.decoder import Decoder, Rows
 from lora_core.engine_job import EngineJob
 from lora_core.packing import pack
+from lora_core.ready_batch import joined_dropout_keys
 from lora_core.trainer import TrainEngine
-from tests.models import CPU, decode_with_triton, documents, tiny_base
+from tests.models import CPU, decode_with_triton, documents, next_chunks, tiny_base
 
 BATCHES = ([4], [4, 4], [4, 5, 3], [2] * 16)
 """Ranks of the adapters in each; their rows differ, too. A rank above 16 would take kernels of its own."""
@@ -73,11 +74,10 @@ def keys_of(ranks: Sequence[int], dropout: float) -> list[str]:
         lora, train = LoraConfig(r=r, lora_dropout=dropout), TrainConfig(batch_size=1 + place % 3)
         engine.add(EngineJob(f"{place:02}", lora, train, documents(6, place)))
     jobs = list(engine.live.values())
-    batch = pack([chunk for live in jobs for chunk in live.chunks(0, 1)], CPU)
+    batch = pack(next_chunks(jobs), CPU)
     runs = [(int(chunk.job), chunk.rows) for chunk in batch.chunks]
-    labels = [(chunk.label_rows, chunk.labels) for chunk in batch.chunks]
-    rows = Rows(batch.ids[0], batch.positions[0], batch.lengths, runs, engine._dropout_keys(batch))
-    on.forward_backward(rows, [on.view(live.adapter) for live in jobs], labels)
+    rows = Rows(batch.ids[0], batch.positions[0], batch.lengths, runs, joined_dropout_keys(engine.live, batch))
+    on.forward_backward(on.batch(rows, [on.view(live.adapter) for live in jobs]), batch.labels)
     return sorted(found)
 
 

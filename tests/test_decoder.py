@@ -19,8 +19,9 @@ from lora_core.live_job import LiveJob
 from lora_core.optim import StepOutcome
 from lora_core.packing import PackedBatch, pack
 from lora_core.precision import DenseWeight, Fp8Weight, Nf4Weight, stacked_dense
+from lora_core.ready_batch import joined_dropout_keys
 from lora_core.trainer import TrainEngine
-from tests.models import CPU, decode_with_triton, documents, job, tiny_base
+from tests.models import CPU, decode_with_triton, documents, job, next_chunks, tiny_base
 
 CONFIGS = [
     LoraConfig(r=4),
@@ -63,7 +64,7 @@ class World:
                 for m, length in zip(optimizer.adapter.magnitude.values(), lengths, strict=True):
                     m.copy_(length)
             optimizer._refresh(optimizer._trained)
-        self.batch = pack([chunk for live in self.jobs for chunk in live.chunks(0, 1)], CPU)
+        self.batch = pack(next_chunks(self.jobs), CPU)
 
     @property
     def jobs(self) -> list[LiveJob]:
@@ -77,26 +78,23 @@ class World:
         return taken
 
     def by_hooks(self) -> list[Tensor]:
-        self.engine.forward_backward(self.batch)
+        self.engine.forward_backward(self.engine.ready(next_chunks(self.jobs)))
         return self.taken_gradients()
 
     def by_decoder(self, checkpointing: Checkpointing = "none", absent: Sequence[str] = ()) -> list[Tensor]:
         """`absent` jobs' rows go through the base alone."""
         decoder = Decoder(self.base.model)
         views = [decoder.view(live.adapter) for live in self.jobs]
-        rows, labels = as_rows(self.batch, absent, self.engine._dropout_keys(self.batch))
-        losses = decoder.forward_backward(rows, views, labels, checkpointing)
+        rows = as_rows(self.batch, absent, joined_dropout_keys(self.engine.live, self.batch))
+        losses = decoder.forward_backward(decoder.batch(rows, views), self.batch.labels, checkpointing)
         for chunk, loss in zip(self.batch.chunks, losses, strict=True):
             self.engine.live[chunk.job].optimizer.add_loss(loss, chunk.labels.numel())
         return self.taken_gradients()
 
 
-def as_rows(
-    batch: PackedBatch, absent: Sequence[str] = (), dropout_keys: Tensor | None = None
-) -> tuple[Rows, list[tuple[Tensor, Tensor]]]:
+def as_rows(batch: PackedBatch, absent: Sequence[str] = (), dropout_keys: Tensor | None = None) -> Rows:
     runs = [(NO_ADAPTER if chunk.job in absent else int(chunk.job), chunk.rows) for chunk in batch.chunks]
-    labels = [(chunk.label_rows, chunk.labels) for chunk in batch.chunks]
-    return Rows(batch.ids[0], batch.positions[0], batch.lengths, runs, dropout_keys), labels
+    return Rows(batch.ids[0], batch.positions[0], batch.lengths, runs, dropout_keys)
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
@@ -143,7 +141,7 @@ def test_gradients_add_up_over_batches() -> None:
     world = World()
     once = world.by_hooks()
     for _ in range(2):
-        world.engine.forward_backward(world.batch)
+        world.engine.forward_backward(world.engine.ready(next_chunks(world.jobs)))
     doubled = world.taken_gradients()
     for one, two in zip(once, doubled, strict=True):
         assert relative(two, 2 * one) < 1e-12
@@ -208,12 +206,12 @@ def test_evaluation_is_the_loss_without_gradients() -> None:
     world = World()
     decoder = Decoder(world.base.model)
     views = [decoder.view(live.adapter) for live in world.jobs]
-    rows, labels = as_rows(world.batch)
-    logits = decoder.hidden(rows, views) @ decoder.head.t()
+    batch, labels = decoder.batch(as_rows(world.batch), views), world.batch.labels
+    logits = decoder.hidden(batch) @ decoder.head.t()
     labels[0] = labels[0][0], logits[labels[0][0]].argmax(-1)  # some that are hit
-    losses, hits = decoder.evaluate(rows, views, labels)
+    losses, hits = decoder.evaluate(batch, labels)
     assert not any(live.optimizer._grad.any() for live in world.jobs)
-    assert torch.allclose(losses, decoder.forward_backward(rows, views, labels), rtol=1e-12)
+    assert torch.allclose(losses, decoder.forward_backward(batch, labels), rtol=1e-12)
     expected = [int((logits[at].argmax(-1) == wanted).sum()) for at, wanted in labels]
     assert hits.tolist() == expected and sum(expected) > 0
 
@@ -290,7 +288,7 @@ def test_triton_follows_torch(device: str, kind: str, dropouts: tuple[float, ...
             moved.optimizer.flat.copy_(live.optimizer.flat)
         moved.optimizer._refresh(moved.optimizer._trained)
         world.engine.live[str(place)] = moved
-    world.batch = pack([chunk for live in world.jobs for chunk in live.chunks(0, 1)], world.base.device)
+    world.batch = pack(next_chunks(world.jobs), world.base.device)
     for checkpointing in ("none", "selective", "full"):
         for ours, theirs in zip(world.by_decoder(checkpointing), exact, strict=True):  # type: ignore[arg-type]
             assert relative(ours, theirs) < 1e-4

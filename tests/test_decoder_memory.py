@@ -22,11 +22,10 @@ from lora_core.decoder_memory import DecoderActivations, linear_bytes
 from lora_core.engine_job import EngineJob
 from lora_core.hook_memory import Meter
 from lora_core.memory import CONTEXT, HOLES, EngineActivations, Predictor, predictor
-from lora_core.packing import pack
 from lora_core.precision import Fp8Weight, FrozenWeight, Nf4Weight
 from lora_core.trainer import TrainEngine
 from tests.bench.peers import SHAPES
-from tests.models import CPU
+from tests.models import CPU, next_chunks
 
 GIB = 2**30
 H100 = int(79.1 * GIB)
@@ -82,7 +81,6 @@ def measured(
             live.view.measure(base.decoder.row_norms)
             live.view.settle()
             known += [vector for one in live.view.magnitudes.values() for vector in (one.norm, one.gain)]
-    batch = pack([chunk for live in engine.live.values() for chunk in live.chunks(0, 1)], CPU)
     meter, saved = Meter(known), []
     losses: Callable[..., Any] = decoder.head_losses
 
@@ -92,7 +90,7 @@ def measured(
 
     with monkeypatch.context() as patched, meter:
         patched.setattr(decoder, "head_losses", head_losses)
-        engine.forward_backward(batch)
+        engine.forward_backward(engine.ready(next_chunks(engine.live.values())))
     return saved[0], meter.peak
 
 

@@ -23,7 +23,6 @@ from lora_core.dora import RowNorms, weight_of
 from lora_core.engine_job import EngineJob, JobDiverged
 from lora_core.live_job import LiveJob
 from lora_core.merge import write_merged
-from lora_core.packing import pack
 from lora_core.peft_format import adapter_files, read_adapter
 from lora_core.trainer import TrainEngine, probe_losses
 from tests.models import (
@@ -32,6 +31,7 @@ from tests.models import (
     documents,
     job,
     micro_batches,
+    next_chunks,
     outcome_of,
     relative,
     state,
@@ -94,7 +94,7 @@ def test_gradients_equal_pefts(name: str) -> None:
     live = engine.add(job(lora=lora, batch_size=6))
     move(live)
     model, weights = pefts(live, kind)
-    engine.forward_backward(pack(live.chunks(0, 1), engine.base.device))
+    engine.forward_backward(engine.ready(next_chunks([live])))
     examples = [live.job.examples[index] for index in live.job.examples_of(0)]
     tokens = sum(sum(example.labels_mask) for example in examples)
     (padded_loss(model, examples) * tokens).backward()
@@ -165,7 +165,7 @@ def test_norms_are_taken_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_job, "CHUNK_TOKENS", 16)
     engine = TrainEngine(tiny_base("llama"), capacity=32)
     live = engine.add(job(lora={"use_dora": True}, batch_size=8))
-    assert len(micro_batches([live.chunks(0, 1)], 32)) > 2
+    assert len(micro_batches([next_chunks([live])], 32)) > 2
     taken: list[str] = []
     of = engine.bank.row_norms.of
 

@@ -90,10 +90,10 @@ def keys_of(batch_order: list[int], *, step: int = 0, seed: int = 5, beside: int
     examples = documents(4, seed=0)
     job = EngineJob("job", LoraConfig(lora_dropout=0.1), TrainConfig(seed=seed), examples)
     live = TrainEngine(tiny_base("llama")).add(job)
-    live.progress.step = step
-    neighbours = [Chunk("other", ((0, example),)) for example in documents(beside, seed=9)]
+    neighbours = [Chunk("other", ((0, example),), step) for example in documents(beside, seed=9)]
     batch = pack(
-        [*neighbours, Chunk("job", tuple((place, examples[place]) for place in batch_order))], torch.device("cpu")
+        [*neighbours, Chunk("job", tuple((place, examples[place]) for place in batch_order), step)],
+        torch.device("cpu"),
     )
     packed = batch.chunks[-1]
     keys = live.dropout_keys(packed)

@@ -152,7 +152,7 @@ def same(count: int) -> list[Example]:
 
 def rows_of(sizes: list[int], job: str) -> list[Chunk]:
     """Chunks of so many rows, in eights."""
-    return [Chunk(job, ((0, Example([3] * 8 * size, [False] * 8 * size)),)) for size in sizes]
+    return [Chunk(job, ((0, Example([3] * 8 * size, [False] * 8 * size)),), 0) for size in sizes]
 
 
 @settings(max_examples=100, deadline=None)
@@ -186,6 +186,28 @@ def test_long_documents_get_their_share_and_leave_others_what_they_cannot_use() 
     queue.put("other", rows_of([1] * 500, "other"), training=True)
     then = [chunk.job for _ in range(10) for chunk in queue.take(72)[0]]
     assert then.count("small") >= 30
+
+
+def test_a_copy_of_a_queue_goes_its_own_way_and_the_same_one() -> None:
+    """With work that waits, work that is done, and a job that comes later."""
+    queue = FairQueue()
+    for name, sizes in (("small", [1] * 30), ("large", [4] * 10), ("brief", [2] * 4)):
+        queue.put(name, rows_of(sizes, name), training=name != "large")
+    for _ in range(6):
+        queue.take(64)
+
+    def goes_on(queue: FairQueue) -> list[str]:
+        queue.put("new", rows_of([1] * 9, "new"), training=True)
+        if "brief" not in queue:
+            queue.put("brief", rows_of([2] * 9, "brief"), training=True)
+        return [
+            f"{chunk.job} {training}" for taken, training in iter(lambda: queue.take(24), ([], True)) for chunk in taken
+        ]
+
+    copies = [queue.copy(), queue.copy()]
+    first = goes_on(copies[0])
+    assert len(first) > 20
+    assert goes_on(queue) == goes_on(copies[1]) == first
 
 
 def test_a_job_that_was_away_is_not_owed_what_it_did_not_ask_for() -> None:

@@ -25,9 +25,8 @@ from lora_core.engine_job import EngineJob
 from lora_core.hook_memory import Meter, frozen
 from lora_core.memory import DoesNotFitError, Plan, Predictor, available_bytes, predictor, vector_bytes
 from lora_core.optim import FlatAdamW
-from lora_core.packing import pack
 from lora_core.trainer import TrainEngine
-from tests.models import CONFIGS, CPU, documents, tiny_base
+from tests.models import CONFIGS, CPU, documents, next_chunks, tiny_base
 from tests.tiny_models import byte_tokenizer, smollm2_gguf
 
 ROOT = Path(__file__).parent.parent
@@ -48,14 +47,14 @@ def measured(base: BaseModel, checkpointing: Checkpointing, *wanted: EngineJob) 
     """Peak bytes of the tensors of one real micro-batch on the CPU, and its tokens."""
     engine = TrainEngine(base, capacity=4096, checkpointing=checkpointing)
     jobs = [engine.add(one) for one in wanted]
-    batch = pack([chunk for live in jobs for chunk in live.chunks(0, 1)], base.device)
     known = [*base.model.parameters(), *base.model.buffers()]
     for live in jobs:
         known += [*live.adapter.trained, live.optimizer._message, *frozen(live.adapter)]
     meter = Meter(known)
     with meter:
+        batch = engine.ready(next_chunks(jobs))
         engine.forward_backward(batch)
-    return meter.peak, batch.ids.numel()
+    return meter.peak, batch.packed.ids.numel()
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
@@ -311,7 +310,7 @@ def test_no_chunk_is_larger_than_a_job_says() -> None:
         live = TrainEngine(tiny_base("llama")).add(wanted)
         chunks = []
         for live.progress.step in range(wanted.steps):
-            chunks += live.chunks(0, 1)
+            chunks += next_chunks([live])
         assert max(chunk.rows for chunk in chunks) <= wanted.largest_chunk <= wanted.chunk_limit
 
 

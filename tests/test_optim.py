@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_core.live_job import LiveJob
 from lora_core.trainer import TrainEngine
-from tests.models import RanksInThreads, documents, job, tiny_base
+from tests.models import job, tiny_base
 
 
 def stepped_job(**train: object) -> LiveJob:
@@ -73,37 +73,3 @@ def test_the_gradient_is_divided_by_tokens_and_clipped(longest: float | None, fa
     moment, then = numbers(live)[1][3:5], before[1][3:5]
     torch.testing.assert_close(moment, beta * then + (1 - beta) * factor * torch.tensor([3.0, 4.0]))
     assert live.optimizer.steps == 2
-
-
-# --- the rows of the next step, made ready ahead ----------------------------------------------------------------------
-
-
-def test_a_job_that_diverged_and_is_healed_takes_the_same_rows_again() -> None:
-    """What was made ready is of the step after, which has not come."""
-
-    def trained(heal: bool) -> Tensor:
-        engine = TrainEngine(tiny_base("llama"))
-        live = engine.add(job(batch_size=3))
-        engine.step()
-        if heal:
-            live.optimizer._grad[0] = math.nan
-            assert not hasattr(engine.step()["job"], "loss")
-        engine.step()
-        return live.optimizer.flat.detach().clone()
-
-    assert torch.equal(trained(heal=True), trained(heal=False))
-
-
-def test_every_rank_finds_its_own_rows_made_ready() -> None:
-    """A rank asks for the others' shares, too."""
-
-    def work(engine: TrainEngine) -> None:
-        live = engine.add(job(examples=documents(12, seed=0), batch_size=4))
-        for _ in range(4):
-            engine.step()
-            ready = live._ahead
-            assert ready is not None
-            shares = [live.chunks(rank, 2) for rank in range(2)]
-            assert [share is ready[1] for share in shares] == [rank == engine._rank for rank in range(2)]
-
-    RanksInThreads("llama").run(work)

@@ -24,7 +24,7 @@ jobs_of = st.lists(st.lists(example_of(), max_size=7), min_size=1, max_size=4)
 
 
 def packed(jobs: list[list[Example]], limit: int, capacity: int) -> tuple[list[list[Chunk]], list[PackedBatch]]:
-    chunks = [cut_into_chunks(str(number), enumerate(examples), limit) for number, examples in enumerate(jobs)]
+    chunks = [cut_into_chunks(str(number), enumerate(examples), limit, 3) for number, examples in enumerate(jobs)]
     batches = micro_batches(chunks, capacity)
     return batches, [pack(batch, CPU) for batch in batches]
 
@@ -88,7 +88,7 @@ def test_chunks_are_filled_and_jobs_take_turns() -> None:
     def five(count: int) -> list[Example]:
         return [Example([3] * 5, [False] + [True] * 4) for _ in range(count)]
 
-    chunks = [cut_into_chunks(name, enumerate(five(count)), 10) for name, count in (("a", 6), ("b", 2), ("c", 3))]
+    chunks = [cut_into_chunks(name, enumerate(five(count)), 10, 0) for name, count in (("a", 6), ("b", 2), ("c", 3))]
     assert [len(of_job) for of_job in chunks] == [3, 1, 2]
     order = [[chunk.job for chunk in batch] for batch in micro_batches(chunks, 40)]
     assert order == [["a", "b"], ["c", "a", "c"], ["a"]]

@@ -13,9 +13,8 @@ from torch import Tensor
 from lora_core.base_model import BaseModel
 from lora_core.engine_job import EngineJob
 from lora_core.live_job import LiveJob
-from lora_core.packing import pack
 from lora_core.trainer import TrainEngine
-from tests.models import decoder_base, documents, job, norms_in_double, relative, tiny_base, tiny_model
+from tests.models import decoder_base, documents, job, next_chunks, norms_in_double, relative, tiny_base, tiny_model
 from tests.test_trainer import padded_loss
 
 DOUBLE = torch.float64
@@ -72,7 +71,7 @@ def gradient_of(weights: list[Tensor]) -> Tensor:
 
 def our_gradient(engine: TrainEngine, live: LiveJob) -> Tensor:
     """Of the next step, by its supervised tokens."""
-    engine.forward_backward(pack(live.chunks(0, 1), engine.base.device))
+    engine.forward_backward(engine.ready(next_chunks([live])))
     tokens = float(live.optimizer._message[-1])
     live.optimizer._message[-2:] = 0
     return gradient_of(live.adapter.trained) / tokens

@@ -24,7 +24,6 @@ from lora_core.engine_job import EngineJob, JobDiverged
 from lora_core.live_job import LiveJob
 from lora_core.lora import LinearWithLoRA, replace_linear_with_lora
 from lora_core.optim import StepOutcome, learning_rate
-from lora_core.packing import pack
 from lora_core.trainer import TrainEngine, probe_losses
 from tests.models import (
     RanksInThreads,
@@ -32,6 +31,7 @@ from tests.models import (
     documents,
     job,
     micro_batches,
+    next_chunks,
     norms_in_double,
     outcome_of,
     random_b,
@@ -122,8 +122,8 @@ def gradient(base: BaseModel, wanted: EngineJob, capacity: int) -> Tensor:
     engine = TrainEngine(base, capacity=capacity)
     live = engine.add(wanted)
     random_b(live)
-    for chunks in micro_batches([live.chunks(0, 1)], capacity):
-        engine.forward_backward(pack(chunks, base.device))
+    for chunks in micro_batches([next_chunks([live])], capacity):
+        engine.forward_backward(engine.ready(chunks))
     return live.optimizer._message.clone()
 
 
@@ -146,8 +146,8 @@ def test_one_rank_or_two_same_gradient() -> None:
     def work(engine: TrainEngine) -> None:
         live = engine.add(wanted)
         random_b(live)
-        for chunks in micro_batches([live.chunks(engine._rank, engine._ranks)], 4096):
-            engine.forward_backward(pack(chunks, engine.base.device))
+        for chunks in micro_batches([next_chunks([live], engine._rank, engine._ranks)], 4096):
+            engine.forward_backward(engine.ready(chunks))
         assert engine._all_reduce is not None
         engine._all_reduce(live.optimizer._message)
         sums.append(live.optimizer._message.clone())

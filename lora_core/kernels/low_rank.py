@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lora_core import kernels
+from lora_core.to_device import to_device
 
 TILE_ROWS = 64
 """Rows that one program takes of one adapter: 16 for each of four warps. With fewer, warps compute the same twice."""
@@ -165,7 +166,7 @@ class Segments:
         return pieces
 
     def _moved(self, pieces: list[tuple[int, int, int]]) -> Tensor:
-        return torch.tensor(pieces, dtype=torch.int32).view(-1, 3).to(self.device, non_blocking=True)
+        return to_device(torch.tensor(pieces, dtype=torch.int32).view(-1, 3), self.device)
 
 
 @dataclass(frozen=True)
