@@ -29,7 +29,14 @@ from lora_core.base_files import (
 )
 from lora_core.decoder import Decoder, Rows
 from lora_core.kernels.low_rank import NO_ADAPTER
-from lora_core.precision import DenseWeight, Fp8Weight, FrozenWeight, Nf4Weight, stacked_dense
+from lora_core.precision import (
+    DenseWeight,
+    Fp8Weight,
+    FrozenWeight,
+    Nf4Weight,
+    quantised_layers,
+    stacked_dense,
+)
 
 Precision = Literal["auto", "fp32", "bf16", "fp8", "nf4"]
 QUANTISED = ("fp8", "nf4")
@@ -130,10 +137,14 @@ def _quantised(base: BaseModel, device: torch.device) -> BaseModel:
     """With its linears in fp8 or nf4, group by group, so that the dense ones need not fit on the device."""
     quantise: type[Fp8Weight | Nf4Weight] = Fp8Weight if base.precision == "fp8" else Nf4Weight
     frozen: list[FrozenWeight] = []
-    for parts in Decoder.stacks(base.model):
-        frozen.append(quantise(torch.cat([part.to(device) for part in parts])))
-        for part in parts:
-            part.data = part.new_empty(0)
+    stacks = Decoder.stacks(base.model)
+    in_few_bits = quantised_layers(len(stacks), base.precision)
+    for place, groups in enumerate(stacks):
+        for parts in groups:
+            stacked = torch.cat([part.to(device) for part in parts])
+            frozen.append(quantise(stacked) if place in in_few_bits else DenseWeight([stacked]))
+            for part in parts:
+                part.data = part.new_empty(0)
     base.model.to(device)  # type: ignore[arg-type]  # what is left: embedding, norms, head
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what quantising took would stay reserved: 2 GiB at 8B

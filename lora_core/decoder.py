@@ -169,10 +169,10 @@ class Decoder:
         return HeadNorm(torch.cat([norm.weight.expand(heads, -1) for norm, heads in norms]), self.eps)
 
     @staticmethod
-    def stacks(model: PreTrainedModel) -> list[list[Tensor]]:
-        """The weights of each group of linears, in the order in which `freeze` gets them."""
+    def stacks(model: PreTrainedModel) -> list[list[list[Tensor]]]:
+        """Layer by layer the weights of each group of linears, in the order in which `freeze` gets them."""
         layers = cast(Any, model.base_model).layers
-        return [[layer.get_submodule(leaf).weight for leaf in leaves] for layer in layers for leaves in _GROUPS]
+        return [[[layer.get_submodule(leaf).weight for leaf in leaves] for leaves in _GROUPS] for layer in layers]
 
     @staticmethod
     def misfit(config: Any) -> str | None:

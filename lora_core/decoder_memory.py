@@ -25,6 +25,7 @@ from lora_core.footprint import Footprint, Footprints
 from lora_core.kernel_memory import Held, Ledger, TorchKernels, TritonKernels
 from lora_core.kernels.low_rank import LinearGroup
 from lora_core.kernels.quantize import NF4_BLOCK
+from lora_core.precision import quantised_layers
 
 CUBLAS_WORKSPACES = 2 * 2**25
 """32 MiB each of cuBLAS and cuBLASLt on Hopper, which torch takes from its allocator."""
@@ -32,15 +33,15 @@ CUBLAS_WORKSPACES = 2 * 2**25
 
 def linear_bytes(groups: Sequence[LinearGroup], itemsize: int, quantised: str | None) -> int:
     """Of the layers' linears: dense, or in fp8 (W and its transpose, a scale for each row of both) or nf4."""
-    total = 0
+    total, in_few_bits = 0, quantised_layers(len(groups) // 4, quantised) if quantised else range(0)
     for group in groups:
         rows, columns = sum(group.outputs), group.inputs
-        if quantised == "fp8":
-            total += 2 * rows * columns + 4 * (rows + columns)
-        elif quantised == "nf4":
-            total += rows * columns // 2 + 4 * rows * columns // NF4_BLOCK
-        else:
+        if group.index // 4 not in in_few_bits:
             total += rows * columns * itemsize
+        elif quantised == "fp8":
+            total += 2 * rows * columns + 4 * (rows + columns)
+        else:
+            total += rows * columns // 2 + 4 * rows * columns // NF4_BLOCK
     return total
 
 

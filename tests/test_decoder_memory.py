@@ -16,13 +16,13 @@ from lora_core.attention import ATTENTION_NAME
 from lora_core.base_model import BaseModel, placed
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import Example
-from lora_core.decoder import Checkpointing, Decoder
+from lora_core.decoder import Checkpointing
 from lora_core.decoder_head import Labels
 from lora_core.decoder_memory import DecoderActivations, linear_bytes
 from lora_core.engine_job import EngineJob
 from lora_core.hook_memory import Meter
 from lora_core.memory import CONTEXT, HOLES, EngineActivations, Predictor, predictor
-from lora_core.precision import Fp8Weight, FrozenWeight, Nf4Weight
+from lora_core.precision import Nf4Weight
 from lora_core.trainer import TrainEngine
 from tests.bench.peers import SHAPES
 from tests.models import CPU, next_chunks
@@ -144,15 +144,17 @@ def test_nothing_is_held_once_the_pass_is_over() -> None:
         )
 
 
-@pytest.mark.parametrize(("precision", "kind"), [("fp8", Fp8Weight), ("nf4", Nf4Weight)])
-def test_quantised_weights_are_counted(precision: str, kind: type[Fp8Weight | Nf4Weight]) -> None:
-    model = tiny_base().model
-    weights: list[FrozenWeight] = [kind(torch.cat(parts)) for parts in Decoder.stacks(model)]
-    groups = Decoder(model).groups
-    assert linear_bytes(groups, 2, precision) == sum(weight.nbytes for weight in weights)
-    others = predictor(TINY, torch.bfloat16, "cuda").weights - linear_bytes(groups, 2, None)
-    of = predictor(TINY, torch.bfloat16, "cuda", precision)
-    assert of.weights == others + sum(weight.nbytes for weight in weights)
+@pytest.mark.parametrize("layers", [4, 8])
+@pytest.mark.parametrize("precision", ["fp8", "nf4"])
+def test_quantised_weights_are_counted(precision: str, layers: int) -> None:
+    """Of eight layers, those at both ends are dense in fp8."""
+    config = LlamaConfig(**SIZES | {"num_hidden_layers": layers})
+    decoder = tiny_base(precision, config).decoder
+    assert decoder is not None
+    held = sum(weight.nbytes for layer in decoder.layers for weight in layer.weights)
+    assert linear_bytes(decoder.groups, 2, precision) == held
+    others = predictor(config, torch.bfloat16, "cuda").weights - linear_bytes(decoder.groups, 2, None)
+    assert predictor(config, torch.bfloat16, "cuda", precision).weights == others + held
 
 
 def test_stripes_are_those_of_the_kernels() -> None:

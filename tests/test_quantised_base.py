@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lora_core.attention import PackedAttention
+from lora_core.attention import ATTENTION_NAME, PackedAttention
 from lora_core.base_model import BaseModel, load_base, placed
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import Example
@@ -100,11 +101,27 @@ def test_a_quantised_base_has_as_many_parameters_in_fewer_bytes(precision: str, 
         str(save_tiny_model("llama", tmp_path / "tiny")), precision="bf16", cache_dir=tmp_path, device=CPU
     )
     parameters = dense.parameters
-    linears = sum(part.numel() for parts in Decoder.stacks(dense.model) for part in parts)
+    linears = sum(part.numel() for groups in Decoder.stacks(dense.model) for parts in groups for part in parts)
     small = placed(replace(dense, precision=precision, decoder=None), CPU)
     assert small.parameters == parameters
     rest = 2 * (parameters - linears)
     assert linears * bits / 8 < small.nbytes - rest < 1.25 * linears * bits / 8
+
+
+@pytest.mark.parametrize(
+    ("precision", "layers", "ends"), [("fp8", 16, 2), ("fp8", 8, 1), ("fp8", 7, 0), ("nf4", 16, 0)]
+)
+def test_fp8_leaves_the_layers_at_both_ends_dense(precision: str, layers: int, ends: int) -> None:
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=2
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME).to(torch.bfloat16).eval()
+    dense = replace(tiny_base("llama"), model=model.requires_grad_(False), precision=precision)
+    base = placed(dense, CPU)
+    assert base.decoder is not None
+    found = [{type(weight) for weight in layer.weights} for layer in base.decoder.layers]
+    kind = Fp8Weight if precision == "fp8" else Nf4Weight
+    assert found == [{DenseWeight}] * ends + [{kind}] * (layers - 2 * ends) + [{DenseWeight}] * ends
 
 
 @pytest.fixture(scope="module")

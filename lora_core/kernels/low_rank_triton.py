@@ -32,7 +32,8 @@ MAGNITUDE = tl.constexpr(20)
 # bytes over 3 TB/s): shrink of 4,096 features 37 (22), of 14,336 92 (78); A's gradient 61 (22) and 97 (78), B's of
 # gate and up 185 (157).
 SHRINK = {"STEP": 128, "num_warps": 4, "num_stages": 4}
-A_GRADIENT = {"COLUMNS": 64, "STEP": 64, "num_warps": 8, "num_stages": 3}
+A_GRADIENT = {"COLUMNS": 64, "STEP": 128, "num_warps": 8, "num_stages": 3}
+A_GRADIENT_WIDE = A_GRADIENT | {"STEP": 64}  # of a down-projection
 B_GRADIENT = {"COLUMNS": 128, "STEP": 64, "num_warps": 8, "num_stages": 3}
 EXPAND_GRADIENT = {"COLUMNS": 128, "num_warps": 8}
 WIDE_NUMBERS = {"STEP": 32, "num_stages": 2}  # fp32 takes twice the shared memory
@@ -315,10 +316,11 @@ def add_a_gradients(x: Tensor, dh: Tensor, low_rank: LowRank, norm: Norm | None 
     table, row_fields, _ = table_arguments(low_rank)
     spans = low_rank.segments.spans
     ranks = rank_block(low_rank.width)
-    grid = (triton.cdiv(x.shape[1], A_GRADIENT["COLUMNS"]), spans.shape[0], triton.cdiv(low_rank.width, ranks))
+    config = A_GRADIENT if x.shape[1] <= 8192 else A_GRADIENT_WIDE
+    grid = (triton.cdiv(x.shape[1], config["COLUMNS"]), spans.shape[0], triton.cdiv(low_rank.width, ranks))
     _add_a_gradient[grid](
         x, dh, *norm_arguments(norm), spans, table, row_fields, x.shape[1], dh.stride(0),
-        NORM=norm is not None, RANKS=ranks, PRECISION=precision(x), **sized(A_GRADIENT, x),
+        NORM=norm is not None, RANKS=ranks, PRECISION=precision(x), **sized(config, x),
     )  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from lora_core.engine_job import EngineJob
 from lora_core.trainer import TrainEngine
 from tests.bench.report import Step
 
+PLAIN = LoraConfig()
+
 
 def random_documents(count: int, tokens: int, vocabulary: int, seed: int = 0) -> list[Example]:
     """Random tokens, all but the first supervised."""
@@ -28,18 +30,21 @@ def base_of(model: PreTrainedModel, precision: str) -> BaseModel:
     )
 
 
-def bench_job(name: str, documents: int, tokens: int, vocabulary: int, seed: int = 0) -> EngineJob:
+def bench_job(
+    name: str, documents: int, tokens: int, vocabulary: int, seed: int = 0, lora: LoraConfig = PLAIN
+) -> EngineJob:
     """A job that takes all its documents in every step and does not end."""
     train = TrainConfig(batch_size=documents, epochs=1_000_000, max_seq_len=tokens, seed=seed)
-    return EngineJob(name, LoraConfig(), train, random_documents(documents, tokens, vocabulary, seed))
+    return EngineJob(name, lora, train, random_documents(documents, tokens, vocabulary, seed))
 
 
-def set_jobs(engine: TrainEngine, jobs: int, documents: int, tokens: int) -> None:
+def set_jobs(engine: TrainEngine, jobs: int, documents: int, tokens: int, lora: LoraConfig = PLAIN) -> None:
     """Let the live jobs go and take in `jobs` fresh ones of `documents` documents each."""
     for name in list(engine.live):
         engine.remove(name)
     for number in range(jobs):
-        engine.add(bench_job(f"job{number}", documents, tokens, engine.base.model.config.vocab_size, number))
+        vocabulary = engine.base.model.config.vocab_size
+        engine.add(bench_job(f"job{number}", documents, tokens, vocabulary, number, lora))
 
 
 def checked_step(engine: TrainEngine) -> None:
@@ -53,7 +58,7 @@ def checked_step(engine: TrainEngine) -> None:
                 raise outcome
 
 
-def session_step(engine: TrainEngine, jobs: int, documents: int, tokens: int) -> Step:
+def session_step(engine: TrainEngine, jobs: int, documents: int, tokens: int, lora: LoraConfig = PLAIN) -> Step:
     """A step of the engine with these jobs and no others."""
-    set_jobs(engine, jobs, documents, tokens)
+    set_jobs(engine, jobs, documents, tokens, lora)
     return functools.partial(checked_step, engine)

@@ -15,6 +15,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from lora_core.attention import ATTENTION_NAME
+from lora_core.config import LoraConfig
 from lora_core.engine_job import JobDiverged
 from lora_core.live_job import LiveJob, PreparedJob
 from lora_core.optim import StepOutcome
@@ -22,6 +23,7 @@ from lora_core.trainer import TrainEngine
 from tests.bench.engines import base_of, bench_job, checked_step, session_step, set_jobs
 from tests.bench.peers import SHAPES, random_llama
 from tests.bench.report import (
+    DORA,
     MANY_JOBS,
     ONE_JOB,
     OURS,
@@ -40,15 +42,15 @@ SWEEP = (1, 2, 4, 8, 16, 32)
 SWAPS = 5
 
 
-def one_and_eight_jobs(report: Report, conditions: Conditions, precision: str) -> None:
+def one_and_eight_jobs(report: Report, conditions: Conditions, precision: str, dora: bool = False) -> None:
     """A step of 8,192 tokens of one job, and of eight (where documents are longer than 1,024, each has one)."""
-    engine = _engine(conditions, precision)
+    engine, suffix = _engine(conditions, precision), DORA * dora
     for jobs, workload in ((1, ONE_JOB), (8, MANY_JOBS)):
         documents = _documents(jobs, conditions.tokens)
-        case = f"ours, {precision}, {jobs} x {documents} x {conditions.tokens}"
-        tokens = jobs * documents * conditions.tokens
-        make_step = functools.partial(session_step, engine, jobs, documents, conditions.tokens)
-        measure(report, conditions, case, OURS, workload, tokens, make_step)
+        case = f"ours, {precision}{suffix}, {jobs} x {documents} x {conditions.tokens}"
+        tokens, lora = jobs * documents * conditions.tokens, LoraConfig(use_dora=dora)
+        make_step = functools.partial(session_step, engine, jobs, documents, conditions.tokens, lora)
+        measure(report, conditions, case, OURS, workload + suffix, tokens, make_step)
 
 
 def sweep(report: Report, conditions: Conditions, precision: str) -> None:

@@ -6,11 +6,15 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from lora_core.decoder_head import HEAD_ROWS
+from lora_core.dora import RowNorms
 from lora_core.kernels import (
     cross_entropy,
     cross_entropy_triton,
+    gains,
+    gains_triton,
     layer_ops,
     layer_ops_triton,
     low_rank,
@@ -21,8 +25,19 @@ from lora_core.kernels import (
     quantize_triton,
     swiglu_triton,
 )
-from lora_core.kernels.low_rank import Norm
-from tests.bench.kernel_operands import RANK, Case, Modules, Operands, Side, all_a, all_b, for_torch, present
+from lora_core.kernels.low_rank import LowRank, Norm
+from tests.bench.kernel_operands import (
+    RANK,
+    Case,
+    Modules,
+    Operands,
+    Side,
+    all_a,
+    all_b,
+    all_magnitudes,
+    for_torch,
+    present,
+)
 
 DROPOUT = 0.1
 INTERPRETED_FP8_TOLERANCE = 0.1  # Triton's interpreter rounds some fp8 numbers the wrong way
@@ -31,6 +46,7 @@ LAYER_OPS = layer_ops_triton, layer_ops
 SWIGLU = swiglu_triton, layer_ops
 LOW_RANK = low_rank_triton, low_rank
 MASKED = masked_low_rank_triton, masked_low_rank
+GAINS = gains_triton, gains
 QUANTIZE = quantize_triton, quantize
 
 
@@ -58,7 +74,8 @@ def rope_forward(o: Operands) -> Case:
 
 def rope_backward(o: Operands) -> Case:
     parts = (o.rows(heads, o.head_size) for heads in (o.heads, o.kv_heads, o.kv_heads))
-    return o.case("rope_backward", LAYER_OPS, (*parts, o.rows(sum(o.qkv.outputs)), None, o.rope()))
+    arguments = (*parts, o.rows(sum(o.qkv.outputs)), None, o.low_rank(o.qkv), o.rope())
+    return o.case("rope_backward", LAYER_OPS, arguments)
 
 
 def swiglu_forward(o: Operands) -> Case:
@@ -120,6 +137,33 @@ def masked(make: Callable[..., Case]) -> Callable[[Operands], Case]:
     return lambda o: make(o, "masked_", MASKED, DROPOUT)
 
 
+def gains_backward(o: Operands) -> Case:
+    low = o.low_rank(o.o, dora=True)
+    sums = tuple(magnitude.gradient for magnitude in all_magnitudes(low))
+    arguments = (o.rows(o.hidden), o.rows(o.hidden), low)
+    return o.case("gains_backward", GAINS, arguments, written=sums, compared=sums, matrices=sums)
+
+
+def update_gains(o: Operands) -> Case:
+    """Of the widest group, whose matrices are read; the definition finds the squares of W's norms known."""
+    low = o.low_rank(o.gate_up, dora=True)
+    weights = [nn.Linear(o.hidden, size, False, o.device, o.dtype) for size in o.gate_up.outputs]
+    made = tuple(vector for one in all_magnitudes(low) for vector in (one.norm, one.gain))
+    norms = RowNorms(dict(zip(o.gate_up.names, weights, strict=True)))
+    ours = (gains_triton.update_gains, ([linear.weight for linear in weights], low.table, 0, RANK))
+    sides = Side(*ours, made, made), Side(measured_gains, (norms, low), made, made)
+    read = tuple(linear.weight for linear in weights)
+    return Case("update_gains", o.jobs, *sides, (*read, *all_a(low), *all_b(low)), 0)
+
+
+def measured_gains(norms: RowNorms, low: LowRank) -> None:
+    for adapter in present(low):
+        for name, part, scale in zip(low.group.names, adapter.parts, adapter.part_scales, strict=True):
+            if part is not None and (magnitude := part.magnitude) is not None:
+                magnitude.norm.copy_(norms.of(name, adapter.a[part.columns].float(), part.b.float() * scale))
+                torch.div(magnitude.m, magnitude.norm, out=magnitude.gain)
+
+
 def cross_entropy_case(o: Operands) -> Case:
     count = min(HEAD_ROWS, o.tokens)
     logits, labels = o.random(count, o.vocabulary), torch.randint(0, o.vocabulary, (count,), device=o.device)
@@ -141,6 +185,7 @@ OF_JOBS: dict[str, Callable[[Operands], Case]] = {
     "norm_forward": norm_forward,
     "norm_backward": norm_backward,
     "rope_forward_": rope_forward,
+    "rope_backward": rope_backward,
     "swiglu_forward": swiglu_forward,
     "swiglu_backward_": swiglu_backward,
     "shrink": shrink,
@@ -148,6 +193,8 @@ OF_JOBS: dict[str, Callable[[Operands], Case]] = {
     "add_a_gradients": add_a_gradients,
     "add_b_gradients": add_b_gradients,
     "expand_gradient_": expand_gradient,
+    "gains_backward": gains_backward,
+    "update_gains": update_gains,
     "masked_shrink": masked(shrink),
     "masked_add_a_gradients": masked(add_a_gradients),
     "masked_expand_gradient_": masked(expand_gradient),
@@ -155,7 +202,6 @@ OF_JOBS: dict[str, Callable[[Operands], Case]] = {
 """Kernels that know of jobs, timed for one and for many."""
 
 OF_ROWS: dict[str, Callable[[Operands], Case]] = {
-    "rope_backward": rope_backward,
     "cross_entropy_": cross_entropy_case,
     "quantize_rows": quantize_rows,
     "dequantize_nf4": dequantize_nf4,

@@ -15,7 +15,7 @@ from lora_core import kernels
 from lora_core.dropout import key_of
 from lora_core.kernels import cross_entropy, low_rank_triton, masked_low_rank
 from lora_core.kernels.layer_ops import Rope
-from lora_core.kernels.low_rank import GroupAdapter, LinearGroup, LowRank, Part, Segments
+from lora_core.kernels.low_rank import GroupAdapter, LinearGroup, LowRank, Magnitude, Part, Segments
 from tests.bench.peers import SHAPES
 
 Modules = tuple[ModuleType, ModuleType]
@@ -118,20 +118,21 @@ class Operands:
         cos, sin = angle.cos().to(self.dtype), angle.sin().to(self.dtype)
         return Rope(cos, sin, self.head_size, self.heads + self.kv_heads, bias=None, norm=None)
 
-    def low_rank(self, group: LinearGroup, dropout: float = 0.0) -> LowRank:
+    def low_rank(self, group: LinearGroup, dropout: float = 0.0, dora: bool = False) -> LowRank:
         """All jobs on a group, as many rows each."""
-        adapters = [self._adapter(group, dropout) for _ in range(self.jobs)]
+        adapters = [self._adapter(group, dropout, dora) for _ in range(self.jobs)]
         table = [low_rank_triton.table_row(adapter, group) for adapter in (*adapters, None)]
         segments = Segments([(job, self.tokens // self.jobs) for job in range(self.jobs)], self.device)
         keys = torch.randint(-(2**63), 2**63 - 1, (self.tokens,), device=self.device) if dropout else None
         on_device = torch.tensor(table, dtype=torch.int64, device=self.device)
-        return LowRank(group, adapters, segments, adapters[0].width, RANK, on_device, keys)
+        return LowRank(group, adapters, segments, adapters[0].width, RANK, on_device, keys, dora)
 
-    def _adapter(self, group: LinearGroup, dropout: float) -> GroupAdapter:
+    def _adapter(self, group: LinearGroup, dropout: float, dora: bool) -> GroupAdapter:
         parts = []
         for place, (name, size) in enumerate(zip(group.names, group.outputs, strict=True)):
             b, gradient = self.random(RANK, size, std=WEIGHT_STD), torch.zeros(RANK, size, device=self.device)
-            parts.append(Part(b.t(), gradient.t(), place * RANK, key_of(name)))
+            magnitude = Magnitude(*(torch.rand(size, device=self.device) + 0.5 for _ in range(4))) if dora else None
+            parts.append(Part(b.t(), gradient.t(), place * RANK, key_of(name), magnitude))
         a = self.random(RANK * len(parts), group.inputs, std=WEIGHT_STD)
         scales = torch.full((len(a),), SCALE, device=self.device)
         adapter = GroupAdapter(a, torch.zeros_like(a, dtype=torch.float32), scales, tuple(parts), dropout)
@@ -168,6 +169,12 @@ def present(low: LowRank) -> list[GroupAdapter]:
 def all_a(low: LowRank) -> tuple[Tensor, ...]:
     """A of all jobs."""
     return tuple(adapter.a for adapter in present(low))
+
+
+def all_magnitudes(low: LowRank) -> list[Magnitude]:
+    """DoRA of all jobs, linear by linear."""
+    parts = [part for adapter in present(low) for part in filter(None, adapter.parts)]
+    return [part.magnitude for part in parts if part.magnitude is not None]
 
 
 def all_b(low: LowRank) -> tuple[Tensor, ...]:

@@ -64,10 +64,10 @@ def random_llama(shape: str, device: torch.device, attention: str = "sdpa") -> P
     return model.requires_grad_(False)
 
 
-def with_peft(base: PreTrainedModel) -> peft.PeftModel:
+def with_peft(base: PreTrainedModel, dora: bool = False) -> peft.PeftModel:
     """The base with PEFT's adapter, in training mode."""
     base.config.use_cache = False
-    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=dora)
     model = peft.get_peft_model(base, config)
     return model.train()
 

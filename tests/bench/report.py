@@ -23,7 +23,7 @@ T = TypeVar("T")
 Step = Callable[[], object]
 
 PEFT, COMPILED, OURS = "peft", "peft compiled", "ours"
-ONE_JOB, MANY_JOBS = "one job", "many jobs"
+ONE_JOB, MANY_JOBS, DORA = "one job", "many jobs", ", DoRA"
 
 
 @dataclass(frozen=True)

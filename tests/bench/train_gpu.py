@@ -6,6 +6,7 @@ of ours has 8,192 tokens. Each part frees what it held before the next begins; `
     peft      PEFT as it is: with and without checkpointing and autocast, 1 to 8 documents a step, until memory ends
     compiled  PEFT with compiled layers and a chunked loss, with and without checkpointing
     ours      one job and eight jobs
+    dora      the same with DoRA, ours in bf16 and PEFT as it is
     sweep     1 to 32 jobs at the same tokens a step, with and without the optimizer's time
     swap      a job leaves a live session of eight and another takes its place
     first     the first step of a fresh process, with empty compile caches and with full ones
@@ -34,9 +35,9 @@ from tests.bench.peers import (
     stock_step,
     with_peft,
 )
-from tests.bench.report import COMPILED, MANY_JOBS, ONE_JOB, PEFT, Conditions, Report, Step, measure
+from tests.bench.report import COMPILED, DORA, MANY_JOBS, ONE_JOB, PEFT, Conditions, Report, Step, measure
 
-PARTS = ("peft", "compiled", "ours", "sweep", "swap", "first")
+PARTS = ("peft", "compiled", "ours", "dora", "sweep", "swap", "first")
 PRECISIONS = ("bf16", "fp8")
 DOCUMENTS = (1, 2, 4, 8)
 COMPILED_DOCUMENTS = (1, 4, 8)  # each is compiled for up to a minute
@@ -105,6 +106,8 @@ def _parts(report: Report, conditions: Conditions, precisions: tuple[str, ...]) 
     parts = {
         "peft": functools.partial(peft_as_it_is, report, conditions),
         "compiled": functools.partial(peft_compiled, report, conditions),
+        "dora of PEFT": functools.partial(peft_as_it_is, report, conditions, dora=True),
+        "dora of ours": functools.partial(gpu_parts.one_and_eight_jobs, report, conditions, "bf16", dora=True),
     }
     ours = {
         "ours": gpu_parts.one_and_eight_jobs,
@@ -118,15 +121,16 @@ def _parts(report: Report, conditions: Conditions, precisions: tuple[str, ...]) 
     return parts
 
 
-def peft_as_it_is(report: Report, conditions: Conditions) -> None:
+def peft_as_it_is(report: Report, conditions: Conditions, dora: bool = False) -> None:
     """The batch grows until memory ends; rows that fail are named as such."""
-    model = with_peft(random_llama(conditions.shape, conditions.device))
+    model, suffix = with_peft(random_llama(conditions.shape, conditions.device), dora), DORA * dora
     for checkpointing in (True, False):
         set_checkpointing(model, checkpointing)
         for autocast in (True, False):
-            title = f"peft{', checkpointing' * checkpointing}{', autocast' * autocast}"
-            _growing_batch(report, conditions, title, PEFT, functools.partial(stock_step, model, autocast=autocast))
-    _eight_in_turn(report, conditions, PEFT)
+            title = f"peft{suffix}{', checkpointing' * checkpointing}{', autocast' * autocast}"
+            make_step = functools.partial(stock_step, model, autocast=autocast)
+            _growing_batch(report, conditions, title, PEFT, make_step, suffix)
+    _eight_in_turn(report, conditions, PEFT, suffix)
 
 
 def peft_compiled(report: Report, conditions: Conditions) -> None:
@@ -145,22 +149,29 @@ def peft_compiled(report: Report, conditions: Conditions) -> None:
 
 
 def _growing_batch(
-    report: Report, conditions: Conditions, title: str, who: str, make_step: Callable[[torch.Tensor], Step]
+    report: Report,
+    conditions: Conditions,
+    title: str,
+    who: str,
+    make_step: Callable[[torch.Tensor], Step],
+    suffix: str = "",
 ) -> None:
     vocabulary = SHAPES[conditions.shape]["vocab_size"]
     for documents in COMPILED_DOCUMENTS if who == COMPILED else DOCUMENTS:
         ids = torch.randint(0, vocabulary, (documents, conditions.tokens), device=conditions.device)
         case = f"{title}, {documents} x {conditions.tokens}"
-        if not measure(report, conditions, case, who, ONE_JOB, ids.numel(), functools.partial(make_step, ids)):
+        workload, step = ONE_JOB + suffix, functools.partial(make_step, ids)
+        if not measure(report, conditions, case, who, workload, ids.numel(), step):
             break
 
 
-def _eight_in_turn(report: Report, conditions: Conditions, who: str) -> None:
+def _eight_in_turn(report: Report, conditions: Conditions, who: str, suffix: str = "") -> None:
     """The fastest way to give one job a step of one document, as a row for many jobs."""
-    rows = [row for row in report.rows if (row.who, row.workload, row.tokens) == (who, ONE_JOB, conditions.tokens)]
+    wanted = (who, ONE_JOB + suffix, conditions.tokens)
+    rows = [row for row in report.rows if (row.who, row.workload, row.tokens) == wanted]
     if rows:
-        fastest = max(rows, key=lambda row: row.rate)
-        report.add(dataclasses.replace(fastest, case=f"eight jobs in turn: {fastest.case}", workload=MANY_JOBS))
+        fastest, workload = max(rows, key=lambda row: row.rate), MANY_JOBS + suffix
+        report.add(dataclasses.replace(fastest, case=f"eight jobs in turn: {fastest.case}", workload=workload))
 
 
 if __name__ == "__main__":
