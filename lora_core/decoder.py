@@ -287,11 +287,12 @@ class Batch:
         if stale and kernels.runs_in_triton(self._decoder.embedding):
             from lora_core.kernels.gains_triton import update_gains
 
-            assert self._table is not None
+            linears, norms = self._decoder.linears, self._decoder.row_norms
             for group in self._decoder.groups:
                 if self._dora[group.index]:
-                    weights = [weight_of(self._decoder.linears[name]) for name in group.names]
-                    update_gains(weights, self._table, group.index, self._ranks[group.index])
+                    weights = [weight_of(linears[name]) for name in group.names]
+                    squares = [norms.squares(name, torch.float32) for name in group.names]
+                    update_gains(weights, squares, self.low_rank(group.index))
         else:
             for adapter in stale:
                 adapter.measure(self._decoder.row_norms)

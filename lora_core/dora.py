@@ -35,13 +35,17 @@ class RowNorms:
         weight = weight_of(self._linears[module])
         wide = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
         a, b = a.to(weight.device, wide), b.to(weight.device, wide)
-        parts = weight.split(SLICE_ROWS)
-        if (module, wide) not in self._squared:
-            self._squared[module, wide] = torch.cat([part.to(wide).square().sum(1) for part in parts])
-        wa = torch.cat([F.linear(part.to(wide), a) for part in parts])
-        squared = self._squared[module, wide] + 2 * (b * wa).sum(1) + (b * (b @ (a @ a.t()))).sum(1)
+        wa = torch.cat([F.linear(part.to(wide), a) for part in weight.split(SLICE_ROWS)])
+        squared = self.squares(module, wide) + 2 * (b * wa).sum(1) + (b * (b @ (a @ a.t()))).sum(1)
         # A row of zeros (padding of a vocabulary) would otherwise divide 0 by 0 until B gives it a direction.
         return squared.clamp_min(torch.finfo(wide).tiny).sqrt()
+
+    def squares(self, module: str, wide: torch.dtype) -> Tensor:
+        """[out]: ||W||^2 of every row."""
+        if (module, wide) not in self._squared:
+            parts = weight_of(self._linears[module]).split(SLICE_ROWS)
+            self._squared[module, wide] = torch.cat([part.to(wide).square().sum(1) for part in parts])
+        return self._squared[module, wide]
 
 
 def weight_of(linear: nn.Module) -> Tensor:

@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from lora_core.cpu_attention import KEPT_LENGTH, QUERY_BLOCK
 from lora_core.kernels.cross_entropy import CACHED_ELEMENTS
 from lora_core.kernels.gains import CPU_ROWS
+from lora_core.kernels.low_rank import TILE_ROWS
 
 LARGEST_BLOCK = 64
 """Ranks that a program of `low_rank_triton` takes at a time. The SwiGLU kernels make a shrink of up to so many."""
+
+MOST_ADAPTERS = 64
+"""In one batch, as far as anybody reckons with them."""
 
 STRIPE_COLUMNS = 1024
 """COLUMNS x BLOCKS of `swiglu_triton.SWIGLU` and `layer_ops_triton.NORM_BACKWARD`: each stripe has fp32 sums of its
@@ -108,6 +112,7 @@ class TritonKernels:
         """The gradient and the products, which are there for each head before."""
         dy, products = self.rows(width), self.rows(1, 4)
         self._moment(heads, 4)
+        self._moment_of_sums(width if dora else 0)
         return dy, products
 
     def swiglu_forward(self, columns: int, width: int) -> tuple[Held, Held | None]:
@@ -119,6 +124,7 @@ class TritonKernels:
         """The shrunk gradient of gate and up, and the products, which are there for each stripe before."""
         products = self.rows(1, 4)
         self._moment(-(-columns // STRIPE_COLUMNS), 4)
+        self._moment_of_sums(2 * columns if dora else 0)
         return self._in_stripes(columns, width, rank), products
 
     def _in_stripes(self, columns: int, width: int, rank: int) -> Held | None:
@@ -132,7 +138,13 @@ class TritonKernels:
 
     def gains_backward(self, width: int) -> Held:
         """dv."""
-        return self.rows(width)
+        dv = self.rows(width)
+        self._moment_of_sums(width)
+        return dv
+
+    def _moment_of_sums(self, width: int) -> None:
+        """Those of dy y over the rows of each tile, of which every adapter may have one that is not full."""
+        self.ledger.moment((self.tokens // TILE_ROWS + MOST_ADAPTERS) * width * 4)
 
     def cross_entropy(self, rows: int, vocabulary: int) -> None:
         """Over the logits."""
@@ -219,7 +231,7 @@ class TorchKernels(TritonKernels):
         return self.shrink(width), None
 
     def gains_backward(self, width: int) -> Held:
-        dv = super().gains_backward(width)
+        dv = self.rows(width)
         self._moment_of_gains(0, width)
         return dv
 

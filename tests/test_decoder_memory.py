@@ -160,9 +160,10 @@ def test_quantised_weights_are_counted(precision: str, layers: int) -> None:
 def test_stripes_are_those_of_the_kernels() -> None:
     pytest.importorskip("triton")
     from lora_core.kernels.low_rank_triton import rank_block
-    from lora_core.kernels.swiglu_triton import SWIGLU
+    from lora_core.kernels.swiglu_triton import BACKWARD_WITH_DORA, SWIGLU
 
-    assert SWIGLU["COLUMNS"] * SWIGLU["BLOCKS"] == kernel_memory.STRIPE_COLUMNS
+    for config in (SWIGLU, BACKWARD_WITH_DORA):
+        assert config["COLUMNS"] * config["BLOCKS"] == kernel_memory.STRIPE_COLUMNS
     assert rank_block(1024) == kernel_memory.LARGEST_BLOCK
 
 

@@ -1,10 +1,14 @@
 """`gains.py` in Triton: what the other kernels of a layer call, a kernel for gradients that lie in memory already, and
 the norms that gains are made of.
+
+Where dy and y are in registers, a program leaves the sums of dy y over its rows to `add_magnitude_gradients`, tile by
+tile: so m's gradient is the same each time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import triton
@@ -13,49 +17,41 @@ from torch import Tensor
 
 from lora_core.kernels.low_rank import TILE_ROWS, LowRank
 from lora_core.kernels.low_rank_triton import (
-    FIELDS,
     MAGNITUDE,
     address,
-    precision,
     rank_block,
     table_arguments,
     table_of,
+    widths,
 )
 
 GAINS_BACKWARD = {"COLUMNS": 128, "num_warps": 8}
-NORMS = {"ROWS": 64, "STEP": 64, "num_warps": 4, "num_stages": 3}
+MAGNITUDE_SUMS = {"TILES": 16, "COLUMNS": 128, "num_warps": 4}
+NORMS = {"ROWS": 64, "num_warps": 4}
 
 
 @triton.jit
-def _with_magnitude(field, n, n_mask):
-    """n_mask where the adapter has DoRA on the linear (Triton's interpreter takes no scalar for a mask)."""
-    return n_mask & ((tl.load(field) + 0 * n) != 0)
+def gains_of(row, linear):
+    """An adapter's gains on one linear: their address, and 0 where it has none there."""
+    number = tl.load(row + MAGNITUDE + 4 * linear)
+    return number.to(tl.pointer_type(tl.float32)), number
 
 
 @triton.jit
-def gained(acc, row, linear, n, n_mask):
-    """acc `[rows, columns]` times the gains of one linear, for its output columns n."""
-    field = row + MAGNITUDE + 4 * linear
-    gain = tl.load(field).to(tl.pointer_type(tl.float32))
-    return acc * tl.load(gain + n, mask=_with_magnitude(field, n, n_mask), other=1.0)[None, :]
-
-
-@triton.jit
-def add_magnitude_gradient(dy, y, row, linear, n, n_mask):
-    """Of fp32 tiles `[rows, columns]`, zero where there is no row, to the gradient of one linear's m."""
-    field = row + MAGNITUDE + 4 * linear
-    mask = _with_magnitude(field, n, n_mask)
-    m = tl.load(tl.load(field + 1).to(tl.pointer_type(tl.float32)) + n, mask=mask, other=1.0)
-    gradient = tl.load(field + 2).to(tl.pointer_type(tl.float32))
-    tl.atomic_add(gradient + n, tl.sum(dy * y, axis=0) / tl.where(m == 0.0, float("inf"), m), mask=mask)
+def gained(acc, gain, number, n, n_mask):
+    """acc `[rows, columns]` times what `gains_of` gave, for output columns n."""
+    mask = n_mask & ((number + 0 * n) != 0)  # Triton's interpreter takes no scalar for a mask
+    return acc * tl.load(gain + n, mask=mask, other=1.0)[None, :]
 
 
 @triton.jit(do_not_specialize=["adapters"])
 def _gains_backward(
-    dy, y, dv, tiles, table, row_fields, adapters, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    dy, y, dv, sums, tiles, table, row_fields, adapters, N,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     tile = tiles + tl.program_id(0) * 3
     row = table_of(table, tl.load(tile), row_fields, adapters)
+    gain, number = gains_of(row, 0)
     t = (tl.load(tile + 1) + tl.arange(0, ROWS)).to(tl.int64)
     t_mask = tl.arange(0, ROWS) < tl.load(tile + 2)
     n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -63,42 +59,77 @@ def _gains_backward(
     mask = t_mask[:, None] & n_mask[None, :]
     place = t[:, None] * N + n[None, :]
     gradient = tl.load(dy + place, mask=mask, other=0.0).to(tl.float32)
-    add_magnitude_gradient(gradient, tl.load(y + place, mask=mask, other=0.0).to(tl.float32), row, 0, n, n_mask)
-    tl.store(dv + place, gained(gradient, row, 0, n, n_mask).to(dv.dtype.element_ty), mask=mask)
+    product = gradient * tl.load(y + place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(sums + tl.program_id(0) * N + n, tl.sum(product, axis=0), mask=n_mask)
+    tl.store(dv + place, gained(gradient, gain, number, n, n_mask).to(dv.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["linear"])
-def _norms(
-    weight, table, row_fields, linear, N, K,
-    ROWS: tl.constexpr, RANKS: tl.constexpr, LOOP: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit(do_not_specialize=["tile_count"])
+def _add_magnitude_gradient(
+    sums, tiles, tile_count, table, row_fields, N, N0, N1, TILES: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    row = table + tl.program_id(0) * row_fields
+    adapter = tl.program_id(1)
+    blocks0 = tl.cdiv(N0, COLUMNS)
+    blocks1 = tl.cdiv(N1, COLUMNS)
+    block = tl.program_id(0)
+    linear = tl.where(block < blocks0, 0, tl.where(block < blocks0 + blocks1, 1, 2))
+    block -= tl.where(linear == 0, 0, tl.where(linear == 1, blocks0, blocks0 + blocks1))
+    start = tl.where(linear == 0, 0, tl.where(linear == 1, N0, N0 + N1))
+    size = tl.where(linear == 0, N0, tl.where(linear == 1, N1, N - N0 - N1))
+    field = table + adapter * row_fields + MAGNITUDE + 4 * linear
+    if tl.load(field) != 0:
+        n = block * COLUMNS + tl.arange(0, COLUMNS)
+        n_mask = n < size
+        total = tl.zeros((COLUMNS,), tl.float32)
+        for first in range(0, tile_count, TILES):
+            i = first + tl.arange(0, TILES)
+            own = tl.load(tiles + 3 * i, mask=i < tile_count, other=-1) == adapter
+            place = sums + i[:, None] * N + (start + n)[None, :]
+            total += tl.sum(tl.load(place, mask=own[:, None] & n_mask[None, :], other=0.0), axis=0)
+        m = tl.load(tl.load(field + 1).to(tl.pointer_type(tl.float32)) + n, mask=n_mask, other=1.0)
+        gradient = tl.load(field + 2).to(tl.pointer_type(tl.float32)) + n
+        total = tl.load(gradient, mask=n_mask, other=0.0) + total / tl.where(m == 0.0, float("inf"), m)
+        tl.store(gradient, total, mask=n_mask)
+
+
+@triton.jit(do_not_specialize=["linear", "width"])
+def _norms(
+    weight, products, grams, squares, starts, table, row_fields, linear, N, width,
+    ROWS: tl.constexpr, RANKS: tl.constexpr, LOOP: tl.constexpr,
+):  # fmt: skip
+    adapter = tl.program_id(1)
+    row = table + adapter * row_fields
     magnitude = row + MAGNITUDE + 4 * linear
     if tl.load(magnitude) != 0:
-        dtype: tl.constexpr = weight.dtype.element_ty
         field = row + 4 + 4 * linear
+        dtype: tl.constexpr = weight.dtype.element_ty
         b = address(field, 0, dtype)
         r = tl.load(field + 2).to(tl.int32)
-        offset = tl.load(field + 3)
-        a = address(row, 0, dtype) + offset * K
+        offset = tl.load(field + 3).to(tl.int32)
         scale = tl.load(tl.load(row + 3).to(tl.pointer_type(tl.float32)) + offset)
-        n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        column = tl.load(starts + adapter) + offset
+        n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         n_mask = n < N
-        squares = tl.zeros((ROWS,), tl.float32)
-        for start in range(0, K, STEP):
-            k = start + tl.arange(0, STEP)
-            k_mask = k < K
-            product = tl.zeros((ROWS, STEP), tl.float32)
-            for first in range(0, r if LOOP else 1, RANKS):
-                c = first + tl.arange(0, RANKS)
-                b_tile = tl.load(b + c[None, :] * N + n[:, None], mask=(c < r)[None, :] & n_mask[:, None], other=0.0)
-                a_tile = tl.load(a + c[:, None] * K + k[None, :], mask=(c < r)[:, None] & k_mask[None, :], other=0.0)
-                product = tl.dot(b_tile, a_tile, product, input_precision=PRECISION)
-            w = weight + n[:, None].to(tl.int64) * K + k[None, :]
-            whole = tl.load(w, mask=n_mask[:, None] & k_mask[None, :], other=0.0).to(tl.float32) + scale * product
-            squares += tl.sum(whole * whole, axis=1)
+        added = tl.zeros((ROWS,), tl.float32)
+        for first in range(0, r if LOOP else 1, RANKS):
+            c = first + tl.arange(0, RANKS)
+            mask = n_mask[:, None] & (c < r)[None, :]
+            place = products + n[:, None].to(tl.int64) * width + (column + c)[None, :]
+            inner = 2.0 * tl.load(place, mask=mask, other=0.0)
+            for second in range(0, r if LOOP else 1, RANKS):
+                d = second + tl.arange(0, RANKS)
+                others = tl.load(b + d[None, :] * N + n[:, None], mask=n_mask[:, None] & (d < r)[None, :], other=0.0)
+                gram = tl.load(
+                    grams + (column + d)[:, None] * width + (column + c)[None, :],
+                    mask=(d < r)[:, None] & (c < r)[None, :],
+                    other=0.0,
+                )
+                inner += scale * tl.dot(others.to(tl.float32), gram, input_precision="ieee")
+            own = tl.load(b + c[None, :] * N + n[:, None], mask=mask, other=0.0).to(tl.float32)
+            added += tl.sum(own * inner, axis=1)
+        whole = tl.load(squares + n, mask=n_mask, other=1.0) + scale * added
         # A row of zeros would otherwise divide 0 by 0 until B gives it a direction.
-        norm = tl.sqrt(tl.maximum(squares, 1.1754944e-38))
+        norm = tl.sqrt(tl.maximum(whole, 1.1754944e-38))
         m = tl.load(tl.load(magnitude + 1).to(tl.pointer_type(tl.float32)) + n, mask=n_mask, other=0.0)
         tl.store(tl.load(magnitude).to(tl.pointer_type(tl.float32)) + n, m / norm, mask=n_mask)
         tl.store(tl.load(magnitude + 3).to(tl.pointer_type(tl.float32)) + n, norm, mask=n_mask)
@@ -106,21 +137,54 @@ def _norms(
 
 def gains_backward(dy: Tensor, y: Tensor, low_rank: LowRank) -> Tensor:
     """See `gains.gains_backward`; for a group of one linear."""
-    dv, tiles = torch.empty_like(dy), low_rank.segments.tiles
+    dv, tiles, sums = torch.empty_like(dy), low_rank.segments.tiles, magnitude_sums(low_rank)
     _gains_backward[tiles.shape[0], triton.cdiv(dy.shape[1], GAINS_BACKWARD["COLUMNS"])](
-        dy, y, dv, tiles, *table_arguments(low_rank), dy.shape[1], ROWS=TILE_ROWS, **GAINS_BACKWARD
+        dy, y, dv, sums, tiles, *table_arguments(low_rank), dy.shape[1],
+        ROWS=TILE_ROWS, **GAINS_BACKWARD,
     )  # fmt: skip
+    add_magnitude_gradients(sums, low_rank)
     return dv
 
 
-def update_gains(weights: Sequence[Tensor], table: Tensor, group: int, rank: int) -> None:
-    """Norms and gains of all adapters in `table` on one group, whose linears have `weights` and whose parts have at
-    most `rank` ranks. Of W + s B A no more than a tile is ever made.
-    """
-    column, ranks = table[:, group * FIELDS :], rank_block(rank)
-    for linear, weight in enumerate(weights):
-        outputs, inputs = weight.shape
-        _norms[table.shape[0], triton.cdiv(outputs, NORMS["ROWS"])](
-            weight, column, table.stride(0), linear, outputs, inputs,
-            RANKS=ranks, LOOP=rank > ranks, PRECISION=precision(weight), **NORMS,
+def magnitude_sums(low_rank: LowRank) -> Tensor | None:
+    """Room for the sums of dy y over the rows of each tile, fp32 `[tiles, out]`, where some adapter has DoRA."""
+    if not low_rank.dora:
+        return None
+    tiles = low_rank.segments.tiles
+    return torch.empty(len(tiles), sum(low_rank.group.outputs), dtype=torch.float32, device=tiles.device)
+
+
+def add_magnitude_gradients(sums: Tensor | None, low_rank: LowRank) -> None:
+    """Once they are there."""
+    if sums is not None:
+        table, row_fields, adapters = table_arguments(low_rank)
+        blocks = sum(triton.cdiv(size, MAGNITUDE_SUMS["COLUMNS"]) for size in low_rank.group.outputs)
+        tiles = low_rank.segments.tiles
+        _add_magnitude_gradient[blocks, adapters](
+            sums, tiles, len(tiles), table, row_fields, *widths(low_rank.group), **MAGNITUDE_SUMS
         )  # fmt: skip
+
+
+def update_gains(weights: Sequence[Tensor], squares: Sequence[Tensor], low_rank: LowRank) -> None:
+    """Norms and gains of all adapters on one group, whose linears have `weights` and these squared norms of rows. The
+    A of all adapters lie on top of each other for it, so that W is read once.
+    """
+    a = [adapter.a if adapter is not None and adapter.dora else None for adapter in low_rank.adapters]
+    stacked = torch.cat([part for part in a if part is not None])
+    starts = [0, *accumulate(0 if part is None else len(part) for part in a)][:-1]
+    on_device = torch.tensor(starts, dtype=torch.int32).to(stacked.device, non_blocking=True)
+    grams, ranks = _wide_product(stacked, stacked), rank_block(low_rank.rank)
+    table, row_fields, adapters = table_arguments(low_rank)
+    for linear, (weight, of_rows) in enumerate(zip(weights, squares, strict=True)):
+        products = _wide_product(weight, stacked)
+        _norms[triton.cdiv(len(weight), NORMS["ROWS"]), adapters](
+            weight, products, grams, of_rows, on_device, table, row_fields, linear, len(weight), len(stacked),
+            RANKS=ranks, LOOP=low_rank.rank > ranks, **NORMS,
+        )  # fmt: skip
+
+
+def _wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """left right^T in fp32, of numbers that may have fewer bits."""
+    if left.dtype == torch.float32:
+        return left @ right.t()
+    return torch.mm(left, right.t(), out_dtype=torch.float32)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels import low_rank_triton, masked_low_rank_triton
-from lora_core.kernels.gains_triton import add_magnitude_gradient, gained
+from lora_core.kernels.gains_triton import add_magnitude_gradients, gained, gains_of, magnitude_sums
 from lora_core.kernels.layer_ops import Rope
 from lora_core.kernels.low_rank import NARROW_ROWS, TILE_ROWS, LowRank
 from lora_core.kernels.low_rank_triton import (
@@ -48,6 +48,8 @@ def _norm_forward(
     t_mask = tl.arange(0, ROWS) < tl.load(tile + 2)
     row = table_of(table, tl.load(tile), row_fields, adapters)
     dtype: tl.constexpr = x.dtype.element_ty
+    if DORA:
+        gain, number = gains_of(row, 0)
     squares = tl.zeros((ROWS,), tl.float32)
     for first in tl.range(0, H, COLUMNS, num_stages=STAGES):
         n = first + tl.arange(0, COLUMNS)
@@ -60,7 +62,7 @@ def _norm_forward(
             if UPDATE:
                 addend = updated(addend, h, h_stride, t, t_mask, row, 0, H, n, n_mask, RANKS, LOOP, PRECISION)
             if DORA:
-                addend = gained(addend, row, 0, n, n_mask)
+                addend = gained(addend, gain, number, n, n_mask)
                 tl.store(y + place, addend.to(dtype), mask=mask)
             value += addend
             rounded = value.to(dtype)
@@ -181,8 +183,9 @@ def _rope_forward(
             second, h, h_stride, t, t_mask, row, linear, size, local + HALF + d, d_mask, RANKS, LOOP, PRECISION
         )
     if DORA:
-        first = gained(first, row, linear, local + d, d_mask)
-        second = gained(second, row, linear, local + HALF + d, d_mask)
+        gain, number = gains_of(row, linear)
+        first = gained(first, gain, number, local + d, d_mask)
+        second = gained(second, gain, number, local + HALF + d, d_mask)
     if BIAS:
         first += tl.load(bias + column + d, mask=d_mask, other=0.0).to(tl.float32)[None, :]
         second += tl.load(bias + column + HALF + d, mask=d_mask, other=0.0).to(tl.float32)[None, :]
@@ -213,8 +216,8 @@ def _rope_forward(
 
 @triton.jit(do_not_specialize=["adapters", "T"])
 def _rope_backward(
-    dq, dk, dv, y, bias, dy, products, cos, sin, tiles, table, row_fields, adapters, N, N0, N1, T, q_heads, k_heads,
-    weight, eps, unnormed,
+    dq, dk, dv, y, bias, dy, products, sums, cos, sin, tiles, table, row_fields, adapters, N, N0, N1, T,
+    q_heads, k_heads, weight, eps, unnormed,
     BIAS: tl.constexpr, DORA: tl.constexpr, NORM: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -277,10 +280,12 @@ def _rope_backward(
         row = table_of(table, tl.load(tile), row_fields, adapters)
         linear = tl.where(column < N0, 0, tl.where(column < N0 + N1, 1, 2))
         local = column - tl.where(linear == 0, 0, tl.where(linear == 1, N0, N0 + N1))
-        add_magnitude_gradient(first, first_y, row, linear, local + d, d_mask)
-        add_magnitude_gradient(second, second_y, row, linear, local + HALF + d, d_mask)
-        first = gained(first, row, linear, local + d, d_mask)
-        second = gained(second, row, linear, local + HALF + d, d_mask)
+        target = sums + tl.program_id(0) * N + column + d
+        tl.store(target, tl.sum(first * first_y, axis=0), mask=d_mask)
+        tl.store(target + HALF, tl.sum(second * second_y, axis=0), mask=d_mask)
+        gain, number = gains_of(row, linear)
+        first = gained(first, gain, number, local + d, d_mask)
+        second = gained(second, gain, number, local + HALF + d, d_mask)
     tl.store(dy + place, first.to(dy.dtype.element_ty), mask=mask)
     tl.store(dy + place + HALF, second.to(dy.dtype.element_ty), mask=mask)
 
@@ -369,14 +374,15 @@ def rope_backward(
     heads = q_heads + 2 * k_heads
     dy = torch.empty_like(y)
     products = torch.empty(heads, tokens, dtype=torch.float32, device=y.device)
-    tiles = low_rank.segments.tiles
+    tiles, sums = low_rank.segments.tiles, magnitude_sums(low_rank)
     _rope_backward[tiles.shape[0], heads](
-        dq.contiguous(), dk.contiguous(), dv.contiguous(), y, rope.bias, dy, products, rope.cos, rope.sin,
+        dq.contiguous(), dk.contiguous(), dv.contiguous(), y, rope.bias, dy, products, sums, rope.cos, rope.sin,
         tiles, *table_arguments(low_rank), *widths(low_rank.group), tokens, q_heads, k_heads,
         *_norm_arguments(rope), unnormed,
         BIAS=rope.bias is not None, DORA=low_rank.dora, NORM=rope.norm is not None,
         HALF=size // 2, ROWS=TILE_ROWS, BLOCK=triton.next_power_of_2(size // 2), **ROPE,
     )  # fmt: skip
+    add_magnitude_gradients(sums, low_rank)
     return dy, products.sum(0)
 
 

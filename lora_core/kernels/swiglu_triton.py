@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels import masked_low_rank_triton
-from lora_core.kernels.gains_triton import add_magnitude_gradient, gained
+from lora_core.kernels.gains_triton import add_magnitude_gradients, gained, gains_of, magnitude_sums
 from lora_core.kernels.layer_ops_triton import partial_sums, sized, stripes_of
 from lora_core.kernels.low_rank import TILE_ROWS, LowRank
 from lora_core.kernels.low_rank_triton import (
@@ -27,8 +27,9 @@ from lora_core.kernels.low_rank_triton import (
 )
 
 # The fastest of a sweep on one H100 at 8,192 tokens of the 8B shape, r 16: 297 microseconds forward (the floor, bytes
-# over 3 TB/s, is 235) and 608 backward (470).
+# over 3 TB/s, is 235) and 608 backward (470). With DoRA 64 columns need more registers than there are: 1,400, not 880.
 SWIGLU = {"COLUMNS": 64, "BLOCKS": 16, "STAGES": 3, "num_warps": 4}
+BACKWARD_WITH_DORA = SWIGLU | {"COLUMNS": 32, "BLOCKS": 32}
 
 
 @triton.jit
@@ -66,6 +67,9 @@ def _swiglu_forward(
     row = table_of(table, adapter, row_fields, adapters)
     dtype: tl.constexpr = y.dtype.element_ty
     c = tl.arange(0, RANKS)
+    if DORA:
+        gate_gain, gate_number = gains_of(row, 0)
+        up_gain, up_number = gains_of(row, 1)
     if UPDATE and not LOOP:
         gate_low = _low_tile(h, h_stride, t, t_mask, row, 0, c)
         up_low = _low_tile(h, h_stride, t, t_mask, row, 1, c)
@@ -92,8 +96,8 @@ def _swiglu_forward(
                 gate = tl.dot(gate_low[0], gate_tile, gate, input_precision=PRECISION)
                 up = tl.dot(up_low[0], up_tile, up, input_precision=PRECISION)
         if DORA:
-            gate = gained(gate, row, 0, n, n_mask)
-            up = gained(up, row, 1, n, n_mask)
+            gate = gained(gate, gate_gain, gate_number, n, n_mask)
+            up = gained(up, up_gain, up_number, n, n_mask)
         value = (gate * tl.sigmoid(gate) * up).to(dtype)
         tl.store(activation + t[:, None] * I + n[None, :], value, mask=mask)
         if SHRINK:
@@ -108,7 +112,7 @@ def _swiglu_forward(
 
 @triton.jit(do_not_specialize=["adapters", "T"])
 def _swiglu_backward(
-    dact, dh_down, down_table, dh_stride, y, h, partial, products, tiles, table, row_fields, adapters,
+    dact, dh_down, down_table, dh_stride, y, h, partial, products, sums, tiles, table, row_fields, adapters,
     I, T, h_stride, partial_width,
     EXPAND: tl.constexpr, DOWN_RANKS: tl.constexpr, DOWN_LOOP: tl.constexpr,
     UPDATE: tl.constexpr, DORA: tl.constexpr,
@@ -123,6 +127,9 @@ def _swiglu_backward(
     dtype: tl.constexpr = y.dtype.element_ty
     c = tl.arange(0, RANKS)
     product = tl.zeros((ROWS,), tl.float32)
+    if DORA:
+        gate_gain, gate_number = gains_of(row, 0)
+        up_gain, up_number = gains_of(row, 1)
     if UPDATE and not LOOP:
         gate_low = _low_tile(h, h_stride, t, t_mask, row, 0, c)
         up_low = _low_tile(h, h_stride, t, t_mask, row, 1, c)
@@ -156,8 +163,8 @@ def _swiglu_backward(
                 gate = tl.dot(gate_low[0], gate_tile, gate, input_precision=PRECISION)
                 up = tl.dot(up_low[0], up_tile, up, input_precision=PRECISION)
         if DORA:
-            gate = gained(gate, row, 0, n, n_mask)
-            up = gained(up, row, 1, n, n_mask)
+            gate = gained(gate, gate_gain, gate_number, n, n_mask)
+            up = gained(up, up_gain, up_number, n, n_mask)
         if EXPAND:
             if DOWN_LOOP:
                 gradient = expanded(
@@ -173,10 +180,11 @@ def _swiglu_backward(
         dgate = gradient * up * (sigmoid + silu * (1.0 - sigmoid))
         dup = gradient * silu
         if DORA:
-            add_magnitude_gradient(dgate, gate, row, 0, n, n_mask)
-            add_magnitude_gradient(dup, up, row, 1, n, n_mask)
-            dgate = gained(dgate, row, 0, n, n_mask)
-            dup = gained(dup, row, 1, n, n_mask)
+            target = sums + tl.program_id(0) * (2 * I) + n
+            tl.store(target, tl.sum(dgate * gate, axis=0), mask=n_mask)
+            tl.store(target + I, tl.sum(dup * up, axis=0), mask=n_mask)
+            dgate = gained(dgate, gate_gain, gate_number, n, n_mask)
+            dup = gained(dup, up_gain, up_number, n, n_mask)
         dgate = dgate.to(dtype)
         dup = dup.to(dtype)
         tl.store(place, dgate, mask=mask)
@@ -231,19 +239,21 @@ def swiglu_backward_(
         masked_low_rank_triton.expand_gradient_(dact, dh_down, down)
         dh_down = None
     width, tiles = dact.shape[1], low_rank.segments.tiles
-    stripes = stripes_of(width, SWIGLU)
-    ranks = ranks_of(low_rank.rank)
+    config = BACKWARD_WITH_DORA if low_rank.dora else SWIGLU
+    stripes, ranks = stripes_of(width, config), ranks_of(low_rank.rank)
     together = h is not None and not ranks["LOOP"]
     partial = partial_sums(y, stripes, low_rank) if together else None
     products = torch.empty(stripes, y.shape[0], dtype=torch.float32, device=y.device)
+    sums = magnitude_sums(low_rank)
     table, row_fields, adapters = table_arguments(low_rank)
     _swiglu_backward[tiles.shape[0], stripes](
         dact, dh_down, table_arguments(down)[0], 0 if dh_down is None else dh_down.stride(0), y, h, partial, products,
-        tiles, table, row_fields, adapters, width, y.shape[0], 0 if h is None else h.stride(0), low_rank.width,
+        sums, tiles, table, row_fields, adapters, width, y.shape[0], 0 if h is None else h.stride(0), low_rank.width,
         EXPAND=dh_down is not None,
         DOWN_RANKS=rank_block(down.width), DOWN_LOOP=down.width > rank_block(down.width),
-        UPDATE=h is not None, DORA=low_rank.dora, ROWS=TILE_ROWS, **ranks, PRECISION=precision(y), **sized(SWIGLU, y),
+        UPDATE=h is not None, DORA=low_rank.dora, ROWS=TILE_ROWS, **ranks, PRECISION=precision(y), **sized(config, y),
     )  # fmt: skip
+    add_magnitude_gradients(sums, low_rank)
     products = products.sum(0)
     if partial is not None:
         return partial.sum(0).to(y.dtype), products

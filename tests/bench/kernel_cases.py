@@ -150,8 +150,11 @@ def update_gains(o: Operands) -> Case:
     weights = [nn.Linear(o.hidden, size, False, o.device, o.dtype) for size in o.gate_up.outputs]
     made = tuple(vector for one in all_magnitudes(low) for vector in (one.norm, one.gain))
     norms = RowNorms(dict(zip(o.gate_up.names, weights, strict=True)))
-    ours = (gains_triton.update_gains, ([linear.weight for linear in weights], low.table, 0, RANK))
-    sides = Side(*ours, made, made), Side(measured_gains, (norms, low), made, made)
+    given = (
+        [linear.weight.detach() for linear in weights],
+        [norms.squares(name, torch.float32) for name in o.gate_up.names],
+    )
+    sides = Side(gains_triton.update_gains, (*given, low), made, made), Side(measured_gains, (norms, low), made, made)
     read = tuple(linear.weight for linear in weights)
     return Case("update_gains", o.jobs, *sides, (*read, *all_a(low), *all_b(low)), 0)
 

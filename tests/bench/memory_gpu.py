@@ -41,6 +41,11 @@ class Case:
     jobs: int
     capacity: int
     checkpointing: Checkpointing
+    dora: bool = False
+
+    @property
+    def lora(self) -> LoraConfig:
+        return LoraConfig(use_dora=self.dora)
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ GRID = [
     Case("8b", "bf16", 8, 4096, "selective"),
     Case("8b", "bf16", 32, 8192, "none"),
     Case("8b", "bf16", 32, 4096, "full"),
+    Case("8b", "bf16", 8, 8192, "none", dora=True),
+    Case("8b", "bf16", 1, 4096, "full", dora=True),
     Case("8b", "fp8", 1, 8192, "none"),
     Case("8b", "fp8", 1, 4096, "full"),
     Case("8b", "nf4", 1, 8192, "none"),
@@ -80,6 +87,7 @@ GRID = [
 TINY_GRID = [
     Case("tiny", "bf16", 1, 8192, "none"),
     Case("tiny", "bf16", 2, 2048, "selective"),
+    Case("tiny", "bf16", 1, 2048, "full", dora=True),
     Case("tiny", "nf4", 1, 4096, "full"),
 ]
 
@@ -88,10 +96,12 @@ def main() -> None:
     """Measure the grid."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    device = torch.device(parser.parse_args().device)
-    print(f"{'case':<44}{'predicted':>11}{'measured':>11}{'tensors':>11}{'error %':>9}   (GiB)")
+    parser.add_argument("--only", default="", help="cases whose names have this in them, such as dora")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    print(f"{'case':<50}{'predicted':>11}{'measured':>11}{'tensors':>11}{'error %':>9}   (GiB)")
     results: list[tuple[Case, Result]] = []
-    grid = GRID if device.type == "cuda" else TINY_GRID
+    grid = [case for case in (GRID if device.type == "cuda" else TINY_GRID) if arguments.only in title(case)]
     for (shape, precision), cases in itertools.groupby(grid, lambda case: (case.shape, case.precision)):
         measure_base(shape, precision, list(cases), device, results)
         free_memory()
@@ -105,10 +115,12 @@ def measure_base(
     base = base_of(random_llama(shape, device, ATTENTION_NAME), precision)
     of = predictor(base.model.config, torch.bfloat16, device.type, precision if precision in QUANTISED else None)
     engine = TrainEngine(base)
+    alike = None
     for case in cases:
-        if len(engine.live) != case.jobs:
-            set_jobs(engine, case.jobs, STEP_TOKENS // (case.jobs * DOCUMENT), DOCUMENT)
-        engine._capacity, engine._checkpointing = case.capacity, case.checkpointing
+        if (case.jobs, case.dora) != alike:
+            set_jobs(engine, case.jobs, STEP_TOKENS // (case.jobs * DOCUMENT), DOCUMENT, case.lora)
+            alike = case.jobs, case.dora
+        engine._capacity, engine._checkpointing, engine._ahead = case.capacity, case.checkpointing, None
         results.append((case, measure(engine, case, of)))
         print(line(*results[-1]), flush=True)
 
@@ -120,7 +132,7 @@ def measure(engine: TrainEngine, case: Case, of: Predictor) -> Result:
     for _ in range(STEPS):
         checked_step(engine)
     synchronize(device)
-    predicted = of.predict([LoraConfig()] * case.jobs, case.capacity, DOCUMENT, case.checkpointing) / GIB
+    predicted = of.predict([case.lora] * case.jobs, case.capacity, DOCUMENT, case.checkpointing) / GIB
     if device.type != "cuda":
         return Result(predicted, None, None)
     free, total = torch.cuda.mem_get_info(device)
@@ -129,13 +141,18 @@ def measure(engine: TrainEngine, case: Case, of: Predictor) -> Result:
     return Result(predicted, measured, torch.cuda.max_memory_allocated(device) / GIB)
 
 
+def title(case: Case) -> str:
+    """Its name in the table."""
+    dora = ", dora" * case.dora
+    return f"{case.shape} {case.precision}, {case.jobs} jobs{dora}, {case.capacity} tokens, {case.checkpointing}"
+
+
 def line(case: Case, result: Result) -> str:
     """A row of the table."""
-    name = f"{case.shape} {case.precision}, {case.jobs} jobs, {case.capacity} tokens, {case.checkpointing}"
     figures = result.predicted, result.measured, result.tensors
     texts = ["-" if figure is None else f"{figure:.2f}" for figure in figures]
     error = "-" if result.error is None else f"{result.error:+.1f}"
-    return f"{name:<44}" + "".join(f"{text:>11}" for text in texts) + f"{error:>9}"
+    return f"{title(case):<50}" + "".join(f"{text:>11}" for text in texts) + f"{error:>9}"
 
 
 def report(results: list[tuple[Case, Result]], device: torch.device) -> None:
