@@ -128,12 +128,10 @@ class TritonKernels:
         return self._in_stripes(columns, width, rank), products
 
     def _in_stripes(self, columns: int, width: int, rank: int) -> Held | None:
-        """Where one block takes all ranks: `partial` `[stripes, T, width]` in fp32, its sum, and that in the dtype of
-        the batch.
-        """
+        """Where one block takes all ranks, besides: `partial` `[stripes, T, width]` in fp32."""
         shrunk = self.shrink(width)
         if 0 < rank <= LARGEST_BLOCK:
-            self._moment((-(-columns // STRIPE_COLUMNS) + 1) * width, 4)
+            self._moment(-(-columns // STRIPE_COLUMNS) * width, 4)
         return shrunk
 
     def gains_backward(self, width: int) -> Held:

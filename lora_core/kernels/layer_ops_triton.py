@@ -32,6 +32,7 @@ NORM_FORWARD = {"COLUMNS": 512, "STAGES": 3, "num_warps": 4}
 NORM_BACKWARD = {"COLUMNS": 64, "BLOCKS": 16, "STAGES": 3, "num_warps": 4}
 PRODUCTS = {"COLUMNS": 1024, "num_warps": 4}
 ROPE = {"num_warps": 4}
+SUM_STRIPES = {"BLOCK": 256, "num_warps": 4}
 WIDE_NUMBERS = {"COLUMNS": 64, "STAGES": 1}  # fp32 takes twice the shared memory
 
 
@@ -145,6 +146,16 @@ def _norm_backward(
         shrunk *= tl.load(scales + c, mask=c < r, other=0.0)[None, :]
         target = partial + (tl.program_id(1) * T + t)[:, None] * partial_width + c[None, :]
         tl.store(target, shrunk, mask=t_mask[:, None] & (c < partial_width)[None, :])
+
+
+@triton.jit(do_not_specialize=["count"])
+def _sum_stripes(partial, total, count, STRIPES: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < count
+    acc = tl.load(partial + i, mask=mask, other=0.0)
+    for stripe in tl.static_range(1, STRIPES):
+        acc += tl.load(partial + stripe * count + i, mask=mask, other=0.0)
+    tl.store(total + i, acc.to(total.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -342,7 +353,7 @@ def norm_backward(
         **ranks_of(low_rank.width), BELOW_RANKS=below_ranks, PRECISION=precision(x), **sized(NORM_BACKWARD, x),
     )  # fmt: skip
     if partial is not None:
-        return dx, partial.sum(0).to(x.dtype)
+        return dx, summed(partial, x.dtype)
     return dx, shrink_gradient(dx, below) if below.width and not below.dora else None
 
 
@@ -383,12 +394,22 @@ def rope_backward(
         HALF=size // 2, ROWS=TILE_ROWS, BLOCK=triton.next_power_of_2(size // 2), **ROPE,
     )  # fmt: skip
     add_magnitude_gradients(sums, low_rank)
-    return dy, products.sum(0)
+    return dy, summed(products, torch.float32)
 
 
 def stripes_of(width: int, config: dict[str, int]) -> int:
     """Programs side by side along a row."""
     return int(triton.cdiv(width, config["COLUMNS"] * config["BLOCKS"]))
+
+
+def summed(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over the first dimension, `partial_sums` or products of all stripes: torch takes two launches for it."""
+    total = torch.empty(partial.shape[1:], dtype=dtype, device=partial.device)
+    count = total.numel()
+    _sum_stripes[(triton.cdiv(count, SUM_STRIPES["BLOCK"]),)](
+        partial, total, count, STRIPES=len(partial), **SUM_STRIPES
+    )  # fmt: skip
+    return total
 
 
 def partial_sums(x: Tensor, stripes: int, low_rank: LowRank) -> Tensor:

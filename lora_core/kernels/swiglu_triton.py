@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_core.kernels import masked_low_rank_triton
 from lora_core.kernels.gains_triton import add_magnitude_gradients, gained, gains_of, magnitude_sums
-from lora_core.kernels.layer_ops_triton import partial_sums, sized, stripes_of
+from lora_core.kernels.layer_ops_triton import partial_sums, sized, stripes_of, summed
 from lora_core.kernels.low_rank import TILE_ROWS, LowRank
 from lora_core.kernels.low_rank_triton import (
     address,
@@ -225,7 +225,7 @@ def swiglu_forward(y: Tensor, h: Tensor | None, low_rank: LowRank, down: LowRank
         ROWS=TILE_ROWS, **ranks_of(low_rank.rank), DOWN_RANKS=down_ranks, PRECISION=precision(y), **sized(SWIGLU, y),
     )  # fmt: skip
     if partial is not None:
-        return activation, partial.sum(0).to(y.dtype)
+        return activation, summed(partial, y.dtype)
     if down.dropout_keys is not None:
         return activation, masked_low_rank_triton.shrink(activation, down)
     return activation, shrink(activation, down) if down.width else None
@@ -254,7 +254,7 @@ def swiglu_backward_(
         UPDATE=h is not None, DORA=low_rank.dora, ROWS=TILE_ROWS, **ranks, PRECISION=precision(y), **sized(config, y),
     )  # fmt: skip
     add_magnitude_gradients(sums, low_rank)
-    products = products.sum(0)
+    products = summed(products, torch.float32)
     if partial is not None:
-        return partial.sum(0).to(y.dtype), products
+        return summed(partial, y.dtype), products
     return shrink_gradient(y, low_rank) if low_rank.width else None, products

@@ -17,8 +17,11 @@ from torch._dynamo.utils import counters
 from lora_core.attention import ATTENTION_NAME
 from lora_core.config import LoraConfig
 from lora_core.engine_job import JobDiverged
+from lora_core.kernels.low_rank import NO_ADAPTER
 from lora_core.live_job import LiveJob, PreparedJob
 from lora_core.optim import StepOutcome
+from lora_core.packing import pack
+from lora_core.ready_batch import decoder_rows
 from lora_core.trainer import TrainEngine
 from tests.bench.engines import base_of, bench_job, checked_step, session_step, set_jobs
 from tests.bench.peers import SHAPES, random_llama
@@ -30,15 +33,18 @@ from tests.bench.report import (
     Conditions,
     Report,
     Row,
+    Step,
     Timing,
     free_memory,
     measure,
     peak_gib,
     seconds_of,
+    time_steps,
 )
 
 STEP_TOKENS = 8192
 SWEEP = (1, 2, 4, 8, 16, 32)
+MOST_JOBS = 64
 SWAPS = 5
 
 
@@ -51,6 +57,35 @@ def one_and_eight_jobs(report: Report, conditions: Conditions, precision: str, d
         tokens, lora = jobs * documents * conditions.tokens, LoraConfig(use_dora=dora)
         make_step = functools.partial(session_step, engine, jobs, documents, conditions.tokens, lora)
         measure(report, conditions, case, OURS, workload + suffix, tokens, make_step)
+
+
+def overhead(report: Report, conditions: Conditions, precision: str) -> None:
+    """What one job takes beyond the frozen model's own forward pass and input gradient, on the same rows."""
+    engine = _engine(conditions, precision)
+    set_jobs(engine, 1, _documents(1, conditions.tokens), conditions.tokens)
+    (live,), decoder = engine.live.values(), engine.base.decoder
+    assert decoder is not None and live.standing is not None
+    packed = pack(live.chunks(live.standing, 0, 1), conditions.device)
+    batch = decoder.batch(decoder_rows(packed, [NO_ADAPTER] * len(packed.chunks)), [])
+    steps: dict[str, Step] = {
+        "frozen": functools.partial(decoder.forward_backward, batch, packed.labels),
+        "lora": functools.partial(checked_step, engine),
+    }
+    times = time_steps(steps, warm=conditions.warm, timed=conditions.timed, device=conditions.device)
+    for name, timing in times.items():
+        report.figure(f"{precision}: ms of a step, {name}", 1000 * timing.median)
+    report.figure(f"{precision}: % that lora adds", 100 * (times["lora"].median / times["frozen"].median - 1))
+
+
+def most_jobs(report: Report, conditions: Conditions, precision: str) -> None:
+    """64 live jobs in what memory there is; rows and checkpointing are the engine's choice."""
+    model = random_llama(conditions.shape, conditions.device, ATTENTION_NAME)
+    engine = TrainEngine(base_of(model, precision), capacity=None)
+    tokens = STEP_TOKENS // MOST_JOBS
+    make_step = functools.partial(session_step, engine, MOST_JOBS, 1, tokens)
+    case = f"ours, {precision}, {MOST_JOBS} x 1 x {tokens}, as memory allows"
+    measure(report, conditions, case, OURS, "most jobs", STEP_TOKENS, make_step)
+    report.figure(f"{precision}: rows of a micro-batch with {MOST_JOBS} jobs", engine._capacity)
 
 
 def sweep(report: Report, conditions: Conditions, precision: str) -> None:

@@ -7,6 +7,8 @@ of ours has 8,192 tokens. Each part frees what it held before the next begins; `
     compiled  PEFT with compiled layers and a chunked loss, with and without checkpointing
     ours      one job and eight jobs
     dora      the same with DoRA, ours in bf16 and PEFT as it is
+    overhead  one job against the frozen model's own forward pass and input gradient
+    most      64 live jobs
     sweep     1 to 32 jobs at the same tokens a step, with and without the optimizer's time
     swap      a job leaves a live session of eight and another takes its place
     first     the first step of a fresh process, with empty compile caches and with full ones
@@ -37,7 +39,7 @@ from tests.bench.peers import (
 )
 from tests.bench.report import COMPILED, DORA, MANY_JOBS, ONE_JOB, PEFT, Conditions, Report, Step, measure
 
-PARTS = ("peft", "compiled", "ours", "dora", "sweep", "swap", "first")
+PARTS = ("peft", "compiled", "ours", "dora", "overhead", "most", "sweep", "swap", "first")
 PRECISIONS = ("bf16", "fp8")
 DOCUMENTS = (1, 2, 4, 8)
 COMPILED_DOCUMENTS = (1, 4, 8)  # each is compiled for up to a minute
@@ -111,6 +113,8 @@ def _parts(report: Report, conditions: Conditions, precisions: tuple[str, ...]) 
     }
     ours = {
         "ours": gpu_parts.one_and_eight_jobs,
+        "overhead": gpu_parts.overhead,
+        "most": gpu_parts.most_jobs,
         "sweep": gpu_parts.sweep,
         "swap": gpu_parts.swap,
         "first": gpu_parts.first_step_latency,
