@@ -19,8 +19,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lora_core.decoder import DOWN, GATE_UP, QKV, Checkpointing, Decoder, O, rounded_width
+from lora_core.decoder import Checkpointing, Decoder, rounded_width
 from lora_core.decoder_head import CPU_HEAD_ROWS, HEAD_ROWS
+from lora_core.decoder_weights import DOWN, GATE_UP, QKV, O
 from lora_core.footprint import Footprint, Footprints
 from lora_core.kernel_memory import Held, Ledger, TorchKernels, TritonKernels
 from lora_core.kernels.low_rank import LinearGroup

@@ -29,6 +29,7 @@ ORDER = {
         "precision",
         "adapter_view",
         "decoder_head",
+        "decoder_weights",
         "decoder",
         "base_files",
         "base_model",
