@@ -42,7 +42,7 @@ class Adapter:
     `dropout` acts on the input of A, in training only (when the run carries keys). `cast` holds A and B of each module
     in the dtype that the base computes in, kept up to date by whoever changes `a` and `b`; without it they are cast at
     each use. With DoRA, `magnitude` holds m `[out]` of every module, and `norm` the row norms of the whole weight:
-    whoever changes `a` and `b` clears it, and the bank computes it at the next use.
+    whoever changes `a` and `b` clears it, and it is computed at the next use; its tensors are then written over.
 
     `residual` is a second adapter that stays as it is and joins in every product, without dropout: PiSSA trains
     `s B A` on the base `W - s B0 A0`, and where W is shared, `- s B0 A0` is the adapter's own.

@@ -34,8 +34,8 @@ class AdapterView:
 
     @property
     def stale(self) -> bool:
-        norm = self._adapter.norm
-        return any(norm.get(name) is not magnitude.norm for name, magnitude in self.magnitudes.items())
+        first = next(iter(self.magnitudes), None)  # whoever changes weights forgets all norms together
+        return first is not None and self._adapter.norm.get(first) is not self.magnitudes[first].norm
 
     def settle(self) -> None:
         """Norms and gains are now those of the weights."""

@@ -22,7 +22,7 @@ Only the weights come from transformers: this file computes what its Llama, Mist
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,6 +58,7 @@ from lora_core.kernels.low_rank import (
     shrink,
     shrink_gradient,
 )
+from lora_core.to_device import to_device
 
 Checkpointing = Literal["none", "selective", "full"]
 """What is computed again in the backward pass: the norms alone, gate and up as well, or the whole layer."""
@@ -175,7 +176,7 @@ class Batch:
         self._decoder, self._adapters = decoder, adapters
         self.ids, device = rows.ids, rows.ids.device
         self._segments = Segments(rows.runs, device)
-        if device.type == "cuda" and adapters:  # else they would be made between the first kernels
+        if device.type == "cuda" and adapters:  # made here, and not between the first kernels
             _ = self._segments.tiles, self._segments.narrow_tiles, self._segments.spans
         self._dropout_keys = rows.dropout_keys
         self._table = stacked_tables(adapters, len(decoder.groups)) if device.type == "cuda" else None
@@ -198,21 +199,26 @@ class Batch:
 
     def measure_gains(self) -> None:
         """DoRA's norms change with A and B, and so with each optimizer step; until the next they are what they are."""
-        stale = [adapter for adapter in self._adapters if adapter.stale]
+        stale = {place: adapter for place, adapter in enumerate(self._adapters) if adapter.stale}
         if stale and kernels.runs_in_triton(self._decoder.embedding):
-            from lora_core.kernels.gains_triton import update_gains
-
-            linears, norms = self._decoder.linears, self._decoder.row_norms
-            for group in self._decoder.groups:
-                if self._dora[group.index]:
-                    weights = [weight_of(linears[name]) for name in group.names]
-                    squares = [norms.squares(name, torch.float32) for name in group.names]
-                    update_gains(weights, squares, self.low_rank(group.index))
+            self._measure_in_triton(stale)
         else:
-            for adapter in stale:
+            for adapter in stale.values():
                 adapter.measure(self._decoder.row_norms)
-        for adapter in stale:
+        for adapter in stale.values():
             adapter.settle()
+
+    def _measure_in_triton(self, stale: Mapping[int, AdapterView]) -> None:
+        from lora_core.kernels.gains_triton import rows_in_stack, update_gains
+
+        decoder = self._decoder
+        groups = [group for group in decoder.groups if any(view.dora[group.index] for view in stale.values())]
+        low_ranks = [self.low_rank(group.index) for group in groups]
+        starts = torch.tensor([rows_in_stack(low_rank.adapters, stale) for low_rank in low_ranks], dtype=torch.int32)
+        for group, low_rank, of_group in zip(groups, low_ranks, to_device(starts, self.ids.device), strict=True):
+            weights = [weight_of(decoder.linears[name]) for name in group.names]
+            squares = [decoder.row_norms.squares(name, torch.float32) for name in group.names]
+            update_gains(weights, squares, low_rank, stale, of_group)
 
     def add_and_norm(self, x: Tensor, pending: Pending | None, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(x + pending, its norm, its reciprocal root mean squares)."""

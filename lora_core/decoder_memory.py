@@ -128,6 +128,9 @@ class _Pass:
 
     def forward_backward(self, checkpointing: Checkpointing) -> None:
         kernels = self._kernels
+        for group, dora, width in zip(self._groups, self._dora, self._widths, strict=True):
+            if dora:
+                kernels.measure_gains(group.inputs, max(group.outputs), width)
         x, pending, saved = kernels.rows(self._hidden), None, []
         for place in range(self._layers):
             layer, x, pending = self.forward(place, x, pending, checkpointing)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_core.cpu_attention import KEPT_LENGTH, QUERY_BLOCK
+from lora_core.dora import SLICE_ROWS
 from lora_core.kernels.cross_entropy import CACHED_ELEMENTS
 from lora_core.kernels.gains import CPU_ROWS
 from lora_core.kernels.low_rank import TILE_ROWS
@@ -134,6 +135,11 @@ class TritonKernels:
             self._moment(-(-columns // STRIPE_COLUMNS) * width, 4)
         return shrunk
 
+    def measure_gains(self, inputs: int, outputs: int, width: int) -> None:
+        """The squares of W, slice by slice in fp32, when they are first needed; and W A^T for all adapters."""
+        squares = 2 * min(outputs, SLICE_ROWS) * inputs * 4
+        self.ledger.moment(max(squares, outputs * width * MOST_ADAPTERS * 4))
+
     def gains_backward(self, width: int) -> Held:
         """dv."""
         dv = self.rows(width)
@@ -141,7 +147,7 @@ class TritonKernels:
         return dv
 
     def _moment_of_sums(self, width: int) -> None:
-        """Those of dy y over the rows of each tile, of which every adapter may have one that is not full."""
+        """Those of dy y over the rows of each tile, of which the last one of a chunk may not be full."""
         self.ledger.moment((self.tokens // TILE_ROWS + MOST_ADAPTERS) * width * 4)
 
     def cross_entropy(self, rows: int, vocabulary: int) -> None:
@@ -181,6 +187,10 @@ class TorchKernels(TritonKernels):
         if self.quantised:
             self.ledger.moment(columns * width * (1 + 8 + 4))
         return super()._multiplied(columns, width)
+
+    def measure_gains(self, inputs: int, outputs: int, width: int) -> None:
+        """The squares of W, or W in fp32 for W A^T of one adapter, slice by slice."""
+        self.ledger.moment(2 * min(outputs, SLICE_ROWS) * inputs * 4 + outputs * width * 4)
 
     def norm_forward(self, x: Held, y: Held | None, width: int, *, dora: bool = False) -> tuple[Held, Held, Held]:
         """x, its product with rstd and that in the dtype of the batch, besides."""

@@ -301,8 +301,8 @@ class TrainEngine:
     def optim_step(self, complete: Sequence[LiveJob]) -> dict[str, StepOutcome | JobDiverged]:
         """One optimizer step of each, by all ranks together. The device answers once for all of them; while it still
         computes, the next micro-batch is made ready as if all go on: it takes none of the time after the answer, when
-        a GPU has nothing to do. If a rank is lost meanwhile, some have stepped and are not counted: the engine is then
-        of no more use.
+        a GPU has nothing to do. If that fails or a rank is lost meanwhile, some have stepped and are not counted: the
+        engine is then of no more use.
         """
         outcomes: dict[str, StepOutcome | JobDiverged] = {}
         queued: dict[str, Tensor] = {}

@@ -26,6 +26,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.decoder import Decoder, Rows
 from lora_core.engine_job import EngineJob
+from lora_core.kernels import gains_triton
 from lora_core.packing import pack
 from lora_core.ready_batch import joined_dropout_keys
 from lora_core.trainer import TrainEngine
@@ -33,6 +34,8 @@ from tests.models import CPU, decode_with_triton, documents, next_chunks, tiny_b
 
 BATCHES = ([4], [4, 4], [4, 5, 3], [2] * 16)
 """Ranks of the adapters in each; their rows differ, too. A rank above 16 would take kernels of its own."""
+
+KINDS: dict[str, dict[str, Any]] = {"plain": {}, "dropout": {"lora_dropout": 0.1}, "dora": {"use_dora": True}}
 
 
 @pytest.fixture(scope="module")
@@ -44,20 +47,21 @@ def keys() -> dict[str, list[list[str]]]:
     return found
 
 
-@pytest.mark.parametrize("dropout", ["0.0", "0.1"])
-def test_the_number_of_jobs_and_rows_compiles_nothing(keys: dict[str, list[list[str]]], dropout: str) -> None:
-    one, *others = keys[dropout]
+@pytest.mark.parametrize("kind", ["plain", "dropout", "dora"])
+def test_the_number_of_jobs_and_rows_compiles_nothing(keys: dict[str, list[list[str]]], kind: str) -> None:
+    one, *others = keys[kind]
     assert len(one) > 15
     for other in others:
         assert set(other) == set(one)
 
 
-def test_dropout_takes_kernels_of_its_own(keys: dict[str, list[list[str]]]) -> None:
+@pytest.mark.parametrize("kind", ["dropout", "dora"])
+def test_options_take_kernels_of_their_own(keys: dict[str, list[list[str]]], kind: str) -> None:
     """So the keys do tell kernels apart."""
-    assert {key for key in keys["0.1"][0] if key not in keys["0.0"][0]}
+    assert {key for key in keys[kind][0] if key not in keys["plain"][0]}
 
 
-def keys_of(ranks: Sequence[int], dropout: float) -> list[str]:
+def keys_of(ranks: Sequence[int], options: dict[str, Any]) -> list[str]:
     """Of every launch in a pass with these adapters."""
     found: set[str] = set()
     backend = CUDABackend(GPUTarget("cuda", 90, 32))
@@ -71,7 +75,7 @@ def keys_of(ranks: Sequence[int], dropout: float) -> list[str]:
     base = tiny_base("llama", dtype=torch.bfloat16)
     engine, on = TrainEngine(base), Decoder(base.model)
     for place, r in enumerate(ranks):
-        lora, train = LoraConfig(r=r, lora_dropout=dropout), TrainConfig(batch_size=1 + place % 3)
+        lora, train = LoraConfig(r=r, **options), TrainConfig(batch_size=1 + place % 3)
         engine.add(EngineJob(f"{place:02}", lora, train, documents(6, place)))
     jobs = list(engine.live.values())
     batch = pack(next_chunks(jobs), CPU)
@@ -82,9 +86,11 @@ def keys_of(ranks: Sequence[int], dropout: float) -> list[str]:
 
 
 def main() -> None:
-    """Print the keys of each batch, without dropout and with it."""
-    decode_with_triton(pytest.MonkeyPatch())
-    print(json.dumps({str(dropout): [keys_of(ranks, dropout) for ranks in BATCHES] for dropout in (0.0, 0.1)}))
+    """Print the keys of each batch, of each kind."""
+    patch = pytest.MonkeyPatch()
+    decode_with_triton(patch)
+    patch.setattr(gains_triton, "_wide_product", lambda left, right: (left @ right.t()).float())  # a CPU has no other
+    print(json.dumps({kind: [keys_of(ranks, options) for ranks in BATCHES] for kind, options in KINDS.items()}))
 
 
 if __name__ == "__main__":

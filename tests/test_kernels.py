@@ -322,7 +322,8 @@ def test_norms_and_gains(kind: str) -> None:
         assert adapter is not None
         for part in filter(None, adapter.parts):
             part.b[5] = 0.0
-    gains_triton.update_gains(weights, [weight.square().sum(1) for weight in weights], low)
+    squares, starts = [weight.square().sum(1) for weight in weights], gains_triton.rows_in_stack(low.adapters, [0, 1])
+    gains_triton.update_gains(weights, squares, low, [0, 1], torch.tensor(starts, dtype=torch.int32, device=DEVICE))
     for adapter in low.adapters:
         assert adapter is not None
         for part, weight, scale in zip(adapter.parts, weights, adapter.part_scales, strict=True):

@@ -6,8 +6,8 @@ batch that have magnitudes; other rows stay as they are.
     gains_backward    the same where dy stays
 
 The norm is a constant to the gradient, so m's is the sum of dy v / norm, which is that of dy y / m: y is what forward
-passes keep. Where m is 0 a row's y is 0 and m's gradient is taken for 0: such rows are those of zeros in W, whose B
-learns nothing either.
+passes keep. Where m is 0 a row's y is 0, and m's gradient is taken for 0. Training comes to such rows only where W has
+zeros, and there B learns nothing either; a row whose m was set to 0 by hand stays out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lora_core import kernels
 from lora_core.kernels.low_rank import LowRank
 
 CPU_ROWS = 128
-"""Rows that are widened to fp32 at a time."""
+"""Rows that are multiplied by gains at a time: torch widens all of bf16 that it multiplies by fp32."""
 
 
 def apply_gains_(y: Tensor, low_rank: LowRank) -> Tensor:
@@ -27,7 +27,8 @@ def apply_gains_(y: Tensor, low_rank: LowRank) -> Tensor:
     for adapter, rows in low_rank.present():
         for part, columns, _ in adapter.present(low_rank.group):
             if part.magnitude is not None:
-                y[rows, columns] *= part.magnitude.gain
+                for few in y[rows, columns].split(CPU_ROWS):
+                    few.mul_(part.magnitude.gain)
     return y
 
 
@@ -39,7 +40,7 @@ def gains_backward_(dy: Tensor, y: Tensor, low_rank: LowRank) -> Tensor:
                 own, divisor = dy[rows, columns], torch.where(magnitude.m == 0, torch.inf, magnitude.m)
                 for few, of_few in zip(own.split(CPU_ROWS), y[rows, columns].split(CPU_ROWS), strict=True):
                     magnitude.gradient.add_((few.to(divisor.dtype) * of_few).sum(0) / divisor)
-                own *= magnitude.gain
+                    few.mul_(magnitude.gain)
     return dy
 
 

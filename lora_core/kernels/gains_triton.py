@@ -7,7 +7,7 @@ tile: so m's gradient is the same each time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import accumulate
 
 import torch
@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_core.kernels.low_rank import TILE_ROWS, LowRank
+from lora_core.kernels.low_rank import TILE_ROWS, GroupAdapter, LowRank
 from lora_core.kernels.low_rank_triton import (
     MAGNITUDE,
     address,
+    place_of_block,
     rank_block,
     table_arguments,
     table_of,
@@ -69,13 +70,7 @@ def _add_magnitude_gradient(
     sums, tiles, tile_count, table, row_fields, N, N0, N1, TILES: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     adapter = tl.program_id(1)
-    blocks0 = tl.cdiv(N0, COLUMNS)
-    blocks1 = tl.cdiv(N1, COLUMNS)
-    block = tl.program_id(0)
-    linear = tl.where(block < blocks0, 0, tl.where(block < blocks0 + blocks1, 1, 2))
-    block -= tl.where(linear == 0, 0, tl.where(linear == 1, blocks0, blocks0 + blocks1))
-    start = tl.where(linear == 0, 0, tl.where(linear == 1, N0, N0 + N1))
-    size = tl.where(linear == 0, N0, tl.where(linear == 1, N1, N - N0 - N1))
+    linear, block, start, size = place_of_block(tl.program_id(0), N, N0, N1, COLUMNS)
     field = table + adapter * row_fields + MAGNITUDE + 4 * linear
     if tl.load(field) != 0:
         n = block * COLUMNS + tl.arange(0, COLUMNS)
@@ -92,7 +87,7 @@ def _add_magnitude_gradient(
         tl.store(gradient, total, mask=n_mask)
 
 
-@triton.jit(do_not_specialize=["linear", "width"])
+@triton.jit(do_not_specialize=["linear", "width"], do_not_specialize_on_alignment=["starts"])
 def _norms(
     weight, products, grams, squares, starts, table, row_fields, linear, N, width,
     ROWS: tl.constexpr, RANKS: tl.constexpr, LOOP: tl.constexpr,
@@ -100,14 +95,15 @@ def _norms(
     adapter = tl.program_id(1)
     row = table + adapter * row_fields
     magnitude = row + MAGNITUDE + 4 * linear
-    if tl.load(magnitude) != 0:
+    start = tl.load(starts + adapter)
+    if (start >= 0) & (tl.load(magnitude) != 0):
         field = row + 4 + 4 * linear
         dtype: tl.constexpr = weight.dtype.element_ty
         b = address(field, 0, dtype)
         r = tl.load(field + 2).to(tl.int32)
         offset = tl.load(field + 3).to(tl.int32)
         scale = tl.load(tl.load(row + 3).to(tl.pointer_type(tl.float32)) + offset)
-        column = tl.load(starts + adapter) + offset
+        column = start + offset
         n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         n_mask = n < N
         added = tl.zeros((ROWS,), tl.float32)
@@ -120,7 +116,7 @@ def _norms(
                 d = second + tl.arange(0, RANKS)
                 others = tl.load(b + d[None, :] * N + n[:, None], mask=n_mask[:, None] & (d < r)[None, :], other=0.0)
                 gram = tl.load(
-                    grams + (column + d)[:, None] * width + (column + c)[None, :],
+                    grams + (column + d)[:, None].to(tl.int64) * width + (column + c)[None, :],
                     mask=(d < r)[:, None] & (c < r)[None, :],
                     other=0.0,
                 )
@@ -165,20 +161,28 @@ def add_magnitude_gradients(sums: Tensor | None, low_rank: LowRank) -> None:
         )  # fmt: skip
 
 
-def update_gains(weights: Sequence[Tensor], squares: Sequence[Tensor], low_rank: LowRank) -> None:
-    """Norms and gains of all adapters on one group, whose linears have `weights` and these squared norms of rows. The
-    A of all adapters lie on top of each other for it, so that W is read once.
+def rows_in_stack(adapters: Sequence[GroupAdapter | None], wanted: Collection[int]) -> list[int]:
+    """Where the A of each begins in `update_gains`'s stack of those that have DoRA and a place in `wanted`; else -1."""
+    taken = [place in wanted and one is not None and one.dora for place, one in enumerate(adapters)]
+    widths = [one.width if one is not None and take else 0 for one, take in zip(adapters, taken, strict=True)]
+    return [end - width if take else -1 for end, width, take in zip(accumulate(widths), widths, taken, strict=True)]
+
+
+def update_gains(
+    weights: Sequence[Tensor], squares: Sequence[Tensor], low_rank: LowRank, wanted: Collection[int], starts: Tensor
+) -> None:
+    """Norms and gains of the adapters at the places `wanted` on one group, whose linears have `weights` and these
+    squared norms of rows. Their A lie on top of each other for it, so that W is read once; `starts` int32 `[adapters]`
+    is `rows_in_stack`. A and B are taken as products take them, in the base's dtype.
     """
-    a = [adapter.a if adapter is not None and adapter.dora else None for adapter in low_rank.adapters]
-    stacked = torch.cat([part for part in a if part is not None])
-    starts = [0, *accumulate(0 if part is None else len(part) for part in a)][:-1]
-    on_device = torch.tensor(starts, dtype=torch.int32).to(stacked.device, non_blocking=True)
+    stacked = torch.cat([one.a for place, one in enumerate(low_rank.adapters) if place in wanted and one and one.dora])
     grams, ranks = _wide_product(stacked, stacked), rank_block(low_rank.rank)
     table, row_fields, adapters = table_arguments(low_rank)
     for linear, (weight, of_rows) in enumerate(zip(weights, squares, strict=True)):
+        products = None  # the last one's go first
         products = _wide_product(weight, stacked)
         _norms[triton.cdiv(len(weight), NORMS["ROWS"]), adapters](
-            weight, products, grams, of_rows, on_device, table, row_fields, linear, len(weight), len(stacked),
+            weight, products, grams, of_rows, starts, table, row_fields, linear, len(weight), len(stacked),
             RANKS=ranks, LOOP=low_rank.rank > ranks, **NORMS,
         )  # fmt: skip
 

@@ -236,17 +236,25 @@ def _add_a_gradient(
 
 
 @triton.jit
-def _add_b_gradient(
-    dy, h, spans, table, row_fields, N, N0, N1, h_stride,
-    COLUMNS: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def place_of_block(block, N, N0, N1, COLUMNS: tl.constexpr):
+    """Of a program for COLUMNS outputs of one linear of a group: (linear, which block of its outputs, where those begin
+    among the group's, how many they are).
+    """
     blocks0 = tl.cdiv(N0, COLUMNS)
     blocks1 = tl.cdiv(N1, COLUMNS)
-    block = tl.program_id(0)
     linear = tl.where(block < blocks0, 0, tl.where(block < blocks0 + blocks1, 1, 2))
     block -= tl.where(linear == 0, 0, tl.where(linear == 1, blocks0, blocks0 + blocks1))
     start = tl.where(linear == 0, 0, tl.where(linear == 1, N0, N0 + N1))
     size = tl.where(linear == 0, N0, tl.where(linear == 1, N1, N - N0 - N1))
+    return linear, block, start, size
+
+
+@triton.jit
+def _add_b_gradient(
+    dy, h, spans, table, row_fields, N, N0, N1, h_stride,
+    COLUMNS: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    linear, block, start, size = place_of_block(tl.program_id(0), N, N0, N1, COLUMNS)
     span = spans + tl.program_id(1) * 3
     row = table + tl.load(span) * row_fields
     field = row + 4 + 4 * linear

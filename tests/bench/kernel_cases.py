@@ -154,7 +154,12 @@ def update_gains(o: Operands) -> Case:
         [linear.weight.detach() for linear in weights],
         [norms.squares(name, torch.float32) for name in o.gate_up.names],
     )
-    sides = Side(gains_triton.update_gains, (*given, low), made, made), Side(measured_gains, (norms, low), made, made)
+    places = range(len(low.adapters))
+    starts = torch.tensor(gains_triton.rows_in_stack(low.adapters, places), dtype=torch.int32, device=o.device)
+    sides = (
+        Side(gains_triton.update_gains, (*given, low, places, starts), made, made),
+        Side(measured_gains, (norms, low), made, made),
+    )
     read = tuple(linear.weight for linear in weights)
     return Case("update_gains", o.jobs, *sides, (*read, *all_a(low), *all_b(low)), 0)
 
