@@ -13,9 +13,7 @@ leaves or diverges changes nothing (DESIGN rule 4).
 
 from __future__ import annotations
 
-import logging
 import math
-from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -35,7 +33,7 @@ from lora_core.fair_queue import FairQueue
 from lora_core.kernels.low_rank import NO_ADAPTER
 from lora_core.live_job import LiveJob, PreparedJob, Standing
 from lora_core.loss import batch_losses, batch_scores
-from lora_core.memory import DoesNotFitError, Plan, available_bytes, predictor, return_freed_memory
+from lora_core.memory import DoesNotFitError
 from lora_core.optim import (
     AllReduce,
     Evaluation,
@@ -47,8 +45,7 @@ from lora_core.optim import (
 )
 from lora_core.packing import Chunk, pack
 from lora_core.ready_batch import ReadyBatch, decoder_rows, make_ready
-
-log = logging.getLogger("lora.engine")
+from lora_core.room import Room
 
 
 @dataclass(frozen=True)
@@ -89,11 +86,7 @@ class TrainEngine:
         self.base = base
         self.bank = AdapterBank(base.model)
         self.live: dict[str, LiveJob] = {}
-        self._capacity, self._checkpointing = capacity or 0, checkpointing
-        self._budget = None if capacity else budget_bytes or available_bytes(base.device)
-        if self._budget is not None:
-            quantised = base.precision if base.precision in QUANTISED else None
-            self._predictor = predictor(base.model.config, base.model.dtype, base.device.type, quantised)
+        self.room = Room(base, capacity, checkpointing, budget_bytes)
         self._rank, self._ranks, self._all_reduce = rank, ranks, all_reduce
         # Every rank's, so that this one knows when a job is complete.
         self._queues = [FairQueue() for _ in range(ranks)]
@@ -122,9 +115,9 @@ class TrainEngine:
         else:
             start = continued_adapter(self.bank, job.lora, job.init_adapter)
         beside = [live.job for live in list(self.live.values())]
-        self._plan([*beside, job])
+        self.room.plan([*beside, job])
         waiting = {prepared.job.name: prepared.job for prepared in self._prepared}
-        self._plan_ahead([*({other.name: other for other in beside} | waiting | {job.name: job}).values()])
+        self.room.plan_ahead([*({other.name: other for other in beside} | waiting | {job.name: job}).values()])
         prepared = PreparedJob(job, HostState(start, self.base.model.dtype, pinned=self.base.device.type == "cuda"))
         if checkpoint is not None:
             prepared.restore(checkpoint)
@@ -139,7 +132,7 @@ class TrainEngine:
         """
         job, base = prepared.job, self.base
         self._ahead = None  # capacity may change even where the job does not come in
-        self._fit([*(live.job for live in self.live.values()), job])
+        self.room.fit([*(live.job for live in self.live.values()), job])
         try:
             live = LiveJob(job, FlatAdamW(prepared.state, job.train, base.device, base.model.dtype))
             if base.decoder is not None and Decoder.adapts(live.adapter):
@@ -165,45 +158,7 @@ class TrainEngine:
 
     def _fit_again(self) -> None:
         with suppress(DoesNotFitError):
-            self._fit([live.job for live in self.live.values()])
-
-    def _plan(self, jobs: Sequence[EngineJob]) -> Plan | None:
-        """Capacity and checkpointing for these jobs, if they are to be chosen."""
-        if self._budget is None or not jobs:
-            return None
-        longest, smallest = max(job.longest for job in jobs), max(job.largest_chunk for job in jobs)
-        kept = [job.lora for job in jobs if job.train.keeps_best]
-        return self._predictor.fit(self._budget, [job.lora for job in jobs], longest, smallest, kept)
-
-    def _plan_ahead(self, jobs: Sequence[EngineJob]) -> None:
-        """Make the dry runs that `admit` and `remove` will ask for: without them those would hold up training for
-        seconds. So all of these jobs come together, or one leaves.
-        """
-        if self._budget is None:
-            return
-        with suppress(DoesNotFitError):
-            self._plan(jobs)
-        kinds = Counter(self._predictor.footprints.of(job.lora) for job in jobs)
-        for leaver in jobs:
-            if kinds[self._predictor.footprints.of(leaver.lora)] == 1:
-                with suppress(DoesNotFitError):
-                    self._plan([job for job in jobs if job is not leaver])
-
-    def _fit(self, jobs: Sequence[EngineJob]) -> None:
-        plan = self._plan(jobs)
-        if plan is None or self._budget is None:
-            return
-        self._capacity, self._checkpointing = plan.capacity, plan.checkpointing
-        if plan.exact_heap and self.base.device.type == "cpu":
-            return_freed_memory()
-        log.info(
-            "event=planned jobs=%d capacity=%d checkpointing=%s predicted=%.2fGB budget=%.2fGB",
-            len(jobs),
-            plan.capacity,
-            plan.checkpointing,
-            plan.predicted_bytes / 1e9,
-            self._budget / 1e9,
-        )
+            self.room.fit([live.job for live in self.live.values()])
 
     def step(self) -> dict[str, StepOutcome | JobDiverged]:
         """Micro-batches until some job has completed an optimizer step: the outcomes of those that have (none where
@@ -250,7 +205,7 @@ class TrainEngine:
                 for rank, queue in enumerate(queues):
                     chunks = self.live[name].chunks(standing, rank, self._ranks)
                     queue.put(name, chunks, training=not standing.evaluation_due)
-        taken = [queue.take(self._capacity) for queue in queues]
+        taken = [queue.take(self.room.capacity) for queue in queues]
         chunks, training = taken[self._rank]  # the other ranks may have some where this one has none
         in_decoder = [chunk for chunk in chunks if self.live[chunk.job].view is not None]
         in_hooks = [chunk for chunk in chunks if self.live[chunk.job].view is None]
@@ -276,9 +231,9 @@ class TrainEngine:
         assert all(chunk.step is not None for chunk in chunks)
         if batch.in_decoder is not None:
             assert self.base.decoder is not None
-            losses = self.base.decoder.forward_backward(batch.in_decoder, batch.packed.labels, self._checkpointing)
+            losses = self.base.decoder.forward_backward(batch.in_decoder, batch.packed.labels, self.room.checkpointing)
         else:
-            with recomputed_layers(self.base.model, self.bank) if self._checkpointing == "full" else nullcontext():
+            with recomputed_layers(self.base.model, self.bank) if self.room.checkpointing == "full" else nullcontext():
                 losses = batch_losses(self.base, self.bank, batch.runs, batch.packed)
             losses.sum().backward()
         for chunk, loss in zip(chunks, losses.detach(), strict=True):

@@ -51,6 +51,7 @@ ORDER = {
         "decoder_memory",
         "hook_memory",
         "memory",
+        "room",
         "trainer",
         "library",
         "kv_cache",

@@ -123,7 +123,9 @@ def test_on_a_cpu_a_checkpoint_and_the_best_weights_are_counted(options: dict[st
     peak = of.activations.peak_bytes([of.footprints.of(lora)], 256, 30, "none")
     told = of.predict([lora], 256, 30, "none", [lora]) - peak - without
     assert told == pytest.approx(meter.live + dump + best, rel=0.1)  # the snapshot may have the best of before
-    assert engine._plan([wanted]) == of.fit(engine._budget or 0, [lora], wanted.longest, wanted.largest_chunk, [lora])
+    assert engine.room.plan([wanted]) == of.fit(
+        engine.room.budget or 0, [lora], wanted.longest, wanted.largest_chunk, [lora]
+    )
     assert on_gpu.predict([lora], 256, 30, "none", [lora]) == on_gpu.predict([lora], 256, 30, "none")
 
 
@@ -209,8 +211,8 @@ def test_an_engine_that_chooses_trains_the_same_bits() -> None:
         live = engine.add(job())
         for _ in range(3):
             engine.step()
-    assert (chosen._capacity, chosen._checkpointing) == (LARGEST, "none")
-    assert tight._capacity < LARGEST or tight._checkpointing == "full"
+    assert (chosen.room.capacity, chosen.room.checkpointing) == (LARGEST, "none")
+    assert tight.room.capacity < LARGEST or tight.room.checkpointing == "full"
     blobs = [engine.live["job"].checkpoint() for engine in (given, chosen, tight)]
     assert blobs[0] == blobs[1] == blobs[2]
     assert live.progress.step == 3
@@ -230,10 +232,10 @@ def test_a_job_leaves_even_where_the_others_are_said_not_to_fit() -> None:
     engine = TrainEngine(tiny_base("llama"), capacity=None)
     engine.add(job("stays"))
     engine.add(job("leaves"))
-    plan = engine._capacity, engine._checkpointing
-    engine._budget = 1
+    plan = engine.room.capacity, engine.room.checkpointing
+    engine.room.budget = 1
     engine.remove("leaves")
-    assert list(engine.live) == ["stays"] and (engine._capacity, engine._checkpointing) == plan
+    assert list(engine.live) == ["stays"] and (engine.room.capacity, engine.room.checkpointing) == plan
     assert engine.step()
 
 
@@ -277,19 +279,19 @@ def test_a_newcomer_has_its_vectors_only_once_there_is_room(monkeypatch: pytest.
     budget = of.predict([job().lora], LARGEST, 30, "none") + 1000
     engine = TrainEngine(tiny_base("llama"), capacity=None, budget_bytes=budget)
     engine.add(job())
-    meter, capacities = Meter([]), [engine._capacity]
+    meter, capacities = Meter([]), [engine.room.capacity]
     with meter:
         prepared = engine.prepare(job("large", r=128))
     vectors = vector_bytes(of.footprints, of.footprints.of(prepared.job.lora))
     assert meter.live < 0.5 * vectors  # its weights; not their gradient and two moments
 
     def recorded(*arguments: Any) -> FlatAdamW:
-        capacities.append(engine._capacity)
+        capacities.append(engine.room.capacity)
         return FlatAdamW(*arguments)
 
     monkeypatch.setattr(trainer, "FlatAdamW", recorded)
     engine.admit(prepared)
-    assert LARGEST == capacities[0] > capacities[1] == engine._capacity
+    assert LARGEST == capacities[0] > capacities[1] == engine.room.capacity
 
 
 def test_a_rank_without_memory_for_a_newcomer_goes_on_as_all_do_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +302,7 @@ def test_a_rank_without_memory_for_a_newcomer_goes_on_as_all_do_without_it(monke
     with monkeypatch.context() as patched, pytest.raises(TypeError):
         patched.setattr(trainer, "FlatAdamW", None)
         engine.admit(prepared)
-    assert engine._capacity == LARGEST and list(engine.live) == ["job"]
+    assert engine.room.capacity == LARGEST and list(engine.live) == ["job"]
 
 
 def test_no_chunk_is_larger_than_a_job_says() -> None:

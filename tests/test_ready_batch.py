@@ -202,7 +202,7 @@ def test_nothing_is_kept_where_a_job_fails_to_come_in(monkeypatch: pytest.Monkey
     prepared = engine.prepare(job("other"))
 
     def fail(*_: object) -> None:
-        engine._capacity = 32
+        engine.room.capacity = 32
         raise MemoryError
 
     monkeypatch.setattr(engine_job, "CHUNK_TOKENS", 16)

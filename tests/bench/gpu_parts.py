@@ -85,7 +85,7 @@ def most_jobs(report: Report, conditions: Conditions, precision: str) -> None:
     make_step = functools.partial(session_step, engine, MOST_JOBS, 1, tokens)
     case = f"ours, {precision}, {MOST_JOBS} x 1 x {tokens}, as memory allows"
     measure(report, conditions, case, OURS, "most jobs", STEP_TOKENS, make_step)
-    report.figure(f"{precision}: rows of a micro-batch with {MOST_JOBS} jobs", engine._capacity)
+    report.figure(f"{precision}: rows of a micro-batch with {MOST_JOBS} jobs", engine.room.capacity)
 
 
 def sweep(report: Report, conditions: Conditions, precision: str) -> None:
