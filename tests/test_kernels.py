@@ -26,6 +26,7 @@ from lora_core.kernels import (
     masked_low_rank_triton,
     quantize,
     quantize_triton,
+    rope_triton,
     swiglu_triton,
 )
 from lora_core.kernels.layer_ops import HeadNorm, Rope
@@ -356,7 +357,7 @@ def test_rope(with_update: bool, with_bias: bool, with_norm: bool, dora: bool) -
     y, h = randn(T, 128), randn(T, here.width) if with_update else None
     rope, on_device = ropes(16, with_bias, with_norm)
     reference, unnormed = layer_ops.rope_forward_(*copies([y, h]), here, rope, True)  # type: ignore[arg-type]
-    ours, unnormed_there = layer_ops_triton.rope_forward_(*copies([y, h], DEVICE), there, on_device, True)  # type: ignore[arg-type]
+    ours, unnormed_there = rope_triton.rope_forward_(*copies([y, h], DEVICE), there, on_device, True)  # type: ignore[arg-type]
     close(ours, reference)
     assert (unnormed is not None) == (unnormed_there is not None) == with_norm
     if unnormed is not None and unnormed_there is not None:
@@ -364,7 +365,7 @@ def test_rope(with_update: bool, with_bias: bool, with_norm: bool, dora: bool) -
     parts = [randn(T, heads, 16, seed=heads) for heads in (4, 2, 2)]
     turned_back, _ = layer_ops.rope_backward(*parts, reference, unnormed, here, rope)
     moved_parts = [part.to(DEVICE) for part in parts]
-    dy, products = layer_ops_triton.rope_backward(*moved_parts, ours, unnormed_there, there, on_device)
+    dy, products = rope_triton.rope_backward(*moved_parts, ours, unnormed_there, there, on_device)
     close(dy, turned_back)
     same_magnitude_gradients(there, here)
     product = y if h is None else low_rank.expand_(y.clone(), h, here)
@@ -376,7 +377,7 @@ def test_rope_keeps_nothing_without_a_backward_pass(with_norm: bool) -> None:
     rope, on_device = ropes(16, False, with_norm)
     low = low_rank_on("qkv", DEVICE)
     assert layer_ops.rope_forward_(randn(T, 128), None, low_rank_on("qkv"), rope, False)[1] is None
-    ours, kept = layer_ops_triton.rope_forward_(randn(T, 128).to(DEVICE), None, low, on_device, False)
+    ours, kept = rope_triton.rope_forward_(randn(T, 128).to(DEVICE), None, low, on_device, False)
     assert kept is None
     close(ours, layer_ops.rope_forward_(randn(T, 128), None, low_rank_on("qkv"), rope, True)[0])
 

@@ -110,9 +110,9 @@ def rope_forward_(
     large in the other, the small numbers are lost in rounding.
     """
     if kernels.runs_in_triton(y):
-        from lora_core.kernels import layer_ops_triton
+        from lora_core.kernels import rope_triton
 
-        return layer_ops_triton.rope_forward_(y, h, low_rank, rope, with_backward)
+        return rope_triton.rope_forward_(y, h, low_rank, rope, with_backward)
     _updated_(y, h, low_rank)
     if rope.bias is not None:
         y += rope.bias
@@ -131,9 +131,9 @@ def rope_backward(
     on CUDA the `products` for the norm before. y and `unnormed` are what `rope_forward_` returned.
     """
     if kernels.runs_in_triton(dq):
-        from lora_core.kernels import layer_ops_triton
+        from lora_core.kernels import rope_triton
 
-        return layer_ops_triton.rope_backward(dq, dk, dv, y, unnormed, low_rank, rope)
+        return rope_triton.rope_backward(dq, dk, dv, y, unnormed, low_rank, rope)
     dy = torch.cat([part.reshape(part.shape[0], -1) for part in (dq, dk, dv)], dim=1)
     heads = _turned_heads(dy, rope)
     _turn_(heads, rope, -1.0)

@@ -1,5 +1,5 @@
-"""Norm and rope of `layer_ops.py` in Triton (SwiGLU is in `swiglu_triton.py`): one pass over memory each. What a pass
-must read and write is its floor; the low-rank products ride along on tiles that are in registers already.
+"""Norms of `layer_ops.py` in Triton (`rope_triton.py` and `swiglu_triton.py` have the rest): one pass over memory each.
+What a pass must read and write is its floor; the low-rank products ride along on tiles that are in registers already.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels import low_rank_triton, masked_low_rank_triton
-from lora_core.kernels.gains_triton import add_magnitude_gradients, gained, gains_of, magnitude_sums
-from lora_core.kernels.layer_ops import Rope
+from lora_core.kernels.gains_triton import gained, gains_of
 from lora_core.kernels.low_rank import NARROW_ROWS, TILE_ROWS, LowRank
 from lora_core.kernels.low_rank_triton import (
     address,
@@ -23,15 +22,13 @@ from lora_core.kernels.low_rank_triton import (
     table_arguments,
     table_of,
     updated,
-    widths,
 )
 
 # The fastest of a sweep on one H100 at 8,192 tokens of the 8B shape, r 16 (microseconds; in brackets the floor,
-# bytes over 3 TB/s): norm forward 121 (89) and backward 135 (89), rope 101 (67).
+# bytes over 3 TB/s): norm forward 121 (89) and backward 135 (89).
 NORM_FORWARD = {"COLUMNS": 512, "STAGES": 3, "num_warps": 4}
 NORM_BACKWARD = {"COLUMNS": 64, "BLOCKS": 16, "STAGES": 3, "num_warps": 4}
 PRODUCTS = {"COLUMNS": 1024, "num_warps": 4}
-ROPE = {"num_warps": 4}
 SUM_STRIPES = {"BLOCK": 256, "num_warps": 4}
 WIDE_NUMBERS = {"COLUMNS": 64, "STAGES": 1}  # fp32 takes twice the shared memory
 
@@ -158,149 +155,6 @@ def _sum_stripes(partial, total, count, STRIPES: tl.constexpr, BLOCK: tl.constex
     tl.store(total + i, acc.to(total.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _head_rstd(first, second, eps, HALF: tl.constexpr):
-    """Reciprocal root mean squares `[rows]` of a head that comes in halves."""
-    return tl.rsqrt((tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / (2 * HALF) + eps)
-
-
-@triton.jit(do_not_specialize=["adapters"])
-def _rope_forward(
-    y, h, bias, cos, sin, tiles, table, row_fields, adapters, N, N0, N1, h_stride, turned_heads,
-    weight, eps, unnormed,
-    BIAS: tl.constexpr, UPDATE: tl.constexpr, DORA: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr,
-    HALF: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr, LOOP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    tile = tiles + tl.program_id(0) * 3
-    t = (tl.load(tile + 1) + tl.arange(0, ROWS)).to(tl.int64)
-    t_mask = tl.arange(0, ROWS) < tl.load(tile + 2)
-    row = table_of(table, tl.load(tile), row_fields, adapters)
-    dtype: tl.constexpr = y.dtype.element_ty
-    head = tl.program_id(1)
-    column = head * 2 * HALF
-    linear = tl.where(column < N0, 0, tl.where(column < N0 + N1, 1, 2))
-    local = column - tl.where(linear == 0, 0, tl.where(linear == 1, N0, N0 + N1))
-    size = tl.where(linear == 0, N0, tl.where(linear == 1, N1, N - N0 - N1))
-    d = tl.arange(0, BLOCK)
-    d_mask = d < HALF
-    mask = t_mask[:, None] & d_mask[None, :]
-    place = y + t[:, None] * N + (column + d)[None, :]
-    first = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(place + HALF, mask=mask, other=0.0).to(tl.float32)
-    if UPDATE:
-        first = updated(first, h, h_stride, t, t_mask, row, linear, size, local + d, d_mask, RANKS, LOOP, PRECISION)
-        second = updated(
-            second, h, h_stride, t, t_mask, row, linear, size, local + HALF + d, d_mask, RANKS, LOOP, PRECISION
-        )
-    if DORA:
-        gain, number = gains_of(row, linear)
-        first = gained(first, gain, number, local + d, d_mask)
-        second = gained(second, gain, number, local + HALF + d, d_mask)
-    if BIAS:
-        first += tl.load(bias + column + d, mask=d_mask, other=0.0).to(tl.float32)[None, :]
-        second += tl.load(bias + column + HALF + d, mask=d_mask, other=0.0).to(tl.float32)[None, :]
-    if head < turned_heads:
-        if NORM:
-            first, second = first.to(dtype), second.to(dtype)
-            if KEEP:
-                kept = unnormed + t[:, None] * (turned_heads * 2 * HALF) + (column + d)[None, :]
-                tl.store(kept, first, mask=mask)
-                tl.store(kept + HALF, second, mask=mask)
-            first, second = first.to(tl.float32), second.to(tl.float32)
-            rstd = _head_rstd(first, second, eps, HALF)
-            w = weight + column + d
-            first = (first * rstd[:, None]).to(dtype).to(tl.float32)
-            first *= tl.load(w, mask=d_mask, other=0.0).to(tl.float32)[None, :]
-            second = (second * rstd[:, None]).to(dtype).to(tl.float32)
-            second *= tl.load(w + HALF, mask=d_mask, other=0.0).to(tl.float32)[None, :]
-            first, second = first.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)
-        angle = t[:, None] * HALF + d[None, :]
-        c = tl.load(cos + angle, mask=mask, other=0.0).to(tl.float32)
-        s = tl.load(sin + angle, mask=mask, other=0.0).to(tl.float32)
-        turned = first * c - second * s
-        second = second * c + first * s
-        first = turned
-    tl.store(place, first.to(dtype), mask=mask)
-    tl.store(place + HALF, second.to(dtype), mask=mask)
-
-
-@triton.jit(do_not_specialize=["adapters", "T"])
-def _rope_backward(
-    dq, dk, dv, y, bias, dy, products, sums, cos, sin, tiles, table, row_fields, adapters, N, N0, N1, T,
-    q_heads, k_heads, weight, eps, unnormed,
-    BIAS: tl.constexpr, DORA: tl.constexpr, NORM: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    tile = tiles + tl.program_id(0) * 3
-    t = (tl.load(tile + 1) + tl.arange(0, ROWS)).to(tl.int64)
-    t_mask = tl.arange(0, ROWS) < tl.load(tile + 2)
-    head = tl.program_id(1)
-    d = tl.arange(0, BLOCK)
-    d_mask = d < HALF
-    mask = t_mask[:, None] & d_mask[None, :]
-    if head < q_heads:
-        source = dq + (t * q_heads + head)[:, None] * (2 * HALF) + d[None, :]
-    elif head < q_heads + k_heads:
-        source = dk + (t * k_heads + head - q_heads)[:, None] * (2 * HALF) + d[None, :]
-    else:
-        source = dv + (t * k_heads + head - q_heads - k_heads)[:, None] * (2 * HALF) + d[None, :]
-    first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
-    place = t[:, None] * N + (head * 2 * HALF + d)[None, :]
-    held = y + place
-    if NORM:  # noqa: SIM102 - one is decided by the compiler, the other by the program
-        if head < q_heads + k_heads:
-            held = unnormed + (t * (q_heads + k_heads) + head)[:, None] * (2 * HALF) + d[None, :]
-    first_y = tl.load(held, mask=mask, other=0.0).to(tl.float32)
-    second_y = tl.load(held + HALF, mask=mask, other=0.0).to(tl.float32)
-    # Turning both by the same angle leaves their product as it is.
-    product = first * first_y + second * second_y
-    if head < q_heads + k_heads:
-        angle = t[:, None] * HALF + d[None, :]
-        c = tl.load(cos + angle, mask=mask, other=0.0).to(tl.float32)
-        s = tl.load(sin + angle, mask=mask, other=0.0).to(tl.float32)
-        turned = first * c + second * s
-        second = second * c - first * s
-        first = turned
-        if DORA and not NORM:
-            squares = c * c + s * s  # not quite 1 where cos and sin are rounded; 0 past the end
-            squares = tl.where(squares == 0.0, 1.0, squares)
-            turned = (first_y * c + second_y * s) / squares
-            second_y = (second_y * c - first_y * s) / squares
-            first_y = turned
-        if NORM:
-            rstd = _head_rstd(first_y, second_y, eps, HALF)
-            w = weight + head * 2 * HALF + d
-            first *= tl.load(w, mask=d_mask, other=0.0).to(tl.float32)[None, :]
-            second *= tl.load(w + HALF, mask=d_mask, other=0.0).to(tl.float32)[None, :]
-            total = tl.sum(first * first_y, axis=1) + tl.sum(second * second_y, axis=1)
-            factor = total * rstd * rstd / (2 * HALF)
-            first = rstd[:, None] * (first - first_y * factor[:, None])
-            second = rstd[:, None] * (second - second_y * factor[:, None])
-            product = first * first_y + second * second_y
-    column = head * 2 * HALF
-    if BIAS:
-        first_bias = tl.load(bias + column + d, mask=d_mask, other=0.0).to(tl.float32)[None, :]
-        second_bias = tl.load(bias + column + HALF + d, mask=d_mask, other=0.0).to(tl.float32)[None, :]
-        product -= first * first_bias + second * second_bias
-        first_y -= first_bias
-        second_y -= second_bias
-    tl.store(products + head * T + t, tl.sum(product, axis=1), mask=t_mask)
-    if DORA:
-        row = table_of(table, tl.load(tile), row_fields, adapters)
-        linear = tl.where(column < N0, 0, tl.where(column < N0 + N1, 1, 2))
-        local = column - tl.where(linear == 0, 0, tl.where(linear == 1, N0, N0 + N1))
-        target = sums + tl.program_id(0) * N + column + d
-        tl.store(target, tl.sum(first * first_y, axis=0), mask=d_mask)
-        tl.store(target + HALF, tl.sum(second * second_y, axis=0), mask=d_mask)
-        gain, number = gains_of(row, linear)
-        first = gained(first, gain, number, local + d, d_mask)
-        second = gained(second, gain, number, local + HALF + d, d_mask)
-    tl.store(dy + place, first.to(dy.dtype.element_ty), mask=mask)
-    tl.store(dy + place + HALF, second.to(dy.dtype.element_ty), mask=mask)
-
-
 def norm_forward(
     x: Tensor, y: Tensor | None, h: Tensor | None, low_rank: LowRank, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -357,46 +211,6 @@ def norm_backward(
     return dx, shrink_gradient(dx, below) if below.width and not below.dora else None
 
 
-def rope_forward_(
-    y: Tensor, h: Tensor | None, low_rank: LowRank, rope: Rope, with_backward: bool
-) -> tuple[Tensor, Tensor | None]:
-    """See `layer_ops.rope_forward_`."""
-    keep = rope.norm is not None and with_backward
-    unnormed = y.new_empty(y.shape[0], rope.turned_heads * rope.head_size) if keep else None
-    half = rope.head_size // 2
-    tiles = low_rank.segments.tiles
-    _rope_forward[tiles.shape[0], y.shape[1] // rope.head_size](
-        y, h, rope.bias, rope.cos, rope.sin, tiles, *table_arguments(low_rank),
-        *widths(low_rank.group), 0 if h is None else h.stride(0), rope.turned_heads,
-        *_norm_arguments(rope), unnormed,
-        BIAS=rope.bias is not None, UPDATE=h is not None, DORA=low_rank.dora, NORM=rope.norm is not None, KEEP=keep,
-        HALF=half, ROWS=TILE_ROWS, BLOCK=max(16, triton.next_power_of_2(half)), **ranks_of(low_rank.rank),
-        PRECISION=precision(y), **ROPE,
-    )  # fmt: skip
-    return y, unnormed
-
-
-def rope_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, y: Tensor, unnormed: Tensor | None, low_rank: LowRank, rope: Rope
-) -> tuple[Tensor, Tensor]:
-    """See `layer_ops.rope_backward`."""
-    tokens, q_heads, size = dq.shape
-    k_heads = dk.shape[1]
-    heads = q_heads + 2 * k_heads
-    dy = torch.empty_like(y)
-    products = torch.empty(heads, tokens, dtype=torch.float32, device=y.device)
-    tiles, sums = low_rank.segments.tiles, magnitude_sums(low_rank)
-    _rope_backward[tiles.shape[0], heads](
-        dq.contiguous(), dk.contiguous(), dv.contiguous(), y, rope.bias, dy, products, sums, rope.cos, rope.sin,
-        tiles, *table_arguments(low_rank), *widths(low_rank.group), tokens, q_heads, k_heads,
-        *_norm_arguments(rope), unnormed,
-        BIAS=rope.bias is not None, DORA=low_rank.dora, NORM=rope.norm is not None,
-        HALF=size // 2, ROWS=TILE_ROWS, BLOCK=triton.next_power_of_2(size // 2), **ROPE,
-    )  # fmt: skip
-    add_magnitude_gradients(sums, low_rank)
-    return dy, summed(products, torch.float32)
-
-
 def stripes_of(width: int, config: dict[str, int]) -> int:
     """Programs side by side along a row."""
     return int(triton.cdiv(width, config["COLUMNS"] * config["BLOCKS"]))
@@ -415,10 +229,6 @@ def summed(partial: Tensor, dtype: torch.dtype) -> Tensor:
 def partial_sums(x: Tensor, stripes: int, low_rank: LowRank) -> Tensor:
     """fp32 `[stripes, T, width]`: what each stripe adds to a shrink."""
     return torch.empty(stripes, x.shape[0], low_rank.width, dtype=torch.float32, device=x.device)
-
-
-def _norm_arguments(rope: Rope) -> tuple[Tensor | None, float]:
-    return (None, 0.0) if rope.norm is None else (rope.norm.weight, rope.norm.eps)
 
 
 def sized(config: dict[str, int], x: Tensor) -> dict[str, int]:

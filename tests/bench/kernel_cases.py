@@ -23,6 +23,7 @@ from lora_core.kernels import (
     masked_low_rank_triton,
     quantize,
     quantize_triton,
+    rope_triton,
     swiglu_triton,
 )
 from lora_core.kernels.low_rank import LowRank, Norm
@@ -43,6 +44,7 @@ DROPOUT = 0.1
 INTERPRETED_FP8_TOLERANCE = 0.1  # Triton's interpreter rounds some fp8 numbers the wrong way
 
 LAYER_OPS = layer_ops_triton, layer_ops
+ROPE = rope_triton, layer_ops
 SWIGLU = swiglu_triton, layer_ops
 LOW_RANK = low_rank_triton, low_rank
 MASKED = masked_low_rank_triton, masked_low_rank
@@ -69,13 +71,13 @@ def norm_backward(o: Operands) -> Case:
 def rope_forward(o: Operands) -> Case:
     low, y = o.low_rank(o.qkv), o.rows(sum(o.qkv.outputs))
     arguments = (y, o.rows(low.width), low, o.rope(), True)
-    return o.case("rope_forward_", LAYER_OPS, arguments, written=(y,), matrices=all_b(low))
+    return o.case("rope_forward_", ROPE, arguments, written=(y,), matrices=all_b(low))
 
 
 def rope_backward(o: Operands) -> Case:
     parts = (o.rows(heads, o.head_size) for heads in (o.heads, o.kv_heads, o.kv_heads))
     arguments = (*parts, o.rows(sum(o.qkv.outputs)), None, o.low_rank(o.qkv), o.rope())
-    return o.case("rope_backward", LAYER_OPS, arguments)
+    return o.case("rope_backward", ROPE, arguments)
 
 
 def swiglu_forward(o: Operands) -> Case:
