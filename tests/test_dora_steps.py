@@ -16,7 +16,7 @@ SOME = {"use_dora": True, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 
 
 IN_TRITON = pytest.param(
-    True, marks=pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU tests/test_decoder.py compares DoRA there")
+    True, marks=pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_decoder.py has the GPU's DoRA")
 )
 
 
