@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora_core.dora import RowNorms
+from lora_core.dora import RowNorms, weight_of
 from lora_core.dropout import dropout_mask, kept_share, key_of
 from lora_core.targets import adaptable_linears, in_and_out, refused_names, selected, untied_head
 
@@ -103,13 +103,13 @@ class AdapterBank:
     """Hooks on a frozen model's linears, through which the rows of `routed` runs get their own adapter's update.
 
     `linears` are those of "all-linear"; `modules` are all that can be adapted: the output head too, if it has a weight
-    of its own.
+    of its own. `row_norms` are those of the base where its weights lie elsewhere than in the model's modules.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, row_norms: RowNorms | None = None) -> None:
         self.linears = adaptable_linears(model)
         self.modules = self.linears | untied_head(model)
-        self.row_norms = RowNorms(self.modules)
+        self.row_norms = row_norms or RowNorms(lambda name: weight_of(self.modules[name]))
         self._refused = refused_names(model)
         self.runs: Sequence[Run] = ()
         self._residual_runs: Sequence[Run] = ()  # the same rows, by the residuals of their adapters

@@ -57,12 +57,12 @@ def adapted_modules(bank: AdapterBank, lora: LoraConfig) -> list[str]:
 
 
 def check_without_dense_weights(bank: AdapterBank, lora: LoraConfig, precision: str) -> None:
-    """On a base in fp8 or nf4 no option can read the frozen weights, and transformers' own modules are empty.
+    """On a base in fp8 or nf4 transformers' own modules are empty, and the decoder alone computes.
 
     Raises:
-        LoraConfigError: the adapter needs them.
+        LoraConfigError: the adapter is one that the decoder does not compute.
     """
-    used = {"use_dora": lora.use_dora, "init_lora_weights": lora.init_lora_weights == "pissa"}
+    used = {"init_lora_weights": lora.init_lora_weights == "pissa"}
     heads = [name for name in adapted_modules(bank, lora) if not name.startswith("model.layers.")]
     used |= {f"target_modules: {name}": True for name in heads}
     names = [name for name, is_used in used.items() if is_used]

@@ -77,10 +77,15 @@ class BaseModel:
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     @property
+    def is_quantised(self) -> bool:
+        """Whether the decoder alone has the linears' weights, in fp8 or nf4."""
+        return self.precision in QUANTISED
+
+    @property
     def parameters(self) -> int:
         """Parameters of the base, tied ones counted once."""
         held = sum(parameter.numel() for parameter in self.model.parameters())
-        if self.decoder is not None and self.precision in QUANTISED:
+        if self.decoder is not None and self.is_quantised:
             held += sum(group.inputs * sum(group.outputs) for group in self.decoder.groups)
         return held
 
@@ -88,7 +93,7 @@ class BaseModel:
     def nbytes(self) -> int:
         """Bytes of those parameters."""
         held = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
-        if self.decoder is not None and self.precision in QUANTISED:
+        if self.decoder is not None and self.is_quantised:
             held += sum(weight.nbytes for layer in self.decoder.layers for weight in layer.weights)
         return held
 
@@ -119,7 +124,7 @@ def placed(base: BaseModel, device: torch.device) -> BaseModel:
     Raises:
         BaseModelError: a family whose forward pass differs from ours, or that has no decoder where it needs one.
     """
-    if base.precision in QUANTISED:
+    if base.is_quantised:
         if problem := not_quantised(base.model, base.precision):
             raise BaseModelError(f"base model {base.source}: {problem}")
         _refuse_unfaithful(base)

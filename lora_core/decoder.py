@@ -36,7 +36,6 @@ from lora_core.adapter_view import AdapterView, stacked_tables
 from lora_core.attention import Backward, DocumentAttention
 from lora_core.decoder_head import Labels, head_losses
 from lora_core.decoder_weights import DOWN, GATE_UP, QKV, DecoderWeights, Layer, O
-from lora_core.dora import weight_of
 from lora_core.kernels.gains import gains_backward
 from lora_core.kernels.layer_ops import (
     Rope,
@@ -216,8 +215,9 @@ class Batch:
         low_ranks = [self.low_rank(group.index) for group in groups]
         starts = torch.tensor([rows_in_stack(low_rank.adapters, stale) for low_rank in low_ranks], dtype=torch.int32)
         for group, low_rank, of_group in zip(groups, low_ranks, to_device(starts, self.ids.device), strict=True):
-            weights = [weight_of(decoder.linears[name]) for name in group.names]
-            squares = [decoder.row_norms.squares(name, torch.float32) for name in group.names]
+            weights = decoder.weights_of(group)
+            named = zip(group.names, weights, strict=True)
+            squares = [decoder.row_norms.squares(name, torch.float32, weight) for name, weight in named]
             update_gains(weights, squares, low_rank, stale, of_group)
 
     def add_and_norm(self, x: Tensor, pending: Pending | None, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

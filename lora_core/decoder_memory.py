@@ -130,7 +130,7 @@ class _Pass:
         kernels = self._kernels
         for group, dora, width in zip(self._groups, self._dora, self._widths, strict=True):
             if dora:
-                kernels.measure_gains(group.inputs, max(group.outputs), width)
+                kernels.measure_gains(group.inputs, group.outputs, width)
         x, pending, saved = kernels.rows(self._hidden), None, []
         for place in range(self._layers):
             layer, x, pending = self.forward(place, x, pending, checkpointing)

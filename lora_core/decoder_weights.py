@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lora_core.dora import RowNorms
@@ -55,9 +55,9 @@ class DecoderWeights:
         self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         self.head_size = int(getattr(config, "head_dim", None) or config.hidden_size // self.heads)
         self.rotary = body.rotary_emb
-        self.linears: dict[str, nn.Module] = {}
-        self.row_norms = RowNorms(self.linears)
+        self.row_norms = RowNorms(self._weight)
         self.groups: list[LinearGroup] = []
+        self._places: dict[str, tuple[LinearGroup, int]] = {}
         self.layers = [self._layer(place, layer, freeze) for place, layer in enumerate(body.layers)]
 
     def _layer(self, place: int, layer: Any, freeze: Callable[[Sequence[Tensor]], FrozenWeight]) -> Layer:
@@ -68,11 +68,24 @@ class DecoderWeights:
             outputs = tuple(linear.out_features for linear in linears)
             self.groups.append(LinearGroup(len(self.groups), names, linears[0].in_features, outputs))
             weights.append(freeze([linear.weight for linear in linears]))
-            self.linears |= dict(zip(names, linears, strict=True))
+            self._places |= {name: (self.groups[-1], number) for number, name in enumerate(names)}
         biases = [layer.get_submodule(leaf).bias for leaf in _GROUPS[QKV]]
         bias = None if biases[0] is None else torch.cat(biases)
         norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         return Layer(tuple(weights), norms, bias, self._head_norm(layer.self_attn))
+
+    def weights_of(self, group: LinearGroup) -> Sequence[Tensor]:
+        """W `[out, in]` of each linear of a group, as products take it: made for the call where it is quantised."""
+        parts = self.layers[group.index // len(_GROUPS)].weights[group.index % len(_GROUPS)].dense()
+        if len(parts) == len(group.outputs):
+            return parts
+        (stacked,) = parts
+        split: Sequence[Tensor] = stacked.split(group.outputs)
+        return split
+
+    def _weight(self, name: str) -> Tensor:
+        group, number = self._places[name]
+        return self.weights_of(group)[number]
 
     def _head_norm(self, attention: Any) -> HeadNorm | None:
         if not hasattr(attention, "q_norm"):

@@ -6,12 +6,13 @@ The norm is a constant to the gradient (section 4.3 of the paper, and PEFT). The
 
     ||W + B A||^2 = ||W||^2 + 2 B . (W A^T) + B . (B A A^T)       s is in B; . multiplies by element and sums each row
 
-with ||W||^2 computed once for each linear. W A^T is one product of W with r rows.
+with ||W||^2 computed once for each linear. W A^T is one product of W with r rows. Of a base in fp8 or nf4, W is what
+its products take, as PEFT has it for four bits (QDoRA).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -23,27 +24,27 @@ SLICE_ROWS = 4096
 
 
 class RowNorms:
-    """Row norms of W + s B A for the linears of one frozen base."""
+    """Row norms of W + s B A for the linears of one frozen base; `weight` finds W `[out, in]` by a linear's name."""
 
-    def __init__(self, linears: Mapping[str, nn.Module]) -> None:
-        self._linears = linears
+    def __init__(self, weight: Callable[[str], Tensor]) -> None:
+        self._weight = weight
         self._squared: dict[tuple[str, torch.dtype], Tensor] = {}
 
     @torch.no_grad()
     def of(self, module: str, a: Tensor, b: Tensor) -> Tensor:
         """[out] of A `[r, in]` and s B `[out, r]`, in fp32 or wider, where the base's weights are."""
-        weight = weight_of(self._linears[module])
+        weight = self._weight(module)
         wide = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
         a, b = a.to(weight.device, wide), b.to(weight.device, wide)
         wa = torch.cat([F.linear(part.to(wide), a) for part in weight.split(SLICE_ROWS)])
-        squared = self.squares(module, wide) + 2 * (b * wa).sum(1) + (b * (b @ (a @ a.t()))).sum(1)
+        squared = self.squares(module, wide, weight) + 2 * (b * wa).sum(1) + (b * (b @ (a @ a.t()))).sum(1)
         # A row of zeros (padding of a vocabulary) would otherwise divide 0 by 0 until B gives it a direction.
         return squared.clamp_min(torch.finfo(wide).tiny).sqrt()
 
-    def squares(self, module: str, wide: torch.dtype) -> Tensor:
-        """[out]: ||W||^2 of every row."""
+    def squares(self, module: str, wide: torch.dtype, weight: Tensor) -> Tensor:
+        """[out]: ||W||^2 of every row; `weight` is W, which whoever asks has at hand."""
         if (module, wide) not in self._squared:
-            parts = weight_of(self._linears[module]).split(SLICE_ROWS)
+            parts = weight.split(SLICE_ROWS)
             self._squared[module, wide] = torch.cat([part.to(wide).square().sum(1) for part in parts])
         return self._squared[module, wide]
 

@@ -16,6 +16,9 @@ from lora_core.kernels.low_rank import TILE_ROWS
 LARGEST_BLOCK = 64
 """Ranks that a program of `low_rank_triton` takes at a time. The SwiGLU kernels make a shrink of up to so many."""
 
+DEQUANTISED = 2 + 4
+"""Bytes of a dense nf4 element while torch makes it: half a code in int32, its level in fp32."""
+
 MOST_ADAPTERS = 64
 """In one batch, as far as anybody reckons with them."""
 
@@ -135,10 +138,14 @@ class TritonKernels:
             self._moment(-(-columns // STRIPE_COLUMNS) * width, 4)
         return shrunk
 
-    def measure_gains(self, inputs: int, outputs: int, width: int) -> None:
-        """The squares of W, slice by slice in fp32, when they are first needed; and W A^T for all adapters."""
-        squares = 2 * min(outputs, SLICE_ROWS) * inputs * 4
-        self.ledger.moment(max(squares, outputs * width * MOST_ADAPTERS * 4))
+    def measure_gains(self, inputs: int, outputs: Sequence[int], width: int) -> None:
+        """The squares of W, slice by slice in fp32, when they are first needed; and W A^T for all adapters. Of a
+        quantised group all W are made dense for it.
+        """
+        largest = max(outputs)
+        squares = 2 * min(largest, SLICE_ROWS) * inputs * 4
+        dense = sum(outputs) * inputs * self.itemsize if self.quantised else 0
+        self.ledger.moment(dense + max(squares, largest * width * MOST_ADAPTERS * 4))
 
     def gains_backward(self, width: int) -> Held:
         """dv."""
@@ -183,14 +190,17 @@ class TorchKernels(TritonKernels):
     """On CPU, in torch's own operators, which widen to fp32 in tensors."""
 
     def _multiplied(self, columns: int, width: int) -> Held:
-        """In nf4 an element of the dense weight takes a code of one byte, the same in int64, and its level in fp32."""
         if self.quantised:
-            self.ledger.moment(columns * width * (1 + 8 + 4))
+            self.ledger.moment(columns * width * DEQUANTISED)
         return super()._multiplied(columns, width)
 
-    def measure_gains(self, inputs: int, outputs: int, width: int) -> None:
-        """The squares of W, or W in fp32 for W A^T of one adapter, slice by slice."""
-        self.ledger.moment(2 * min(outputs, SLICE_ROWS) * inputs * 4 + outputs * width * 4)
+    def measure_gains(self, inputs: int, outputs: Sequence[int], width: int) -> None:
+        """The squares of W, or W in fp32 for W A^T of one adapter, slice by slice; of a quantised group all W before,
+        as for products.
+        """
+        largest, elements = max(outputs), sum(outputs) * inputs if self.quantised else 0
+        self.ledger.moment(elements * DEQUANTISED)
+        self.ledger.moment(elements * self.itemsize + 2 * min(largest, SLICE_ROWS) * inputs * 4 + largest * width * 4)
 
     def norm_forward(self, x: Held, y: Held | None, width: int, *, dora: bool = False) -> tuple[Held, Held, Held]:
         """x, its product with rstd and that in the dtype of the batch, besides."""

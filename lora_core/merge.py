@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_core.adapter_bank import Adapter, AdapterBank
 from lora_core.base_files import BaseModelError, write_dense
-from lora_core.base_model import QUANTISED, BaseModel
+from lora_core.base_model import BaseModel
 from lora_core.dora import weight_of
 from lora_core.peft_format import read_adapter
 
@@ -28,7 +28,7 @@ def write_merged(base: BaseModel, adapter: str | Path, out: str | Path) -> None:
         AdapterFormatError: the directory holds no adapter of this base.
         BaseModelError: the base is quantised.
     """
-    if base.precision in QUANTISED:
+    if base.is_quantised:
         raise BaseModelError(f"a base in {base.precision} has no weights to merge into: load it in bf16 or fp32")
     bank = AdapterBank(base.model)
     try:

@@ -41,6 +41,12 @@ class FrozenWeight(Protocol):
         """dy `[T, out]` -> `[T, in]`."""
         ...
 
+    def dense(self) -> list[Tensor]:
+        """The matrix that `forward` multiplies with, in parts on top of each other; made for the call where it is
+        quantised.
+        """
+        ...
+
 
 class DenseWeight:
     """In the dtype of the batch. On CPU the parts stay apart, since they are the pages of a file that is shared."""
@@ -67,6 +73,9 @@ class DenseWeight:
             dx.addmm_(grad, part)
         return dx
 
+    def dense(self) -> list[Tensor]:
+        return self.parts
+
 
 def stacked_dense(parts: Sequence[Tensor]) -> DenseWeight:
     """One matrix in memory for the parts, which become views of it."""
@@ -91,6 +100,9 @@ class Fp8Weight:
     def input_gradient(self, dy: Tensor) -> Tensor:
         return self._product(dy, self._transposed, self._transposed_scales)
 
+    def dense(self) -> list[Tensor]:
+        return [self._weight.to(self._dtype).mul_(self._scales)]
+
     def _product(self, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
         q, row_scales = quantize_rows(x)
         if not x.is_cuda:
@@ -110,7 +122,10 @@ class Nf4Weight:
         self._dtype = weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ dequantize_nf4(self._packed, self._dtype).t()
+        return x @ self.dense()[0].t()
 
     def input_gradient(self, dy: Tensor) -> Tensor:
-        return dy @ dequantize_nf4(self._packed, self._dtype)
+        return dy @ self.dense()[0]
+
+    def dense(self) -> list[Tensor]:
+        return [dequantize_nf4(self._packed, self._dtype)]

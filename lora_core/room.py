@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 
-from lora_core.base_model import QUANTISED, BaseModel
+from lora_core.base_model import BaseModel
 from lora_core.decoder import Checkpointing
 from lora_core.engine_job import EngineJob
 from lora_core.memory import DoesNotFitError, Plan, available_bytes, predictor, return_freed_memory
@@ -27,7 +27,7 @@ class Room:
         self.budget = None if capacity else budget_bytes or available_bytes(base.device)
         self._device = base.device.type
         if self.budget is not None:
-            quantised = base.precision if base.precision in QUANTISED else None
+            quantised = base.precision if base.is_quantised else None
             self.predictor = predictor(base.model.config, base.model.dtype, self._device, quantised)
 
     def plan(self, jobs: Sequence[EngineJob]) -> Plan | None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lora_core.adapter_bank import Adapter, AdapterBank, Run
 from lora_core.adapter_init import check_without_dense_weights, continued_adapter, init_adapter
-from lora_core.base_model import QUANTISED, BaseModel
+from lora_core.base_model import BaseModel
 from lora_core.checkpointing import recomputed_layers
 from lora_core.dataset import Example
 from lora_core.decoder import Checkpointing, Decoder
@@ -84,7 +84,7 @@ class TrainEngine:
     ) -> None:
         assert ranks == 1 or all_reduce is not None
         self.base = base
-        self.bank = AdapterBank(base.model)
+        self.bank = AdapterBank(base.model, base.decoder.row_norms if base.decoder and base.is_quantised else None)
         self.live: dict[str, LiveJob] = {}
         self.room = Room(base, capacity, checkpointing, budget_bytes)
         self._rank, self._ranks, self._all_reduce = rank, ranks, all_reduce
@@ -108,7 +108,7 @@ class TrainEngine:
         """
         if problems := job.problems():
             raise ValueError("; ".join(problems))
-        if self.base.precision in QUANTISED:
+        if self.base.is_quantised:
             check_without_dense_weights(self.bank, job.lora, self.base.precision)
         if job.init_adapter is None:
             start = init_adapter(self.bank, job.lora, job.train.seed)
@@ -313,7 +313,7 @@ def probe_losses(
     losses = []
     for place, example in enumerate(examples):
         batch = pack([Chunk("probe", ((place, example),), None)], base.device)
-        if base.decoder is not None and base.precision in QUANTISED:
+        if base.decoder is not None and base.is_quantised:
             rows = decoder_rows(batch, [NO_ADAPTER if adapter is None else 0])
             views = [] if adapter is None else [base.decoder.view(adapter)]
             loss, _ = base.decoder.evaluate(base.decoder.batch(rows, views), batch.labels)

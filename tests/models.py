@@ -53,6 +53,7 @@ _ODD = {"hidden_size": 50, "intermediate_size": 75, "num_attention_heads": 5, "n
 _GPT2: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": transformers.LlamaConfig(**_LLAMA),
+    "llama-even": transformers.LlamaConfig(**_LLAMA | {"intermediate_size": 176}),  # multiples of 8, as fp8 wants
     "llama-odd": transformers.LlamaConfig(**_LLAMA | _ODD),
     "mistral": transformers.MistralConfig(**_LLAMA, sliding_window=7),
     "mistral-dense": transformers.MistralConfig(**_LLAMA, sliding_window=None),

@@ -73,7 +73,6 @@ def test_an_admitted_job_has_its_rows_in_storage_and_a_summary(tmp_path: Path, s
         ({"validation": "/no/such/rows.jsonl"}, "validation: /no/such/rows.jsonl is not a file"),
         ({"num_workers": 3}, "num_workers is 3, but this cluster has room for 2; lower it"),
         ({"train": {"max_seq_len": 4}}, "dataset: "),
-        ({"precision": "nf4", "lora": {"use_dora": True}}, "lora.use_dora is not possible on a base in nf4: leave it"),
         ({"precision": "fp8", "lora": {"init_lora_weights": "pissa"}}, "lora.init_lora_weights is not possible on a"),
         ({"dataset": "LONG"}, "train.max_seq_len: the longest row has 4,1"),
         ({"validation": "LONG"}, "this base model 4,096 positions: set max_seq_len to 4096 or less"),
@@ -98,10 +97,9 @@ def test_a_base_that_cannot_be_quantised_and_an_adapter_on_its_head_come_togethe
         settings,
         base_model=str(model),
         precision="nf4",
-        lora={"target_modules": ["q_proj", "lm_head"], "use_dora": True},
+        lora={"target_modules": ["q_proj", "lm_head"]},
     )
     assert found == [
-        "lora.use_dora is not possible on a base in nf4: leave it out, or use bf16",
         "lora.target_modules: lm_head is not possible on a base in nf4: leave it out, or use bf16",
         "precision: nf4 is there for Llama, Mistral, Qwen2 and Qwen3 alone, and its family is gemma2; use bf16",
     ]

@@ -101,6 +101,7 @@ def measured(
         (8, 64, "bf16", TINY, PLAIN),
         (1, 512, "bf16", TINY, PLAIN),
         (2, 64, "nf4", TINY, PLAIN),
+        (8, 64, "nf4", TINY, DORA),
         (8, 64, "bf16", TINY_QWEN3, PLAIN),
         (1, 512, "bf16", TINY_QWEN3, PLAIN),
         (8, 64, "bf16", TINY, DORA),

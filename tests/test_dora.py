@@ -19,7 +19,7 @@ from lora_core.adapter_bank import Adapter, AdapterBank, Run
 from lora_core.adapter_init import LoraConfigError, init_adapter
 from lora_core.attention import PackedAttention
 from lora_core.config import LoraConfig
-from lora_core.dora import RowNorms, weight_of
+from lora_core.dora import weight_of
 from lora_core.engine_job import EngineJob, JobDiverged
 from lora_core.live_job import LiveJob
 from lora_core.merge import write_merged
@@ -140,7 +140,7 @@ def test_m_starts_as_pefts_and_changes_nothing(kind: str) -> None:
 def test_norms_are_those_of_the_sum(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dora, "SLICE_ROWS", 50)  # of 64, 96, 172 and 192 rows
     bank = AdapterBank(tiny_base(kind, dtype=dtype).model)
-    norms = RowNorms(bank.modules)
+    norms = bank.row_norms
     wide = torch.promote_types(dtype, torch.float32)
     for seed, (name, module) in enumerate(bank.modules.items()):
         stream = torch.Generator().manual_seed(seed)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from lora_core.adapter_bank import AdapterBank
+from lora_core.adapter_init import init_adapter
 from lora_core.attention import ATTENTION_NAME, PackedAttention
 from lora_core.base_model import BaseModel, load_base, placed
 from lora_core.config import LoraConfig, TrainConfig
@@ -21,7 +23,7 @@ from lora_core.engine_job import EngineJob
 from lora_core.kernels.quantize import NF4_BLOCK, NF4_LEVELS, dequantize_nf4, quantize_nf4, quantize_rows
 from lora_core.precision import DenseWeight, Fp8Weight, Nf4Weight
 from lora_core.trainer import TrainEngine
-from tests.models import CPU, VOCABULARY, outcome_of, relative, tiny_base
+from tests.models import CPU, VOCABULARY, documents, job, outcome_of, relative, tiny_base
 from tests.tiny_models import save_tiny_model
 
 
@@ -75,6 +77,70 @@ def test_products_with_a_quantised_weight_and_its_transpose(kind: type[Fp8Weight
     assert 0.01 < relative(quantised.forward(x), exact.forward(x)) < bound
     assert 0.01 < relative(quantised.input_gradient(dy), exact.input_gradient(dy)) < bound
     assert quantised.nbytes < (0.6 if kind is Fp8Weight else 0.15) * exact.nbytes
+
+
+# --- DoRA on it ------------------------------------------------------------------------------------------------------
+
+KIND = "llama-even"
+
+
+def in_precision(precision: str, dtype: torch.dtype) -> BaseModel:
+    return placed(replace(tiny_base(KIND, dtype=dtype), precision=precision), CPU)
+
+
+def dense_twin(base: BaseModel, dtype: torch.dtype) -> BaseModel:
+    """The base whose modules have the weights that the products of `base` take, computed through hooks."""
+    twin = tiny_base(KIND, dtype=dtype)
+    assert base.decoder is not None
+    for group in base.decoder.groups:
+        for name, weight in zip(group.names, base.decoder.weights_of(group), strict=True):
+            twin.model.get_submodule(name).weight.copy_(weight)  # type: ignore[operator, union-attr]
+    return twin
+
+
+@pytest.mark.parametrize("precision", ["fp8", "nf4"])
+def test_dense_is_what_is_multiplied_with(precision: str) -> None:
+    base = in_precision(precision, torch.float32)
+    assert base.decoder is not None
+    for group in base.decoder.groups:
+        weight = base.decoder.layers[group.index // 4].weights[group.index % 4]
+        product = weight.forward(torch.eye(group.inputs))  # whose numbers fp8 has
+        parts = torch.cat(list(base.decoder.weights_of(group)))
+        torch.testing.assert_close(product.t(), parts, rtol=1e-6, atol=0)
+        assert [len(part) for part in base.decoder.weights_of(group)] == list(group.outputs)
+
+
+def test_dora_on_a_base_in_nf4_is_dora_on_the_weights_that_are_left_of_it() -> None:
+    """Many steps in company of a plain adapter, m from its start on, and from another adapter's B: QDoRA."""
+    given = init_adapter(AdapterBank(tiny_base(KIND).model), LoraConfig(r=4), seed=5)
+    for b in given.b.values():
+        b.normal_(std=0.1, generator=torch.Generator().manual_seed(6))
+
+    def train(base: BaseModel) -> list[Tensor]:
+        engine, dora = TrainEngine(base), {"use_dora": True, "r": 4, "lora_alpha": 9}
+        live = [
+            engine.add(job("dora", examples=documents(8, 1), lora=dora, learning_rate=1e-2, weight_decay=0.1)),
+            engine.add(job("plain", examples=documents(8, 2))),
+            engine.add(replace(job("from another", examples=documents(8, 3), lora=dora), init_adapter=given)),
+        ]
+        for _ in range(10):
+            engine.step()
+        return [one.optimizer.flat.detach().clone() for one in live]
+
+    base = in_precision("nf4", torch.float64)
+    for ours, theirs in zip(train(base), train(dense_twin(base, torch.float64)), strict=True):
+        assert relative(ours, theirs) < 1e-11
+
+
+@pytest.mark.parametrize("precision", ["fp8", "nf4"])
+def test_m_starts_as_the_norms_of_the_weights_that_are_left(precision: str) -> None:
+    base = in_precision(precision, torch.float32)
+    live = TrainEngine(base).add(job(lora={"use_dora": True}))
+    twin, dense = dense_twin(base, torch.float32).model, tiny_base(KIND).model
+    for name, m in live.adapter.magnitude.items():
+        norms, before = (model.get_submodule(name).weight.norm(dim=1) for model in (twin, dense))  # type: ignore[operator, union-attr]
+        torch.testing.assert_close(m.detach(), norms, rtol=1e-6, atol=0)
+        assert not torch.allclose(norms, before, rtol=1e-4)
 
 
 # --- a small model that has learned something ------------------------------------------------------------------------

@@ -149,12 +149,13 @@ def gains_backward(o: Operands) -> Case:
 def update_gains(o: Operands) -> Case:
     """Of the widest group, whose matrices are read; the definition finds the squares of W's norms known."""
     low = o.low_rank(o.gate_up, dora=True)
-    weights = [nn.Linear(o.hidden, size, False, o.device, o.dtype) for size in o.gate_up.outputs]
+    linears = [nn.Linear(o.hidden, size, False, o.device, o.dtype) for size in o.gate_up.outputs]
+    weights = {name: linear.weight.detach() for name, linear in zip(o.gate_up.names, linears, strict=True)}
     made = tuple(vector for one in all_magnitudes(low) for vector in (one.norm, one.gain))
-    norms = RowNorms(dict(zip(o.gate_up.names, weights, strict=True)))
+    norms = RowNorms(weights.__getitem__)
     given = (
-        [linear.weight.detach() for linear in weights],
-        [norms.squares(name, torch.float32) for name in o.gate_up.names],
+        [*weights.values()],
+        [norms.squares(name, torch.float32, weight) for name, weight in weights.items()],
     )
     places = range(len(low.adapters))
     starts = torch.tensor(gains_triton.rows_in_stack(low.adapters, places), dtype=torch.int32, device=o.device)
@@ -162,8 +163,7 @@ def update_gains(o: Operands) -> Case:
         Side(gains_triton.update_gains, (*given, low, places, starts), made, made),
         Side(measured_gains, (norms, low), made, made),
     )
-    read = tuple(linear.weight for linear in weights)
-    return Case("update_gains", o.jobs, *sides, (*read, *all_a(low), *all_b(low)), 0)
+    return Case("update_gains", o.jobs, *sides, (*weights.values(), *all_a(low), *all_b(low)), 0)
 
 
 def measured_gains(norms: RowNorms, low: LowRank) -> None:
