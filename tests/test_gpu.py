@@ -12,7 +12,8 @@ from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import Example
 from lora_core.dropout import dropout_mask
 from lora_core.engine_job import EngineJob, JobDiverged
-from lora_core.trainer import TrainEngine
+from lora_core.trainer import TrainEngine, probe_losses
+from tests.models import outcome_of
 from tests.tiny_models import save_tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -69,6 +70,24 @@ def test_dora_and_an_adapted_head_on_the_gpu_follow_the_cpu(tmp_path: Path) -> N
     cpu, gpu, rounded = (losses(base_on(folder, *place), lora=lora) for place in places)
     assert gpu["one"] == pytest.approx(cpu["one"], rel=1e-4)
     assert rounded["one"] == pytest.approx(cpu["one"], rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "nf4"])
+def test_dora_on_a_quantised_base_divides_by_the_norms_of_what_is_left_of_it(folder: Path, precision: str) -> None:
+    base = base_on(folder, "cuda", precision)
+    engine = TrainEngine(base)
+    train = TrainConfig(epochs=5, batch_size=4, learning_rate=1e-2)
+    live = engine.add(EngineJob("one", LoraConfig(r=4, use_dora=True), train, EXAMPLES))
+    seen = [outcome_of(engine.step()["one"]).loss for _ in range(10)]
+    assert seen[-1] < 0.9 * seen[0]
+    probe_losses(base, engine.bank, live.adapter, EXAMPLES[:1])  # takes the norms of the weights as they are
+    assert base.decoder is not None
+    for group in base.decoder.groups:
+        for name, weight in zip(group.names, base.decoder.weights_of(group), strict=True):
+            a, b = live.adapter.folded(name)
+            expected = (weight.float() + b @ a).norm(dim=1)
+            torch.testing.assert_close(live.adapter.norm[name], expected, rtol=3e-3, atol=0)
+            assert not torch.allclose(expected, weight.float().norm(dim=1), rtol=1e-2)
 
 
 def test_a_neighbour_changes_a_gpu_run_by_rounding_only(folder: Path) -> None:
