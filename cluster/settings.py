@@ -66,6 +66,9 @@ class Settings(BaseSettings):
     checkpoint_seconds: float = Field(default=60.0, ge=0, allow_inf_nan=False)
     """Time between checkpoints of a running job."""
 
+    jobs_per_session: int = Field(default=64, ge=1)
+    """How many jobs train together on one base at most, where memory allows it; 1: each by itself."""
+
     session_idle_seconds: float = Field(default=30.0, ge=0, allow_inf_nan=False)
     """How long a session without a job keeps its workers."""
 

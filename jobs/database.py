@@ -83,6 +83,7 @@ jobs = sa.Table(
     sa.Column("finished_at", sa.Double),
     sa.Column("session_id", sa.Text),
     sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("company", sa.Integer),
     sa.Column("wish", sa.Text),
     sa.Column("error", _Text),
     sa.Column("progress", _Json),

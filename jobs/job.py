@@ -39,6 +39,10 @@ TRANSITIONS: Mapping[JobStatus, frozenset[JobStatus]] = {
 TERMINAL = frozenset(status for status, moves in TRANSITIONS.items() if not moves)
 
 
+TAKEN_BACK = "back to the queue"
+"""How the event begins that tells of a job whose session or rank has ended under it."""
+
+
 class Wish(StrEnum):
     """What a user wants of a job. A running one reads it between two steps; any other is moved at once."""
 
@@ -72,7 +76,8 @@ ALIVE = frozenset(state for state, moves in SESSION_TRANSITIONS.items() if moves
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One row of `jobs`, as it was read. Times are seconds since 1970, `attempt` counts how often the job was
-    started."""
+    started. `company` is the most other jobs that it may train beside: None is any number; 0 is none, as it may be what
+    ended a session."""
 
     id: str
     tenant: str
@@ -94,6 +99,7 @@ class Job:
     finished_at: float | None
     session_id: str | None
     attempt: int
+    company: int | None
     wish: Wish | None
     error: str | None
     progress: dict[str, Any] | None

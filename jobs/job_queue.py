@@ -153,11 +153,12 @@ class JobQueue(SessionTable):
         lease: Lease | None = None,
         error: str | None = None,
         result: dict[str, Any] | None = None,
+        company: int | None = None,
         data: dict[str, Any] | None = None,
     ) -> bool:
-        """Change a job's state, if it still is `from_`, and record its `error` or `result` with it. `to` is any state
-        but running (see `assign`); a running job that is put back to queued while a wish stands goes where the wish
-        leads instead. Raises IllegalTransitionError."""
+        """Change a job's state, if it still is `from_`, and record its `error`, `result` or `company` with it. `to`
+        is any state but running (see `assign`); a running job that is put back to queued while a wish stands goes where
+        the wish leads instead. Raises IllegalTransitionError."""
         assert to is not JobStatus.RUNNING, "assign() names the session that runs the job"
         with self._db.write() as conn:
             if not lease_holds(conn, lease) or not fence_holds(conn, fence):
@@ -166,7 +167,7 @@ class JobQueue(SessionTable):
                 job = self._locked_job(conn, job_id)
                 if job.wish is not None:
                     to, message = job.wish.status, f"{message}; {job.wish.status} as wished"
-            given = {"error": error, "result": result}
+            given = {"error": error, "result": result, "company": company}
             values = {column: value for column, value in given.items() if value is not None}
             return self._move(conn, job_id, from_, to, message, values, fence, data)
 

@@ -87,6 +87,13 @@ class JobFailed(Report):
 
 
 @dataclass(frozen=True)
+class NoRoom(Report):
+    """A job does not fit into memory beside the `others` that train, though it would by itself."""
+
+    others: int
+
+
+@dataclass(frozen=True)
 class RankBroke:
     """A rank's training code raised; the worker group will be restarted. The jobs it held are suspects."""
 
@@ -128,7 +135,7 @@ class Mailbox:
     def report(self, report: Report | RankBroke | RanksStarted) -> None:
         """Any rank: this happened."""
         state = self._state
-        if isinstance(report, (Trained, JobFailed)):
+        if isinstance(report, (Trained, JobFailed, NoRoom)):
             state.over |= {(job.job_id, job.attempt) for job in state.orders.assignments if job.job_id == report.job_id}
         state.reports.append(report)
 

@@ -1,9 +1,10 @@
 """Which session to launch, which job goes where, which session has to make room: pure, from rows to actions.
 
 Waiting jobs are served strictly in order: higher priority first, then whoever came first. A job goes to an idle session
-of its key (same base, precision, number of ranks), else waits for one that is being launched, else gets a session
-launched. Where its workers are missing, idle sessions of other keys are stopped, but only if that makes enough room,
-and nothing behind it is served until it is: whatever overtakes the first job in line could delay it.
+of its key (same base, precision, number of ranks), or waits for one that is being launched; else gets one launched
+where workers are free; else trains beside the jobs of the emptiest session of its key, on the base that lies there.
+Where none has a place, idle sessions of other keys are stopped, but only if that makes enough room, and nothing behind
+it is served until it is: whatever overtakes the first job in line could delay it.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from jobs.job import Job, Session, SessionState
 
 @dataclass(frozen=True, kw_only=True)
 class WaitingJob:
-    """A queued job."""
+    """A queued job. `company`, as in its row, is the most others that it may train beside; None is any number."""
 
     id: str
     session_key: str
     num_workers: int
     priority: int
     created_at: float
+    company: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,7 @@ class RunningJob:
 
     id: str
     session_id: str
+    company: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +50,12 @@ class LiveSession:
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """`workers`: how many ranks fit at once, on the nodes that are there and those that can be added."""
+    """`workers`: how many ranks fit at once, on the nodes that are there and those that can be added;
+    `jobs_per_session`: how many jobs train together at most.
+    """
 
     workers: int
+    jobs_per_session: int
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Assign:
-    """Give a job to an idle session."""
+    """Give a job to a running session, which may have others."""
 
     job_id: str
     session_id: str
@@ -91,10 +97,15 @@ def snapshot(
             num_workers=job.num_workers,
             priority=job.priority,
             created_at=job.created_at,
+            company=job.company,
         )
         for job in queued
     ]
-    at_work = [RunningJob(id=job.id, session_id=job.session_id) for job in running if job.session_id is not None]
+    at_work = [
+        RunningJob(id=job.id, session_id=job.session_id, company=job.company)
+        for job in running
+        if job.session_id is not None
+    ]
     live = [
         LiveSession(
             id=session.id,
@@ -116,29 +127,77 @@ def plan(
     """The next actions. They depend on nothing but the arguments, and not on the order in which those are listed. A
     job that needs more workers than the cluster will ever have is left out (`submit` refuses it; the cluster may have
     shrunk)."""
-    busy = {job.session_id for job in running}
-    oldest_first = sorted(sessions, key=lambda session: (session.created_at, session.id))
-    idle = [session for session in oldest_first if session.id not in busy and not session.leaving]
+    places = _Places(running, sessions, cluster.jobs_per_session)
     free = cluster.workers - sum(session.num_workers for session in sessions)
     coming = sum(session.num_workers for session in sessions if session.leaving)
     actions: list[Action] = []
     for job in sorted(queued, key=lambda job: (-job.priority, job.created_at, job.id)):
         if job.num_workers > cluster.workers:
             continue
-        # One that runs before one that is still being launched.
-        same = sorted((s for s in idle if s.session_key == job.session_key), key=lambda session: session.launching)
-        if same:
-            idle.remove(same[0])
-            if not same[0].launching:
-                actions.append(Assign(job.id, same[0].id))
-        elif job.num_workers <= free:
+        place = places.idle_for(job)
+        if place is None and job.num_workers <= free:
             free -= job.num_workers
             actions.append(Launch(job.session_key, job.num_workers, job.id))
-        else:
+            place = places.launched(job)
+        place = place or places.beside_others(job)
+        if place is None:
             missing = job.num_workers - free - coming
             reason = f"its workers are needed by {job.id}"
-            return actions + [Stop(session.id, reason) for session in _to_stop(idle, missing)]
+            return actions + [Stop(session.id, reason) for session in _to_stop(places.idle(), missing)]
+        place.companies.append(job.company)
+        if place.session is not None and not place.session.launching:
+            actions.append(Assign(job.id, place.session.id))
     return actions
+
+
+@dataclass
+class _Place:
+    """A session that stays, or that is to be launched (`session` None), and the `company` of each job in it."""
+
+    session_key: str
+    session: LiveSession | None
+    companies: list[int | None]
+
+    @property
+    def comes_later(self) -> bool:
+        """Whether it does not run yet."""
+        return self.session is None or self.session.launching
+
+
+class _Places:
+    """Where jobs can go, as one after the other is given a place."""
+
+    def __init__(self, running: Sequence[RunningJob], sessions: Sequence[LiveSession], jobs_per_session: int) -> None:
+        self._most = jobs_per_session - 1  # others
+        oldest_first = sorted(sessions, key=lambda session: (session.created_at, session.id))
+        self._places = [
+            _Place(session.session_key, session, [job.company for job in running if job.session_id == session.id])
+            for session in oldest_first
+            if not session.leaving
+        ]
+
+    def idle(self) -> list[LiveSession]:
+        """Sessions without a job."""
+        return [place.session for place in self._places if place.session is not None and not place.companies]
+
+    def idle_for(self, job: WaitingJob) -> _Place | None:
+        """One without a job, and one that runs before one that is still being launched."""
+        same = [place for place in self._places if place.session_key == job.session_key and not place.companies]
+        return min(same, key=lambda place: place.comes_later, default=None)
+
+    def launched(self, job: WaitingJob) -> _Place:
+        """A session that is to be launched for it."""
+        self._places.append(_Place(job.session_key, None, []))
+        return self._places[-1]
+
+    def beside_others(self, job: WaitingJob) -> _Place | None:
+        """The one with the fewest jobs, of those where everybody agrees to one more; it runs if one of them does."""
+        room = [place for place in self._places if place.session_key == job.session_key and self._has_room(place, job)]
+        return min(room, key=lambda place: (place.comes_later, len(place.companies)), default=None)
+
+    def _has_room(self, place: _Place, job: WaitingJob) -> bool:
+        limits = [company for company in (*place.companies, job.company) if company is not None]
+        return len(place.companies) <= min([self._most, *limits])
 
 
 def _to_stop(idle: Sequence[LiveSession], missing: int) -> list[LiveSession]:

@@ -24,7 +24,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from cluster.runtime import OwnerLock, cluster_name, has_owner, on_a_cluster, start_embedded, stop_embedded
 from cluster.settings import Settings
-from jobs.job import Job, JobStatus, Lease, Session, SessionState
+from jobs.job import TAKEN_BACK, Job, JobStatus, Lease, Session, SessionState
 from jobs.job_queue import JobQueue
 from jobs.launcher import Launcher, RayUnreachableError, RunState
 from jobs.policy import Assign, Cluster, Launch, Stop, plan, snapshot
@@ -33,7 +33,7 @@ from jobs.queue_metrics import QueueCollector
 log = logging.getLogger("lora.scheduler")
 
 STEP_SECONDS = 0.5
-MAX_ATTEMPTS = 3
+MAX_ATTEMPTS = 3  # at starting sessions for a job, or at training it in one
 NOT_STARTED = "its session could not start"
 
 
@@ -56,7 +56,8 @@ class Scheduler:
         if queued:
             size = self.launcher.size()
             workers = max(size.workers, self.settings.max_workers or 0)
-            for action in plan(*snapshot(queued, running, sessions), Cluster(workers=workers)):
+            cluster = Cluster(workers=workers, jobs_per_session=self.settings.jobs_per_session)
+            for action in plan(*snapshot(queued, running, sessions), cluster):
                 self._act(action)
         return bool(queued or running or sessions)
 
@@ -99,19 +100,27 @@ class Scheduler:
                 )
 
     def _take_back(self, job: Job) -> None:
-        """A running job whose session has ended: back to the queue, or failed when it has ended enough of them."""
+        """A running job whose session has ended: back to the queue, or failed when that was the third. The third is its
+        own: of several jobs it would not be known whose fault it was.
+        """
         session = self.queue.session(job.session_id) if job.session_id else None
         reason = (session.reason if session else None) or "its session ended"
-        if job.attempt >= MAX_ATTEMPTS:
-            message = f"failed after {job.attempt} attempts; the last one: {reason}"
+        ends = 1 + sum(event.message.startswith(TAKEN_BACK) for event in self.queue.events(job.id))
+        if ends >= MAX_ATTEMPTS:
+            message = f"failed after {ends} sessions ended under it; the last one: {reason}"
             moved = self.queue.move(
                 job.id, JobStatus.RUNNING, JobStatus.FAILED, message=message, error=message, lease=self.lease
             )
         else:
             moved = self.queue.move(
-                job.id, JobStatus.RUNNING, JobStatus.QUEUED, message=f"back to the queue: {reason}", lease=self.lease
+                job.id,
+                JobStatus.RUNNING,
+                JobStatus.QUEUED,
+                message=f"{TAKEN_BACK}: {reason}",
+                lease=self.lease,
+                company=0 if ends == MAX_ATTEMPTS - 1 else None,
             )
-        log.warning("job=%s event=taken_back attempt=%d moved=%s reason=%s", job.id, job.attempt, moved, reason)
+        log.warning("job=%s event=taken_back ends=%d moved=%s reason=%s", job.id, ends, moved, reason)
 
     def _act(self, action: Launch | Assign | Stop) -> None:
         match action:

@@ -36,13 +36,14 @@ from cluster.storage import (
     job_result_key,
     open_storage,
 )
-from jobs.job import Job, JobStatus, SessionState, Wish
+from jobs.job import TAKEN_BACK, Job, JobStatus, SessionState, Wish
 from jobs.job_queue import JobQueue
 from jobs.orders import (
     Assignment,
     CheckpointWritten,
     Evaluated,
     JobFailed,
+    NoRoom,
     Orders,
     Progressed,
     RankBroke,
@@ -181,6 +182,9 @@ class Keeper:
                 self._publish(report)
             case JobFailed(job_id, reason):
                 self._move(job_id, JobStatus.FAILED, reason, error=reason)
+            case NoRoom(job_id, others):
+                message = f"waits: it does not fit into memory beside {others} other{'s' * (others > 1)}"
+                self._move(job_id, JobStatus.QUEUED, message, company=others - 1)
             case RankBroke(rank, reason, held):
                 self._blame(held or tuple(self._known), f"rank {rank}: {reason}")
 
@@ -237,7 +241,8 @@ class Keeper:
             if len(suspects) == 1:
                 self._move(job_id, JobStatus.FAILED, reason, error=reason)
             else:
-                self._move(job_id, JobStatus.QUEUED, f"back to the queue, to be tried by itself: {reason}")
+                message = f"{TAKEN_BACK}, to be tried by itself: {reason}"
+                self._move(job_id, JobStatus.QUEUED, message, company=0)
 
     def _runs_here(self, job_id: str) -> bool:
         """Whether the job is still ours: asked right before something that others will see is written."""

@@ -36,6 +36,7 @@ from jobs.orders import (
     CheckpointWritten,
     Evaluated,
     JobFailed,
+    NoRoom,
     Orders,
     Progressed,
     RankBroke,
@@ -47,7 +48,7 @@ from lora_core.base_files import chat_template_hash
 from lora_core.base_model import BaseModel, load_base
 from lora_core.engine_job import JobDiverged
 from lora_core.live_job import LiveJob
-from lora_core.memory import available_bytes
+from lora_core.memory import NoRoomBesideError, available_bytes
 from lora_core.optim import Evaluation
 from lora_core.peft_format import adapter_files
 from lora_core.trainer import TrainEngine, probe_losses
@@ -184,18 +185,26 @@ class Rank:
 
     def _join(self, assignment: Assignment, work: Read) -> None:
         """Take a job in on all ranks, or on none: a rank that cannot is a reason for all to leave it."""
-        live, problem = None, None
+        live, problem, no_room = None, None, False
         try:
             spec, prepared = work.result()
             live = self.engine.admit(prepared)
+        except NoRoomBesideError as error:
+            problem, no_room = str(error), True
         except Exception as error:  # whatever it is, it is this job's, and the others go on
             log.exception("job=%s rank=%d event=join_failed", assignment.job_id, self.rank)
             problem = f"rank {self.rank}: {type(error).__name__}: {error}"
-        problems = [text for text in self._gather(problem) if text is not None]
+        answers = self._gather(problem if problem is None else json.dumps([no_room, problem]))
+        problems = [json.loads(answer) for answer in answers if answer is not None]
         if problems or live is None:
             if live is not None:
                 self.engine.remove(assignment.job_id)
-            self._fail(assignment.job_id, problems[0])
+            hopeless = [text for only_beside, text in problems if not only_beside]
+            if hopeless:
+                self._fail(assignment.job_id, hopeless[0])
+            elif self.rank == 0:
+                log.info("job=%s event=no_room beside=%d reason=%s", assignment.job_id, len(self.held), problems[0][1])
+                ray.get(self.mailbox.report.remote(NoRoom(assignment.job_id, max(1, len(self.held)))))
             return
         live.optimizer.synchronise(self._broadcast)
         held = Held(assignment, spec, live, started_tokens=live.progress.tokens)

@@ -54,6 +54,10 @@ class DoesNotFitError(ValueError):
     """Training that needs more memory than there is; the sentence says what to change."""
 
 
+class NoRoomBesideError(DoesNotFitError):
+    """Training that fits by itself, and not beside the jobs that are there."""
+
+
 class Activations(Protocol):
     """What one micro-batch takes beside weights and adapters. Each way through the base is one."""
 

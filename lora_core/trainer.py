@@ -33,7 +33,7 @@ from lora_core.fair_queue import FairQueue
 from lora_core.kernels.low_rank import NO_ADAPTER
 from lora_core.live_job import LiveJob, PreparedJob, Standing
 from lora_core.loss import batch_losses, batch_scores
-from lora_core.memory import DoesNotFitError
+from lora_core.memory import DoesNotFitError, NoRoomBesideError
 from lora_core.optim import (
     AllReduce,
     Evaluation,
@@ -103,19 +103,24 @@ class TrainEngine:
         is the host, its weights and what it has of a checkpoint do, in the room for one that is written.
 
         Raises:
-            ValueError: the target modules match nothing, the job lacks examples, the checkpoint is another job's,
-                training would not fit into memory with it, or a base in fp8 or nf4 cannot have such an adapter.
+            ValueError: the target modules match nothing, the job lacks examples, the checkpoint is another job's, or a
+                base in fp8 or nf4 cannot have such an adapter.
+            DoesNotFitError: training does not fit into memory with it; NoRoomBesideError: but would without the others.
         """
         if problems := job.problems():
             raise ValueError("; ".join(problems))
         if self.base.is_quantised:
             check_without_dense_weights(self.bank, job.lora, self.base.precision)
+        beside = [live.job for live in list(self.live.values())]
+        try:
+            self.room.plan([*beside, job])
+        except DoesNotFitError as error:
+            self.room.plan([job])
+            raise NoRoomBesideError(*error.args) from error
         if job.init_adapter is None:
             start = init_adapter(self.bank, job.lora, job.train.seed)
         else:
             start = continued_adapter(self.bank, job.lora, job.init_adapter)
-        beside = [live.job for live in list(self.live.values())]
-        self.room.plan([*beside, job])
         waiting = {prepared.job.name: prepared.job for prepared in self._prepared}
         self.room.plan_ahead([*({other.name: other for other in beside} | waiting | {job.name: job}).values()])
         prepared = PreparedJob(job, HostState(start, self.base.model.dtype, pinned=self.base.device.type == "cuda"))
@@ -128,11 +133,16 @@ class TrainEngine:
         """Let a prepared job train from the next micro-batch on: first there is room for its vectors, then they are.
 
         Raises:
-            DoesNotFitError: it does not fit into memory beside those that came in meanwhile.
+            NoRoomBesideError: it does not fit into memory beside those that came in meanwhile.
         """
         job, base = prepared.job, self.base
         self._ahead = None  # capacity may change even where the job does not come in
-        self.room.fit([*(live.job for live in self.live.values()), job])
+        try:
+            self.room.fit([*(live.job for live in self.live.values()), job])
+        except DoesNotFitError as error:
+            if not self.live:
+                raise
+            raise NoRoomBesideError(*error.args) from error
         try:
             live = LiveJob(job, FlatAdamW(prepared.state, job.train, base.device, base.model.dtype))
             if base.decoder is not None and Decoder.adapts(live.adapter):

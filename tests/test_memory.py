@@ -23,7 +23,15 @@ from lora_core.dataset import Example
 from lora_core.decoder import Checkpointing
 from lora_core.engine_job import EngineJob
 from lora_core.hook_memory import Meter, frozen
-from lora_core.memory import DoesNotFitError, Plan, Predictor, available_bytes, predictor, vector_bytes
+from lora_core.memory import (
+    DoesNotFitError,
+    NoRoomBesideError,
+    Plan,
+    Predictor,
+    available_bytes,
+    predictor,
+    vector_bytes,
+)
 from lora_core.optim import FlatAdamW
 from lora_core.trainer import TrainEngine
 from tests.models import CONFIGS, CPU, documents, next_chunks, tiny_base
@@ -223,9 +231,26 @@ def test_a_job_that_does_not_fit_is_refused_and_the_others_stay() -> None:
     budget = of.predict([job().lora], 256, 30, "full")
     engine = TrainEngine(tiny_base("llama"), capacity=None, budget_bytes=budget)
     engine.add(job())
-    with pytest.raises(DoesNotFitError):
+    with pytest.raises(DoesNotFitError) as refused:
         engine.add(job("large", r=1024))
+    assert not isinstance(refused.value, NoRoomBesideError)  # it would not fit by itself either
     assert list(engine.live) == ["job"] and engine.step()
+
+
+def test_a_job_that_would_fit_by_itself_is_told_from_one_that_never_will() -> None:
+    """When it is prepared, and when another one has come in since."""
+    largest = job().largest_chunk
+    budget = predictor(CONFIGS["llama"], torch.float32).predict([job().lora], largest, job().longest, "full") + 1000
+    engine = TrainEngine(tiny_base("llama"), capacity=None, budget_bytes=budget)
+    first, second = engine.prepare(job("first")), engine.prepare(job("second"))
+    engine.admit(first)
+    with pytest.raises(NoRoomBesideError):
+        engine.admit(second)
+    with pytest.raises(NoRoomBesideError):
+        engine.prepare(job("third"))
+    engine.remove("first")
+    engine.admit(second)
+    assert list(engine.live) == ["second"] and engine.step()
 
 
 def test_a_job_leaves_even_where_the_others_are_said_not_to_fit() -> None:

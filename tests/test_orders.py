@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.orders import Assignment, JobFailed, Mailbox, Orders, Progressed, RankBroke, Report, Trained
+from jobs.orders import Assignment, JobFailed, Mailbox, NoRoom, Orders, Progressed, RankBroke, Report, Trained
 
 FIRST, SECOND = Assignment("a", 1, "{}", "datasets/1"), Assignment("b", 1, "{}", "datasets/2")
 
@@ -23,7 +23,7 @@ def test_each_side_sees_what_the_other_said_last() -> None:
     assert mailbox.exchange(Orders()) == (frozenset({"x"}), [])
 
 
-@pytest.mark.parametrize("end", [Trained("a", {}, {}, {}), JobFailed("a", "why")])
+@pytest.mark.parametrize("end", [Trained("a", {}, {}, {}), JobFailed("a", "why"), NoRoom("a", 2)])
 def test_what_is_over_is_not_ordered_again_before_the_driver_knows(end: Report) -> None:
     mailbox = Mailbox()
     mailbox.exchange(Orders((FIRST, SECOND)))

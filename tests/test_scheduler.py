@@ -119,11 +119,27 @@ def test_a_job_goes_back_to_the_queue_and_fails_with_the_last_line_when_it_has_e
         world.ray.run = Run(RunState.ENDED, GONE)
         world.scheduler.step()
         world.ray.run = Run(RunState.RUNNING)
+        company = world.queue.get(world.job_id).company
+        assert company == (0 if attempt >= MAX_ATTEMPTS - 1 else None)  # the last one is by itself
     job = world.queue.get(world.job_id)
     assert job.status is JobStatus.FAILED
     assert job.error is not None
     assert job.error.endswith("OSError: no disk")
     assert "Traceback" not in job.error
+
+
+def test_a_job_that_waited_for_room_has_its_three_sessions_all_the_same(world: World) -> None:
+    for _ in range(MAX_ATTEMPTS):
+        world.come_up() if world.session.state is SessionState.LAUNCHING else world.scheduler.step()
+        fence = world.session.id, world.session.fence
+        assert world.queue.move(
+            world.job_id, JobStatus.RUNNING, JobStatus.QUEUED, message="waits: no room", fence=fence, company=3
+        )
+    assert world.queue.get(world.job_id).company == 3
+    world.scheduler.step()
+    world.ray.run = Run(RunState.ENDED, GONE)
+    world.scheduler.step()
+    assert world.status is JobStatus.QUEUED
 
 
 def test_sessions_that_never_come_up_fail_the_job_that_waits_for_them(world: World) -> None:

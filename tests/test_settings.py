@@ -67,6 +67,7 @@ def test_variables_are_read_and_empty_ones_are_not_set(tmp_path: Path, monkeypat
         "tenant": ("acme", "acme"),
         "max_workers": ("64", 64),
         "checkpoint_seconds": ("0", 0.0),
+        "jobs_per_session": ("8", 8),
         "session_idle_seconds": ("1.5", 1.5),
         "scheduler_idle_seconds": ("inf", float("inf")),
         "lease_seconds": ("3", 3.0),

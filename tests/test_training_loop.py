@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +12,9 @@ import pytest
 from cluster.storage import StorageCorrupt, StorageUnavailable
 from jobs import job_reader
 from jobs.job_reader import JobReader
-from jobs.orders import Assignment
+from jobs.orders import Assignment, JobFailed, NoRoom
 from jobs.training_loop import Held, Rank
+from lora_core.memory import DoesNotFitError, NoRoomBesideError
 from lora_core.trainer import TrainEngine
 from tests.models import job, tiny_base
 
@@ -57,6 +58,40 @@ def test_nobody_waits_for_ever_nor_for_a_job_that_is_not_wanted(monkeypatch: pyt
     monkeypatch.setattr(job_reader, "STORAGE_PATIENCE", 0.0)
     with pytest.raises(StorageUnavailable):
         reader._read(ASSIGNMENT)
+
+
+def test_a_job_without_room_beside_others_waits_and_one_that_never_fits_fails() -> None:
+    """Whatever one rank of two says."""
+    answers: dict[str, list[Exception | None]] = {
+        "waits": [None, NoRoomBesideError("not beside a")],
+        "fails": [NoRoomBesideError("not beside a"), DoesNotFitError("not at all")],
+    }
+    reports: list[Any] = []
+
+    def read(error: Exception | None) -> Future[Any]:
+        work: Future[Any] = Future()
+        if error is None:
+            work.set_result((None, engine.prepare(job(name))))
+        else:
+            work.set_exception(error)
+        return work
+
+    for name, of_ranks in answers.items():
+        engine = TrainEngine(tiny_base("llama"))
+        rank: Rank = object.__new__(Rank)
+        rank.rank, rank.engine = 0, engine
+        rank.held = {"a": Held(Assignment("a", 1, "{}", ""), None, engine.add(job("a")))}  # type: ignore[arg-type]
+        said: list[str | None] = []
+        rank._gather = lambda answer, said=said: said.append(answer) or [*said]  # type: ignore[method-assign, misc]
+        rank.mailbox = SimpleNamespace(report=SimpleNamespace(remote=reports.append))
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("jobs.training_loop.ray.get", lambda reference: reference)
+            rank.rank = 1
+            rank._join(Assignment(name, 1, "{}", ""), read(of_ranks[1]))  # the other rank answers first
+            rank.rank = 0
+            rank._join(Assignment(name, 1, "{}", ""), read(of_ranks[0]))
+        assert list(engine.live) == ["a"]
+    assert reports == [NoRoom("waits", 1), JobFailed("fails", "rank 1: DoesNotFitError: not at all")]
 
 
 def test_checkpoints_are_written_one_at_a_time_and_none_waits_for_ever() -> None:
