@@ -4,12 +4,14 @@
     init_adapter: /adapters/triage, s3://bucket/triage  PEFT's two files
 
 The copy lies below the digest of the files, written once, so that nobody changes or deletes a job's start afterwards.
+With a published one goes the fingerprint of the base that it was trained on: a name may come to mean other weights.
 """
 
 from __future__ import annotations
 
 import hashlib
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from cluster.registry import LATEST, AdapterNotFound, AdapterRegistry, content_digest
@@ -20,6 +22,7 @@ from lora_core.adapter_bank import Adapter, AdapterBank
 from lora_core.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
+FINGERPRINT_FILE = "base_fingerprint"
 
 
 def fetch_initial(source: str, base: str, storage: Storage, settings: Settings, folder: Path) -> None:
@@ -49,16 +52,26 @@ def store_initial(storage: Storage, folder: Path) -> str:
     digest = _digest(folder)
     for file in FILES:
         storage.put(init_adapter_key(digest, file), folder / file, if_absent=True)
+    if (folder / FINGERPRINT_FILE).exists():
+        storage.put(init_adapter_key(digest, FINGERPRINT_FILE), folder / FINGERPRINT_FILE, if_absent=True)
     return digest
 
 
-def load_initial(storage: Storage, digest: str, bank: AdapterBank) -> Adapter:
-    """The adapter of this digest, on the base of `bank`.
+def load_initial(storage: Storage, digest: str, bank: AdapterBank, fingerprint: str) -> Adapter:
+    """The adapter of this digest, on the base of `bank`, whose weights have this fingerprint.
 
     Raises:
         StorageCorrupt: the files are others.
         AdapterFormatError: they do not fit the base.
+        ValueError: it was trained on other weights.
     """
+    with suppress(StorageNotFound):
+        trained_on = storage.get(init_adapter_key(digest, FINGERPRINT_FILE)).decode()
+        if trained_on != fingerprint:
+            raise ValueError(
+                f"init_adapter: it was trained on other weights ({trained_on[:12]}) than base_model names now"
+                f" ({fingerprint[:12]}); give an adapter of these, or the base that it was trained on"
+            )
     with tempfile.TemporaryDirectory() as folder:
         for file in FILES:
             storage.fetch(init_adapter_key(digest, file), Path(folder) / file)
@@ -73,9 +86,12 @@ def _fetch_published(source: str, base: str, registry: AdapterRegistry, folder: 
     if trained_on != base:
         raise ValueError(f"{source} belongs to the base {trained_on}, and this job's is {base}; give an adapter of it")
     try:
-        registry.fetch(registry.resolve(trained_on, name, version or LATEST), folder)
+        found = registry.resolve(trained_on, name, version or LATEST)
+        registry.fetch(found, folder)
     except AdapterNotFound as error:
         raise ValueError(str(error)) from None
+    if (fingerprint := found.manifest.get("base_fingerprint")) is not None:
+        (folder / FINGERPRINT_FILE).write_text(fingerprint)
 
 
 def _digest(folder: Path) -> str:

@@ -63,7 +63,8 @@ class JobReader:
         if assignment.checkpoint_key is not None:
             checkpoint = self._storage.get(assignment.checkpoint_key, sha256=assignment.checkpoint_sha256)
         if assignment.init_adapter_sha is not None:
-            start = load_initial(self._storage, assignment.init_adapter_sha, self._engine.bank)
+            base = self._engine.base
+            start = load_initial(self._storage, assignment.init_adapter_sha, self._engine.bank, base.fingerprint)
         job = EngineJob(assignment.job_id, spec.lora, spec.train, train, validation, start)
         return spec, self._engine.prepare(job, checkpoint)
 

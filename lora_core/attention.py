@@ -51,7 +51,7 @@ class Attend(Protocol):
 def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, mask: Tensor | None) -> Tensor:
     """Attention of q `[b, h, n, d]` over k, v `[b, kv, m, d]`.
 
-    `mask` is boolean `[b or 1, 1, n, m]`, or None for causal (n = m).
+    `mask` is boolean `[b or 1, 1, n, m]`, or without a softcap what is added to the scores, or None for causal (n = m).
     """
     if spec.softcap is None:
         return F.scaled_dot_product_attention(
@@ -83,6 +83,7 @@ class PackedAttention:
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = list(lengths)
         self._masks: dict[tuple[int, int | None], Tensor] = {}  # every layer asks for the same few
+        self._added: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         documents = zip(q.split(self.lengths, 2), k.split(self.lengths, 2), v.split(self.lengths, 2), strict=True)
@@ -97,8 +98,19 @@ class PackedAttention:
         window = None if window is None or tokens <= window else window
         if q.requires_grad and q.dtype == torch.bfloat16 and tokens <= SHORT_DOCUMENT and q.device.type == "cpu":
             return plain_attention(q, k, v, spec, self._mask(tokens, window, q.device))
-        causal = window is None and spec.softcap is None
-        return scaled_dot_product(q, k, v, spec, None if causal else self._mask(tokens, window, q.device))
+        if spec.softcap is not None:
+            return plain_attention(q, k, v, spec, self._mask(tokens, window, q.device))
+        return scaled_dot_product(q, k, v, spec, None if window is None else self._added_mask(tokens, window, q))
+
+    def _added_mask(self, tokens: int, window: int, q: Tensor) -> Tensor:
+        """Zeros, and -inf where nothing is seen: of a boolean mask torch makes one of these for every layer, and keeps
+        it.
+        """
+        key = tokens, window, q.dtype
+        if key not in self._added:
+            seen = _seen(tokens, window, q.device)
+            self._added[key] = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -torch.inf)
+        return self._added[key]
 
     def _mask(self, tokens: int, window: int | None, device: torch.device) -> Tensor:
         if (tokens, window) not in self._masks:

@@ -121,7 +121,8 @@ class Progress:
 
     `tokens` and `supervised_tokens` count over all ranks and steps. `outcome` is the last step's; `before` the
     evaluation of what it started from, which does not count as the best; `misses` the evaluations since the best.
-    `stopped` says why it ended early.
+    `stopped` says why it ended early; `guessing` counts the last steps in a row whose loss was worse than the first and
+    no better than that of guessing among all tokens.
     """
 
     step: int = 0
@@ -135,9 +136,10 @@ class Progress:
     best: Evaluation | None = None
     misses: int = 0
     stopped: str | None = None
+    guessing: int = 0
 
-    def stepped(self, outcome: StepOutcome, tokens: int) -> None:
-        """Count one optimizer step over `tokens` tokens."""
+    def stepped(self, outcome: StepOutcome, tokens: int, vocabulary: int) -> None:
+        """Count one optimizer step over `tokens` tokens of a model that chooses from `vocabulary`."""
         self.step += 1
         self.tokens += tokens
         self.supervised_tokens += outcome.tokens
@@ -145,7 +147,19 @@ class Progress:
             self.loss = outcome.loss
             if math.isnan(self.first_loss):
                 self.first_loss = outcome.loss
+            guesses = outcome.loss > self.first_loss and outcome.loss > 0.99 * math.log(vocabulary)
+            self.guessing = self.guessing + 1 if guesses else 0
         self.outcome = outcome
+
+    @property
+    def diverged(self) -> str | None:
+        """Why there is no use in going on, if there is none."""
+        if self.guessing < GUESSING_STEPS:
+            return None
+        return (
+            f"the loss was no better than guessing for {GUESSING_STEPS} steps ({self.loss:.2f},"
+            f" {self.first_loss:.2f} at the first): lower learning_rate"
+        )
 
     def evaluated(self, evaluation: Evaluation, patience: int | None) -> bool:
         """Take an evaluation in; whether it is the best so far."""
@@ -186,12 +200,15 @@ def _evaluation(values: dict[str, float] | None) -> Evaluation | None:
     return None if values is None else Evaluation(**values)  # type: ignore[arg-type]
 
 
+GUESSING_STEPS = 20
+"""Steps in a row that end a job: a loss that was no better than guessing for so long does not come back by itself."""
+
 NOT_FINITE = "the loss or its gradient was not finite: lower learning_rate, or look at the rows of that step"
 VALIDATION_NOT_FINITE = "the validation loss was not finite: lower learning_rate, or look at the held-out rows"
 
 
 class JobDiverged(ValueError):  # noqa: N818 - the outcome of a step before it is an error
-    """A job that cannot go on. Its adapter is as it was before that step."""
+    """A job that cannot go on. Where something was not finite, its adapter is as it was before that step."""
 
     def __init__(self, job: str, step: int, reason: str = NOT_FINITE) -> None:
         super().__init__(job, step, reason)

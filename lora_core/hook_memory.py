@@ -51,7 +51,14 @@ class HookActivations:
         if key not in self._lines:
             self._lines[key] = self._line(*key)
         constant, slope = self._lines[key]
-        return int(constant + slope * tokens) + self._scratch()
+        return int(constant + slope * tokens) + self._masks(tokens, longest) + self._scratch()
+
+    def _masks(self, tokens: int, longest: int) -> int:
+        """Of documents longer than a sliding window, one each, as all may be of other lengths; layers share them."""
+        window = getattr(self.footprints.model.config, "sliding_window", None)
+        if window is None or longest <= window:
+            return 0
+        return -(-tokens // longest) * longest**2 * self.footprints.model.dtype.itemsize
 
     def _document(self, longest: int) -> int:
         """Tokens of a document for which attention takes the most; where it is fused they are all the same to it."""

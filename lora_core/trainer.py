@@ -292,8 +292,9 @@ class TrainEngine:
         if not outcome.is_finite:
             return JobDiverged(job.name, progress.step + 1)
         indices = job.examples_of(progress.step)
-        progress.stepped(outcome, sum(len(job.examples[index].ids) for index in indices))
-        return outcome
+        vocabulary = self.base.model.config.get_text_config().vocab_size
+        progress.stepped(outcome, sum(len(job.examples[index].ids) for index in indices), vocabulary)
+        return outcome if progress.diverged is None else JobDiverged(job.name, progress.step, progress.diverged)
 
     def _evaluated(self, live: LiveJob) -> StepOutcome | JobDiverged | None:
         """The end of an evaluation, by all ranks together: the outcome of the step before it, if there was one."""

@@ -189,7 +189,7 @@ def test_the_first_adapter_may_lie_anywhere_and_is_copied(
     for file in files:
         (adapter / file).unlink()
     bank = AdapterBank(describe_base(str(model), tmp_path)[0])
-    loaded = load_initial(storage, shas[0], bank)
+    loaded = load_initial(storage, shas[0], bank, "any")
     assert all(torch.equal(loaded.a[name], a) for name, a in random_adapter(bank, seed=1).a.items())
     assert admit(spec(tmp_path), settings, 2).init_adapter_sha is None
 
@@ -208,6 +208,24 @@ def test_a_first_adapter_of_dora_and_a_head_is_checked_without_the_bases_weights
     assert problem == "init_adapter: it was trained with DoRA, so set use_dora"
 
 
+def test_a_published_first_adapter_stays_with_the_weights_that_it_was_trained_on(
+    tmp_path: Path, settings: Settings, adapter: Path, model: Path
+) -> None:
+    """Its base's name may have come to mean others; what was not published here says nothing of its base."""
+    storage = open_storage(settings.storage_url)
+    files = {file.name: file.read_bytes() for file in adapter.iterdir() if file.name.startswith("adapter_")}
+    AdapterRegistry(storage, settings.tenant).publish("tiny", "old", files, {"base_fingerprint": "a" * 64})
+    bank = AdapterBank(describe_base(str(model), tmp_path)[0])
+    directory, published = (
+        admit(spec(tmp_path, init_adapter=source, lora={"r": 4}), settings, 2).init_adapter_sha
+        for source in (str(adapter), "tiny:old")
+    )
+    assert directory == published and published is not None
+    assert load_initial(storage, published, bank, "a" * 64).a
+    with pytest.raises(ValueError, match=r"trained on other weights \(a{12}\) than base_model names now \(b{12}\)"):
+        load_initial(storage, published, bank, "b" * 64)
+
+
 def test_a_first_adapter_whose_copy_was_changed_is_not_loaded(
     tmp_path: Path, settings: Settings, adapter: Path, model: Path
 ) -> None:
@@ -217,7 +235,7 @@ def test_a_first_adapter_whose_copy_was_changed_is_not_loaded(
     key = init_adapter_key(sha, "adapter_config.json")
     storage.put(key, storage.get(key) + b" ")
     with pytest.raises(StorageCorrupt, match="is damaged; submit the job again"):
-        load_initial(storage, sha, AdapterBank(describe_base(str(model), tmp_path)[0]))
+        load_initial(storage, sha, AdapterBank(describe_base(str(model), tmp_path)[0]), "any")
 
 
 @pytest.mark.parametrize(

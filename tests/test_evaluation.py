@@ -212,7 +212,7 @@ def test_patience_counts_evaluations_in_a_row(losses: list[float], stops_at: int
     progress = Progress()
     progress.evaluated(Evaluation(0, 0.5, 0.0, 9), patience=2)  # what it started from is not to be beaten
     for step, loss in enumerate(losses, 1):
-        progress.stepped(StepOutcome(1.0, 9, 1.0), tokens=9)
+        progress.stepped(StepOutcome(1.0, 9, 1.0), tokens=9, vocabulary=96)
         progress.evaluated(Evaluation(step, loss, 0.0, 9), patience=2)
         if progress.stopped:
             break

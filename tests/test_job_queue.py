@@ -406,7 +406,7 @@ def test_a_random_life_leaves_a_legal_history(queue: JobQueue) -> None:
 def test_the_policy_plans_from_rows(queue: JobQueue) -> None:
     def planned(workers: int) -> list[Action]:
         rows = queue.list("c", {QUEUED}), queue.list("c", {RUNNING}), queue.sessions("c")
-        return plan(*snapshot(*rows), Cluster(workers=workers))
+        return plan(*snapshot(*rows), Cluster(workers=workers, jobs_per_session=1))
 
     job, _ = submit(queue, priority=1)
     later, _ = submit(queue, "b", priority=2, num_workers=2)

@@ -75,6 +75,18 @@ def test_a_run_without_numbers_counts_what_a_real_one_holds(kind: str, checkpoin
     assert told == pytest.approx(taken, rel=0.1)
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("kind", ["mistral", "gemma3"])
+def test_masks_of_a_sliding_window_are_counted(kind: str, checkpointing: Checkpointing) -> None:
+    """Documents are far longer than the window, and of several lengths: a mask each, which the layers share."""
+    examples = [Example([3] * length, [False] + [True] * (length - 1)) for length in (256, 255, 254, 253)]
+    wanted = EngineJob("job", LORA, TrainConfig(batch_size=4, max_seq_len=1024), examples)
+    taken, tokens = measured(tiny_base(kind), checkpointing, wanted)
+    of = predictor(CONFIGS[kind], torch.float32)
+    told = of.activations.peak_bytes([of.footprints.of(LORA)], tokens, 256, checkpointing)
+    assert told == pytest.approx(taken, rel=0.06)
+
+
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"layers_to_transform": [1]}])
 def test_options_of_an_adapter_are_counted(options: dict[str, Any]) -> None:
     lora = LoraConfig(**{"r": 8} | options)

@@ -17,15 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_core import engine_job
+from lora_core.attention import PackedAttention
 from lora_core.base_model import BaseModel
 from lora_core.config import TrainConfig
 from lora_core.dataset import Example
-from lora_core.engine_job import EngineJob, JobDiverged
+from lora_core.engine_job import GUESSING_STEPS, EngineJob, JobDiverged
 from lora_core.live_job import LiveJob
 from lora_core.lora import LinearWithLoRA, replace_linear_with_lora
 from lora_core.optim import StepOutcome, learning_rate
 from lora_core.trainer import TrainEngine, probe_losses
 from tests.models import (
+    VOCABULARY,
     RanksInThreads,
     chunks_of,
     documents,
@@ -279,6 +281,50 @@ def test_chunks_add_up_in_the_same_order_whatever_they_share(monkeypatch: pytest
 
 
 # --- one job's failure -----------------------------------------------------------------------------------------------
+
+
+def written_by(base: BaseModel, count: int) -> list[Example]:
+    """Documents that the base itself writes, token after token: it knows them before it is trained."""
+    found = []
+    for first in range(3, 3 + count):
+        ids = [first]
+        while len(ids) < 12:
+            hidden = base.hidden(torch.tensor([ids]), torch.arange(len(ids))[None], PackedAttention([len(ids)]))
+            ids.append(int(base.head(hidden[0, -1]).argmax()))
+        found.append(Example(ids, [False] + [True] * 11))
+    return found
+
+
+def test_a_job_that_does_no_better_than_guessing_is_stopped_and_a_bad_start_is_not() -> None:
+    """It began better; the one beside it goes on as if alone. Random weights begin worse than guessing."""
+    base, bad_start = tiny_base("llama"), TrainEngine(tiny_base("llama"))
+    known = written_by(base, 10)
+
+    def train(names: Sequence[str]) -> dict[str, tuple[int, Any]]:
+        engine = TrainEngine(base)
+        rates = {"wild": 100.0, "calm": 1e-3}
+        for name in names:
+            engine.add(job(name, examples=known, learning_rate=rates[name], max_grad_norm=None, epochs=20))
+        ends: dict[str, tuple[int, Any]] = {}
+        while engine.live:
+            for name, outcome in engine.step().items():
+                live = engine.live[name]
+                if isinstance(outcome, JobDiverged) or live.done:
+                    left = str(outcome) if isinstance(outcome, JobDiverged) else live.checkpoint()
+                    ends[name] = live.progress.step, left
+                    engine.remove(name)
+        engine.bank.close()
+        return ends
+
+    both = train(["wild", "calm"])
+    step, told = both["wild"]
+    assert GUESSING_STEPS < step < 30
+    assert told.startswith(f"step {step}: the loss was no better than guessing for 20 steps (4.56, ")
+    assert told.endswith(" at the first): lower learning_rate")
+    assert both["calm"] == train(["calm"])["calm"]
+    bad_start.add(job(learning_rate=1e-5, epochs=30))
+    losses = [outcome_of(bad_start.step()["job"]).loss for _ in range(25)]
+    assert min(losses) > math.log(VOCABULARY)
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])

@@ -15,7 +15,8 @@ CACHED_ELEMENTS = 1 << 20
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """logits `[n, vocabulary]`, labels int64 `[n]` -> (losses `[n]`, bool `[n]`: the label has the largest logit).
+    """logits `[n, vocabulary]`, labels int64 `[n]` -> (losses `[n]`, bool `[n]`: the label is the first token of those
+    with the largest logit).
 
     The logits become the gradient of the summed losses with respect to them. Losses are fp32 (fp64 for fp64).
     """
@@ -33,8 +34,9 @@ def _few_rows_(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The largest probability is exp(largest logit - logsumexp) and never too small for its logarithm."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     largest, label_logits = wide.amax(-1), wide.gather(1, labels[:, None])[:, 0]
+    correct = wide.argmax(-1) == labels
     p = torch.softmax(wide, dim=-1)
     losses = largest - label_logits - p.amax(-1).log()
     p[torch.arange(len(labels), device=labels.device), labels] -= 1.0
     logits.copy_(p)
-    return losses, label_logits == largest
+    return losses, correct

@@ -24,13 +24,15 @@ def _cross_entropy(logits, labels, losses, correct, V, stride, BLOCK: tl.constex
     log_sum = largest + tl.log(total)
     label_logit = tl.load(row + label).to(tl.float32)
     tl.store(losses + i, log_sum - label_logit)
-    tl.store(correct + i, label_logit == largest)
     tl.debug_barrier()  # the label's logit is read before another thread writes over it
+    as_large_before = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, V, BLOCK):
         v = first + tl.arange(0, BLOCK)
         z = tl.load(row + v, mask=v < V, other=-float("inf")).to(tl.float32)
+        as_large_before |= ((z == largest) & (v < label)).to(tl.int32)
         gradient = tl.exp(z - log_sum) - tl.where(v == label, 1.0, 0.0)
         tl.store(row + v, gradient.to(logits.dtype.element_ty), mask=v < V)
+    tl.store(correct + i, (label_logit == largest) & (tl.max(as_large_before) == 0))
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
