@@ -191,6 +191,17 @@ def test_probes_of_another_precision_pass(service: Service) -> None:
     assert isinstance(run(service.server.answer(about("probed"))), Answer)
 
 
+@pytest.mark.parametrize(("precision", "passes"), [("bf16", False), ("nf4", True)])
+def test_what_was_trained_in_four_bits_may_be_further_off(service: Service, precision: str, passes: bool) -> None:
+    seed = 40 + passes
+    adapter = random_adapter(service.bank, seed)
+    example = Example(list(range(40, 60)), [False] * 10 + [True] * 10)
+    (loss,) = probe_losses(service.trained, service.bank, adapter, [example])
+    probe = {"ids": example.ids, "labels_mask": example.labels_mask, "loss": loss + 10 * 0.15 * (1 + loss / 10)}
+    service.publish(f"from-{precision}", seed, probes=[probe], precision=precision)
+    assert isinstance(run(service.server.answer(about(f"from-{precision}"))), Answer if passes else Refusal)
+
+
 def test_the_least_used_adapter_makes_room_and_one_in_use_stays(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
