@@ -21,8 +21,9 @@ Labels = Sequence[tuple[Tensor, Tensor]]
 def head_losses(
     head: Tensor, normed: Tensor, labels: Labels, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(summed token loss, number of labels that have the largest logit) of each chunk of `labels`, and the gradient of
-    the normed rows `[T, H]`. Only labelled rows go through the head `[vocabulary, H]`.
+    """Summed token loss of each chunk of `labels`; then, with the gradient, that of the normed rows `[T, H]`, else how
+    many labels are what the model would have written (the first token of those with the largest logit). Only labelled
+    rows go through the head `[vocabulary, H]`.
     """
     rows, targets = torch.cat([rows for rows, _ in labels]), torch.cat([targets for _, targets in labels])
     picked = normed[rows]
@@ -32,9 +33,9 @@ def head_losses(
     for start in range(0, len(rows), limit):
         part = slice(start, start + limit)
         logits = torch.mm(picked[part], head.t(), out=memory[: len(rows) - start])
-        loss, right = cross_entropy_(logits, targets[part])
-        losses.append(loss)
-        correct.append(right)
+        if not with_gradient:
+            correct.append(logits.argmax(-1) == targets[part])
+        losses.append(cross_entropy_(logits, targets[part]))
         if with_gradient:
             torch.mm(logits, head, out=dpicked[part])
     counts = torch.tensor([len(targets) for _, targets in labels])

@@ -149,12 +149,12 @@ class _Pass:
         """Logits by slices, each of which becomes its own gradient; their memory stays to the end."""
         kernels = self._kernels
         picked, dpicked = kernels.rows(self._hidden), kernels.rows(self._hidden)
-        losses_and_correct = kernels.rows(5, 1)
+        losses = kernels.rows(1, 4)
         slice_rows = min(self._head_rows, kernels.tokens)
         memory = Held(kernels.ledger, slice_rows * self._vocabulary * kernels.itemsize)
         kernels.cross_entropy(slice_rows, self._vocabulary)
         dn = kernels.rows(self._hidden)
-        del picked, dpicked, losses_and_correct, memory
+        del picked, dpicked, losses, memory
         return dn
 
     def forward(

@@ -427,14 +427,12 @@ def test_swiglu(
 
 def test_cross_entropy() -> None:
     logits, labels = randn(7, 10_001) * 3, torch.tensor([0, 10_000, 5, 8191, 8192, 77, 3])
-    logits[2, 5] = logits[2, 9000] = 50.0  # of equals it is the first that a model writes
-    logits[3, 8191] = logits[3, 40] = 50.0
+    logits[2, 5] = 50.0
     ours, reference = logits.to(DEVICE, copy=True), logits.clone()
-    losses, correct = cross_entropy_triton.cross_entropy_(ours, labels.to(DEVICE))
-    losses_reference, correct_reference = cross_entropy.cross_entropy_(reference, labels)
+    losses = cross_entropy_triton.cross_entropy_(ours, labels.to(DEVICE))
+    losses_reference = cross_entropy.cross_entropy_(reference, labels)
     close(losses, losses_reference)
     close(ours, reference)
-    assert correct.tolist() == correct_reference.tolist() == [False, False, True, False, False, False, False]
 
 
 def test_fp8_rows() -> None:

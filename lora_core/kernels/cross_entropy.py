@@ -14,9 +14,8 @@ CACHED_ELEMENTS = 1 << 20
 """Logits that a CPU widens at a time: 4 MB of fp32, which stay in its caches from the first pass to the last."""
 
 
-def cross_entropy_(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """logits `[n, vocabulary]`, labels int64 `[n]` -> (losses `[n]`, bool `[n]`: the label is the first token of those
-    with the largest logit).
+def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
+    """logits `[n, vocabulary]`, labels int64 `[n]` -> losses `[n]`.
 
     The logits become the gradient of the summed losses with respect to them. Losses are fp32 (fp64 for fp64).
     """
@@ -25,18 +24,15 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
         return cross_entropy_triton.cross_entropy_(logits, labels)
     rows = max(1, CACHED_ELEMENTS // logits.shape[1])
-    parts = [_few_rows_(*part) for part in zip(logits.split(rows), labels.split(rows), strict=True)]
-    losses, correct = zip(*parts, strict=True)
-    return torch.cat(losses), torch.cat(correct)
+    return torch.cat([_few_rows_(*part) for part in zip(logits.split(rows), labels.split(rows), strict=True)])
 
 
-def _few_rows_(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _few_rows_(logits: Tensor, labels: Tensor) -> Tensor:
     """The largest probability is exp(largest logit - logsumexp) and never too small for its logarithm."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     largest, label_logits = wide.amax(-1), wide.gather(1, labels[:, None])[:, 0]
-    correct = wide.argmax(-1) == labels
     p = torch.softmax(wide, dim=-1)
     losses = largest - label_logits - p.amax(-1).log()
     p[torch.arange(len(labels), device=labels.device), labels] -= 1.0
     logits.copy_(p)
-    return losses, correct
+    return losses

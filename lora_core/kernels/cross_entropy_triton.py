@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @triton.jit
-def _cross_entropy(logits, labels, losses, correct, V, stride, BLOCK: tl.constexpr):
+def _cross_entropy(logits, labels, losses, V, stride, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64)
     row = logits + i * stride
     label = tl.load(labels + i)
@@ -25,24 +25,18 @@ def _cross_entropy(logits, labels, losses, correct, V, stride, BLOCK: tl.constex
     label_logit = tl.load(row + label).to(tl.float32)
     tl.store(losses + i, log_sum - label_logit)
     tl.debug_barrier()  # the label's logit is read before another thread writes over it
-    as_large_before = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, V, BLOCK):
         v = first + tl.arange(0, BLOCK)
         z = tl.load(row + v, mask=v < V, other=-float("inf")).to(tl.float32)
-        as_large_before |= ((z == largest) & (v < label)).to(tl.int32)
         gradient = tl.exp(z - log_sum) - tl.where(v == label, 1.0, 0.0)
         tl.store(row + v, gradient.to(logits.dtype.element_ty), mask=v < V)
-    tl.store(correct + i, (label_logit == largest) & (tl.max(as_large_before) == 0))
 
 
-def cross_entropy_(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
     """See `cross_entropy.cross_entropy_`."""
     count, vocabulary = logits.shape
     losses = torch.empty(count, dtype=torch.float32, device=logits.device)
-    correct = torch.empty(count, dtype=torch.bool, device=logits.device)
     if count:
         block = min(8192, triton.next_power_of_2(vocabulary))
-        _cross_entropy[(count,)](
-            logits, labels, losses, correct, vocabulary, logits.stride(0), BLOCK=block, num_warps=16
-        )
-    return losses, correct
+        _cross_entropy[(count,)](logits, labels, losses, vocabulary, logits.stride(0), BLOCK=block, num_warps=16)
+    return losses
