@@ -256,4 +256,6 @@ def test_adapters_that_only_hooks_compute_are_counted_as_theirs() -> None:
 
 def test_an_engine_on_a_quantised_base_predicts_its_weights() -> None:
     engine = TrainEngine(tiny_base("nf4"), capacity=None, budget_bytes=GIB)
+    assert engine.room.budget == int(0.955 * GIB)  # which predictions for nf4 were too low by
+    assert TrainEngine(tiny_base("bf16"), capacity=None, budget_bytes=GIB).room.budget == GIB
     assert engine.room.predictor.weights == predictor(TINY, torch.bfloat16, "cpu", "nf4").weights
