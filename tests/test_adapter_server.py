@@ -158,7 +158,7 @@ def test_a_new_version_is_served_without_a_restart(service: Service, monkeypatch
         ({"base_fingerprint": "0" * 64}, "was trained on another base (weights 0000000000000000) than tiny is here"),
         ({"base_fingerprint": None}, "was trained on another base"),
         ({"tokenizer": "0" * 64}, "another tokenizer or chat template"),
-        ({"probe_tolerance": 1e-9}, "does not compute here what it did in training"),
+        ({"probe_tolerance": -1.0}, "does not compute here what it did in training"),  # on any machine
     ],
 )
 def test_an_adapter_of_something_else_is_refused(
@@ -193,7 +193,7 @@ def test_probes_of_another_precision_pass(service: Service) -> None:
 
 @pytest.mark.parametrize(("precision", "passes"), [("bf16", False), ("nf4", True)])
 def test_what_was_trained_in_four_bits_may_be_further_off(service: Service, precision: str, passes: bool) -> None:
-    seed = 40 + passes
+    seed = 900 + passes
     adapter = random_adapter(service.bank, seed)
     example = Example(list(range(40, 60)), [False] * 10 + [True] * 10)
     (loss,) = probe_losses(service.trained, service.bank, adapter, [example])
