@@ -56,6 +56,30 @@ def tiny_base(precision: str = "bf16", config: PretrainedConfig = TINY) -> BaseM
     return placed(BaseModel(model, PreTrainedTokenizerBase(), "tiny", "0" * 64, precision, CPU), CPU)
 
 
+def empty_product(left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty(*left.shape[:-1], right.shape[-1])
+
+
+PRODUCTS: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.aten.mm.default: empty_product,
+    torch.ops.aten.bmm.default: empty_product,
+    torch.ops.aten.mm.out: lambda left, right, out: out,
+    torch.ops.aten.addmm.out: lambda added, left, right, out, **_: out,
+    torch.ops.aten.addmm_.default: lambda added, left, right, **_: added,
+    torch.ops.aten.baddbmm.out: lambda added, left, right, out, **_: out,
+    torch.ops.aten.baddbmm_.default: lambda added, left, right, **_: added,
+    torch.ops.aten.baddbmm.default: lambda added, left, right, **_: empty_product(left, right),
+}
+"""Without numbers: what counts here is the memory that they return, and a CPU without units for bf16 takes minutes."""
+
+
+class MeterWithoutProducts(Meter):
+    def __torch_dispatch__(
+        self, operation: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return super().__torch_dispatch__(PRODUCTS.get(operation, operation), types, args, kwargs)
+
+
 def measured(
     monkeypatch: pytest.MonkeyPatch,
     checkpointing: Checkpointing,
@@ -81,7 +105,7 @@ def measured(
             live.view.measure(base.decoder.row_norms)
             live.view.settle()
             known += [vector for one in live.view.magnitudes.values() for vector in (one.norm, one.gain)]
-    meter, saved = Meter(known), []
+    meter, saved = MeterWithoutProducts(known), []
     losses: Callable[..., Any] = decoder.head_losses
 
     def head_losses(head: Tensor, normed: Tensor, labels: Labels, with_gradient: bool) -> Any:
