@@ -15,6 +15,7 @@ from tests.s3_server import S3Server, running_s3_server
 
 # Threads of an operation that wait by spinning make each other wait where there are more than cores: 40 times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+torch.set_num_threads(1)  # models are small: with two, a case of test_peft_gradients.py took 11 s instead of 8
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # how kernels run without a GPU; read when one is defined
 
