@@ -23,17 +23,18 @@ IN_TRITON = pytest.param(
 @pytest.mark.parametrize("in_triton", [False, IN_TRITON])
 def test_many_steps_in_the_decoder_are_those_of_the_hooks(in_triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms follow every step, an evaluation before the first, a step that failed, and the return to the best."""
-    dtype, steps = (torch.float32, 3) if in_triton else (torch.float64, 8)
+    # In Triton's interpreter rows take seconds.
+    dtype, steps, rows, held_out = (torch.float32, 3, 2, 1) if in_triton else (torch.float64, 8, 8, 4)
     if in_triton:
         pytest.importorskip("triton", reason="Triton has no build for this system")
 
     def train(base: BaseModel) -> dict[str, Tensor]:
         engine = TrainEngine(base)
-        best = {"validation": documents(4, 9), "eval_steps": 2, "load_best_model_at_end": True}
+        best = {"validation": documents(held_out, 9), "eval_steps": 2, "load_best_model_at_end": True}
         jobs = [
-            job("best", examples=documents(8, 1), lora=SOME, epochs=steps, batch_size=8, **best),
-            job("failed", examples=documents(8, 2), lora={"use_dora": True, "r": 3}, batch_size=8),
-            job("plain", examples=documents(8, 3), batch_size=8),
+            job("best", examples=documents(rows, 1), lora=SOME, epochs=steps, batch_size=rows, **best),
+            job("failed", examples=documents(rows, 2), lora={"use_dora": True, "r": 3}, batch_size=rows),
+            job("plain", examples=documents(rows, 3), batch_size=rows),
         ]
         live = [engine.add(wanted) for wanted in jobs]
         poisoned = False
