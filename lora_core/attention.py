@@ -96,9 +96,8 @@ class PackedAttention:
     def _document(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         tokens, window = q.shape[2], spec.sliding_window
         window = None if window is None or tokens <= window else window
-        if q.requires_grad and q.dtype == torch.bfloat16 and tokens <= SHORT_DOCUMENT and q.device.type == "cpu":
-            return plain_attention(q, k, v, spec, self._mask(tokens, window, q.device))
-        if spec.softcap is not None:
+        short = q.requires_grad and q.dtype == torch.bfloat16 and tokens <= SHORT_DOCUMENT and q.device.type == "cpu"
+        if short or spec.softcap is not None:
             return plain_attention(q, k, v, spec, self._mask(tokens, window, q.device))
         return scaled_dot_product(q, k, v, spec, None if window is None else self._added_mask(tokens, window, q))
 

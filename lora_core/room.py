@@ -27,10 +27,11 @@ class Room:
         self, base: BaseModel, capacity: int | None, checkpointing: Checkpointing, budget_bytes: int | None
     ) -> None:
         self.capacity, self.checkpointing = capacity or 0, checkpointing
-        given = budget_bytes or available_bytes(base.device)
-        self.budget = None if capacity else int(given * (1 - LEFT_FREE.get(base.precision, 0.0)))
+        self.budget: int | None = None
         self._device = base.device.type
-        if self.budget is not None:
+        if not capacity:
+            given = budget_bytes or available_bytes(base.device)
+            self.budget = int(given * (1 - LEFT_FREE.get(base.precision, 0.0)))
             quantised = base.precision if base.is_quantised else None
             self.predictor = predictor(base.model.config, base.model.dtype, self._device, quantised)
 
