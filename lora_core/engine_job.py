@@ -22,6 +22,9 @@ from lora_core.packing import ROW_MULTIPLE
 
 CHUNK_TOKENS = 1024
 
+TOKENS_TO_JUDGE = 16
+"""Supervised tokens after which a module without a gradient is one that the model does not use."""
+
 
 @dataclass(frozen=True)
 class EngineJob:
@@ -75,6 +78,20 @@ class EngineJob:
             if lengths:
                 largest = max(largest, lengths[0], min(self.chunk_limit, sum(lengths[:count])))
         return largest + -largest % ROW_MULTIPLE
+
+    @cached_property
+    def judged_step(self) -> int | None:
+        """The step by whose end every module must have had a gradient, if there is one. A label that follows a single
+        token does not count: that token sees itself alone, which rightly leaves q and k without one.
+        """
+        seen = 0
+        for step in range(self.steps):
+            seen += sum(sum(self.examples[index].labels_mask[2:]) for index in self.examples_of(step))
+            if seen >= TOKENS_TO_JUDGE:
+                return step
+            if not seen and step + 1 == self.steps_per_epoch:
+                break  # there are none
+        return None
 
     def evaluates_after(self, step: int) -> bool:
         """Whether the held-out examples are evaluated once `step` steps are done: before the first, at the end, and

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,9 +19,6 @@ from torch import Tensor
 from lora_core.adapter_bank import Adapter
 from lora_core.config import TrainConfig
 from lora_core.flat_adapter import FlatAdapter, HostAdapter
-
-MIN_TOKENS_TO_JUDGE = 16
-"""A step of one or two tokens may rightly leave q and k without a gradient (a token that sees only itself)."""
 
 AllReduce = Callable[[Tensor], None]
 """Sums a tensor over all ranks in place."""
@@ -182,19 +179,19 @@ class FlatAdamW:
         self._message[-2] += loss_sum
         self._message[-1] += tokens
 
-    def queue_step(self, rate: float, all_reduce: AllReduce | None) -> Tensor:
-        """Reduce, divide by the step's supervised tokens, clip, update, and clear the gradient, after the first step
-        without waiting for the device: `[3]`, what `outcome` reads.
+    def queue_step(self, rate: float, all_reduce: AllReduce | None, judged: bool = False) -> Tensor:
+        """Reduce, divide by the step's supervised tokens, clip, update, and clear the gradient, without waiting for
+        the device unless the step is `judged` (see `EngineJob.judged_step`): `[3]`, what `outcome` reads.
 
         A loss or gradient that is not finite changes nothing: A, B and the moments stay as they were, and the outcome
         shows it. Neither does a step whose examples were all prompt.
 
         Raises:
-            NoGradientError: on the first step, some B has no gradient; on every rank, as it is the reduced one.
+            NoGradientError: some module had no gradient up to here; on every rank, as it is the reduced one.
         """
         if all_reduce is not None:
             all_reduce(self._message)
-        if self.steps == 0 and float(self._message[-1]) >= MIN_TOKENS_TO_JUDGE:
+        if judged:
             self._refuse_missing_gradient()
         loss_sum, tokens = self._message[-2:]
         norm = torch.linalg.vector_norm(self._grad)
@@ -226,12 +223,13 @@ class FlatAdamW:
         self.adapter.norm.clear()
 
     def _refuse_missing_gradient(self) -> None:
-        """On the first step every module must have a gradient: of B where B is zero, of A where A is. Without one it
-        would never learn.
+        """Up to here every module must have had a gradient, in A or in B: of the two, one has none at first where the
+        other is zero. A module without any would never learn. What was before this step is in the first moments.
         """
-        b_learns = _any(weight.grad for weight in self.adapter.b.values())
-        learns = b_learns if all(b_learns) else _any(weight.grad for weight in self.adapter.a.values())
-        silent = [name for name, b, either in zip(self.adapter.b, b_learns, learns, strict=True) if not (b or either)]
+        numbers = [self._trained.views(vector) for vector in (self._grad, self.moments[0])]
+        had, count = _any(zip(*numbers, strict=True)), len(self.adapter.a)
+        of_modules = zip(self.adapter.a, had[:count], had[count : 2 * count], strict=True)
+        silent = [name for name, of_a, of_b in of_modules if not (of_a or of_b)]
         if silent:
             self._message.zero_()
             raise NoGradientError(
@@ -276,7 +274,7 @@ class FlatAdamW:
         return Snapshot(copies, {**counters, "adam_steps": self.steps})
 
 
-def _any(gradients: Iterable[Tensor | None]) -> list[bool]:
-    """Whether each has a number that is not zero: one answer of the device for all."""
-    found: list[bool] = torch.stack([gradient.any() for gradient in gradients if gradient is not None]).tolist()
+def _any(tensors: Iterable[Sequence[Tensor]]) -> list[bool]:
+    """Whether some of each have a number that is not zero: one answer of the device for all."""
+    found: list[bool] = torch.stack([torch.stack([one.any() for one in several]).any() for several in tensors]).tolist()
     return found
