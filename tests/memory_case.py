@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from lora_core.base_files import DTYPES
-from lora_core.base_model import describe_base, load_base
+from lora_core.base_model import describe_base, load_base, resolve_precision
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import Example
 from lora_core.decoder import Checkpointing
@@ -32,11 +32,13 @@ def main(
     source: str, cache: Path, precision: str, checkpointing: Checkpointing, tokens: int, adapters: int, dropout: float
 ) -> None:
     return_freed_memory()
+    cpu = torch.device("cpu")
+    precision = resolve_precision(precision, cpu)  # type: ignore[arg-type]
     lora = LoraConfig(r=16, lora_dropout=dropout)
     config = describe_base(source, cache)[0].config
     predicted = predictor(config, DTYPES[precision]).predict([lora] * adapters, tokens, DOCUMENT, checkpointing)
     predicted += resident_bytes()
-    base = load_base(source, precision=precision, cache_dir=cache, device=torch.device("cpu"))  # type: ignore[arg-type]
+    base = load_base(source, precision=precision, cache_dir=cache, device=cpu)  # type: ignore[arg-type]
     Path("/proc/self/clear_refs").write_text("5")  # loading may have converted the base: count from here
     engine = TrainEngine(base, capacity=tokens, checkpointing=checkpointing)
     example = Example([5 + n % 50 for n in range(DOCUMENT)], [False] + [True] * (DOCUMENT - 1))

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lora_core.adapter_bank import AdapterBank
 from lora_core.base_files import BaseModelError, chat_template_hash
-from lora_core.base_model import describe_base, resolve_precision
+from lora_core.base_model import Precision, describe_base, load_base, resolve_precision
 from tests.models import CONFIGS, CPU, tiny_model
 from tests.tiny_models import byte_tokenizer, load_on_cpu, save_random, weights
 
@@ -59,6 +59,17 @@ def test_precision_is_the_one_asked_for_or_the_hardwares(monkeypatch: pytest.Mon
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
         assert resolve_precision("auto", CPU) == expected
+
+
+@pytest.mark.parametrize(("precision", "units", "warned"), [("bf16", False, 1), ("bf16", True, 0), ("auto", False, 0)])
+def test_bf16_on_a_cpu_that_has_none_is_warned_of(
+    precision: Precision, units: bool, warned: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": units})
+    load_base(str(save_random(tmp_path / "model", "gpt2")), precision=precision, cache_dir=tmp_path, device=CPU)
+    told = [record.getMessage() for record in caplog.records if record.name == "lora.engine"]
+    assert len(told) == warned and all("use auto" in message for message in told)
 
 
 _SIZES: dict[str, Any] = {

@@ -167,7 +167,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize(
     ("precision", "checkpointing", "tokens", "adapters", "dropout"),
-    [("fp32", "none", 1024, 2, 0.1), ("fp32", "full", 1024, 2, 0.1), ("bf16", "none", 1024, 1, 0.0)],
+    [("fp32", "none", 1024, 2, 0.1), ("fp32", "full", 1024, 2, 0.1), ("auto", "none", 1024, 1, 0.0)],
 )
 def test_a_small_models_peak_is_within_a_tenth(
     small: str, tmp_path: Path, precision: str, checkpointing: str, tokens: int, adapters: int, dropout: float
@@ -180,7 +180,8 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(os.environ.get("LORA_TEST_CACHE") or tmp_path_factory.mktemp("cache"))
 
 
-@pytest.mark.parametrize(("precision", "checkpointing"), [("fp32", "none"), ("bf16", "full")])
+# "auto" is bf16 and the decoder where the CPU has units for it; without them bf16 takes 50 times as long.
+@pytest.mark.parametrize(("precision", "checkpointing"), [("fp32", "none"), ("auto", "full")])
 def test_smollm2s_peak_is_within_a_tenth(shared_cache: Path, precision: str, checkpointing: str) -> None:
     check_case(smollm2_gguf(), shared_cache, precision, checkpointing, 512, 1, 0.0)
 

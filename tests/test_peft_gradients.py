@@ -26,7 +26,7 @@ LORAS: dict[str, dict[str, Any]] = {
     "dora with rslora": {"r": 5, "use_dora": True, "use_rslora": True},
 }
 CASES = [("llama", name, tiny_base) for name in LORAS]
-CASES += [("llama", name, decoder_base) for name in ("lora", "rslora", "patterns")] + [("qwen3", "lora", decoder_base)]
+CASES += [("llama", name, decoder_base) for name in LORAS] + [("qwen3", "lora", decoder_base)]
 
 
 def moved(engine: TrainEngine, wanted: EngineJob) -> LiveJob:

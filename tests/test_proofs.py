@@ -99,7 +99,9 @@ def test_eight_jobs_of_200_steps_equal_their_solo_runs_bit_for_bit(monkeypatch: 
 
 
 def decoder_jobs() -> list[EngineJob]:
-    """What the decoder adapts: plain, rank-stabilised with dropout, with patterns on some modules of one layer."""
+    """What the decoder adapts: plain, rank-stabilised with dropout, with magnitudes, with patterns on some modules of
+    one layer.
+    """
     some = {"target_modules": ["k_proj", "up_proj"], "layers_to_transform": [1]}
     patterns = {"rank_pattern": {"up_proj": 20}, "alpha_pattern": {"k_proj": 3}}
     return [
@@ -107,15 +109,16 @@ def decoder_jobs() -> list[EngineJob]:
         small_job(
             "rs", 2, lora={"r": 64, "use_rslora": True, "lora_dropout": 0.1}, lr_scheduler="linear", warmup_ratio=0.1
         ),
+        small_job("dora", 5, lora={"r": 8, "lora_alpha": 9, "use_dora": True}, loraplus_lr_ratio=2.0),
         small_job("some", 3, lora={"r": 3, **some, **patterns}, max_grad_norm=0.1),
     ]
 
 
 def neighbours() -> list[EngineJob]:
-    """What goes through the hooks meanwhile."""
+    """What goes through the hooks meanwhile, and what leaves the decoder early."""
     return [
         small_job("pissa", 4, lora={"r": 4, "lora_dropout": 0.2, "init_lora_weights": "pissa"}, epochs=1000),
-        small_job("dora", 5, lora={"r": 2, "use_dora": True}, epochs=20),
+        small_job("brief", 6, lora={"r": 2, "use_dora": True}, epochs=20),
     ]
 
 
@@ -131,15 +134,18 @@ def alone_through_the_hooks() -> dict[str, Tensor]:
 
 
 def in_company(engine: TrainEngine) -> dict[str, Tensor]:
-    lives = [engine.add(wanted) for wanted in (*decoder_jobs()[:-1], *neighbours())]
+    *first, last = decoder_jobs()
+    lives = [engine.add(wanted) for wanted in first]
+    for wanted in neighbours():
+        engine.add(wanted)
     for _ in range(3):
         engine.micro_batch()
-    lives.insert(2, engine.add(decoder_jobs()[-1]))
-    assert all(live.view is not None for live in lives[:3])
-    while not all(live.done for live in lives[:3]):
+    lives.append(engine.add(last))
+    assert all(live.view is not None for live in lives)
+    while not all(live.done for live in lives):
         engine.micro_batch()
-    assert [live.progress.step for live in lives[:3]] == [STEPS] * 3
-    return {live.job.name: state(live) for live in lives[:3]}
+    assert {live.progress.step for live in lives} == {STEPS}
+    return {live.job.name: state(live) for live in lives}
 
 
 @pytest.mark.parametrize(
