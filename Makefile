@@ -16,7 +16,8 @@ demo: .venv
 	$(BIN)/python -m jobs.demo
 
 test: .venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not alone" --numprocesses auto --maxprocesses 8 --dist worksteal
+	$(BIN)/python -m pytest -m alone
 
 check: .venv
 	$(BIN)/ruff check .

@@ -39,6 +39,8 @@ from lora_core.peft_format import adapter_files
 from tests.models import random_adapter
 from tests.tiny_models import save_tiny_model
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parent.parent
 HELLO = [{"role": "user", "content": "Hello"}]
 

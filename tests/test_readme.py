@@ -21,6 +21,8 @@ from cluster.storage import open_storage
 from jobs.spec import load_spec
 from tests.s3_server import S3Server
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 

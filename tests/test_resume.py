@@ -136,6 +136,7 @@ def start(folder: Path, ranks: int) -> list[Any]:
     return processes
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_processes_end_with_the_same_bits(ranks: int, tmp_path: Path) -> None:
     """`kill -9` at two moments that nobody chose, often in the middle of a step; each time all ranks go on from the
