@@ -117,6 +117,8 @@ class Rank:
         self.base = self._load_base()
         if self.rank == 0:
             self.mailbox.report.remote(RanksStarted())
+        # NCCL takes its buffers at the first collective: before what is left is counted.
+        self._all_reduce(torch.zeros(1, device=self.base.device))
         self.engine = TrainEngine(
             self.base,
             capacity=None,

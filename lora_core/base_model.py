@@ -129,8 +129,19 @@ def placed(base: BaseModel, device: torch.device) -> BaseModel:
     """The base on `device` in its precision, with its decoder if it can have one; the given one is used up.
 
     Raises:
-        BaseModelError: a family whose forward pass differs from ours, or that has no decoder where it needs one.
+        BaseModelError: a family whose forward pass differs from ours, or that has no decoder where it needs one; or the
+            device has no room for it.
     """
+    try:
+        return _placed(base, device)
+    except torch.OutOfMemoryError as error:
+        raise BaseModelError(
+            f"base model {base.source}: in {base.precision} it does not fit into the memory of {device}: use a lower"
+            " precision (nf4 takes the least), a smaller base, or a device with more memory"
+        ) from error
+
+
+def _placed(base: BaseModel, device: torch.device) -> BaseModel:
     if base.is_quantised:
         if problem := not_quantised(base.model, base.precision):
             raise BaseModelError(f"base model {base.source}: {problem}")

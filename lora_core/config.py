@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 Rank = Annotated[int, Field(ge=1, le=1024)]
 Alpha = Annotated[float, Field(gt=0)]
 
+FINEST_DROPOUT = 2**-16
+"""Masks are drawn from 16 bits a feature."""
+
 
 def pattern_key(pattern: Mapping[str, object], module: str) -> str | None:
     """The first key of a rank or alpha pattern that is this module's: a regular expression that matches its full name
@@ -83,6 +86,13 @@ class LoraConfig(RanksAndScales):
     layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
     init_lora_weights: Literal[True, "gaussian", "pissa"] = True
     use_dora: bool = False
+
+    @field_validator("lora_dropout")
+    @classmethod
+    def _dropout_drops_something(cls, lora_dropout: float) -> float:
+        if 0 < lora_dropout < FINEST_DROPOUT:
+            raise ValueError("must be 0 or at least 1/65,536 (1.6e-05): less would drop nothing")
+        return lora_dropout
 
     @field_validator("use_dora")
     @classmethod

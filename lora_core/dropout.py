@@ -7,6 +7,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+from lora_core.config import FINEST_DROPOUT
+
 
 def dropout_mask(features: int, p: float, row_keys: Tensor, module_key: int) -> Tensor:
     """bool `[rows, features]`, False with probability p: a function of (row key, module, feature) alone.
@@ -21,13 +23,13 @@ def dropout_mask(features: int, p: float, row_keys: Tensor, module_key: int) -> 
 
 
 def threshold(p: float) -> int:
-    """p as the mask has it, in 1/65,536: 16 bits below it drop a feature."""
-    return int(p * 2**16)
+    """p as the mask has it, in units of `FINEST_DROPOUT`: 16 bits below it drop a feature."""
+    return int(p / FINEST_DROPOUT)
 
 
 def kept_share(p: float) -> float:
     """The probability that a feature is kept."""
-    return 1.0 - threshold(p) / 2**16
+    return 1.0 - threshold(p) * FINEST_DROPOUT
 
 
 def mix64(z: Tensor) -> Tensor:

@@ -21,6 +21,14 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where real models are converted once for all processes of a run: from GGUF that takes up to a minute."""
+    root = tmp_path_factory.getbasetemp()
+    folder = Path(os.environ.get("LORA_TEST_CACHE") or (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root))
+    return folder / "shared-cache"
+
+
+@pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real S3 server with an empty bucket, which no environment knows yet: see `s3_environment`."""
     with running_s3_server(tmp_path_factory.mktemp("s3")) as server:

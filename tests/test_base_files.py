@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -40,17 +39,12 @@ def no_building(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 # --- a GGUF file -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(os.environ.get("LORA_TEST_CACHE") or tmp_path_factory.mktemp("cache"))
-
-
-def test_gguf_is_converted_once_and_is_the_same_model(cache: Path, no_building: Callable[[], None]) -> None:
+def test_gguf_is_converted_once_and_is_the_same_model(shared_cache: Path, no_building: Callable[[], None]) -> None:
     source = smollm2_gguf()
     assert source is not None
-    first = load_on_cpu(source, cache)
+    first = load_on_cpu(source, shared_cache)
     no_building()
-    second = load_on_cpu(source, cache)
+    second = load_on_cpu(source, shared_cache)
     assert first.fingerprint == second.fingerprint
     assert (second.precision, second.parameters, second.nbytes) == ("fp32", 134_515_008, 134_515_008 * 4)
     assert second.tokenizer.chat_template is not None

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lora_core.adapter_bank import AdapterBank
 from lora_core.base_files import BaseModelError, chat_template_hash
-from lora_core.base_model import Precision, describe_base, load_base, resolve_precision
-from tests.models import CONFIGS, CPU, tiny_model
+from lora_core.base_model import Precision, describe_base, load_base, placed, resolve_precision
+from tests.models import CONFIGS, CPU, tiny_base, tiny_model
 from tests.tiny_models import byte_tokenizer, load_on_cpu, save_random, weights
 
 
@@ -70,6 +70,16 @@ def test_bf16_on_a_cpu_that_has_none_is_warned_of(
     load_base(str(save_random(tmp_path / "model", "gpt2")), precision=precision, cache_dir=tmp_path, device=CPU)
     told = [record.getMessage() for record in caplog.records if record.name == "lora.engine"]
     assert len(told) == warned and all("use auto" in message for message in told)
+
+
+def test_a_base_that_is_too_large_says_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    base = tiny_base("llama")
+    monkeypatch.setattr(type(base.model), "to", full)
+    with pytest.raises(BaseModelError, match="in fp32 it does not fit into the memory of cpu: use a lower precision"):
+        placed(base, CPU)
 
 
 _SIZES: dict[str, Any] = {

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lora_core.base_files import load_tokenizer, local_folder
 from lora_core.dataset import Dataset, DatasetError, Example, build_examples, check_rows, split
 from tests.rows import chat, message, numbered
 from tests.tiny_models import smollm2_gguf
@@ -112,13 +113,9 @@ def sentence_piece(template: str | None) -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    """The demo's real tokenizer; read from GGUF once, since that takes up to 15 s."""
-    file = Path(smollm2_gguf())
-    folder = tmp_path_factory.mktemp("smollm2")
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    return tokenizer
+def smollm2(shared_cache: Path) -> PreTrainedTokenizerBase:
+    """The demo's real tokenizer."""
+    return load_tokenizer(local_folder(smollm2_gguf(), shared_cache))
 
 
 TOKENIZERS = {

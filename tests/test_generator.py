@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,11 +28,6 @@ from tests.tiny_models import byte_tokenizer, save_tiny_model, smollm2_gguf, wri
 
 GREEDY = SamplingParams(temperature=0.0)
 PROMPTS = ["Hello", "The capital of France is", "a" * 40, "Zürich, 12 €", "x"]
-
-
-@pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(os.environ.get("LORA_TEST_CACHE") or tmp_path_factory.mktemp("cache"))
 
 
 class Stock:
@@ -120,10 +114,10 @@ def test_greedy_equals_transformers_and_peft_alone_and_in_company(stock: Stock, 
     assert run(generator, requests[4:8])[0] == wanted[4:8]  # few of them, in slots that others have used
 
 
-def test_greedy_equals_transformers_on_a_real_model(cache_dir: Path, tmp_path: Path) -> None:
+def test_greedy_equals_transformers_on_a_real_model(shared_cache: Path, tmp_path: Path) -> None:
     source = smollm2_gguf()
     assert source is not None
-    stock = Stock(local_folder(source, cache_dir), cache_dir)
+    stock = Stock(local_folder(source, shared_cache), shared_cache)
     adapter = random_adapter(stock.bank, 3, r=8, size=0.05)
     folder = write_adapter(adapter, stock.bank, tmp_path / "adapter")
     messages = [{"role": "user", "content": "What is the capital of France?"}]

@@ -175,11 +175,6 @@ def test_a_small_models_peak_is_within_a_tenth(
     check_case(small, tmp_path, precision, checkpointing, tokens, adapters, dropout)
 
 
-@pytest.fixture(scope="module")
-def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(os.environ.get("LORA_TEST_CACHE") or tmp_path_factory.mktemp("cache"))
-
-
 # "auto" is bf16 and the decoder where the CPU has units for it; without them bf16 takes 50 times as long.
 @pytest.mark.parametrize(("precision", "checkpointing"), [("fp32", "none"), ("auto", "full")])
 def test_smollm2s_peak_is_within_a_tenth(shared_cache: Path, precision: str, checkpointing: str) -> None:

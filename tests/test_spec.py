@@ -127,6 +127,10 @@ def test_options_of_evaluation_are_refused_without_held_out_rows() -> None:
             " weights' product is dropped too",
         ),
         ({"lora": {"lora_dropout": 1.0}}, "lora.lora_dropout must be less than 1.0, not 1.0"),
+        (
+            {"lora": {"lora_dropout": 1e-5}},
+            "lora.lora_dropout must be 0 or at least 1/65,536 (1.6e-05): less would drop nothing",
+        ),
         ({"train": {"epochs": 1.5}}, "train.epochs must be a whole number, not 1.5"),
         ({"train": {"learning_rate": 0}}, "train.learning_rate must be more than 0.0, not 0"),
         ({"train": {"learning_rate": float("nan")}}, "train.learning_rate must be a number, not the text 'NaN'"),
