@@ -45,6 +45,7 @@ from lora_core.optim import (
 )
 from lora_core.packing import Chunk, pack
 from lora_core.ready_batch import ReadyBatch, decoder_rows, make_ready
+from lora_core.rehearsal import Rehearsals
 from lora_core.room import Room
 
 
@@ -92,6 +93,7 @@ class TrainEngine:
         self._queues = [FairQueue() for _ in range(ranks)]
         self._ahead: _Turn | None = None  # of the next micro-batch
         self._prepared = WeakSet[PreparedJob]()  # and not admitted, as far as somebody still wants to
+        self._rehearsals = Rehearsals(base.decoder) if base.decoder and base.device.type == "cuda" else None
 
     def add(self, job: EngineJob, checkpoint: bytes | None = None) -> LiveJob:
         """Take a job in, from the start or from `LiveJob.checkpoint`: `prepare` and `admit` in one."""
@@ -99,8 +101,9 @@ class TrainEngine:
 
     def prepare(self, job: EngineJob, checkpoint: bytes | None = None) -> PreparedJob:
         """Everything that a job needs to be taken in. It may be done on a thread of its own, so that those who train
-        are held up by `admit` alone. Their plan is one without it, so nothing of it lies on the device yet. Where that
-        is the host, its weights and what it has of a checkpoint do, in the room for one that is written.
+        are held up by `admit` alone. Their plan is one without it, so nothing of it lies on the device yet; on a GPU,
+        its kernels are compiled (`rehearsal.py`). Where the device is the host, its weights and what it has of a
+        checkpoint do, in the room for one that is written.
 
         Raises:
             ValueError: the target modules match nothing, the job lacks examples, the checkpoint is another job's, or a
@@ -113,7 +116,7 @@ class TrainEngine:
             check_without_dense_weights(self.bank, job.lora, self.base.precision)
         beside = [live.job for live in list(self.live.values())]
         try:
-            self.room.plan([*beside, job])
+            plan = self.room.plan([*beside, job])
         except DoesNotFitError as error:
             self.room.plan([job])
             raise NoRoomBesideError(*error.args) from error
@@ -126,6 +129,11 @@ class TrainEngine:
         prepared = PreparedJob(job, HostState(start, self.base.model.dtype, pinned=self.base.device.type == "cuda"))
         if checkpoint is not None:
             prepared.restore(checkpoint)
+        if self._rehearsals is not None and Decoder.adapts(start):
+            others = [live.adapter for live in list(self.live.values())]
+            others += [other.state.trained.adapter for other in self._prepared if other.state.residual is None]
+            plays = [other for other in others if Decoder.adapts(other)]
+            self._rehearsals.before(start, plays, (plan or self.room).checkpointing)
         self._prepared.add(prepared)
         return prepared
 

@@ -7,15 +7,16 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+# Before torch is imported, which asks for it then: models are small, and threads that wait by spinning make each other
+# wait where there are more of them than cores. Processes that tests start have one, too, and so have tests' threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
 from cluster.storage import Storage, open_storage
 from tests.s3_server import S3Server, running_s3_server
 
-# Threads of an operation that wait by spinning make each other wait where there are more than cores: 40 times as long.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-torch.set_num_threads(1)  # models are small: with two, a case of test_peft_gradients.py took 11 s instead of 8
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # how kernels run without a GPU; read when one is defined
 

@@ -259,7 +259,6 @@ def test_stacked_weights_are_the_models_own() -> None:
     ("kind", "dropouts", "dora", "checkpointing"),
     [
         ("llama", NO_DROPOUT, (), "none"),
-        ("llama", DROPOUTS, (), "selective"),
         ("llama", NO_DROPOUT, (0, 2), "full"),
         ("qwen2", DROPOUTS, (1,), "none"),
         ("qwen3", DROPOUTS, (1,), "selective"),

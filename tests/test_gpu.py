@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,34 @@ def test_dora_on_a_quantised_base_divides_by_the_norms_of_what_is_left_of_it(fol
             expected = (weight.float() + b @ a).norm(dim=1)
             torch.testing.assert_close(live.adapter.norm[name], expected, rtol=3e-3, atol=0)
             assert not torch.allclose(expected, weight.float().norm(dim=1), rtol=1e-2)
+
+
+def compiled() -> int:
+    """How many kernels of ours this process has compiled, or read from Triton's cache, so far."""
+    jit = pytest.importorskip("triton.runtime.jit").JITFunction
+    modules = [module for name, module in sys.modules.items() if name.startswith("lora_core.kernels.")]
+    kernels = {one for module in modules for one in vars(module).values() if isinstance(one, jit)}
+    return sum(len(of_device[0]) for kernel in kernels for of_device in kernel.device_caches.values())
+
+
+def test_a_newcomer_of_a_new_kind_compiles_nothing_once_it_is_in(folder: Path) -> None:
+    """Its kernels were compiled by the thread that prepared it, beside the steps of the others."""
+    engine, train = TrainEngine(base_on(folder, "cuda", "bf16")), TrainConfig(epochs=3, batch_size=4)
+    for name, lora in (("plain", LoraConfig(r=4)), ("drops", LoraConfig(r=8, lora_dropout=0.1))):
+        engine.add(EngineJob(name, lora, train, EXAMPLES))
+    engine.step()
+    before = compiled()
+    newcomer = EngineJob("new", LoraConfig(r=40, use_dora=True), train, EXAMPLES, EXAMPLES[:4])
+    with ThreadPoolExecutor(1) as reader:
+        prepared = reader.submit(engine.prepare, newcomer)
+        while not prepared.done():
+            engine.micro_batch()
+    assert compiled() > before
+    engine.admit(prepared.result())
+    before = compiled()
+    while engine.step():
+        pass
+    assert engine.live["new"].done and compiled() == before
 
 
 def test_a_neighbour_changes_a_gpu_run_by_rounding_only(folder: Path) -> None:

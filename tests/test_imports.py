@@ -46,6 +46,7 @@ ORDER = {
         "engine_job",
         "live_job",
         "ready_batch",
+        "rehearsal",
         "footprint",
         "kernel_memory",
         "decoder_memory",

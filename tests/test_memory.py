@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerB
 
 from lora_core import footprint, hook_memory, memory, trainer
 from lora_core.attention import ATTENTION_NAME
+from lora_core.base_files import local_folder
 from lora_core.base_model import BaseModel
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import Example
@@ -167,7 +169,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize(
     ("precision", "checkpointing", "tokens", "adapters", "dropout"),
-    [("fp32", "none", 1024, 2, 0.1), ("fp32", "full", 1024, 2, 0.1), ("auto", "none", 1024, 1, 0.0)],
+    [("fp32", "none", 768, 2, 0.1), ("fp32", "full", 768, 2, 0.1), ("auto", "none", 768, 1, 0.0)],
 )
 def test_a_small_models_peak_is_within_a_tenth(
     small: str, tmp_path: Path, precision: str, checkpointing: str, tokens: int, adapters: int, dropout: float
@@ -177,8 +179,12 @@ def test_a_small_models_peak_is_within_a_tenth(
 
 # "auto" is bf16 and the decoder where the CPU has units for it; without them bf16 takes 50 times as long.
 @pytest.mark.parametrize(("precision", "checkpointing"), [("fp32", "none"), ("auto", "full")])
-def test_smollm2s_peak_is_within_a_tenth(shared_cache: Path, precision: str, checkpointing: str) -> None:
-    check_case(smollm2_gguf(), shared_cache, precision, checkpointing, 512, 1, 0.0)
+def test_smollm2s_peak_is_within_a_tenth(
+    shared_cache: Path, tmp_path: Path, precision: str, checkpointing: str
+) -> None:
+    """On a copy of its own: of pages that other processes map, too, this one would be counted a share."""
+    folder = shutil.copytree(local_folder(smollm2_gguf(), shared_cache), tmp_path / "base")
+    check_case(str(folder), tmp_path / "cache", precision, checkpointing, 256, 1, 0.0)
 
 
 def check_case(source: str, cache: Path, *case: Any) -> None:

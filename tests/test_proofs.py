@@ -117,7 +117,7 @@ def decoder_jobs() -> list[EngineJob]:
 def neighbours() -> list[EngineJob]:
     """What goes through the hooks meanwhile, and what leaves the decoder early."""
     return [
-        small_job("pissa", 4, lora={"r": 4, "lora_dropout": 0.2, "init_lora_weights": "pissa"}, epochs=1000),
+        small_job("pissa", 4, lora={"r": 4, "lora_dropout": 0.2, "init_lora_weights": "pissa"}, epochs=40),
         small_job("brief", 6, lora={"r": 2, "use_dora": True}, epochs=20),
     ]
 
