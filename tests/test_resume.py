@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from lora_core import engine_job
 from lora_core.dataset import Example
@@ -96,6 +97,35 @@ def test_a_snapshot_stays_as_it_was_while_training_goes_on() -> None:
     train_until(engine, "job", 6)
     assert live.checkpoint() != written
     assert snapshot.dump() == written
+
+
+def test_the_way_back_is_as_short_for_many_rows_and_late_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint names the step and holds no rows; resuming draws the order of its epoch, and of the first, where
+    unused modules are looked for, but not of those between.
+    """
+    sizes: list[int] = []
+    orders: list[set[int]] = []
+    drawn: list[int] = []
+    order = engine_job._order
+
+    def counted(examples: int, seed: int, epoch: int) -> Tensor:
+        drawn.append(epoch)
+        return order(examples, seed, epoch)
+
+    monkeypatch.setattr(engine_job, "_order", counted)
+    for rows, steps in ((8, 1), (800, 1), (8, 41)):
+        wanted = job(examples=documents(rows, 0), epochs=50, batch_size=8)
+        engine = TrainEngine(tiny_base("llama"))
+        live = engine.add(wanted)
+        train_until(engine, "job", steps)
+        sizes.append(len(blob := live.checkpoint()))
+        resumed = TrainEngine(tiny_base("llama"))
+        drawn.clear()
+        resumed.add(replace(wanted), blob)  # which knows nothing yet
+        train_until(resumed, "job", steps + 1)
+        orders.append(set(drawn))
+    assert max(sizes) - min(sizes) < 64  # digits
+    assert orders == [{0, 1, 2}, {0}, {0, 41, 42}]  # and the next epoch's, made ready ahead
 
 
 # --- kill -9 ---------------------------------------------------------------------------------------------------------
