@@ -215,7 +215,9 @@ def outcome_of(result: StepOutcome | JobDiverged) -> StepOutcome:
 
 @dataclass
 class RanksInThreads:
-    """Two data-parallel ranks as threads, each on its own copy of the base; `all_reduce` adds in rank order."""
+    """Two data-parallel ranks as threads, each on its own copy of the base; `all_reduce` adds in rank order. `sent` is
+    how many numbers rank 0 gave it each time.
+    """
 
     kind: str
     dtype: torch.dtype = torch.float32
@@ -223,6 +225,7 @@ class RanksInThreads:
     checkpointing: Checkpointing = "none"
     with_decoder: bool = False
     ranks: int = 2
+    sent: list[int] = field(default_factory=list)
     _parts: list[Tensor | None] = field(default_factory=lambda: [None, None])
     _barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(2, timeout=60))
 
@@ -258,6 +261,8 @@ class RanksInThreads:
 
     def _all_reduce(self, rank: int) -> Callable[[Tensor], None]:
         def reduce(tensor: Tensor) -> None:
+            if rank == 0:
+                self.sent.append(tensor.numel())
             self._parts[rank] = tensor.clone()
             self._barrier.wait()
             parts = [part for part in self._parts if part is not None]

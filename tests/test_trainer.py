@@ -135,6 +135,23 @@ def test_one_micro_batch_or_many_same_gradient(kind: str, monkeypatch: pytest.Mo
     assert not torch.equal(quarters, whole)  # it was another path
 
 
+def test_ranks_send_one_gradient_a_step_and_nothing_of_the_base() -> None:
+    """Beside it the figures of evaluations, three numbers each."""
+    ranks, wanted = RanksInThreads("llama"), job(lora={"r": 1}, validation=documents(4, 1), eval_steps=2, epochs=2)
+
+    def work(engine: TrainEngine) -> None:
+        engine.add(wanted)
+        while engine.step():
+            pass
+
+    engine, _ = ranks.run(work)
+    optimizer = engine.live["job"].optimizer
+    gradient = optimizer.flat.numel() + 2
+    assert gradient < 1.1 * optimizer.parameters < 0.2 * engine.base.parameters
+    steps, evaluations = wanted.steps, 1 + wanted.steps // 2
+    assert sorted(ranks.sent) == [3] * evaluations + [gradient] * steps
+
+
 def test_one_rank_or_two_same_gradient() -> None:
     wanted = job(batch_size=7, lora={"lora_dropout": 0.2})
     whole = gradient(tiny_base("llama"), wanted, capacity=4096)
