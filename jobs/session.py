@@ -52,7 +52,6 @@ from jobs.orders import (
     Trained,
     start_mailbox,
 )
-from jobs.training_loop import train_loop
 
 log = logging.getLogger("lora.session")
 
@@ -271,7 +270,7 @@ def run_session(settings: Settings, session_id: str, fence: int) -> int:
     # Set, it also says that GPU nodes will come, which an autoscaled cluster may not have up yet.
     gpus = "gpus_per_rank" in settings.model_fields_set or ray.cluster_resources().get("GPU", 0) > 0
     trainer = TorchTrainer(
-        train_loop,
+        _train_loop,
         train_loop_config={
             # Ranks have no use for the database, and what they do not know they cannot leak.
             "settings": settings.model_copy(update={"database_url": ""}),
@@ -314,6 +313,15 @@ def _root_cause(error: TrainingFailedError) -> str:
         return f"{type(error).__name__}: {error}".splitlines()[0]
     rank, failure = min(died.items())
     return f"rank {rank}: {str(failure).strip().splitlines()[-1]}"
+
+
+def _train_loop(config: dict[str, Any]) -> None:
+    """What Ray Train runs on every rank. It is imported there: neither the driver nor Ray's controller needs
+    transformers, which takes each of them seconds and 0.2 GB.
+    """
+    from jobs.training_loop import train_loop
+
+    train_loop(config)
 
 
 def main() -> None:
