@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import uuid
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from cluster.storage import Storage, open_storage
+from lora_core import base_files
 from tests.s3_server import S3Server, running_s3_server
 
 if not torch.cuda.is_available():
@@ -22,11 +24,11 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(scope="session")
-def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where real models are converted once for all processes of a run: from GGUF that takes up to a minute."""
-    root = tmp_path_factory.getbasetemp()
-    folder = Path(os.environ.get("LORA_TEST_CACHE") or (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root))
-    return folder / "shared-cache"
+def shared_cache(pytestconfig: pytest.Config) -> Path:
+    """Where real models are converted once for all processes and runs of this code: from GGUF that takes a minute."""
+    code = hashlib.sha256(Path(base_files.__file__).read_bytes()).hexdigest()
+    assert pytestconfig.cache is not None
+    return Path(os.environ.get("LORA_TEST_CACHE") or pytestconfig.cache.mkdir(f"bases-{code[:16]}"))
 
 
 @pytest.fixture(scope="session")

@@ -84,18 +84,27 @@ def cluster(tmp_path: Path, s3_server: S3Server) -> Iterator[dict[str, str]]:
                 process.terminate()
         except (psutil.AccessDenied, psutil.NoSuchProcess):
             continue
-    for process in psutil.wait_procs(ours, timeout=15)[1]:
+    for process in psutil.wait_procs(ours, timeout=5)[1]:
         process.kill()
 
 
 def test_the_journey_on_a_ray_cluster_runs_as_it_is_written(
-    cluster: dict[str, str], s3_environment: S3Server, tmp_path: Path
+    cluster: dict[str, str], s3_environment: S3Server, shared_cache: Path, tmp_path: Path
 ) -> None:
+    """With one epoch instead of three, and the base converted already."""
+    cache, bases, job = Path(cluster["LORA_HOME"]) / "cache", shared_cache / "bases", tmp_path / "tone.yaml"
+    cache.mkdir(parents=True)
+    bases.mkdir(exist_ok=True)
+    (cache / "bases").symlink_to(bases)
+    written = (ROOT / "jobs/examples/tone.yaml").read_text()
+    job.write_text(written.replace("epochs: 3", "epochs: 1"))
+    assert job.read_text() != written
     url = f"s3://{s3_environment.bucket}/readme"
     script = block("bash")
     for shown, here in (
         ("source .venv/bin/activate\n", ""),
         ("s3://my-bucket/lora", url),
+        ("jobs/examples/tone.yaml", str(job)),
         ("ray start --head ", f"ray start --head {cluster['START_OPTIONS']} "),
         ("serve run", f"serve start --http-port {cluster['SERVE_PORT']}\nserve run"),
         ("127.0.0.1:8000", f"127.0.0.1:{cluster['SERVE_PORT']}"),
@@ -113,7 +122,7 @@ def test_the_journey_on_a_ray_cluster_runs_as_it_is_written(
             start_new_session=True,
         )
     try:
-        shell.wait(timeout=300)
+        shell.wait(timeout=400)
     finally:
         os.killpg(shell.pid, signal.SIGTERM)
     output = transcript.read_text()
