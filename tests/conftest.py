@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported, which asks for it then: models are small, and threads that wait by spinning make each other
 # wait where there are more of them than cores. Processes that tests start have one, too, and so have tests' threads.
@@ -21,6 +23,20 @@ from tests.s3_server import S3Server, running_s3_server
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # how kernels run without a GPU; read when one is defined
+    with contextlib.suppress(ImportError):
+        from triton.runtime import interpreter
+
+        def call_function(called: Any, *arguments: Any, **options: Any) -> Any:
+            """A function that a kernel calls. It would patch what its module sees of triton.language at every call, and
+            not take that back: a third of the time.
+            """
+            if id(called.fn.__globals__) not in patched:
+                patched.add(id(called.fn.__globals__))
+                interpreter._patch_lang(called.fn)
+            return called.rewrite()(*arguments, **options)
+
+        patched: set[int] = set()
+        interpreter.InterpretedFunction.__call__ = call_function
 
 
 @pytest.fixture(scope="session")
