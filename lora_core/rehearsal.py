@@ -97,9 +97,8 @@ class Rehearsals:
         most = max(sum(of[name].numel() for name in names) for names in groups)
         memory, found = torch.zeros(most, dtype=dtype, device=self._decoder.embedding.device), {}
         for names in groups:
-            parts = memory.split(
-                [of[name].numel() for name in names] + [most - sum(of[name].numel() for name in names)]
-            )
+            sizes = [of[name].numel() for name in names]
+            parts = memory.split([*sizes, most - sum(sizes)])
             for name, part in zip(names, parts, strict=False):
                 shape = of[name].shape
                 found[name] = part.view(shape[1], shape[0]).t() if turned else part.view(shape)

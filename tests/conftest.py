@@ -28,7 +28,7 @@ if not torch.cuda.is_available():
 
         def call_function(called: Any, *arguments: Any, **options: Any) -> Any:
             """A function that a kernel calls. It would patch what its module sees of triton.language at every call, and
-            not take that back: a third of the time.
+            not take that back: a fifth of the time.
             """
             if id(called.fn.__globals__) not in patched:
                 patched.add(id(called.fn.__globals__))
