@@ -11,6 +11,7 @@ Every rank holds the same adapters, since each optimizer step ends in an all-red
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -115,6 +116,9 @@ class Rank:
     def run(self) -> None:
         """Until told to stop."""
         self.base = self._load_base()
+        # Python's collector need not look through the base and the libraries again: that held up steps for 0.25 s.
+        gc.collect()
+        gc.freeze()
         if self.rank == 0:
             self.mailbox.report.remote(RanksStarted())
         # NCCL takes its buffers at the first collective: before what is left is counted.

@@ -134,9 +134,18 @@ def continued_adapter(bank: AdapterBank, lora: LoraConfig, given: Adapter) -> Ad
 
 
 def _with_magnitude(adapter: Adapter, bank: AdapterBank, lora: LoraConfig) -> Adapter:
-    """With DoRA's m, if `lora` wants it: the row norms of the weights, which change nothing, where it has none yet."""
+    """With DoRA's m, if `lora` wants it: the row norms of the weights, which change nothing, where it has none yet.
+
+    A copy to or from a device waits for all that the device was given to do before, up to a step of those that train:
+    so the common case has one, of all norms.
+    """
     if lora.use_dora and not adapter.magnitude:
-        adapter.magnitude = {name: bank.row_norms.of(name, *adapter.folded(name)) for name in adapter.a}
+        norms = [
+            bank.row_norms.of(name, *adapter.folded(name)) if b.any() else bank.row_norms.of_base(name, b.dtype)
+            for name, b in adapter.b.items()
+        ]
+        host = torch.cat(norms).cpu()
+        adapter.magnitude = dict(zip(adapter.b, host.split([len(norm) for norm in norms]), strict=True))
     return adapter
 
 

@@ -34,12 +34,16 @@ class RowNorms:
     def of(self, module: str, a: Tensor, b: Tensor) -> Tensor:
         """[out] of A `[r, in]` and s B `[out, r]`, in fp32 or wider, where the base's weights are."""
         weight = self._weight(module)
-        wide = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
+        wide = _wide(weight, a.dtype)
         a, b = a.to(weight.device, wide), b.to(weight.device, wide)
         wa = torch.cat([F.linear(part.to(wide), a) for part in weight.split(SLICE_ROWS)])
-        squared = self.squares(module, wide, weight) + 2 * (b * wa).sum(1) + (b * (b @ (a @ a.t()))).sum(1)
-        # A row of zeros (padding of a vocabulary) would otherwise divide 0 by 0 until B gives it a direction.
-        return squared.clamp_min(torch.finfo(wide).tiny).sqrt()
+        return _root(self.squares(module, wide, weight) + 2 * (b * wa).sum(1) + (b * (b @ (a @ a.t()))).sum(1))
+
+    @torch.no_grad()
+    def of_base(self, module: str, dtype: torch.dtype) -> Tensor:
+        """The same where B is zero, for an A of this dtype."""
+        weight = self._weight(module)
+        return _root(self.squares(module, _wide(weight, dtype), weight))
 
     def squares(self, module: str, wide: torch.dtype, weight: Tensor) -> Tensor:
         """[out]: ||W||^2 of every row; `weight` is W, which whoever asks has at hand."""
@@ -47,6 +51,15 @@ class RowNorms:
             parts = weight.split(SLICE_ROWS)
             self._squared[module, wide] = torch.cat([part.to(wide).square().sum(1) for part in parts])
         return self._squared[module, wide]
+
+
+def _wide(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(weight.dtype, dtype), torch.float32)
+
+
+def _root(squared: Tensor) -> Tensor:
+    # A row of zeros (padding of a vocabulary) would otherwise divide 0 by 0 until B gives it a direction.
+    return squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt()
 
 
 def weight_of(linear: nn.Module) -> Tensor:

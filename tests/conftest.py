@@ -17,12 +17,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+# Before transformers is imported, and with it triton, whose own functions are made for the one or for the other then.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # how kernels run without a GPU; read when one is defined
+
 from cluster.storage import Storage, open_storage
 from lora_core import base_files
 from tests.s3_server import S3Server, running_s3_server
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # how kernels run without a GPU; read when one is defined
     with contextlib.suppress(ImportError):
         from triton.runtime import interpreter
 

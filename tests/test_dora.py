@@ -132,6 +132,13 @@ def test_m_starts_as_pefts_and_changes_nothing(kind: str) -> None:
     torch.testing.assert_close(logits(base, bank, adapter), logits(base, bank, None), rtol=1e-5, atol=1e-5)
 
 
+def test_m_of_a_fresh_adapter_takes_no_product_with_a(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor the copies to the device that one needs: each waits for a step of those that train there."""
+    bank = AdapterBank(tiny_base("llama").model)
+    monkeypatch.setattr(bank.row_norms, "of", None)
+    assert init_adapter(bank, LoraConfig(r=4, use_dora=True), seed=0).magnitude
+
+
 # --- norms -----------------------------------------------------------------------------------------------------------
 
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch._dynamo.utils import counters
 
 from lora_core.attention import ATTENTION_NAME
 from lora_core.config import LoraConfig
-from lora_core.engine_job import JobDiverged
+from lora_core.engine_job import EngineJob, JobDiverged
 from lora_core.kernels.low_rank import NO_ADAPTER
 from lora_core.live_job import LiveJob, PreparedJob
 from lora_core.optim import StepOutcome
@@ -45,7 +48,12 @@ from tests.bench.report import (
 STEP_TOKENS = 8192
 SWEEP = (1, 2, 4, 8, 16, 32)
 MOST_JOBS = 64
-SWAPS = 5
+SWAPS = 20
+FIRST_OF_THEIR_KIND = {
+    "r 64": LoraConfig(r=64),
+    "DoRA": LoraConfig(use_dora=True),
+    "dropout": LoraConfig(lora_dropout=0.05),
+}
 
 
 def one_and_eight_jobs(report: Report, conditions: Conditions, precision: str, dora: bool = False) -> None:
@@ -146,6 +154,8 @@ def swap(report: Report, conditions: Conditions, precision: str) -> None:
         checked_step(engine)
     graphs = counters["stats"]["unique_graphs"]
     pauses = []
+    gc.collect()
+    gc.freeze()  # as a session's rank does
     for number in range(SWAPS):
         newcomer = bench_job(f"newcomer{number}", documents, conditions.tokens, _vocabulary(conditions), 100 + number)
         leaver = next(iter(engine.live))
@@ -153,6 +163,7 @@ def swap(report: Report, conditions: Conditions, precision: str) -> None:
         normal = seconds_of(functools.partial(checked_step, engine), conditions.device)
         swapped = seconds_of(functools.partial(_exchange_and_step, engine, leaver, prepared), conditions.device)
         pauses.append(1000 * (swapped - normal))
+    gc.unfreeze()
     report.figure(f"{precision}: ms of pause at a swap, median", statistics.median(pauses))
     report.figure(f"{precision}: ms of pause at a swap, longest", max(pauses))
     report.figure(f"{precision}: graphs compiled in {SWAPS} swaps", counters["stats"]["unique_graphs"] - graphs)
@@ -164,19 +175,75 @@ def _exchange_and_step(engine: TrainEngine, leaver: str, newcomer: PreparedJob) 
     checked_step(engine)
 
 
+def join(report: Report, conditions: Conditions, precision: str) -> None:
+    """Jobs whose kernels are the first of their kind on a machine join eight: in a process whose caches are empty, with
+    the rehearsal of kernels and without.
+    """
+    for way in ("rehearsed", "unrehearsed"):
+        with tempfile.TemporaryDirectory() as folder:
+            figures = _child(conditions, precision, way, folder)
+        for name, value in figures.items():
+            report.figure(f"{precision}: {name}, {way}", value)
+
+
+def joins(conditions: Conditions, precision: str, rehearsed: bool) -> dict[str, float]:
+    """Seconds of preparing a newcomer; milliseconds that the longest step beside it takes beyond a median one, and that
+    its joining and first step take beyond a median step with it (dropout and DoRA have a price of their own).
+    """
+    engine = _engine(conditions, precision)
+    documents = _documents(8, conditions.tokens)
+    step, figures = functools.partial(checked_step, engine), {}
+
+    def median_step() -> float:
+        return statistics.median(seconds_of(step, conditions.device) for _ in range(5))
+
+    with ThreadPoolExecutor(1) as thread:  # as a rank has one for those that join it
+        thread.submit(set_jobs, engine, 8, documents, conditions.tokens).result()
+        gc.collect()
+        gc.freeze()  # as a session's rank does; this process ends with the part
+        seconds_of(step, conditions.device)  # compiles for the eight
+        usual = median_step()
+        if not rehearsed:
+            engine._rehearsals = None
+        for name, lora in FIRST_OF_THEIR_KIND.items():
+            newcomer = bench_job(name, documents, conditions.tokens, _vocabulary(conditions), lora=lora)
+            preparing = thread.submit(_prepared_at, engine, newcomer)
+            began, steps = time.monotonic(), [seconds_of(step, conditions.device)]
+            while not preparing.done():
+                steps.append(seconds_of(step, conditions.device))
+            prepared, ended = preparing.result()
+            swap = functools.partial(_exchange_and_step, engine, next(iter(engine.live)), prepared)
+            figures[f"s to prepare, {name}"] = ended - began
+            figures[f"ms of pause meanwhile, {name}"] = 1000 * (max(steps) - usual)
+            joined = seconds_of(swap, conditions.device)
+            usual = median_step()
+            figures[f"ms of pause as it joins, {name}"] = 1000 * (joined - usual)
+    return figures
+
+
+def _prepared_at(engine: TrainEngine, newcomer: EngineJob) -> tuple[PreparedJob, float]:
+    return engine.prepare(newcomer), time.monotonic()
+
+
 def first_step_latency(report: Report, conditions: Conditions, precision: str) -> None:
     """Two processes one after the other, which share caches that are empty at the start."""
     with tempfile.TemporaryDirectory() as folder:
-        caches = {"TRITON_CACHE_DIR": f"{folder}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
-        command = [sys.executable, "-m", "tests.bench.train_gpu", "--first-step", precision]
-        command += ["--shape", conditions.shape, "--tokens", str(conditions.tokens), "--device", conditions.device.type]
         for state in ("cold", "warm"):
-            done = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True)
-            if done.returncode:
-                last_words = (done.stderr.strip() or "no word").splitlines()[-1]
-                raise RuntimeError(f"the process of the first step ended with {done.returncode}: {last_words}")
-            for name, seconds in json.loads(done.stdout.splitlines()[-1]).items():
+            for name, seconds in _child(conditions, precision, "first", folder).items():
                 report.figure(f"{precision}: s, {name}, {state} caches", seconds)
+
+
+def _child(conditions: Conditions, precision: str, what: str, caches: str) -> dict[str, float]:
+    """What another process measured, whose compile caches are in this folder."""
+    folders = {"TRITON_CACHE_DIR": f"{caches}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
+    command = [sys.executable, "-m", "tests.bench.train_gpu", "--child", what, "--precisions", precision]
+    command += ["--shape", conditions.shape, "--tokens", str(conditions.tokens), "--device", conditions.device.type]
+    done = subprocess.run(command, env=os.environ | folders, capture_output=True, text=True)
+    if done.returncode:
+        last_words = (done.stderr.strip() or "no word").splitlines()[-1]
+        raise RuntimeError(f"the process of {what!r} ended with {done.returncode}: {last_words}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def first_steps(conditions: Conditions, precision: str) -> dict[str, float]:

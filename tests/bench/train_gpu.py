@@ -11,6 +11,7 @@ of ours has 8,192 tokens. Each part frees what it held before the next begins; `
     most      64 live jobs
     sweep     1 to 32 jobs at the same tokens a step, with and without the optimizer's time
     swap      a job leaves a live session of eight and another takes its place
+    join      jobs whose kernels are the first of their kind on a machine join eight, kernels rehearsed or not
     first     the first step of a fresh process, with empty compile caches and with full ones
 
 `ours` and what follows it run in each of `--precisions`. Eight PEFT jobs run one after another, so that their tokens/s
@@ -39,7 +40,8 @@ from tests.bench.peers import (
 )
 from tests.bench.report import COMPILED, DORA, MANY_JOBS, ONE_JOB, PEFT, Conditions, Report, Step, measure
 
-PARTS = ("peft", "compiled", "ours", "dora", "overhead", "most", "sweep", "swap", "first")
+PARTS = ("peft", "compiled", "ours", "dora", "overhead", "most", "sweep", "swap", "join", "first")
+CHILDREN = ("first", "rehearsed", "unrehearsed")
 PRECISIONS = ("bf16", "fp8")
 DOCUMENTS = (1, 2, 4, 8)
 COMPILED_DOCUMENTS = (1, 4, 8)  # each is compiled for up to a minute
@@ -49,10 +51,10 @@ def main() -> None:
     """Measure what the command line asks for."""
     arguments = _arguments()
     conditions = Conditions(arguments.shape, arguments.tokens, torch.device(arguments.device), *_steps(arguments.quick))
-    if arguments.first_step:
-        print(json.dumps(gpu_parts.first_steps(conditions, arguments.first_step)))
-        return
     torch.set_num_threads(1)  # as Ray has it in a rank's worker
+    if arguments.child:
+        print(json.dumps(_as_child(arguments.child, conditions, *arguments.precisions)))
+        return
     # By default a function that was compiled eight times runs eagerly from then on, without a word.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     report = _report(conditions)
@@ -71,8 +73,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--precisions", type=some_of(PRECISIONS), default=PRECISIONS, help="of our base, by commas")
     parser.add_argument("--quick", action="store_true", help="fewer steps")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries the program out")
-    parser.add_argument("--first-step", choices=PRECISIONS, help="what the part 'first' runs in a process of its own")
+    parser.add_argument("--child", choices=CHILDREN, help="what the parts 'join' and 'first' run in other processes")
     return parser.parse_args()
+
+
+def _as_child(what: str, conditions: Conditions, precision: str) -> dict[str, float]:
+    if what == "first":
+        return gpu_parts.first_steps(conditions, precision)
+    return gpu_parts.joins(conditions, precision, what == "rehearsed")
 
 
 def some_of(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
@@ -117,6 +125,7 @@ def _parts(report: Report, conditions: Conditions, precisions: tuple[str, ...]) 
         "most": gpu_parts.most_jobs,
         "sweep": gpu_parts.sweep,
         "swap": gpu_parts.swap,
+        "join": gpu_parts.join,
         "first": gpu_parts.first_step_latency,
     }
     for precision in precisions:
