@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_core.adapter_bank import Adapter, AdapterBank
 from lora_core.config import LoraConfig, pattern_key
 from lora_core.dropout import key_of
+from lora_core.targets import layer_of
 
 
 class LoraConfigError(ValueError):
@@ -38,7 +38,7 @@ def adapted_modules(bank: AdapterBank, lora: LoraConfig) -> list[str]:
         problems.append(str(error))
         modules = list(bank.linears)  # what else is wrong is told too
     if lora.layers_to_transform is not None:
-        layers = {name: _layer_of(name) for name in modules}
+        layers = {name: layer_of(name) for name in modules}
         absent = sorted(set(lora.layers_to_transform) - set(layers.values()))
         if absent:
             known = sorted({layer for layer in layers.values() if layer is not None})
@@ -169,12 +169,6 @@ def _pissa(linear: torch.nn.Module, rank: int, scale: float) -> tuple[Tensor, Te
     u, s, vh = u[:, :rank], (s[:rank] / scale).sqrt(), vh[:rank]
     sign = vh.gather(1, vh.abs().argmax(1, keepdim=True)).sign()
     return (s[:, None] * vh * sign).cpu(), (u * s * sign[:, 0]).cpu()
-
-
-def _layer_of(module: str) -> int | None:
-    """The first number in a name that two names precede, as PEFT finds it: `model.layers.3.mlp.up_proj` -> 3."""
-    found = re.match(r".*?\.[^.]*\.(\d+)\.", module)
-    return int(found[1]) if found else None
 
 
 def _unused_keys(option: str, pattern: dict[str, int] | dict[str, float], modules: Sequence[str]) -> list[str]:

@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_core.adapter_bank import Adapter, AdapterBank
 from lora_core.config import RanksAndScales
 from lora_core.dora import weight_of
+from lora_core.targets import layer_of
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -42,7 +43,7 @@ _UNREADABLE = (
     "exclude_modules",
     "kasa_config",
     "layer_replication",
-    "layers_to_transform",
+    "layers_pattern",
     "lora_bias",
     "modules_to_save",
     "monteclora_config",
@@ -65,6 +66,7 @@ class _PeftConfig(RanksAndScales):
 
     peft_type: Literal["LORA"]
     target_modules: str | list[str]
+    layers_to_transform: int | list[int] | None = None
     use_dora: bool = False
     bias: Literal["none"] = "none"
 
@@ -154,9 +156,7 @@ def read_adapter(folder: Path, bank: AdapterBank) -> Adapter:
     ]
     if config.use_dora:
         problems += [f"{module} has no lora_magnitude_vector" for module in sorted(a.keys() - magnitude.keys())]
-    problems += [
-        f"{module} is a target without weights" for module in _targets(config.target_modules, bank) if module not in a
-    ]
+    problems += [f"{module} is a target without weights" for module in _targets(config, bank) if module not in a]
     problems += ["it holds no weights"] if not tensors else []
     if problems:
         shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
@@ -202,12 +202,16 @@ def _target_list(adapter: Adapter, bank: AdapterBank) -> list[str]:
     return leaves if set(bank.select(leaves)) == set(adapter.a) else sorted(adapter.a)
 
 
-def _targets(target_modules: str | list[str], bank: AdapterBank) -> list[str]:
+def _targets(config: _PeftConfig, bank: AdapterBank) -> list[str]:
     """The modules that the config names; an entry that names none is PEFT's way, since a list may serve several
-    families.
+    families. Layers count for a list's entries that are no module's whole name (PEFT, `check_target_module_exists`).
     """
+    named, layers = config.target_modules, config.layers_to_transform
     chosen: set[str] = set()
-    for entry in [target_modules] if isinstance(target_modules, str) else [[name] for name in target_modules]:
+    for entry in [named] if isinstance(named, str) else [[name] for name in named]:
         with contextlib.suppress(ValueError):
             chosen.update(bank.select(entry))
+    if layers not in (None, []) and not isinstance(named, str):
+        wanted = [layers] if isinstance(layers, int) else layers
+        chosen = {module for module in chosen if module in named or layer_of(module) in wanted}
     return [module for module in bank.modules if module in chosen]

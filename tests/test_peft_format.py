@@ -98,10 +98,21 @@ def test_peft_computes_the_same_from_our_files(name: str, tmp_path: Path) -> Non
     torch.testing.assert_close(our_logits(base, bank, read_adapter(folder, bank)), theirs, rtol=1e-5, atol=1e-5)
 
 
+SOME_LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-layer": ("llama", {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 1}),
+    "gpt2-layers": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "layers_to_transform": [0]}),
+    "llama-layer-and-names": (
+        "llama",
+        {"target_modules": ["q_proj", "model.layers.0.mlp.up_proj"], "layers_to_transform": [1]},
+    ),
+}
+"""As PEFT writes them; ours are written with full names."""
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", [*ADAPTERS, *SOME_LAYERS])
 def test_we_compute_the_same_from_pefts_files(name: str, tmp_path: Path) -> None:
-    kind, config = ADAPTERS[name]
+    kind, config = (ADAPTERS | SOME_LAYERS)[name]
     arguments = {
         "target_modules": "all-linear",
         "task_type": "CAUSAL_LM",
@@ -252,7 +263,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "biases": (edit_config(bias="lora_only"), "bias: Input should be 'none'"),
     "dora without m": (edit_config(use_dora=True), "q_proj has no lora_magnitude_vector"),
     "whole modules": (edit_config(modules_to_save=["lm_head"]), "modules_to_save is set"),
-    "some layers": (edit_config(layers_to_transform=[0]), "layers_to_transform is set"),
+    "a layer too many": (edit_config(layers_to_transform=[0, 1], target_modules=["v_proj"]), "layers.1.* is a target"),
+    "named in full": (
+        edit_config(layers_to_transform=[1], target_modules=["model.layers.0.self_attn.v_proj"]),
+        "layers.0.self_attn.v_proj is a target without",
+    ),
+    "an expression": (edit_config(layers_to_transform=1, target_modules=".*v_proj"), "layers.0.* is a target"),
+    "layers by another name": (edit_config(layers_pattern="layers"), "layers_pattern is set"),
     "excluded": (edit_config(exclude_modules=["q_proj"]), "exclude_modules is set"),
     "tokens": (edit_config(trainable_token_indices=[1]), "trainable_token_indices is set"),
     "another rank": (edit_config(rank_pattern={"q_proj": 8}), "q_proj.lora_A.weight has .* does not fit r=8, 64 -> 64"),
