@@ -16,10 +16,12 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -53,6 +55,7 @@ from lora_core.memory import NoRoomBesideError, available_bytes
 from lora_core.optim import Evaluation
 from lora_core.peft_format import adapter_files
 from lora_core.trainer import TrainEngine, probe_losses
+from lora_core.transfer import arrival
 
 log = logging.getLogger("lora.rank")
 
@@ -78,6 +81,7 @@ class Held:
     step_seconds: float = 0.0
     checkpointed: float = field(default_factory=time.monotonic)
     written_step: int = 0
+    probes: list[float] = field(default_factory=list)  # losses, once it is done
 
 
 def train_loop(config: dict[str, Any]) -> None:
@@ -91,7 +95,7 @@ def train_loop(config: dict[str, Any]) -> None:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         log.exception("rank=%d event=broke", rank.rank)
-        ray.get(rank.mailbox.report.remote(RankBroke(rank.rank, reason, tuple(rank.held))))
+        ray.get(rank.mailbox.report.remote(RankBroke(rank.rank, reason, tuple(rank.assigned))))
         raise
 
 
@@ -104,18 +108,23 @@ class Rank:
         self.settings, self.mailbox = settings, mailbox
         self.storage: Storage = open_storage(settings.storage_url)
         self.held: dict[str, Held] = {}
+        # Done, and named by the orders until these know it: what a rank did not hold then, it would train again.
+        self.handing_over: dict[str, Assignment] = {}
         self._base_model, self._precision, self._local_ranks = base_model, precision, context.get_local_world_size()
         # Control messages go through gloo on GPU too: they are small Python objects, and NCCL would stall the stream.
         self._control = dist.new_group(backend="gloo")
         self._next_orders: ray.ObjectRef[Orders] | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._upload: Future[None] | None = None
+        self._publisher = ThreadPoolExecutor(1, thread_name_prefix="hand-over")
+        self._hand_overs: list[Future[None]] = []
         self._reported = 0.0
         torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) // self._local_ranks))
 
     def run(self) -> None:
         """Until told to stop."""
         self.base = self._load_base()
+        self._tokenizer = chat_template_hash(self.base.tokenizer)  # once: it goes through a whole vocabulary
         # Python's collector need not look through the base and the libraries again: that held up steps for 0.25 s.
         gc.collect()
         gc.freeze()
@@ -136,7 +145,8 @@ class Rank:
             orders = self._agree(self._orders)
             for job_id in [job_id for job_id in self.held if job_id not in {a.job_id for a in orders.assignments}]:
                 self._leave(job_id)
-            self.reader.prepare(orders.assignments, self.held)
+            self._let_go(orders)
+            self.reader.prepare(orders.assignments, self.assigned)
             if orders.stop:
                 return
             for job_id in self._prepared_everywhere():
@@ -169,14 +179,19 @@ class Rank:
         available = available_bytes(self.base.device)
         return available if self.base.device.type == "cuda" else available // self._local_ranks
 
+    @property
+    def assigned(self) -> dict[str, Assignment]:
+        """What the orders named and this rank has."""
+        return {job_id: held.assignment for job_id, held in self.held.items()} | self.handing_over
+
     def _orders(self) -> Orders:
         """Ask without waiting while there is work: an answer that is not there yet is taken at the next step."""
         if self._next_orders is None:
-            self._next_orders = self.mailbox.orders.remote(tuple(self.held))
+            self._next_orders = self.mailbox.orders.remote(tuple(self.assigned))
         ready, _ = ray.wait([self._next_orders], timeout=0 if self.held else None)
         if not ready:
             reading = (assignment for assignment, _ in self.reader.reading.values())
-            return Orders((*(held.assignment for held in self.held.values()), *reading))
+            return Orders((*self.assigned.values(), *reading))
         orders: Orders = ray.get(self._next_orders)
         self._next_orders = None
         return orders
@@ -222,8 +237,6 @@ class Rank:
             live.progress.step,
             live.job.steps,
         )
-        if live.done:
-            self._finish(held)
 
     def _leave(self, job_id: str) -> None:
         self.engine.remove(job_id)
@@ -240,8 +253,9 @@ class Rank:
                 continue
             if self.rank == 0 and outcome.evaluation is not None:
                 self._report(Evaluated(job_id, asdict(outcome.evaluation), held.live.progress.stopped))
-            if held.live.done:
-                self._finish(held)
+        done = next((held for held in self.held.values() if held.live.done), None)
+        if done is not None:
+            self._probe(done)
         if self.rank == 0:
             self._maybe_checkpoint()
         if self.rank == 0 and time.monotonic() - self._reported >= REPORT_SECONDS:
@@ -278,6 +292,7 @@ class Rank:
             for held in self.held.values()
             if time.monotonic() - held.checkpointed >= self.settings.checkpoint_seconds
             and held.live.progress.step > held.written_step
+            and not held.live.done
         ]
         if not due:
             return
@@ -289,9 +304,11 @@ class Rank:
         def upload() -> None:
             key = checkpoint_state_key(job_id, attempt, step)
             try:
-                blob = snapshot.dump()
-                sha256 = hashlib.sha256(blob).hexdigest()
-                self.storage.put(key, blob)
+                with tempfile.TemporaryDirectory() as folder:
+                    snapshot.write(path := Path(folder) / "state.safetensors")
+                    with path.open("rb") as written:
+                        sha256 = hashlib.file_digest(written, "sha256").hexdigest()
+                    self.storage.put(key, path)
             except Exception:  # training goes on; the last committed checkpoint stays the one to resume from
                 log.exception("job=%s event=checkpoint_failed step=%d", job_id, step)
                 return
@@ -299,20 +316,30 @@ class Rank:
 
         self._upload = self._writer.submit(upload)
 
+    def _probe(self, held: Held) -> None:
+        """One probe between two micro-batches, which all ranks count and one measures: the others go on meanwhile."""
+        examples = held.live.job.examples[:PROBES]
+        example = examples[len(held.probes)]
+        adapter = held.live.adapter
+        measured = probe_losses(self.base, self.engine.bank, adapter, [example]) if self.rank == 0 else [0.0]
+        held.probes += measured
+        if len(held.probes) == len(examples):
+            self._finish(held)
+
     def _finish(self, held: Held) -> None:
-        """Hand the adapter over, with probes from which a server sees that it computes the same; all ranks let the job
-        go."""
+        """Hand the adapter over beside the next steps, with probes from which a server sees that it computes the same;
+        all ranks let the job go.
+        """
+        job, live = held.assignment.job_id, held.live
         if self.rank == 0:
-            job, live = held.assignment.job_id, held.live
             progress = self._progress(held)
-            examples = live.job.examples
             published = live.progress.best if live.job.train.keeps_best else live.progress.evaluation
             manifest: dict[str, Any] = {
                 "job": job,
                 "base_fingerprint": self.base.fingerprint,
                 "base_parameters": self.base.parameters,
                 "precision": self.base.precision,
-                "tokenizer": chat_template_hash(self.base.tokenizer),
+                "tokenizer": self._tokenizer,
                 "lora": held.spec.lora.model_dump(),
                 "train": held.spec.train.model_dump(),
                 "metrics": {key: progress[key] for key in ("step", "loss", "first_loss", "tokens", "supervised_tokens")}
@@ -320,16 +347,27 @@ class Rank:
                 | ({"stopped": live.progress.stopped} if live.progress.stopped else {}),
                 "probes": [
                     {"ids": example.ids, "labels_mask": example.labels_mask, "loss": loss}
-                    for example, loss in zip(
-                        examples[:PROBES],
-                        probe_losses(self.base, self.engine.bank, live.adapter, examples[:PROBES]),
-                        strict=True,
-                    )
+                    for example, loss in zip(live.job.examples[:PROBES], held.probes, strict=True)
                 ],
             }
-            files = adapter_files(live.adapter, self.engine.bank, self._base_model)
-            ray.get(self.mailbox.report.remote(Trained(job, files, manifest, progress)))
-        self._leave(held.assignment.job_id)
+            adapter, arrived = live.optimizer.on_host(), arrival(self.base.device)
+
+            def hand_over() -> None:
+                arrived()
+                files = adapter_files(adapter, self.engine.bank, self._base_model)
+                ray.get(self.mailbox.report.remote(Trained(job, files, manifest, progress)))
+
+            self._hand_overs.append(self._publisher.submit(hand_over))
+        self.handing_over[job] = held.assignment
+        self._leave(job)
+
+    def _let_go(self, orders: Orders) -> None:
+        """Of what is handed over: the orders do not name it any more, or they name another attempt."""
+        named = {(assignment.job_id, assignment.attempt) for assignment in orders.assignments}
+        self.handing_over = {name: one for name, one in self.handing_over.items() if (name, one.attempt) in named}
+        for hand_over in [one for one in self._hand_overs if one.done()]:
+            self._hand_overs.remove(hand_over)
+            hand_over.result()  # raises what went wrong
 
     def _fail(self, job_id: str, reason: str) -> None:
         if self.rank == 0:

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lora_core.cpu_attention import EqualDocuments
-from lora_core.to_device import to_device
+from lora_core.transfer import to_device
 
 ATTENTION_NAME = "lora"
 

@@ -57,7 +57,7 @@ from lora_core.kernels.low_rank import (
     shrink,
     shrink_gradient,
 )
-from lora_core.to_device import to_device
+from lora_core.transfer import to_device
 
 Checkpointing = Literal["none", "selective", "full"]
 """What is computed again in the backward pass: the norms alone, gate and up as well, or the whole layer."""

@@ -43,8 +43,10 @@ HOLES = {"cpu": 1.0, "cuda": 1.04}
 which the tensors themselves were predicted within 0.5 % (`tests/bench/memory_gpu.py`).
 """
 
-COPIES_OF_A_CHECKPOINT = 3
-"""While it is written: the snapshot, the bytes of each tensor, the blob. 0.69 GB were seen of a state of 0.24 GB."""
+HAND_OVER_COPIES = 4
+"""Of an adapter's weights and residual, while it is handed over beside the steps of others: the copy of them, what is
+to be written, its bytes, the files. A checkpoint that is written meanwhile is one copy.
+"""
 
 EXACT_HEAP_BYTES = 2**20
 _M_MMAP_THRESHOLD = -3  # malloc.h
@@ -118,7 +120,7 @@ class Predictor:
     weights: int
     activations: Activations
     _vectors: dict[Footprint, int] = field(default_factory=dict)
-    _states: dict[Footprint, tuple[int, int]] = field(default_factory=dict)
+    _states: dict[Footprint, tuple[int, int, int]] = field(default_factory=dict)
 
     def predict(
         self,
@@ -141,9 +143,11 @@ class Predictor:
     def _without_activations(self, adapters: Sequence[Footprint], kept: Sequence[Footprint]) -> int:
         held = self.weights + sum(map(self._vector_bytes, adapters))
         if self.device == "cpu":
-            best = {footprint: self._state_bytes(footprint)[0] for footprint in kept}
-            states = {footprint: sum(self._state_bytes(footprint)) + best.get(footprint, 0) for footprint in adapters}
-            held += sum(best[footprint] for footprint in kept) + COPIES_OF_A_CHECKPOINT * max(states.values())
+            parts = {footprint: self._state_bytes(footprint) for footprint in adapters}
+            best = {footprint: parts[footprint][0] for footprint in kept}
+            held += sum(best[footprint] for footprint in kept)
+            held += max(sum(of) + best.get(footprint, 0) for footprint, of in parts.items())
+            held += HAND_OVER_COPIES * max(weights + residual for weights, _, residual in parts.values())
         return CONTEXT[self.device] + int(HOLES[self.device] * held)
 
     def _vector_bytes(self, footprint: Footprint) -> int:
@@ -151,7 +155,7 @@ class Predictor:
             self._vectors[footprint] = vector_bytes(self.footprints, footprint)
         return self._vectors[footprint]
 
-    def _state_bytes(self, footprint: Footprint) -> tuple[int, int]:
+    def _state_bytes(self, footprint: Footprint) -> tuple[int, int, int]:
         if footprint not in self._states:
             self._states[footprint] = state_bytes(self.footprints, footprint)
         return self._states[footprint]
@@ -231,11 +235,11 @@ def vector_bytes(footprints: Footprints, footprint: Footprint) -> int:
     return meter.peak + 2 * sum(m.nbytes for m in adapter.magnitude.values())
 
 
-def state_bytes(footprints: Footprints, footprint: Footprint) -> tuple[int, int]:
+def state_bytes(footprints: Footprints, footprint: Footprint) -> tuple[int, int, int]:
     """Of one adapter's weights, and of what a checkpoint has besides: both moments, and PiSSA's residual."""
     state = HostState(footprints.adapter(footprint), footprints.model.dtype)
     weights = state.trained.vector.nbytes
-    return weights, 2 * weights + (state.residual.vector.nbytes if state.residual is not None else 0)
+    return weights, 2 * weights, state.residual.vector.nbytes if state.residual is not None else 0
 
 
 def available_bytes(device: torch.device) -> int:

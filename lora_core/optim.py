@@ -10,15 +10,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from lora_core.adapter_bank import Adapter
 from lora_core.config import TrainConfig
 from lora_core.flat_adapter import FlatAdapter, HostAdapter
+from lora_core.transfer import arrival, to_host
 
 AllReduce = Callable[[Tensor], None]
 """Sums a tensor over all ranks in place."""
@@ -73,14 +75,25 @@ class StepOutcome:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A job's state at one moment, in host memory of its own."""
+    """A job's state at one moment, in host memory of its own. `arrived` waits until it is there."""
 
     tensors: dict[str, Tensor]
     counters: dict[str, float | int | str]
+    arrived: Callable[[], object] = field(default=lambda: None, compare=False)
 
     def dump(self) -> bytes:
         """One safetensors blob, which `load` reads."""
-        return save(self.tensors, {"counters": json.dumps(self.counters)})
+        self.arrived()
+        return save(self.tensors, self._header)
+
+    def write(self, path: Path) -> None:
+        """The same into a file, without another copy in memory, and without Python's lock while bytes are copied."""
+        self.arrived()
+        save_file(self.tensors, path, self._header)
+
+    @property
+    def _header(self) -> dict[str, str]:
+        return {"counters": json.dumps(self.counters)}
 
     @classmethod
     def load(cls, blob: bytes) -> Snapshot:
@@ -104,6 +117,8 @@ class HostState:
         self.moments: tuple[Tensor, Tensor] | None = None
         self.best: Tensor | None = None
         self.steps = 0
+        if pinned:  # for the copies of a snapshot: torch keeps it, and to get it then would hold up training for 0.25 s
+            _ = [torch.empty_like(self.trained.vector, pin_memory=True) for _ in range(2)]
 
     def restore(self, snapshot: Snapshot) -> None:
         """Start from there.
@@ -143,7 +158,7 @@ class FlatAdamW:
         self.flat, self._cast = self._trained.vector, self._trained.cast
         self._message = self.flat.new_zeros(self.flat.numel() + 2)
         self._grad = self._message[:-2]
-        for weight, grad in zip(self.adapter.trained, self._trained.views(self._grad), strict=True):
+        for weight, grad in zip(self.adapter.trained, self._trained.layout.views(self._grad), strict=True):
             weight.requires_grad_().grad = grad  # the bank adds into it
         if start.moments is None:
             self.moments = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
@@ -154,14 +169,14 @@ class FlatAdamW:
 
     def _two_groups(self) -> torch.optim.AdamW:
         """AdamW of the slice of A and the slice of B and m, whose moments are slices of `moments`."""
-        parts = self.flat[: self._trained.size_a], self.flat[self._trained.size_a :]
+        parts = self.flat[: self._trained.layout.size_a], self.flat[self._trained.layout.size_a :]
         adamw = torch.optim.AdamW(
             [{"params": [part]} for part in parts],
             lr=self.train.learning_rate,
             weight_decay=self.train.weight_decay,
             fused=True,
         )
-        split = [self._trained.size_a, self.flat.numel() - self._trained.size_a]
+        split = [self._trained.layout.size_a, self.flat.numel() - self._trained.layout.size_a]
         slices = (vector.split(split) for vector in (self._grad, *self.moments))
         for part, grad, exp_avg, exp_avg_sq in zip(parts, *slices, strict=True):
             part.grad = grad
@@ -226,7 +241,7 @@ class FlatAdamW:
         """Up to here every module must have had a gradient, in A or in B: of the two, one has none at first where the
         other is zero. A module without any would never learn. What was before this step is in the first moments.
         """
-        numbers = [self._trained.views(vector) for vector in (self._grad, self.moments[0])]
+        numbers = [self._trained.layout.views(vector) for vector in (self._grad, self.moments[0])]
         had, count = _any(zip(*numbers, strict=True)), len(self.adapter.a)
         of_modules = zip(self.adapter.a, had[:count], had[count : 2 * count], strict=True)
         silent = [name for name, of_a, of_b in of_modules if not (of_a or of_b)]
@@ -255,7 +270,7 @@ class FlatAdamW:
 
     def keep_best(self) -> None:
         """Remember what is trained as it is."""
-        self._best = self.flat.detach().to("cpu", copy=True)
+        self._best = to_host(self.flat)
 
     def load_best(self) -> None:
         """Go back to what `keep_best` remembered."""
@@ -266,12 +281,17 @@ class FlatAdamW:
 
     def snapshot(self, counters: dict[str, float | int | str]) -> Snapshot:
         """All that `HostState.restore` needs to continue bit for bit, copied to host memory: steps may go on while it
-        is written.
+        arrives there and is written.
         """
-        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._state().items()}
+        copies = {name: to_host(tensor) for name, tensor in self._state().items()}
         if self._best is not None:
             copies["best"] = self._best  # replaced by the next one, never written into
-        return Snapshot(copies, {**counters, "adam_steps": self.steps})
+        return Snapshot(copies, {**counters, "adam_steps": self.steps}, arrival(self.flat.device))
+
+    def on_host(self) -> Adapter:
+        """A copy of what is trained as it is now, which arrives as that of `to_host` does."""
+        residual = None if self._residual is None else self._residual.on_host()
+        return replace(self._trained.on_host(), residual=residual)
 
 
 def _any(tensors: Iterable[Sequence[Tensor]]) -> list[bool]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_core.dataset import Example
-from lora_core.to_device import to_device
+from lora_core.transfer import to_device
 
 ROW_MULTIPLE = 8
 """Chunks are padded to this many rows. On CPU a product's last rows, left over when a thread's share is cut into fours,

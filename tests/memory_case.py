@@ -16,7 +16,7 @@ from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import Example
 from lora_core.decoder import Checkpointing
 from lora_core.engine_job import EngineJob
-from lora_core.memory import COPIES_OF_A_CHECKPOINT, predictor, resident_bytes, return_freed_memory
+from lora_core.memory import HAND_OVER_COPIES, predictor, resident_bytes, return_freed_memory
 from lora_core.trainer import TrainEngine
 
 DOCUMENT = 128
@@ -45,11 +45,11 @@ def main(
     examples = [example] * (tokens // DOCUMENT // adapters)
     for number in range(adapters):
         engine.add(EngineJob(f"job{number}", lora, TrainConfig(batch_size=len(examples), epochs=9), examples))
-    written = next(iter(engine.live.values())).snapshot()
-    copies = [written, *(written.dump() for _ in range(COPIES_OF_A_CHECKPOINT - 1))]  # as if it took as long as this
+    live = next(iter(engine.live.values()))
+    copies = [live.snapshot(), *(live.optimizer.on_host() for _ in range(HAND_OVER_COPIES))]  # as if it took that long
     for _ in range(2):
         engine.step()
-    assert len(copies) == COPIES_OF_A_CHECKPOINT
+    assert len(copies) == 1 + HAND_OVER_COPIES
     shared = status_bytes("VmRSS") - resident_bytes()  # other processes' part of libraries and weights
     print(predicted, status_bytes("VmHWM") - shared)
 

@@ -15,6 +15,7 @@ from lora_core.dataset import Example
 from lora_core.dropout import dropout_mask
 from lora_core.engine_job import EngineJob, JobDiverged
 from lora_core.trainer import TrainEngine, probe_losses
+from lora_core.transfer import arrival
 from tests.models import outcome_of
 from tests.tiny_models import save_tiny_model
 
@@ -168,6 +169,24 @@ def test_bf16_learns_what_fp32_learns(folder: Path) -> None:
 def test_dropout_drops_the_same_on_both(folder: Path) -> None:
     keys = torch.arange(33) * 7919
     assert torch.equal(dropout_mask(48, 0.3, keys, 42), dropout_mask(48, 0.3, keys.cuda(), 42).cpu())
+
+
+def test_what_comes_to_the_host_beside_the_next_step_is_of_before_it(folder: Path) -> None:
+    engine = TrainEngine(base_on(folder, "cuda", "bf16"))
+    live = engine.add(EngineJob("one", LORA, TrainConfig(epochs=5, batch_size=4), EXAMPLES))
+    for _ in range(3):
+        engine.step()
+        before = live.optimizer.flat.clone(), live.optimizer.moments[1].clone()
+        snapshot, adapter = live.snapshot(), live.optimizer.on_host()
+        arrived = arrival(live.optimizer.flat.device)
+        engine.step()
+        snapshot.arrived()
+        arrived()
+        assert torch.equal(snapshot.tensors["flat"], before[0].cpu())
+        assert torch.equal(snapshot.tensors["exp_avg_sq"], before[1].cpu())
+        first = next(iter(adapter.a.values()))
+        assert not first.is_cuda and torch.equal(first.flatten(), before[0][: first.numel()].cpu())
+        assert not torch.equal(live.optimizer.flat, before[0])
 
 
 def test_a_checkpoint_crosses_devices(folder: Path) -> None:

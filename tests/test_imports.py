@@ -17,7 +17,7 @@ ORDER = {
         "config",
         "lora",
         "dropout",
-        "to_device",
+        "transfer",
         "kernels",
         "cpu_attention",
         "attention",

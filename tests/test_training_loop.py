@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,11 +15,13 @@ import pytest
 from cluster.storage import StorageCorrupt, StorageUnavailable
 from jobs import job_reader
 from jobs.job_reader import JobReader
-from jobs.orders import Assignment, JobFailed, NoRoom
+from jobs.orders import Assignment, JobFailed, NoRoom, Orders, Trained
 from jobs.training_loop import Held, Rank
+from lora_core.config import LoraConfig, TrainConfig
 from lora_core.memory import DoesNotFitError, NoRoomBesideError
-from lora_core.trainer import TrainEngine
-from tests.models import job, tiny_base
+from lora_core.peft_format import adapter_files
+from lora_core.trainer import TrainEngine, probe_losses
+from tests.models import documents, job, tiny_base
 
 ASSIGNMENT = Assignment("job-1", 2, "{}", "datasets/x", checkpoint_key="checkpoints/1-500")
 
@@ -117,3 +122,72 @@ def test_checkpoints_are_written_one_at_a_time_and_none_waits_for_ever() -> None
             rank._upload.result()
             went_on.clear()
     assert [key[0] for key in written] == ["a", "b", "c", "a"]
+
+
+def rank_with_a_job_that_ends(report: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> Rank:
+    """Of two jobs, "short" has one step and three examples."""
+    rank: Rank = object.__new__(Rank)
+    rank.engine = TrainEngine(tiny_base("llama"))
+    rank.base, rank.rank, rank._base_model, rank._reported = rank.engine.base, 0, "tiny", math.inf
+    rank._tokenizer = "of its vocabulary"
+    rank.settings, rank._upload = SimpleNamespace(checkpoint_seconds=math.inf), None  # type: ignore[assignment]
+    rank.handing_over, rank._hand_overs, rank._publisher = {}, [], ThreadPoolExecutor(1)
+    rank.mailbox = SimpleNamespace(report=SimpleNamespace(remote=report))
+    monkeypatch.setattr("jobs.training_loop.ray.get", lambda reference: reference)
+    jobs = [job("short", examples=documents(3, 1), epochs=1, batch_size=3), job("long", epochs=1000)]
+    spec: Any = SimpleNamespace(lora=LoraConfig(), train=TrainConfig())
+    rank.held = {one.name: Held(Assignment(one.name, 1, "{}", ""), spec, rank.engine.add(one)) for one in jobs}
+    return rank
+
+
+def test_a_job_is_handed_over_beside_the_steps_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    went_on, reports = threading.Event(), []
+
+    def report(what: Any) -> None:
+        assert went_on.wait(30)
+        reports.append(what)
+
+    rank = rank_with_a_job_that_ends(report, monkeypatch)
+    short, long = (held.live for held in rank.held.values())
+    both = Orders(tuple(rank.assigned.values()))
+    only_long, again = Orders(both.assignments[1:]), Orders((replace(both.assignments[0], attempt=2),))
+    while not short.done:
+        rank._step()
+    expected = adapter_files(short.adapter, rank.engine.bank, "tiny")
+    losses = probe_losses(rank.base, rank.engine.bank, short.adapter, short.job.examples)
+    rank.settings.checkpoint_seconds, rank.held["long"].written_step = 0.0, long.progress.step
+    rank._maybe_checkpoint()
+    assert rank._upload is None  # what is done is published
+    rank.settings.checkpoint_seconds = math.inf
+    steps = [long.progress.step]
+    while "short" in rank.held:  # the step that ended it has taken the first probe
+        rank._step()
+        steps.append(long.progress.step)
+    for _ in range(3):
+        rank._step()
+        rank._let_go(both)
+    assert steps == [steps[0], steps[0] + 1, steps[0] + 2] and long.progress.step == steps[0] + 5
+    assert "short" not in rank.engine.live and rank.assigned.keys() == {"short", "long"}
+    went_on.set()
+    rank._publisher.shutdown()
+    rank._let_go(both)
+    assert rank.assigned.keys() == {"short", "long"} and rank._hand_overs == []
+    (told,) = reports
+    assert isinstance(told, Trained) and (told.job_id, told.files) == ("short", expected)
+    assert [probe["loss"] for probe in told.manifest["probes"]] == losses
+    for orders in (only_long, again):  # another attempt would have to be read
+        rank.handing_over = {"short": both.assignments[0]}
+        rank._let_go(orders)
+        assert rank.assigned.keys() == {"long"}
+
+
+def test_a_hand_over_that_fails_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    def report(_: Any) -> None:
+        raise ConnectionError("no mailbox")
+
+    rank = rank_with_a_job_that_ends(report, monkeypatch)
+    while "short" in rank.held:
+        rank._step()
+    rank._publisher.shutdown()
+    with pytest.raises(ConnectionError, match="no mailbox"):
+        rank._let_go(Orders(tuple(rank.assigned.values())))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 import gc
+import hashlib
 import json
 import os
+import pickle
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from torch._dynamo.utils import counters
@@ -24,8 +27,10 @@ from lora_core.kernels.low_rank import NO_ADAPTER
 from lora_core.live_job import LiveJob, PreparedJob
 from lora_core.optim import StepOutcome
 from lora_core.packing import pack
+from lora_core.peft_format import adapter_files
 from lora_core.ready_batch import decoder_rows
-from lora_core.trainer import TrainEngine
+from lora_core.trainer import TrainEngine, probe_losses
+from lora_core.transfer import arrival
 from tests.bench.engines import base_of, bench_job, checked_step, session_step, set_jobs
 from tests.bench.peers import SHAPES, random_llama
 from tests.bench.report import (
@@ -223,6 +228,62 @@ def joins(conditions: Conditions, precision: str, rehearsed: bool) -> dict[str, 
 
 def _prepared_at(engine: TrainEngine, newcomer: EngineJob) -> tuple[PreparedJob, float]:
     return engine.prepare(newcomer), time.monotonic()
+
+
+def ends(report: Report, conditions: Conditions, precision: str) -> None:
+    """What a checkpoint of one of eight jobs, and its end, cost the others: the step beside which a thread writes the
+    checkpoint, or makes the files, beyond the one before; and a probe, which lies between two steps.
+    """
+    engine = _engine(conditions, precision)
+    set_jobs(engine, 8, _documents(8, conditions.tokens), conditions.tokens)
+    step, device = functools.partial(checked_step, engine), conditions.device
+    for _ in range(conditions.warm):
+        step()
+    taken: dict[str, list[float]] = {"a checkpoint": [], "a hand-over": [], "a probe": []}
+    for live in [*engine.live.values()][: conditions.timed + 1]:
+        for name, begin in (("a checkpoint", _checkpoint), ("a hand-over", _hand_over)):
+            usual = seconds_of(step, device)
+            with ThreadPoolExecutor(1) as thread:
+                beside = seconds_of(functools.partial(_step_beside, thread, begin, engine, live, step), device)
+            taken[name].append(1000 * (beside - usual))
+        probe = functools.partial(probe_losses, engine.base, engine.bank, live.adapter, live.job.examples[:1])
+        taken["a probe"].append(1000 * seconds_of(probe, device))
+    for name, of_jobs in taken.items():  # the first takes memory, and the hooks' kernels
+        report.figure(f"{precision}: ms that {name} takes, first", of_jobs[0])
+        report.figure(f"{precision}: ms that {name} takes, median of others", statistics.median(of_jobs[1:]))
+
+
+def _step_beside(
+    thread: ThreadPoolExecutor,
+    begin: Callable[[TrainEngine, LiveJob], Callable[[], object]],
+    engine: TrainEngine,
+    live: LiveJob,
+    step: Step,
+) -> None:
+    thread.submit(begin(engine, live))
+    step()
+
+
+def _checkpoint(_: TrainEngine, live: LiveJob) -> Callable[[], object]:
+    snapshot = live.snapshot()
+
+    def write() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            snapshot.write(path := Path(folder) / "state")
+            with path.open("rb") as written:
+                hashlib.file_digest(written, "sha256")
+
+    return write
+
+
+def _hand_over(engine: TrainEngine, live: LiveJob) -> Callable[[], object]:
+    adapter, arrived = live.optimizer.on_host(), arrival(engine.base.device)
+
+    def make_files() -> None:
+        arrived()
+        pickle.dumps(adapter_files(adapter, engine.bank, "base"))
+
+    return make_files
 
 
 def first_step_latency(report: Report, conditions: Conditions, precision: str) -> None:

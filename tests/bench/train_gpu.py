@@ -12,6 +12,7 @@ of ours has 8,192 tokens. Each part frees what it held before the next begins; `
     sweep     1 to 32 jobs at the same tokens a step, with and without the optimizer's time
     swap      a job leaves a live session of eight and another takes its place
     join      jobs whose kernels are the first of their kind on a machine join eight, kernels rehearsed or not
+    ends      a checkpoint of one of eight jobs is written, and its adapter handed over, beside the others' steps
     first     the first step of a fresh process, with empty compile caches and with full ones
 
 `ours` and what follows it run in each of `--precisions`. Eight PEFT jobs run one after another, so that their tokens/s
@@ -40,7 +41,7 @@ from tests.bench.peers import (
 )
 from tests.bench.report import COMPILED, DORA, MANY_JOBS, ONE_JOB, PEFT, Conditions, Report, Step, measure
 
-PARTS = ("peft", "compiled", "ours", "dora", "overhead", "most", "sweep", "swap", "join", "first")
+PARTS = ("peft", "compiled", "ours", "dora", "overhead", "most", "sweep", "swap", "join", "ends", "first")
 CHILDREN = ("first", "rehearsed", "unrehearsed")
 PRECISIONS = ("bf16", "fp8")
 DOCUMENTS = (1, 2, 4, 8)
@@ -126,6 +127,7 @@ def _parts(report: Report, conditions: Conditions, precisions: tuple[str, ...]) 
         "sweep": gpu_parts.sweep,
         "swap": gpu_parts.swap,
         "join": gpu_parts.join,
+        "ends": gpu_parts.ends,
         "first": gpu_parts.first_step_latency,
     }
     for precision in precisions:
