@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from cluster.bases import local_source
 from cluster.runtime import log_to_stderr
 from cluster.settings import Settings
 from cluster.storage import Storage, checkpoint_state_key, open_storage
+from jobs.held_job import Held
 from jobs.job_reader import JobReader, Read
 from jobs.orders import (
     Assignment,
@@ -46,42 +47,22 @@ from jobs.orders import (
     RanksStarted,
     Trained,
 )
-from jobs.spec import JobSpec
 from lora_core.base_files import chat_template_hash
 from lora_core.base_model import BaseModel, load_base
 from lora_core.engine_job import JobDiverged
-from lora_core.live_job import LiveJob
 from lora_core.memory import NoRoomBesideError, available_bytes
-from lora_core.optim import Evaluation
 from lora_core.peft_format import adapter_files
 from lora_core.trainer import TrainEngine, probe_losses
 from lora_core.transfer import arrival
 
 log = logging.getLogger("lora.rank")
 
-PROBES = 4
 REPORT_SECONDS = 0.3
 IDLE_POLL_SECONDS = 0.1
 
 
 class PeerLostError(RuntimeError):
     """A collective failed because another rank is gone; that rank's end is the cause, not this."""
-
-
-@dataclass
-class Held:
-    """One job on this rank, with what its reports need."""
-
-    assignment: Assignment
-    spec: JobSpec
-    live: LiveJob
-    started: float = field(default_factory=time.monotonic)
-    started_tokens: int = 0
-    stepped: float = field(default_factory=time.monotonic)
-    step_seconds: float = 0.0
-    checkpointed: float = field(default_factory=time.monotonic)
-    written_step: int = 0
-    probes: list[float] = field(default_factory=list)  # losses, once it is done
 
 
 def train_loop(config: dict[str, Any]) -> None:
@@ -261,25 +242,7 @@ class Rank:
         if self.rank == 0 and time.monotonic() - self._reported >= REPORT_SECONDS:
             self._reported = time.monotonic()
             for held in self.held.values():
-                self._report(Progressed(held.assignment.job_id, self._progress(held)))
-
-    def _progress(self, held: Held) -> dict[str, Any]:
-        progress, elapsed = held.live.progress, time.monotonic() - held.started
-        return {
-            "step": progress.step,
-            "steps": held.live.job.steps,
-            "loss": progress.loss,
-            "first_loss": progress.first_loss,
-            "tokens": progress.tokens,
-            "supervised_tokens": progress.supervised_tokens,
-            "tokens_per_second": (progress.tokens - held.started_tokens) / elapsed,
-            "step_seconds": held.step_seconds,
-            "trainable_parameters": held.live.optimizer.parameters,
-            "base_parameters": self.base.parameters,
-            "base_bytes": self.base.nbytes,
-            **_held_out(progress.before, progress.evaluation),
-            **({"best_validation_loss": progress.best.loss, "best_step": progress.best.step} if progress.best else {}),
-        }
+                self._report(Progressed(held.assignment.job_id, held.progress(self.base)))
 
     def _maybe_checkpoint(self) -> None:
         """Rank 0: take the state of the job that has waited longest and write it beside the next steps. One at a time:
@@ -318,12 +281,9 @@ class Rank:
 
     def _probe(self, held: Held) -> None:
         """One probe between two micro-batches, which all ranks count and one measures: the others go on meanwhile."""
-        examples = held.live.job.examples[:PROBES]
-        example = examples[len(held.probes)]
-        adapter = held.live.adapter
-        measured = probe_losses(self.base, self.engine.bank, adapter, [example]) if self.rank == 0 else [0.0]
-        held.probes += measured
-        if len(held.probes) == len(examples):
+        example, adapter = held.probed[len(held.probes)], held.live.adapter
+        held.probes += probe_losses(self.base, self.engine.bank, adapter, [example]) if self.rank == 0 else [0.0]
+        if len(held.probes) == len(held.probed):
             self._finish(held)
 
     def _finish(self, held: Held) -> None:
@@ -332,24 +292,8 @@ class Rank:
         """
         job, live = held.assignment.job_id, held.live
         if self.rank == 0:
-            progress = self._progress(held)
-            published = live.progress.best if live.job.train.keeps_best else live.progress.evaluation
-            manifest: dict[str, Any] = {
-                "job": job,
-                "base_fingerprint": self.base.fingerprint,
-                "base_parameters": self.base.parameters,
-                "precision": self.base.precision,
-                "tokenizer": self._tokenizer,
-                "lora": held.spec.lora.model_dump(),
-                "train": held.spec.train.model_dump(),
-                "metrics": {key: progress[key] for key in ("step", "loss", "first_loss", "tokens", "supervised_tokens")}
-                | _held_out(live.progress.before, published)
-                | ({"stopped": live.progress.stopped} if live.progress.stopped else {}),
-                "probes": [
-                    {"ids": example.ids, "labels_mask": example.labels_mask, "loss": loss}
-                    for example, loss in zip(live.job.examples[:PROBES], held.probes, strict=True)
-                ],
-            }
+            progress = held.progress(self.base)
+            manifest = held.manifest(self.base, self._tokenizer)
             adapter, arrived = live.optimizer.on_host(), arrival(self.base.device)
 
             def hand_over() -> None:
@@ -400,15 +344,3 @@ class Rank:
             operation()
         except RuntimeError as error:
             raise PeerLostError(str(error)) from error
-
-
-def _held_out(before: Evaluation | None, after: Evaluation | None) -> dict[str, float]:
-    """An evaluation as progress and manifest name its figures, beside that of what training started from."""
-    figures: dict[str, float] = {"validation_loss_before": before.loss} if before else {}
-    if after is not None and after is not before:
-        figures |= {
-            "validation_loss": after.loss,
-            "validation_accuracy": after.accuracy,
-            "validation_step": after.step,
-        }
-    return figures

@@ -76,6 +76,7 @@ ORDER = {
         "scheduler",
         "orders",
         "job_reader",
+        "held_job",
         "training_loop",
         "session",
         "demo",

@@ -249,6 +249,8 @@ def test_interrupting_the_client_leaves_its_job_running(laptop: Laptop) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # As from a terminal: where tests run in the background, Ctrl-C is ignored, which children inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert client.stdout is not None
     job_id = next(line.split()[0] for line in client.stdout if line.startswith("job-"))

@@ -14,9 +14,10 @@ import pytest
 
 from cluster.storage import StorageCorrupt, StorageUnavailable
 from jobs import job_reader
+from jobs.held_job import Held
 from jobs.job_reader import JobReader
 from jobs.orders import Assignment, JobFailed, NoRoom, Orders, Trained
-from jobs.training_loop import Held, Rank
+from jobs.training_loop import Rank
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.memory import DoesNotFitError, NoRoomBesideError
 from lora_core.peft_format import adapter_files
