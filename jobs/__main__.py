@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from cluster.runtime import (
     cluster_name,
@@ -136,6 +137,23 @@ def _interrupted_later() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+@contextmanager
+def _interrupts_noted() -> Iterator[list[int]]:
+    """The Ctrl-Cs within it, each raised as usual and noted: Python prints and drops what is raised while a weak
+    reference's callback or a finalizer runs, and any allocation may be the one that collects and calls them."""
+    pressed: list[int] = []
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _list(settings: Settings, _: argparse.Namespace) -> int:
     for job in JobQueue(settings.database_url).list():
         progress = job.progress or {}
@@ -191,31 +209,34 @@ def _stop(settings: Settings, _: argparse.Namespace) -> int:
 
 def follow(queue: JobQueue, job_id: str, watch: Callable[[], None] = lambda: None) -> int:
     """Print a job's events and progress until it ends; 0 only if it succeeded. `watch` is called now and then while it
-    waits."""
+    waits. Raises `KeyboardInterrupt` at a Ctrl-C."""
     seen, watched, shown = 0, time.monotonic(), 0.0
     live = sys.stderr.isatty()
-    while True:
-        job = queue.get(job_id)
-        for event in queue.events(job_id, after=seen):
-            seen = event.id
-            print(
-                f"{CLEAR if live else ''}{time.strftime('%H:%M:%S', time.localtime(event.at))} {event.message}",
-                flush=True,
-            )
-        if job.status in TERMINAL:
-            return _outcome(job)
-        if job.progress and (live or time.monotonic() - shown > 5):
-            shown = time.monotonic()
-            print(
-                f"{CLEAR if live else ''}{progress_line(job.progress)}",
-                end="" if live else "\n",
-                file=sys.stderr,
-                flush=True,
-            )
-        if job.status is JobStatus.QUEUED and time.monotonic() - watched > 10:
-            watched = time.monotonic()
-            watch()
-        time.sleep(POLL_SECONDS)
+    with _interrupts_noted() as interrupts:
+        while True:
+            job = queue.get(job_id)
+            for event in queue.events(job_id, after=seen):
+                seen = event.id
+                print(
+                    f"{CLEAR if live else ''}{time.strftime('%H:%M:%S', time.localtime(event.at))} {event.message}",
+                    flush=True,
+                )
+            if job.status in TERMINAL:
+                return _outcome(job)
+            if job.progress and (live or time.monotonic() - shown > 5):
+                shown = time.monotonic()
+                print(
+                    f"{CLEAR if live else ''}{progress_line(job.progress)}",
+                    end="" if live else "\n",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            if job.status is JobStatus.QUEUED and time.monotonic() - watched > 10:
+                watched = time.monotonic()
+                watch()
+            if interrupts:
+                raise KeyboardInterrupt
+            time.sleep(POLL_SECONDS)
 
 
 def progress_line(progress: dict[str, float]) -> str:

@@ -24,9 +24,10 @@ import psutil
 import pytest
 
 from cluster.settings import Settings
-from jobs.__main__ import main
+from jobs.__main__ import follow, main
 from jobs.job import Job, JobStatus, Wish
 from jobs.job_queue import JobQueue
+from tests.queue_kit import submit
 from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.alone
@@ -259,6 +260,25 @@ def test_interrupting_the_client_leaves_its_job_running(laptop: Laptop) -> None:
     assert client.returncode == 130
     assert "goes on without you" in errors
     assert laptop.finished(job_id).status is JobStatus.SUCCEEDED
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_ctrl_c_is_heard_while_python_collects_garbage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is raised in a finalizer, as a collection calls it, is printed and dropped: libraries of ours have some."""
+
+    class Finalized:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    queue = JobQueue(f"sqlite:///{tmp_path / 'lora.db'}")
+    job, _ = submit(queue)
+    monkeypatch.setattr(JobQueue, "events", lambda *_, **__: [Finalized()][:0])
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("went on after Ctrl-C"))
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        follow(queue, job.id)
+    assert signal.getsignal(signal.SIGINT) is before
+    queue.close()
 
 
 def test_a_job_that_dies_in_a_rank_fails_with_its_reason_and_the_one_beside_it_goes_on(laptop: Laptop) -> None:
