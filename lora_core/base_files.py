@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import shutil
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -115,13 +117,28 @@ def _converted_gguf(file: Path, cache_dir: Path) -> Path:
     with _built_once(cache_dir / "bases" / f"{digest[:16]}-gguf") as (target, scratch):
         if scratch is not None:
             arguments: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
-            with readable(file):
+            with readable(file), _gguf_read_once():
                 model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **arguments)
                 tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
             tokenizer.save_pretrained(scratch)
             write_dense(model, scratch)
             (scratch / "source.json").write_text(json.dumps({"sha256": digest, "file": file.name}))
     return target
+
+
+@contextlib.contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """Within it gguf remembers: transformers reads a file's whole header for the config, the weights and the tokenizer,
+    and asks for the names of all tensors once a module, which is most of the time that a small model takes.
+    """
+    forgetful = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, function in forgetful.items():
+        setattr(gguf, name, functools.cache(function))
+    try:
+        yield
+    finally:
+        for name, function in forgetful.items():
+            setattr(gguf, name, function)
 
 
 def dense_folder(folder: Path, fingerprint: str, precision: str, cache_dir: Path) -> Path:
