@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from lora_core.adapter_init import LoraConfigError
 from lora_core.base_model import BaseModel, too_long
@@ -21,13 +26,14 @@ from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import DatasetError, Example, build_datasets
 from lora_core.engine_job import EngineJob, JobDiverged
 from lora_core.live_job import LiveJob
-from lora_core.optim import Evaluation
+from lora_core.optim import Evaluation, Snapshot
 from lora_core.peft_format import AdapterFormatError, adapter_files, read_adapter
 from lora_core.trainer import TrainEngine
 
 log = logging.getLogger("lora.library")
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+CHECKPOINTS = ".checkpoints"  # below `out`: no job's name begins so
 
 
 @dataclass(frozen=True)
@@ -76,36 +82,145 @@ class TrainJobsError(ValueError):
         return "\n".join(self.problems)
 
 
-def train(base: BaseModel, jobs: Sequence[TrainJob], out: str | Path) -> dict[str, TrainResult]:
+def train(
+    base: BaseModel,
+    jobs: Sequence[TrainJob],
+    out: str | Path,
+    *,
+    resume: bool = False,
+    checkpoint_seconds: float | None = 300.0,
+) -> dict[str, TrainResult]:
     """Train all jobs at once, each exactly as if it were alone, and write one PEFT directory a job below `out`.
 
     Returns what became of each job by its name. A job that diverges, or whose files cannot be written, has an `error`
     there; the others go on.
 
+    Every `checkpoint_seconds` the state of a job is written to `out` beside the steps of all (None: never), and its
+    last one where it ends; they are gone once all adapters are there. With `resume` jobs continue from what a call left
+    that was killed or in which some failed, to the same bits: those that had ended well are not trained again, and
+    those that have no state there begin.
+
     Raises:
-        TrainJobsError: names, datasets, target modules or `out` are no good; nothing was trained.
+        TrainJobsError: names, datasets, target modules or `out` are no good, or a checkpoint is of other settings, rows
+            or another base; nothing was trained.
     """
     engine = TrainEngine(base, capacity=None)
+    checkpoints = _Checkpoints(Path(out) / CHECKPOINTS, base, checkpoint_seconds)
+    results: dict[str, TrainResult] = {}
+
+    def end(name: str, error: str | None = None) -> None:
+        live = engine.live[name]
+        engine.remove(name)
+        results[name] = _result(engine, live, Path(out) / name, error)
+        if error is None:
+            checkpoints.write(live)
+        else:
+            checkpoints.remove(name)  # from there it would diverge again
+
     try:
-        problems = _add(engine, jobs) + _unwritable(Path(out))
+        problems = _add(engine, jobs, checkpoints if resume else None) + _unwritable(Path(out))
         if problems:
             raise TrainJobsError(problems)
-        results = {}
+        if not resume:
+            checkpoints.clear()
+        for name in [name for name, live in engine.live.items() if live.done]:  # before they were interrupted
+            end(name)
         while engine.live:
             for name, outcome in engine.step().items():
-                live = engine.live[name]
-                if isinstance(outcome, JobDiverged) or live.done:
-                    engine.remove(name)
-                    error = str(outcome) if isinstance(outcome, JobDiverged) else None
-                    results[name] = _result(engine, live, Path(out) / name, error)
-                del live  # its memory is counted no longer
-        return {job.name: results[job.name] for job in jobs}
+                if isinstance(outcome, JobDiverged):
+                    end(name, str(outcome))
+                elif engine.live[name].done:
+                    end(name)
+            checkpoints.write_oldest(list(engine.live.values()))
     finally:
+        checkpoints.close()
         engine.bank.close()
+    if all(result.folder is not None for result in results.values()):
+        checkpoints.clear()
+    return {job.name: results[job.name] for job in jobs}
 
 
-def _add(engine: TrainEngine, jobs: Sequence[TrainJob]) -> list[str]:
-    """Every job into the engine; all that is wrong with them."""
+class _Checkpoints:
+    """The states of jobs, a file each. They are written on a thread, one at a time: in host memory there is room for
+    one (see `memory.py`).
+    """
+
+    def __init__(self, folder: Path, base: BaseModel, seconds: float | None) -> None:
+        self._folder, self._seconds = folder, seconds
+        self._base = f"{base.fingerprint} in {base.precision}"
+        self._began, self._taken = time.monotonic(), dict[str, float]()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+
+    def read(self, name: str) -> bytes | None:
+        """The state of a job, if it has one.
+
+        Raises:
+            ValueError: it cannot be read, or is one of another base.
+        """
+        path = self._path(name)
+        if not path.exists():
+            return None
+        blob = path.read_bytes()
+        try:
+            base = Snapshot.load(blob).counters["base"]
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"the checkpoint {path} cannot be read ({error}): remove it to begin without it"
+            ) from error
+        if base != self._base:
+            raise ValueError(f"the checkpoint {path} is of another base or precision: go back to that, or remove it")
+        return blob
+
+    def write_oldest(self, jobs: Sequence[LiveJob]) -> None:
+        """Of those whose time has come the one that has waited longest; nothing while another is being written."""
+        if self._seconds is None or not jobs or (self._writing is not None and not self._writing.done()):
+            return
+        oldest = min(jobs, key=lambda live: self._taken.get(live.job.name, self._began))
+        if time.monotonic() - self._taken.get(oldest.job.name, self._began) >= self._seconds:
+            self.write(oldest)
+
+    def write(self, live: LiveJob) -> None:
+        """The state of a job as it is now."""
+        if self._seconds is None:
+            return
+        if self._writing is not None:
+            self._writing.result()
+        name, snapshot = live.job.name, live.snapshot()
+        snapshot = replace(snapshot, counters=snapshot.counters | {"base": self._base})
+        self._taken[name] = time.monotonic()
+        self._writing = self._writer.submit(self._write, self._path(name), snapshot)
+
+    @staticmethod
+    def _write(path: Path, snapshot: Snapshot) -> None:
+        partial = path.with_suffix(".partial")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            snapshot.write(partial)
+            partial.replace(path)
+        except (OSError, SafetensorError):  # training goes on; what was written before stays
+            log.exception("event=checkpoint_failed path=%s", path)
+
+    def remove(self, name: str) -> None:
+        """Of a job that cannot go on."""
+        if self._writing is not None:
+            self._writing.result()
+        self._path(name).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove all of them."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Wait until all is written."""
+        self._writer.shutdown()
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.safetensors"
+
+
+def _add(engine: TrainEngine, jobs: Sequence[TrainJob], checkpoints: _Checkpoints | None) -> list[str]:
+    """Every job into the engine, as its checkpoint has it; all that is wrong with them."""
     problems = [] if jobs else ["there are no jobs; give at least one TrainJob"]
     names = Counter(job.name for job in jobs)
     problems += [f"{count} jobs are named {name!r}; give each a name of its own" for name, count in names.items()
@@ -120,7 +235,8 @@ def _add(engine: TrainEngine, jobs: Sequence[TrainJob]) -> list[str]:
         try:
             examples, held_out = _examples(engine.base, job)
             start = None if job.init_adapter is None else read_adapter(Path(job.init_adapter), engine.bank)
-            engine.add(EngineJob(job.name, job.lora, job.train, examples, held_out, start))
+            checkpoint = checkpoints.read(job.name) if checkpoints is not None and NAME.fullmatch(job.name) else None
+            engine.add(EngineJob(job.name, job.lora, job.train, examples, held_out, start), checkpoint)
         except DatasetError as error:
             problems += [f"{job.name}: {line}" for line in str(error).splitlines()]
         except LoraConfigError as error:

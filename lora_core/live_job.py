@@ -35,7 +35,8 @@ class PreparedJob:
         snapshot = Snapshot.load(checkpoint)
         if snapshot.counters["job"] != self.digest:
             raise ValueError(
-                f"the checkpoint is not one of {self.job.name}: its lora or train settings, or its rows, are others"
+                f"the checkpoint is not one of {self.job.name}: its lora or train settings, or its rows, are others;"
+                " go back to those, or begin without it"
             )
         self.state.restore(snapshot)
         self.progress = Progress.from_json(str(snapshot.counters["progress"]))

@@ -281,3 +281,116 @@ def test_mistakes_about_held_out_rows_are_told(base: BaseModel, dataset: Path, t
         "without has no held-out examples, which eval_steps",
     ):
         assert part in told, told
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """As an interrupt would be: no handler for errors takes it."""
+
+
+def killed_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """From here on training ends after so many calls of `step`; returns the names of the jobs that stepped."""
+    step, stepped = TrainEngine.step, list[str]()
+    calls = iter(range(steps))
+
+    def stepping(engine: TrainEngine) -> object:
+        if next(calls, None) is None:
+            raise Killed
+        outcomes = step(engine)
+        stepped.extend(outcomes)
+        return outcomes
+
+    monkeypatch.setattr(TrainEngine, "step", stepping)
+    return stepped
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_resumed_jobs_are_those_that_were_never_interrupted(
+    base: BaseModel, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed twice: while all train, and when one has ended."""
+    evaluated = SHORT.model_copy(update={"epochs": 4, "eval_steps": 2})
+    jobs = [
+        TrainJob("evaluated", dataset, LoraConfig(r=4, lora_dropout=0.1), evaluated, validation=0.3),
+        TrainJob("short", dataset, LoraConfig(r=2), SHORT),
+        TrainJob("long", dataset, LoraConfig(r=2), SHORT.model_copy(update={"epochs": 5, "seed": 1})),
+    ]
+    whole = lora_core.train(base, jobs, tmp_path / "whole", checkpoint_seconds=None)
+    trained = list[str]()
+    for resume in (False, True):
+        with monkeypatch.context() as patched:
+            stepped = killed_after(6, patched)
+            with pytest.raises(Killed):
+                lora_core.train(base, jobs, tmp_path / "out", resume=resume, checkpoint_seconds=0)
+            trained += stepped
+    assert (tmp_path / "out" / "short").exists() and not (tmp_path / "out" / "long").exists()
+    stepped = killed_after(1000, monkeypatch)
+    found = lora_core.train(base, jobs, tmp_path / "out", resume=True)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")  # and no checkpoint is left
+    assert [replace(one, folder=None) for one in found.values()] == [
+        replace(one, folder=None) for one in whole.values()
+    ]
+    assert "short" not in stepped and 0 < stepped.count("long") < whole["long"].steps
+    assert len(trained + stepped) < 2 * sum(result.steps for result in whole.values())
+
+
+def test_a_call_in_which_a_job_failed_is_resumed_without_training_the_others(
+    base: BaseModel, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wild = SHORT.model_copy(update={"learning_rate": 1e30, "max_grad_norm": 1e30})
+    good, tame = TrainJob("good", dataset, train=SHORT), TrainJob("wild", dataset, train=SHORT)
+    first = lora_core.train(base, [replace(tame, train=wild), good], tmp_path / "out", checkpoint_seconds=0)
+    assert first["wild"].error is not None
+    stepped = killed_after(1000, monkeypatch)
+    second = lora_core.train(base, [good, tame], tmp_path / "out", resume=True)
+    assert second["good"] == first["good"] and second["wild"].error is None
+    assert set(stepped) == {"wild"}
+
+
+def test_a_checkpoint_of_something_else_is_refused_and_stays(
+    base: BaseModel, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [TrainJob("a", dataset, train=SHORT), TrainJob("b", dataset, train=SHORT)]
+    with monkeypatch.context() as patched:
+        killed_after(4, patched)
+        with pytest.raises(Killed):
+            lora_core.train(base, jobs, tmp_path / "out", checkpoint_seconds=0)
+    left = files(tmp_path / "out")
+    other = SHORT.model_copy(update={"learning_rate": 1e-4})
+    with pytest.raises(TrainJobsError, match="a: the checkpoint is not one of a: its lora or train settings"):
+        lora_core.train(base, [replace(jobs[0], train=other), jobs[1]], tmp_path / "out", resume=True)
+    with pytest.raises(TrainJobsError, match=r"a.safetensors is of another base or precision"):
+        lora_core.train(replace(base, fingerprint="f" * 64), jobs, tmp_path / "out", resume=True)
+    with pytest.raises(TrainJobsError, match="there are no jobs"):
+        lora_core.train(base, [], tmp_path / "out")
+    assert files(tmp_path / "out") == left
+    (tmp_path / "out" / ".checkpoints" / "b.safetensors").write_bytes(b"cut")
+    with pytest.raises(TrainJobsError, match=r"b: the checkpoint .*b.safetensors cannot be read"):
+        lora_core.train(base, jobs, tmp_path / "out", resume=True)
+    changed = [replace(job, train=other) for job in jobs]
+    with monkeypatch.context() as patched:
+        killed_after(1, patched)
+        with pytest.raises(Killed):
+            lora_core.train(base, changed, tmp_path / "out")  # anew, and nothing was written yet
+    stepped = killed_after(1000, monkeypatch)
+    results = lora_core.train(base, changed, tmp_path / "out", resume=True)
+    assert stepped.count("a") == stepped.count("b") == results["a"].steps
+
+
+def test_how_often_checkpoints_are_written_is_what_is_asked_for(
+    base: BaseModel, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    monkeypatch.setattr("lora_core.optim.Snapshot.write", lambda _, path: written.append(path.stem))
+    jobs = [TrainJob(name, dataset, train=SHORT.model_copy(update={"epochs": 10})) for name in "ab"]
+    for seconds, fewest, most in ((None, 0, 0), (3600.0, 2, 2), (0.0, 10, 62)):
+        written.clear()
+        lora_core.train(base, jobs, tmp_path / "out", checkpoint_seconds=seconds)
+        assert fewest <= len(written) <= most
+        assert seconds is None or set(written) == {"a", "b"}
+        assert abs(written.count("a") - written.count("b")) <= 2

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -86,6 +87,7 @@ def cluster(tmp_path: Path, s3_server: S3Server) -> Iterator[dict[str, str]]:
             continue
     for process in psutil.wait_procs(ours, timeout=5)[1]:
         process.kill()
+    shutil.rmtree(environment["RAY_TMPDIR"], ignore_errors=True)
 
 
 def test_the_journey_on_a_ray_cluster_runs_as_it_is_written(
