@@ -97,8 +97,8 @@ def train(
 
     Every `checkpoint_seconds` the state of a job is written to `out` beside the steps of all (None: never), and its
     last one where it ends; they are gone once all adapters are there. With `resume` jobs continue from what a call left
-    that was killed or in which some failed, to the same bits: those that had ended well are not trained again, and
-    those that have no state there begin.
+    that was killed or in which some failed, on a CPU to the same bits: those that had ended well are not trained again,
+    and those that have no state there begin.
 
     Raises:
         TrainJobsError: names, datasets, target modules or `out` are no good, or a checkpoint is of other settings, rows
