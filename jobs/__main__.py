@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -128,11 +128,8 @@ def _submit(settings: Settings, arguments: argparse.Namespace) -> int:
 def _interrupted_later() -> Iterator[None]:
     """A Ctrl-C within it is raised when it ends."""
     pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
-    try:
+    with _on_interrupt(lambda number, _: pressed.append(number)):
         yield
-    finally:
-        signal.signal(signal.SIGINT, before)
     if pressed:
         raise KeyboardInterrupt
 
@@ -147,9 +144,18 @@ def _interrupts_noted() -> Iterator[list[int]]:
         pressed.append(number)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
+    with _on_interrupt(interrupt):
         yield pressed
+
+
+@contextmanager
+def _on_interrupt(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Ctrl-C is ignored where it was: in the background of a script it is meant for others."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, handler)
+    try:
+        yield
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -233,7 +239,8 @@ def follow(queue: JobQueue, job_id: str, watch: Callable[[], None] = lambda: Non
                 )
             if job.status is JobStatus.QUEUED and time.monotonic() - watched > 10:
                 watched = time.monotonic()
-                watch()
+                with suppress(JobError):  # Ray may be away for a while; the job is safe in the queue
+                    watch()
             if interrupts:
                 raise KeyboardInterrupt
             time.sleep(POLL_SECONDS)

@@ -19,6 +19,7 @@ from ray.job_submission import JobSubmissionClient
 from ray.util.state import list_nodes
 
 from cluster.runtime import job_runtime_env
+from jobs.job import JobError
 
 AGENT_SECONDS = 30.0
 """A node takes jobs only some seconds after it joined; until then Ray answers that it has no agent."""
@@ -51,7 +52,7 @@ class ClusterSize:
     nodes: int
 
 
-class RayUnreachableError(RuntimeError):
+class RayUnreachableError(JobError, RuntimeError):
     """Ray's API does not answer."""
 
 
@@ -152,4 +153,6 @@ class Launcher:
                     return
                 if "No available agent" not in str(error) or time.monotonic() > deadline:
                     raise
+            except (requests.RequestException, ConnectionError) as error:
+                raise RayUnreachableError(f"Ray's API does not answer: {error}") from error
             time.sleep(0.5)

@@ -29,6 +29,7 @@ from cluster.registry import AdapterRegistry
 from cluster.runtime import log_to_stderr
 from cluster.settings import Settings, load_settings
 from cluster.storage import (
+    StorageError,
     checkpoint_marker_key,
     checkpoints_prefix,
     committed_checkpoint,
@@ -36,7 +37,7 @@ from cluster.storage import (
     job_result_key,
     open_storage,
 )
-from jobs.job import TAKEN_BACK, Job, JobStatus, SessionState, Wish
+from jobs.job import TAKEN_BACK, TERMINAL, Job, JobStatus, SessionState, Wish
 from jobs.job_queue import JobQueue
 from jobs.orders import (
     Assignment,
@@ -202,6 +203,8 @@ class Keeper:
         """Write the marker that makes a checkpoint exist, if the fence is still ours; keep the newest few."""
         known = self._known.get(report.job_id)
         if known is None or not self._runs_here(report.job_id):
+            if self._queue.get(report.job_id).status in TERMINAL:  # it was on its way when the job ended
+                self._storage.delete(report.key)
             return
         marker = checkpoint_marker_key(report.job_id, known.attempt, report.step)
         self._storage.put(marker, json.dumps({"key": report.key, "sha256": report.sha256}).encode())
@@ -254,6 +257,12 @@ class Keeper:
         )
         log.info("job=%s event=%s moved=%s message=%s", job_id, to.value, moved, message)
         self._known.pop(job_id, None)
+        if moved and to in TERMINAL:
+            try:
+                for key in self._storage.list(checkpoints_prefix(job_id)):
+                    self._storage.delete(key)
+            except StorageError:  # the job has ended all the same
+                log.warning("job=%s event=checkpoints_left", job_id)
 
 
 def run_session(settings: Settings, session_id: str, fence: int) -> int:

@@ -72,11 +72,13 @@ def train_loop(config: dict[str, Any]) -> None:
     try:
         rank.run()
     except PeerLostError:
+        rank.finish_hand_overs()
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         log.exception("rank=%d event=broke", rank.rank)
-        ray.get(rank.mailbox.report.remote(RankBroke(rank.rank, reason, tuple(rank.assigned))))
+        suspects = (*rank.held, *rank.finish_hand_overs())
+        ray.get(rank.mailbox.report.remote(RankBroke(rank.rank, reason, suspects)))
         raise
 
 
@@ -98,7 +100,7 @@ class Rank:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._upload: Future[None] | None = None
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="hand-over")
-        self._hand_overs: list[Future[None]] = []
+        self._hand_overs: dict[str, Future[None]] = {}
         self._reported = 0.0
         torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) // self._local_ranks))
 
@@ -301,7 +303,7 @@ class Rank:
                 files = adapter_files(adapter, self.engine.bank, self._base_model)
                 ray.get(self.mailbox.report.remote(Trained(job, files, manifest, progress)))
 
-            self._hand_overs.append(self._publisher.submit(hand_over))
+            self._hand_overs[job] = self._publisher.submit(hand_over)
         self.handing_over[job] = held.assignment
         self._leave(job)
 
@@ -309,9 +311,16 @@ class Rank:
         """Of what is handed over: the orders do not name it any more, or they name another attempt."""
         named = {(assignment.job_id, assignment.attempt) for assignment in orders.assignments}
         self.handing_over = {name: one for name, one in self.handing_over.items() if (name, one.attempt) in named}
-        for hand_over in [one for one in self._hand_overs if one.done()]:
-            self._hand_overs.remove(hand_over)
-            hand_over.result()  # raises what went wrong
+        for job in [job for job, hand_over in self._hand_overs.items() if hand_over.done()]:
+            self._hand_overs[job].result()  # raises what went wrong
+            del self._hand_overs[job]
+
+    def finish_hand_overs(self) -> list[str]:
+        """Wait until what has ended is handed over, so that it is not blamed for what broke a rank, nor trained again;
+        returns the jobs that could not be.
+        """
+        self._publisher.shutdown()
+        return [job for job, hand_over in self._hand_overs.items() if hand_over.exception() is not None]
 
     def _fail(self, job_id: str, reason: str) -> None:
         if self.rank == 0:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,8 @@ def _converted_gguf(file: Path, cache_dir: Path) -> Path:
     digest = _file_sha256(file, cache_dir)
     with _built_once(cache_dir / "bases" / f"{digest[:16]}-gguf") as (target, scratch):
         if scratch is not None:
-            arguments: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+            # The whole path: transformers would take a file of that name in the working directory instead.
+            arguments: dict[str, Any] = {"gguf_file": str(file), "local_files_only": True}
             with readable(file), _gguf_read_once():
                 model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **arguments)
                 tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
@@ -126,19 +128,23 @@ def _converted_gguf(file: Path, cache_dir: Path) -> Path:
     return target
 
 
+_patching_gguf = threading.Lock()
+
+
 @contextlib.contextmanager
 def _gguf_read_once() -> Iterator[None]:
     """Within it gguf remembers: transformers reads a file's whole header for the config, the weights and the tokenizer,
     and asks for the names of all tensors once a module, which is most of the time that a small model takes.
     """
-    forgetful = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    for name, function in forgetful.items():
-        setattr(gguf, name, functools.cache(function))
-    try:
-        yield
-    finally:
+    with _patching_gguf:
+        forgetful = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
         for name, function in forgetful.items():
-            setattr(gguf, name, function)
+            setattr(gguf, name, functools.cache(function))
+        try:
+            yield
+        finally:
+            for name, function in forgetful.items():
+                setattr(gguf, name, function)
 
 
 def dense_folder(folder: Path, fingerprint: str, precision: str, cache_dir: Path) -> Path:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from lora_core.base_model import BaseModel, too_long
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import DatasetError, Example, build_datasets
 from lora_core.engine_job import EngineJob, JobDiverged
-from lora_core.live_job import LiveJob
+from lora_core.live_job import CheckpointMismatchError, LiveJob
 from lora_core.optim import Evaluation, Snapshot
 from lora_core.peft_format import AdapterFormatError, adapter_files, read_adapter
 from lora_core.trainer import TrainEngine
@@ -96,9 +96,9 @@ def train(
     there; the others go on.
 
     Every `checkpoint_seconds` the state of a job is written to `out` beside the steps of all (None: never), and its
-    last one where it ends; they are gone once all adapters are there. With `resume` jobs continue from what a call left
-    that was killed or in which some failed, on a CPU to the same bits: those that had ended well are not trained again,
-    and those that have no state there begin.
+    last one where it ends; they are gone once all adapters of the call are there. With `resume` jobs continue from what
+    a call left that was killed or in which some failed, in eager fp32 on a CPU to the same bits: those whose last state
+    is there are not trained again, and those that have none begin.
 
     Raises:
         TrainJobsError: names, datasets, target modules or `out` are no good, or a checkpoint is of other settings, rows
@@ -118,11 +118,11 @@ def train(
             checkpoints.remove(name)  # from there it would diverge again
 
     try:
-        problems = _add(engine, jobs, checkpoints if resume else None) + _unwritable(Path(out))
+        problems = _add(engine, jobs, checkpoints, resume) + _unwritable(Path(out))
         if problems:
             raise TrainJobsError(problems)
         if not resume:
-            checkpoints.clear()
+            checkpoints.clear(list(engine.live))
         for name in [name for name, live in engine.live.items() if live.done]:  # before they were interrupted
             end(name)
         while engine.live:
@@ -136,7 +136,7 @@ def train(
         checkpoints.close()
         engine.bank.close()
     if all(result.folder is not None for result in results.values()):
-        checkpoints.clear()
+        checkpoints.clear(list(results))
     return {job.name: results[job.name] for job in jobs}
 
 
@@ -158,13 +158,13 @@ class _Checkpoints:
         Raises:
             ValueError: it cannot be read, or is one of another base.
         """
-        path = self._path(name)
+        path = self.path(name)
         if not path.exists():
             return None
-        blob = path.read_bytes()
         try:
+            blob = path.read_bytes()
             base = Snapshot.load(blob).counters["base"]
-        except (SafetensorError, ValueError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise ValueError(
                 f"the checkpoint {path} cannot be read ({error}): remove it to begin without it"
             ) from error
@@ -189,7 +189,7 @@ class _Checkpoints:
         name, snapshot = live.job.name, live.snapshot()
         snapshot = replace(snapshot, counters=snapshot.counters | {"base": self._base})
         self._taken[name] = time.monotonic()
-        self._writing = self._writer.submit(self._write, self._path(name), snapshot)
+        self._writing = self._writer.submit(self._write, self.path(name), snapshot)
 
     @staticmethod
     def _write(path: Path, snapshot: Snapshot) -> None:
@@ -205,21 +205,25 @@ class _Checkpoints:
         """Of a job that cannot go on."""
         if self._writing is not None:
             self._writing.result()
-        self._path(name).unlink(missing_ok=True)
+        self.path(name).unlink(missing_ok=True)
 
-    def clear(self) -> None:
-        """Remove all of them."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+    def clear(self, names: Sequence[str]) -> None:
+        """Remove these jobs'; another call may have others in the same place."""
+        for name in names:
+            self.path(name).unlink(missing_ok=True)
+        with suppress(OSError):  # there is none, or others are in it
+            self._folder.rmdir()
 
     def close(self) -> None:
         """Wait until all is written."""
         self._writer.shutdown()
 
-    def _path(self, name: str) -> Path:
+    def path(self, name: str) -> Path:
+        """Of a job's state."""
         return self._folder / f"{name}.safetensors"
 
 
-def _add(engine: TrainEngine, jobs: Sequence[TrainJob], checkpoints: _Checkpoints | None) -> list[str]:
+def _add(engine: TrainEngine, jobs: Sequence[TrainJob], states: _Checkpoints, resume: bool) -> list[str]:
     """Every job into the engine, as its checkpoint has it; all that is wrong with them."""
     problems = [] if jobs else ["there are no jobs; give at least one TrainJob"]
     names = Counter(job.name for job in jobs)
@@ -235,7 +239,7 @@ def _add(engine: TrainEngine, jobs: Sequence[TrainJob], checkpoints: _Checkpoint
         try:
             examples, held_out = _examples(engine.base, job)
             start = None if job.init_adapter is None else read_adapter(Path(job.init_adapter), engine.bank)
-            checkpoint = checkpoints.read(job.name) if checkpoints is not None and NAME.fullmatch(job.name) else None
+            checkpoint = states.read(job.name) if resume and NAME.fullmatch(job.name) else None
             engine.add(EngineJob(job.name, job.lora, job.train, examples, held_out, start), checkpoint)
         except DatasetError as error:
             problems += [f"{job.name}: {line}" for line in str(error).splitlines()]
@@ -243,6 +247,8 @@ def _add(engine: TrainEngine, jobs: Sequence[TrainJob], checkpoints: _Checkpoint
             problems += [f"{job.name}: {problem}" for problem in error.problems]
         except AdapterFormatError as error:
             problems.append(f"{job.name}: init_adapter: {error}")
+        except CheckpointMismatchError as error:
+            problems.append(f"{job.name}: {error}: go back to those, or remove {states.path(job.name)}")
         except ValueError as error:
             problems.append(f"{job.name}: {error}")
     return problems

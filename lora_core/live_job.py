@@ -18,6 +18,10 @@ from lora_core.optim import FlatAdamW, HostState, Snapshot
 from lora_core.packing import Chunk, PackedChunk, cut_into_chunks
 
 
+class CheckpointMismatchError(ValueError):
+    """A checkpoint that cannot be continued with what the job is now."""
+
+
 class PreparedJob:
     """A job that is ready to be admitted, in host memory."""
 
@@ -30,13 +34,12 @@ class PreparedJob:
         """Continue from `checkpoint` of the same job.
 
         Raises:
-            ValueError: it is another job's, or of other settings or rows.
+            CheckpointMismatchError: it is another job's, or of other settings or rows.
         """
         snapshot = Snapshot.load(checkpoint)
         if snapshot.counters["job"] != self.digest:
-            raise ValueError(
-                f"the checkpoint is not one of {self.job.name}: its lora or train settings, or its rows, are others;"
-                " go back to those, or begin without it"
+            raise CheckpointMismatchError(
+                f"the checkpoint is not one of {self.job.name}: its lora or train settings, or its rows, are others"
             )
         self.state.restore(snapshot)
         self.progress = Progress.from_json(str(snapshot.counters["progress"]))

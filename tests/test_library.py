@@ -362,13 +362,17 @@ def test_a_checkpoint_of_something_else_is_refused_and_stays(
             lora_core.train(base, jobs, tmp_path / "out", checkpoint_seconds=0)
     left = files(tmp_path / "out")
     other = SHORT.model_copy(update={"learning_rate": 1e-4})
-    with pytest.raises(TrainJobsError, match="a: the checkpoint is not one of a: its lora or train settings"):
+    with pytest.raises(
+        TrainJobsError, match=r"a: the checkpoint is not one of a: its lora .* or remove .*/a.safetensors"
+    ):
         lora_core.train(base, [replace(jobs[0], train=other), jobs[1]], tmp_path / "out", resume=True)
     with pytest.raises(TrainJobsError, match=r"a.safetensors is of another base or precision"):
         lora_core.train(replace(base, fingerprint="f" * 64), jobs, tmp_path / "out", resume=True)
     with pytest.raises(TrainJobsError, match="there are no jobs"):
         lora_core.train(base, [], tmp_path / "out")
     assert files(tmp_path / "out") == left
+    lora_core.train(base, [replace(jobs[0], name="c")], tmp_path / "out")  # and other jobs' stay
+    assert left.items() <= files(tmp_path / "out").items()
     (tmp_path / "out" / ".checkpoints" / "b.safetensors").write_bytes(b"cut")
     with pytest.raises(TrainJobsError, match=r"b: the checkpoint .*b.safetensors cannot be read"):
         lora_core.train(base, jobs, tmp_path / "out", resume=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
 import signal
@@ -27,6 +28,7 @@ from cluster.settings import Settings
 from jobs.__main__ import follow, main
 from jobs.job import Job, JobStatus, Wish
 from jobs.job_queue import JobQueue
+from jobs.launcher import RayUnreachableError
 from tests.queue_kit import submit
 from tests.tiny_models import save_tiny_model
 
@@ -202,6 +204,9 @@ def test_jobs_train_together_and_a_killed_rank_changes_no_bit_of_what_each_is_al
     assert [job.progress and job.progress["step"] for job in together] == [200, 120, 20]
     assert victims[1].pid not in {rank.pid for rank in laptop.ranks()}
     assert all(any("rank was lost" in event.message for event in laptop.queue.events(job_id)) for job_id in ids[:2])
+    for job_id in ids:  # what it was to be continued from is gone
+        kept = laptop.home / "storage" / "jobs" / job_id / "checkpoints"
+        laptop.wait(job_id, lambda _, kept=kept: not any(path.is_file() for path in kept.rglob("*")))  # type: ignore[misc]
 
 
 def test_early_stopping_ends_a_job_with_its_reason_and_publishes_its_best(laptop: Laptop) -> None:
@@ -260,6 +265,31 @@ def test_interrupting_the_client_leaves_its_job_running(laptop: Laptop) -> None:
     assert client.returncode == 130
     assert "goes on without you" in errors
     assert laptop.finished(job_id).status is JobStatus.SUCCEEDED
+
+
+def test_a_follower_in_the_background_ignores_ctrl_c_and_waits_while_ray_is_away(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    queue = JobQueue(f"sqlite:///{tmp_path / 'lora.db'}")
+    job, _ = submit(queue)
+    asked = []
+
+    def watch() -> None:
+        asked.append(signal.getsignal(signal.SIGINT))
+        if len(asked) == 1:
+            raise RayUnreachableError("Ray's API does not answer")
+        queue.wish(job.id, Wish.CANCEL)
+
+    clock = itertools.count(0.0, 11.0)
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert follow(queue, job.id, watch) == 1
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert asked == [signal.SIG_IGN] * 2
+    queue.close()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

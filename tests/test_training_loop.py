@@ -16,8 +16,8 @@ from cluster.storage import StorageCorrupt, StorageUnavailable
 from jobs import job_reader
 from jobs.held_job import Held
 from jobs.job_reader import JobReader
-from jobs.orders import Assignment, JobFailed, NoRoom, Orders, Trained
-from jobs.training_loop import Rank
+from jobs.orders import Assignment, JobFailed, NoRoom, Orders, RankBroke, Trained
+from jobs.training_loop import Rank, train_loop
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.memory import DoesNotFitError, NoRoomBesideError
 from lora_core.peft_format import adapter_files
@@ -100,6 +100,37 @@ def test_a_job_without_room_beside_others_waits_and_one_that_never_fits_fails() 
     assert reports == [NoRoom("waits", 1), JobFailed("fails", "rank 1: DoesNotFitError: not at all")]
 
 
+def test_what_broke_a_rank_is_told_after_what_had_ended_and_of_what_had_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that is being handed over is neither blamed nor trained again, unless that is what failed."""
+    reports: list[Any] = []
+    rank: Rank = object.__new__(Rank)
+    rank.rank, rank.held = 0, {"training": None}  # type: ignore[dict-item]
+    rank.mailbox = SimpleNamespace(report=SimpleNamespace(remote=reports.append))
+    rank._publisher = ThreadPoolExecutor(1)
+    broken = threading.Event()
+
+    def hand_over() -> None:
+        assert broken.wait(30)
+        reports.append("handed over")
+
+    rank._hand_overs = {
+        "ended": rank._publisher.submit(hand_over),
+        "spoilt": rank._publisher.submit(lambda: 1 / 0),  # type: ignore[dict-item]
+    }
+
+    def run() -> None:
+        threading.Timer(0.2, broken.set).start()
+        raise RuntimeError("out of luck")
+
+    rank.run = run  # type: ignore[method-assign]
+    monkeypatch.setattr("jobs.training_loop.Rank", lambda *_: rank)
+    monkeypatch.setattr("jobs.training_loop.ray.get", lambda reference: reference)
+    config = dict.fromkeys(("settings", "mailbox", "base_model", "precision"))
+    with pytest.raises(RuntimeError, match="out of luck"):
+        train_loop(config)
+    assert reports == ["handed over", RankBroke(0, "RuntimeError: out of luck", ("training", "spoilt"))]
+
+
 def test_checkpoints_are_written_one_at_a_time_and_none_waits_for_ever() -> None:
     engine, went_on, written = TrainEngine(tiny_base("llama")), threading.Event(), []
     rank: Rank = object.__new__(Rank)
@@ -132,7 +163,7 @@ def rank_with_a_job_that_ends(report: Callable[[Any], None], monkeypatch: pytest
     rank.base, rank.rank, rank._base_model, rank._reported = rank.engine.base, 0, "tiny", math.inf
     rank._tokenizer = "of its vocabulary"
     rank.settings, rank._upload = SimpleNamespace(checkpoint_seconds=math.inf), None  # type: ignore[assignment]
-    rank.handing_over, rank._hand_overs, rank._publisher = {}, [], ThreadPoolExecutor(1)
+    rank.handing_over, rank._hand_overs, rank._publisher = {}, {}, ThreadPoolExecutor(1)
     rank.mailbox = SimpleNamespace(report=SimpleNamespace(remote=report))
     monkeypatch.setattr("jobs.training_loop.ray.get", lambda reference: reference)
     jobs = [job("short", examples=documents(3, 1), epochs=1, batch_size=3), job("long", epochs=1000)]
@@ -172,7 +203,7 @@ def test_a_job_is_handed_over_beside_the_steps_of_the_others(monkeypatch: pytest
     went_on.set()
     rank._publisher.shutdown()
     rank._let_go(both)
-    assert rank.assigned.keys() == {"short", "long"} and rank._hand_overs == []
+    assert rank.assigned.keys() == {"short", "long"} and rank._hand_overs == {}
     (told,) = reports
     assert isinstance(told, Trained) and (told.job_id, told.files) == ("short", expected)
     assert [probe["loss"] for probe in told.manifest["probes"]] == losses
