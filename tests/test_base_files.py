@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -58,6 +59,56 @@ def test_gguf_is_converted_once_and_is_the_same_model(shared_cache: Path, no_bui
         hidden = second.hidden(ids, positions, PackedAttention([ids.shape[1]]))
         ids = torch.cat([ids, second.head(hidden[:, -1:]).argmax(-1)], dim=1)
     assert "Paris" in str(second.tokenizer.decode(ids[0, asked:]))
+
+
+def save_gguf(file: Path, seed: int) -> Path:
+    """A random Llama as llama.cpp keeps it."""
+    model, tokenizer = tiny_model("llama", seed), byte_tokenizer()
+    config = model.config
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(128)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*tokenizer.convert_ids_to_tokens(range(len(tokenizer))), "ab"])
+    writer.add_token_merges(["a b"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        kept = names.get_name(name, try_suffixes=(".weight",))
+        assert kept is not None
+        writer.add_tensor(kept, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def test_the_gguf_file_that_is_named_is_read_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not one of that name in the working directory."""
+    for seed, name in enumerate(("asked", "here")):
+        (tmp_path / name).mkdir()
+        save_gguf(tmp_path / name / "model.gguf", seed)
+    source, reads, read = tmp_path / "asked" / "model.gguf", list[str](), gguf.GGUFReader
+    alone = weights(load_on_cpu(source, tmp_path / "alone").model)
+
+    def counting(path: str) -> gguf.GGUFReader:
+        reads.append(path)
+        return read(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", counting)
+    monkeypatch.chdir(tmp_path / "here")
+    found = weights(load_on_cpu(source, tmp_path / "cache").model)
+    assert all(torch.equal(weight, alone[name]) for name, weight in found.items())
+    assert [Path(path) for path in reads] == [source]
+    assert gguf.GGUFReader is counting
+    other = weights(load_on_cpu("model.gguf", tmp_path / "cache").model)
+    assert not torch.equal(other["model.embed_tokens.weight"], alone["model.embed_tokens.weight"])
 
 
 # --- a directory -----------------------------------------------------------------------------------------------------
