@@ -33,7 +33,7 @@ from lora_core.trainer import TrainEngine
 log = logging.getLogger("lora.library")
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-CHECKPOINTS = ".checkpoints"  # below `out`: no job's name begins so
+CHECKPOINTS, PARTIAL = ".checkpoints", ".partial"  # below `out`: no job's name begins so
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class _Checkpoints:
 
     @staticmethod
     def _write(path: Path, snapshot: Snapshot) -> None:
-        partial = path.with_suffix(".partial")
+        partial = path.with_suffix(PARTIAL)
         try:
             path.parent.mkdir(exist_ok=True)
             snapshot.write(partial)
@@ -209,8 +209,9 @@ class _Checkpoints:
 
     def clear(self, names: Sequence[str]) -> None:
         """Remove these jobs'; another call may have others in the same place."""
-        for name in names:
-            self.path(name).unlink(missing_ok=True)
+        for path in map(self.path, names):
+            path.unlink(missing_ok=True)
+            path.with_suffix(PARTIAL).unlink(missing_ok=True)  # of a call that was killed while it wrote
         with suppress(OSError):  # there is none, or others are in it
             self._folder.rmdir()
 

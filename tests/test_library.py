@@ -329,12 +329,14 @@ def test_resumed_jobs_are_those_that_were_never_interrupted(
                 lora_core.train(base, jobs, tmp_path / "out", resume=resume, checkpoint_seconds=0)
             trained += stepped
     assert (tmp_path / "out" / "short").exists() and not (tmp_path / "out" / "long").exists()
+    (tmp_path / "out" / ".checkpoints" / "long.partial").write_bytes(b"killed while it was written")
     stepped = killed_after(1000, monkeypatch)
     found = lora_core.train(base, jobs, tmp_path / "out", resume=True)
     assert files(tmp_path / "out") == files(tmp_path / "whole")  # and no checkpoint is left
     assert [replace(one, folder=None) for one in found.values()] == [
         replace(one, folder=None) for one in whole.values()
     ]
+    assert not (tmp_path / "out" / ".checkpoints").exists()
     assert "short" not in stepped and 0 < stepped.count("long") < whole["long"].steps
     assert len(trained + stepped) < 2 * sum(result.steps for result in whole.values())
 

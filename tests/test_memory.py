@@ -178,7 +178,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize(
     ("precision", "checkpointing", "tokens", "adapters", "dropout"),
-    [("fp32", "none", 768, 2, 0.1), ("fp32", "full", 768, 2, 0.1), ("auto", "none", 768, 1, 0.0)],
+    [("fp32", "none", 512, 2, 0.1), ("fp32", "full", 512, 2, 0.1), ("auto", "none", 512, 1, 0.0)],
 )
 def test_a_small_models_peak_is_within_a_tenth(
     small: str, tmp_path: Path, precision: str, checkpointing: str, tokens: int, adapters: int, dropout: float

@@ -25,6 +25,7 @@ import psutil
 import pytest
 
 from cluster.settings import Settings
+from cluster.storage import checkpoints_prefix, open_storage
 from jobs.__main__ import follow, main
 from jobs.job import Job, JobStatus, Wish
 from jobs.job_queue import JobQueue
@@ -204,9 +205,10 @@ def test_jobs_train_together_and_a_killed_rank_changes_no_bit_of_what_each_is_al
     assert [job.progress and job.progress["step"] for job in together] == [200, 120, 20]
     assert victims[1].pid not in {rank.pid for rank in laptop.ranks()}
     assert all(any("rank was lost" in event.message for event in laptop.queue.events(job_id)) for job_id in ids[:2])
+    storage = open_storage(laptop.settings.storage_url)
     for job_id in ids:  # what it was to be continued from is gone
-        kept = laptop.home / "storage" / "jobs" / job_id / "checkpoints"
-        laptop.wait(job_id, lambda _, kept=kept: not any(path.is_file() for path in kept.rglob("*")))  # type: ignore[misc]
+        prefix = checkpoints_prefix(job_id)
+        laptop.wait(job_id, lambda _, prefix=prefix: not storage.list(prefix))  # type: ignore[misc]
 
 
 def test_early_stopping_ends_a_job_with_its_reason_and_publishes_its_best(laptop: Laptop) -> None:
