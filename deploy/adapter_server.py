@@ -16,8 +16,6 @@ from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
-
 from cluster.bases import local_source
 from cluster.registry import AdapterNotFound, AdapterRegistry
 from cluster.settings import Settings
@@ -29,10 +27,6 @@ if TYPE_CHECKING:  # torch takes seconds to import, and the driver that deploys 
     from lora_core.generator import Event, GenerationRequest
 
 log = logging.getLogger("ray.serve.lora")
-
-
-class QuestionError(ValueError):
-    """A prompt that this base cannot be asked."""
 
 
 class AdapterServer:
@@ -120,24 +114,10 @@ class AdapterServer:
         )
 
     def _prompt(self, question: Question) -> list[int]:
-        """Tokens that the answer follows, made as in training (`lora_core/dataset_encoding.py`)."""
-        text = question.prompt
-        if not isinstance(text, str):
-            if not self._tokenizer.chat_template:
-                raise QuestionError("this base model has no chat template for messages; use /v1/completions")
-            try:
-                rendered = self._tokenizer.apply_chat_template(list(text), tokenize=False, add_generation_prompt=True)
-            except TemplateError as error:
-                raise QuestionError(f"the base model's chat template refuses these messages: {error}") from error
-            return self._ids(str(rendered), special=False)
-        ids = self._ids(text, special=True)
-        if not ids:
-            raise QuestionError("the prompt is empty")
-        return ids
+        """Tokens that the answer follows, made as in training."""
+        from lora_core.prompts import prompt_ids
 
-    def _ids(self, text: str, *, special: bool) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-        return ids
+        return prompt_ids(self._tokenizer, question.prompt)
 
 
 class _Account:
@@ -170,9 +150,11 @@ def _refusal(error: Exception) -> Refusal:
     from deploy.decode_loop import DecodeLoopError
     from lora_core.generator import PromptTooLongError
     from lora_core.peft_format import AdapterFormatError
+    from lora_core.prompts import NoTemplateError, PromptError
 
     kinds: list[tuple[type[Exception], int, str, str | None]] = [
-        (QuestionError, 400, "invalid_prompt", None),
+        (PromptError, 400, "invalid_prompt", None),
+        (NoTemplateError, 400, "invalid_prompt", None),
         (PromptTooLongError, 400, "context_length_exceeded", None),
         (AdapterNotFound, 404, "model_not_found", "model"),
         (AdapterRefusedError, 409, "adapter_refused", "model"),

@@ -6,11 +6,12 @@ import difflib
 import json
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from deploy.protocol import Question
+from lora_core.messages import for_template, message_problems
 
 # Parameters that would change the answer and are not implemented, with the values at which they change nothing.
 _NEUTRAL_SAMPLING: dict[str, tuple[Any, ...]] = {
@@ -144,36 +145,12 @@ class TextRequest(CompletionRequest):
         return self.max_tokens or 16
 
 
-class Message(_Strict):
-    """One turn. `content` may come as a list of text parts, and is one text here."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str
-    name: str | None = None
-    tool_call_id: str | None = None
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _join_parts(cls, content: Any) -> Any:
-        if not isinstance(content, list):
-            return content
-        texts = [part["text"] for part in content if isinstance(part, dict) and part.get("type") == "text"]
-        if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
-            raise ValueError("should be text, or a list of parts of type text")
-        return "".join(texts)
-
-    def for_template(self) -> dict[str, Any]:
-        """As training shows it to the chat template. Open models know OpenAI's `developer` as `system`."""
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, **self.model_dump(include={"content", "name", "tool_call_id"}, exclude_none=True)}
-
-
 class ChatRequest(CompletionRequest):
-    """`POST /v1/chat/completions`."""
+    """`POST /v1/chat/completions`. Its messages are judged as those of training are (`lora_core/messages.py`)."""
 
     neutral = _NEUTRAL_CHAT
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     max_completion_tokens: int | None = Field(default=None, ge=1)
 
     def contradictions(self) -> list[Problem]:
@@ -184,7 +161,7 @@ class ChatRequest(CompletionRequest):
         return problems
 
     def _prompt(self) -> tuple[dict[str, Any], ...]:
-        return tuple(message.for_template() for message in self.messages)
+        return tuple(for_template(message) for message in self.messages)
 
     def _max_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
@@ -225,7 +202,7 @@ def _invalid(location: tuple[int | str, ...], message: str) -> Problem:
 
 
 def _unsupported(document: Mapping[str, Any], kind: type[CompletionRequest]) -> list[Problem]:
-    """Parameters that are not supported, at the top and in messages; null passes, and a value without effect."""
+    """Parameters that are not supported, and what is wrong with messages; null passes, and a value without effect."""
     problems = []
     for name, value in document.items():
         if name in kind.model_fields or name in _HARMLESS or value is None:
@@ -239,8 +216,7 @@ def _unsupported(document: Mapping[str, Any], kind: type[CompletionRequest]) -> 
             problems.append((name, "unknown_parameter", f"{name} is no parameter here; {hint}"))
     messages = document.get("messages")
     for place, message in enumerate(messages if isinstance(messages, list) else []):
-        for key, value in message.items() if isinstance(message, dict) else ():
-            if key not in Message.model_fields and value not in (None, []):
-                name = f"messages.{place}.{key}"
-                problems.append((name, "unsupported_parameter", f"{name} is not supported here; leave it out"))
+        for key, advice in message_problems(message) if isinstance(message, dict) else ():
+            name = f"messages.{place}{key}"
+            problems.append((name, "invalid_value", f"{name}: {advice}"))
     return problems

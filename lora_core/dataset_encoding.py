@@ -20,10 +20,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lora_core.dataset_format import DatasetError, NumberedRow, Row, RowFormat
+from lora_core.prompts import NoTemplateError, PromptError, rendered, text_ids, tokenised
 
 TrainOn = Literal["completion", "all"]
 
@@ -71,10 +71,6 @@ class _Turn:
     ids: list[int]
 
 
-class _UnrenderableError(Exception):
-    """The chat template cannot train this conversation."""
-
-
 def encode_rows(
     rows: Sequence[NumberedRow], row_format: RowFormat, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn
 ) -> list[tuple[int, Example]]:
@@ -86,13 +82,14 @@ def encode_rows(
     Raises:
         DatasetError: rows that the chat template refuses; a tokenizer without chat template or end of sequence.
     """
-    documents = [_document(line, row, row_format, tokenizer.chat_template is not None) for line, row in rows]
+    documents = [_document(line, row, row_format, bool(tokenizer.chat_template)) for line, row in rows]
     passages = [document for document in documents if isinstance(document, _Passage)]
     chats = [document for document in documents if isinstance(document, _Chat)]
-    if chats and tokenizer.chat_template is None:
+    try:
+        encoded = [*_encoded_passages(passages, tokenizer), *_encoded_chats(chats, tokenizer, train_on)]
+    except NoTemplateError as error:
         advice = "use rows of `prompt` and `completion` strings, or an instruct model"
-        raise DatasetError([f"the base model has no chat template for messages; {advice}"])
-    encoded = [*_encoded_passages(passages, tokenizer), *_encoded_chats(chats, tokenizer, train_on)]
+        raise DatasetError([f"{error}; {advice}"]) from error
     encoded.sort(key=lambda item: item[0])  # prompt/completion may be strings in one row and messages in another
     if train_on == "all":
         encoded = [(line, Example(example.ids, [True] * len(example.ids))) for line, example in encoded]
@@ -118,8 +115,7 @@ def _chat(line: int, columns: str, messages: Sequence[Row], answers_from: int) -
         for index, message in enumerate(messages)
         if index >= answers_from and message["role"] == "assistant" and message.get("weight") != 0
     ]
-    shown = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-    return _Chat(line, columns, shown, answers)
+    return _Chat(line, columns, list(messages), answers)
 
 
 def _alpaca(line: int, instruction: str, given: str, output: str, has_template: bool) -> _Passage | _Chat:
@@ -134,15 +130,16 @@ def _alpaca(line: int, instruction: str, given: str, output: str, has_template: 
 def _encoded_passages(
     passages: Sequence[_Passage], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[int, Example]]:
-    """The prompt as the server feeds it (with the tokenizer's own first token, if it has one), completion, end."""
+    """The prompt as the server feeds it (with the tokenizer's own first token, if it has one), completion, one end."""
     for start in range(0, len(passages), BATCH_ROWS):
         batch = passages[start : start + BATCH_ROWS]
-        prompts = _tokenised(tokenizer, [passage.prompt for passage in batch], special=True)
-        wholes = _tokenised(tokenizer, [passage.prompt + passage.completion for passage in batch], special=True)
+        prompts = text_ids(tokenizer, [passage.prompt for passage in batch])
+        wholes = text_ids(tokenizer, [passage.prompt + passage.completion for passage in batch])
         for passage, prompt, whole in zip(batch, prompts, wholes, strict=True):
             ids = _starting_with(prompt, whole, passage.completion, tokenizer)
-            if ids[-1] != _end_of_text(tokenizer):
-                ids = [*ids, _end_of_text(tokenizer)]
+            while len(ids) > len(prompt) and ids[-1] == _end_of_text(tokenizer):
+                ids = ids[:-1]
+            ids = [*ids, _end_of_text(tokenizer)]
             yield passage.line, _example([_Turn(passage.line, len(prompt), ids)])
 
 
@@ -152,8 +149,8 @@ def _encoded_chats(
     """One example for a run of turns of which each starts with the one before."""
     special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
     for texts in _rendered_batches(chats, tokenizer, train_on):
-        prompts = _tokenised(tokenizer, [prompt for _, prompt, _ in texts], special=False)
-        wholes = _tokenised(tokenizer, [whole for _, _, whole in texts], special=False)
+        prompts = tokenised(tokenizer, [prompt for _, prompt, _ in texts])
+        wholes = tokenised(tokenizer, [whole for _, _, whole in texts])
         run: list[_Turn] = []
         for (line, prompt, whole), prompt_ids, whole_ids in zip(texts, prompts, wholes, strict=True):
             ids = _starting_with(prompt_ids, whole_ids, whole[len(prompt) :], tokenizer)
@@ -184,8 +181,8 @@ def _rendered_batches(
         for chat in chats[start : start + BATCH_ROWS]:
             try:
                 texts += _rendered(chat, tokenizer, train_on)
-            except _UnrenderableError as error:
-                problems.append(f"line {chat.line}: column {chat.columns}: {error}")
+            except PromptError as error:
+                problems.append(f"line {chat.line}: column {chat.columns}: {error}; change or leave out the row")
         yield texts
     if problems:
         raise DatasetError(problems)
@@ -194,35 +191,22 @@ def _rendered_batches(
 def _rendered(chat: _Chat, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn) -> list[tuple[int, str, str]]:
     if train_on == "all":
         end = max(index for index, message in enumerate(chat.messages) if message["role"] == "assistant") + 1
-        return [(chat.line, "", _render(tokenizer, chat.messages[:end], generation_prompt=False))]
-    turns = []
-    for number, index in enumerate(chat.answers, start=1):
-        prompt = _render(tokenizer, chat.messages[:index], generation_prompt=True)
-        whole = _render(tokenizer, chat.messages[: index + 1], generation_prompt=False)
-        if not whole.startswith(prompt):
-            raise _UnrenderableError(
-                f"the chat template puts answer {number} behind another prompt than the one it is served with;"
-                " use `prompt` and `completion` strings, or leave the row out"
-            )
-        turns.append((chat.line, prompt, whole))
-    return turns
+        return [(chat.line, "", rendered(tokenizer, chat.messages[:end], generation_prompt=False))]
+    return [(chat.line, *_turn(tokenizer, chat, number)) for number in range(len(chat.answers))]
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Row], *, generation_prompt: bool) -> str:
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
-    except TemplateError as error:
-        shown = f"the first {len(messages)} messages"
-        raise _UnrenderableError(f"the chat template refuses {shown} ({error}); change or leave out the row") from error
-
-
-def _tokenised(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bool) -> list[list[int]]:
-    if not texts:
-        return []
-    # verbose: it would warn of texts longer than the model's context, which max_seq_len deals with
-    encoding = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
-    ids: list[list[int]] = encoding["input_ids"]
-    return ids
+def _turn(tokenizer: PreTrainedTokenizerBase, chat: _Chat, number: int) -> tuple[str, str]:
+    """The prompt of an answer, and the prompt and the answer."""
+    index = chat.answers[number]
+    for _ in range(2):  # a template with a clock may have read two times
+        prompt = rendered(tokenizer, chat.messages[:index], generation_prompt=True)
+        whole = rendered(tokenizer, chat.messages[: index + 1], generation_prompt=False)
+        if whole.startswith(prompt):
+            return prompt, whole
+    raise PromptError(
+        f"the chat template puts answer {number + 1} behind another prompt than the one it is served with;"
+        " use `prompt` and `completion` strings"
+    )
 
 
 def _starting_with(prompt: list[int], whole: list[int], rest: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -231,10 +215,10 @@ def _starting_with(prompt: list[int], whole: list[int], rest: str, tokenizer: Pr
         return whole
     # Apart, but behind some other text: SentencePiece-like tokenizers put a space before a text's first word.
     for mark in ("\n", "."):
-        mark_ids, marked = _tokenised(tokenizer, [mark, mark + rest], special=False)
+        mark_ids, marked = tokenised(tokenizer, [mark, mark + rest])
         if marked[: len(mark_ids)] == mark_ids:
             return prompt + marked[len(mark_ids) :]
-    return prompt + _tokenised(tokenizer, [rest], special=False)[0]
+    return prompt + tokenised(tokenizer, [rest])[0]
 
 
 def _until_end_of_turn(ids: list[int], start: int, special: set[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

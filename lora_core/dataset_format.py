@@ -21,6 +21,8 @@ from typing import Any, Literal
 import pyarrow
 import pyarrow.parquet
 
+from lora_core.messages import for_template, kind, message_problems, text_problem
+
 Row = dict[str, Any]
 NumberedRow = tuple[int, Row]
 RowFormat = Literal["messages", "prompt/completion", "instruction/output", "text"]
@@ -34,8 +36,8 @@ REQUIRED_COLUMNS: dict[RowFormat, tuple[str, ...]] = {
 }
 OPTIONAL_COLUMNS: dict[RowFormat, tuple[str, ...]] = {"instruction/output": ("input",)}
 KNOWN_FORMATS = "`messages`, or `prompt` and `completion`, or `instruction` and `output`, or `text`"
-ROLES = ("system", "user", "assistant", "tool")
 REPORTED_PROBLEMS = 100
+EMPTY = "empty; write the text, or leave the row out"
 
 _Problem = tuple[int, str]
 """(line number, what to say about it)"""
@@ -134,7 +136,7 @@ def _read_jsonl(path: Path) -> tuple[list[NumberedRow], list[_Problem]]:
             if isinstance(row, dict):
                 rows.append((number, _without_nulls(row)))
             else:
-                problems.append((number, f"line {number}: {_kind(row)}; write an object with the columns as keys"))
+                problems.append((number, f"line {number}: {kind(row)}; write an object with the columns as keys"))
     return rows, problems
 
 
@@ -203,7 +205,7 @@ def _prompt_completion_problems(row: Row) -> Iterator[tuple[str, str]]:
         yield from _message_problems("prompt", prompt, answer_from=None)
         yield from _message_problems("completion", completion, answer_from=0)
     elif isinstance(prompt, list) or isinstance(completion, list):
-        kinds = f"`prompt` is {_kind(prompt)} and `completion` {_kind(completion)}"
+        kinds = f"`prompt` is {kind(prompt)} and `completion` {kind(completion)}"
         yield "`completion`", f"{kinds}; make both strings or both lists of messages"
     else:
         yield from _text_problems("prompt", prompt, may_be_empty=True)
@@ -213,61 +215,28 @@ def _prompt_completion_problems(row: Row) -> Iterator[tuple[str, str]]:
 def _message_problems(column: str, messages: Any, *, answer_from: int | None) -> Iterator[tuple[str, str]]:
     """`answer_from`: the first index at which an assistant's message is an answer; None where none is needed."""
     if not isinstance(messages, list) or not messages:
-        found = "an empty list" if messages == [] else _kind(messages)
+        found = "an empty list" if messages == [] else kind(messages)
         yield f"`{column}`", f"{found}; write a list of messages with `role` and `content`"
         return
-    found_any = False
-    for index, message in enumerate(messages):
-        for key, advice in _one_message_problems(message):
-            found_any = True
-            yield f"`{column}[{index}]{key}`", advice
-    if answer_from is None or found_any:
+    found = [
+        (f"`{column}[{index}]{key}`", advice)
+        for index, message in enumerate(messages)
+        for key, advice in message_problems(message)
+    ]
+    yield from found
+    if answer_from is None or found:
         return
-    if not any(message["role"] == "assistant" for message in messages[answer_from:]):
+    answers = [index for index in range(answer_from, len(messages)) if messages[index]["role"] == "assistant"]
+    if not answers:
         after = " that follows another one" if answer_from else ""
         yield f"`{column}`", f"no message of the assistant{after}; add the answer to learn"
-
-
-def _one_message_problems(message: Any) -> Iterator[tuple[str, str]]:
-    if not isinstance(message, dict):
-        yield "", f"{_kind(message)}; write an object with `role` and `content`"
-        return
-    role = message.get("role")
-    if role not in ROLES:
-        found = "missing" if role is None else f"`{role}` is unknown"
-        yield ".role", f"{found}; use {', '.join(ROLES[:-1])} or {ROLES[-1]}"
-    for key in ("tool_calls", "function_call"):
-        if message.get(key):
-            yield f".{key}", "calls are not supported; write the call into `content`, or leave the row out"
-    if message.get("content") is None:
-        yield ".content", "missing; add a string"
-    else:
-        for _, advice in _text_problems("content", message["content"], may_be_empty=role != "assistant"):
-            yield ".content", advice
-    if message.get("weight") not in (None, 0, 1):
-        yield ".weight", "use 1 to learn this message, 0 to leave it as context"
+    for index in answers:
+        if messages[index].get("weight") != 0 and not for_template(messages[index])["content"].strip():
+            yield f"`{column}[{index}].content`", EMPTY
 
 
 def _text_problems(column: str, value: Any, *, may_be_empty: bool = False) -> Iterator[tuple[str, str]]:
-    if not isinstance(value, str):
-        yield f"`{column}`", f"{_kind(value)}; write a string"
+    if problem := text_problem(value):
+        yield f"`{column}`", problem
     elif not may_be_empty and not value.strip():
-        yield f"`{column}`", "empty; write the text, or leave the row out"
-    elif not _encodable(value):
-        yield f"`{column}`", "half of a surrogate pair, such as \\ud83d alone; write the whole character"
-
-
-def _encodable(text: str) -> bool:
-    """JSON can spell half a character; no tokenizer can read it."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    names = {str: "a string", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return names.get(type(value), f"a {type(value).__name__}")
+        yield f"`{column}`", EMPTY

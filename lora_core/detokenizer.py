@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from lora_core.base_model import BaseModel
+from lora_core.prompts import NoTemplateError, PromptError, rendered
 
 _INCOMPLETE = "\ufffd"  # what bytes decode to as long as their character is not whole
 
@@ -78,10 +79,14 @@ def end_tokens(base: BaseModel) -> frozenset[int]:
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The special token that the chat template puts behind an answer; many bases name only another one as EOS."""
-    if not tokenizer.chat_template:
-        return None
     said = "What the assistant says."
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": said}]
-    after = str(tokenizer.apply_chat_template(messages, tokenize=False)).rpartition(said)[2].lstrip()
+    try:
+        _, found, after = rendered(tokenizer, messages, generation_prompt=False).rpartition(said)
+    except (NoTemplateError, PromptError):  # plain prompts can be served all the same
+        return None
+    if not found:
+        return None
+    after = after.lstrip()
     specials = {token: content for token, content in tokenizer.added_tokens_decoder.items() if content.special}
     return next((token for token, content in specials.items() if after.startswith(content.content)), None)

@@ -163,15 +163,14 @@ MIXED = "and a data set has one format"
         ("messages", chat("a", " \n"), [f"`messages[1].content`: {EMPTY}"]),
         (
             "messages",
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, message("assistant", "b")]},
-            ["`messages[0].content`: a list; write a string"],
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}, message("assistant", "b")]},
+            ["`messages[0].content`: a list; write a string, or parts of type text"],
         ),
         (
             "messages",
             {"messages": [message("user", "a"), {"role": "assistant", "content": None, "tool_calls": [{}]}]},
             [
-                "`messages[1].tool_calls`: calls are not supported;"
-                " write the call into `content`, or leave the row out",
+                "`messages[1].tool_calls`: calls are not supported; write the call into `content`",
                 "`messages[1].content`: missing; add a string",
             ],
         ),

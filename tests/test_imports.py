@@ -35,6 +35,8 @@ ORDER = {
         "base_model",
         "peft_format",
         "merge",
+        "messages",
+        "prompts",
         "dataset_format",
         "dataset_encoding",
         "dataset",
