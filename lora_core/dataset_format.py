@@ -218,13 +218,13 @@ def _message_problems(column: str, messages: Any, *, answer_from: int | None) ->
         found = "an empty list" if messages == [] else kind(messages)
         yield f"`{column}`", f"{found}; write a list of messages with `role` and `content`"
         return
-    found = [
+    wrong = [
         (f"`{column}[{index}]{key}`", advice)
         for index, message in enumerate(messages)
         for key, advice in message_problems(message)
     ]
-    yield from found
-    if answer_from is None or found:
+    yield from wrong
+    if answer_from is None or wrong:
         return
     answers = [index for index in range(answer_from, len(messages)) if messages[index]["role"] == "assistant"]
     if not answers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from deploy.adapter_server import AdapterServer
 from deploy.api_requests import ApiError, ChatRequest, TextRequest, parse_request
 from lora_core.dataset import DatasetError, Example, build_examples
 from lora_core.dataset_format import Row
+from lora_core.detokenizer import end_tokens
 from lora_core.prompts import PromptError, prompt_ids, rendered
+from tests.models import tiny_base
 from tests.rows import chat, message, numbered
 from tests.tiny_models import CHAT_TEMPLATE, SPECIALS, byte_tokenizer
 
@@ -152,6 +155,14 @@ def test_what_goes_wrong_in_a_template_is_one_sentence_in_training_and_serving(t
     assert "\n" not in sentence + str(in_serving.value)
     plain = trained(tokenizer, {"prompt": "a", "completion": "b"})  # needs no template
     assert plain.ids[:1] == served(tokenizer, TextRequest, prompt="a")
+
+
+def test_a_base_whose_template_fails_is_served_with_plain_prompts() -> None:
+    """The end of a turn, which the template would show, is looked for when a server starts."""
+    for template in ("{{ 1 / 0 }}", "{% for %}", {"rag": "x"}, "no messages at all"):
+        base = replace(tiny_base("llama"), tokenizer=tokenizer_with(template))
+        assert end_tokens(base) >= {258}
+    assert end_tokens(replace(base, tokenizer=tokenizer_with(CHAT_TEMPLATE.replace("_end|>", "_start|>")))) >= {257}
 
 
 def test_the_default_of_several_templates_is_the_one() -> None:
