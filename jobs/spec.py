@@ -1,7 +1,7 @@
 """What a user asks for: one job, as YAML or JSON, checked completely before anything runs.
 
     base_model: smollm2-135m            # alias in the settings, hub id, local directory, GGUF file, or s3:// prefix
-    dataset: jobs/examples/triage.jsonl # .jsonl or .parquet, a local path or s3://
+    dataset: jobs/examples/triage.jsonl # .jsonl, .json, .csv or .parquet, a local path or s3://
     adapter: triage                     # published as <base>:<adapter>
 
 Everything else has a default. All mistakes are reported at once, each in one sentence that says what to change.

@@ -1,6 +1,7 @@
 """A data set, ready for training: examples no longer than allowed, and a report of what they come to.
 
-    rows = read_rows(path)                                              dataset_format.py: lines, columns, mistakes
+    rows = read_rows(path)                                              dataset_files.py: lines, or numbers of rows
+    check_rows(rows)                                                    dataset_format.py: columns, mistakes
     train, validation = split(len(rows), fraction, seed)
     dataset = build_examples([rows[i] for i in train], tokenizer, ...)  dataset_encoding.py: ids and loss mask
     build_datasets(path, fraction_or_path, tokenizer, config)           all of it
@@ -21,7 +22,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_core.config import TrainConfig
 from lora_core.dataset_encoding import Example, TrainOn, encode_rows
-from lora_core.dataset_format import DatasetError, NumberedRow, RowFormat, check_rows, ignored_columns, read_rows
+from lora_core.dataset_files import read_rows
+from lora_core.dataset_format import DatasetError, NumberedRow, RowFormat, RowNumber, check_rows, ignored_columns
+from lora_core.json_values import shown
 
 __all__ = [
     "Dataset",
@@ -46,7 +49,7 @@ class DatasetReport:
 
     `lengths` are the examples' tokens, in order; `longest` is the longest one's before truncation. `overlong` counts
     the rows with an example longer than `max_seq_len`, which `overlong_rule` truncated or dropped. `unlabelled` are the
-    lines of rows that train nothing.
+    lines, or numbers, of rows that train nothing.
     """
 
     format: RowFormat
@@ -82,21 +85,29 @@ class DatasetReport:
 
     def lines(self, capacity: int | None = None) -> list[str]:
         """The report for people, packing for micro-batches of `capacity` tokens (`max_seq_len` if not given)."""
+        return self.contents(capacity) + self.losses()
+
+    def contents(self, capacity: int | None = None) -> list[str]:
+        """What there is to train on."""
         capacity = capacity or self.max_seq_len
         share = self.supervised_tokens / self.tokens
         packing = f"{self.packing_efficiency(capacity):.1%} at {capacity:,} tokens"
-        lines = [
+        return [
             f"{self.rows:,} rows of {self.format}, {self.examples:,} examples",
             f"{self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised ({share:.1%})",
             f"longest row {self.longest:,} tokens, packing efficiency {packing}",
         ]
+
+    def losses(self) -> list[str]:
+        """What of the file is not trained, or not whole."""
+        lines = []
         if self.overlong:
             done = "truncated" if self.overlong_rule == "truncate" else "dropped"
             lines.append(f"{self.overlong:,} rows longer than max_seq_len={self.max_seq_len:,} tokens: {done}")
         if self.unlabelled:
             lines.append(f"{len(self.unlabelled):,} rows without a supervised token: {_named(self.unlabelled)}")
         if self.ignored_columns:
-            lines.append(f"ignored columns: {', '.join(self.ignored_columns)}")
+            lines.append(f"ignored columns: {', '.join(shown(name) or '(no name)' for name in self.ignored_columns)}")
         return lines
 
 
@@ -173,7 +184,7 @@ def build_datasets(
         rows = read_rows(dataset)
         check_rows(rows)  # before the cut, so that mistakes on either side come together
         kept, held_out = split(len(rows), validation, config.seed)
-        return build([rows[index] for index in kept]), build([rows[index] for index in held_out])
+        return build(rows.part(kept)), build(rows.part(held_out))
     built: list[Dataset] = []
     problems: list[str] = []
     for path, prefix in ((dataset, ""), (validation, "validation: ")):
@@ -211,7 +222,8 @@ def _cut(example: Example, tokens: int) -> Example:
 
 def _named(lines: Sequence[int]) -> str:
     rest = f" and {len(lines) - NAMED_ROWS:,} more" if len(lines) > NAMED_ROWS else ""
-    return f"lines {', '.join(map(str, lines[:NAMED_ROWS]))}{rest}"
+    word = "rows" if isinstance(lines[0], RowNumber) else "lines"
+    return f"{word} {', '.join(map(str, lines[:NAMED_ROWS]))}{rest}"
 
 
 def _nothing_to_learn(report: DatasetReport) -> str:

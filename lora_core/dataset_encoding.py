@@ -22,8 +22,9 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_core.dataset_format import DatasetError, NumberedRow, Row, RowFormat
+from lora_core.dataset_format import DatasetError, NumberedRow, Row, RowFormat, place
 from lora_core.prompts import NoTemplateError, PromptError, rendered, text_ids, tokenised
+from lora_core.sharegpt import conversation
 
 TrainOn = Literal["completion", "all"]
 
@@ -99,6 +100,8 @@ def encode_rows(
 def _document(line: int, row: Row, row_format: RowFormat, has_template: bool) -> _Passage | _Chat:
     if row_format == "messages":
         return _chat(line, "`messages`", row["messages"], 1)  # an opening message of the assistant answers nothing
+    if row_format == "conversations (ShareGPT)":
+        return _chat(line, "`conversations`", conversation(row["conversations"], row.get("system", "")), 1)
     if row_format == "text":
         return _Passage(line, "", row["text"])
     if row_format == "instruction/output":
@@ -182,7 +185,7 @@ def _rendered_batches(
             try:
                 texts += _rendered(chat, tokenizer, train_on)
             except PromptError as error:
-                problems.append(f"line {chat.line}: column {chat.columns}: {error}; change or leave out the row")
+                problems.append(f"{place(chat.line)}: column {chat.columns}: {error}; change or leave out the row")
         yield texts
     if problems:
         raise DatasetError(problems)

@@ -38,7 +38,8 @@ CHECKPOINTS, PARTIAL = ".checkpoints", ".partial"  # below `out`: no job's name 
 
 @dataclass(frozen=True)
 class TrainJob:
-    """One adapter: its `name`, which is that of its folder too, a .jsonl or .parquet file, and how to train.
+    """One adapter: its `name`, which is that of its folder too, a .jsonl, .json, .csv or .parquet file, and how to
+    train.
 
     `validation` is a fraction of the rows to hold out, above 0 and below 0.5, or a second file; `init_adapter` is the
     PEFT directory to start from.

@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lora_core.json_values import HALF_A_CHARACTER, encodable, shown
+
 ROLES = ("system", "user", "assistant", "tool")
 SHOWN_TEXTS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 CALLS = ("tool_calls", "function_call")
-
-HALF_A_CHARACTER = "half of a surrogate pair, such as \\ud83d alone; write the whole character"
 
 
 def message_problems(message: Any) -> Iterator[tuple[str, str]]:
@@ -29,7 +29,7 @@ def message_problems(message: Any) -> Iterator[tuple[str, str]]:
     given = _given(message)
     role = given.pop("role", None)
     if role not in (*ROLES, "developer"):
-        found = "missing" if role is None else f"`{_shown(role)}` is unknown"
+        found = "missing" if role is None else f"`{shown(str(role))}` is unknown"
         yield ".role", f"{found}; use {', '.join(ROLES[:-1])} or {ROLES[-1]}"
     for key in CALLS:
         if given.pop(key, None) is not None:
@@ -44,7 +44,7 @@ def message_problems(message: Any) -> Iterator[tuple[str, str]]:
     given.pop("content", None)
     for key, value in given.items() if role is not None else ():  # without one it is of another form as a whole
         if key not in SHOWN_TEXTS:
-            yield f".{_shown(key)}", "not supported; leave it out"
+            yield f".{shown(str(key))}", "not supported; leave it out"
         elif problem := text_problem(value):
             yield f".{key}", problem
 
@@ -61,11 +61,7 @@ def text_problem(value: Any, advice: str = "write a string") -> str | None:
     """Why this is no text that can be tokenised, if it is none."""
     if not isinstance(value, str):
         return f"{kind(value)}; {advice}"
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:  # JSON can spell half a character
-        return HALF_A_CHARACTER
-    return None
+    return None if encodable(value) else HALF_A_CHARACTER
 
 
 def kind(value: Any) -> str:
@@ -74,10 +70,6 @@ def kind(value: Any) -> str:
         return "null"
     names = {str: "a string", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return names.get(type(value), f"a {type(value).__name__}")
-
-
-def _shown(value: Any) -> str:
-    return str(value)[:80].encode("utf-8", "backslashreplace").decode()
 
 
 def _given(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from lora_core.dataset import DatasetError, build_examples, check_rows, read_rows
+from lora_core.messages import for_template
+from lora_core.sharegpt import conversation
 from tests.rows import chat, message, numbered, problems
 from tests.tiny_models import CHAT_TEMPLATE, byte_tokenizer
 
@@ -59,8 +61,24 @@ def test_every_unreadable_line_is_reported_beside_the_other_mistakes(tmp_path: P
         ("a.jsonl", b"", "the file has no rows"),
         ("a.jsonl", b"\n \n\xef\xbb\xbf\n", "the file has no rows"),
         ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "the file is UTF-16; save it as UTF-8"),
-        ("a.jsonl", b'[\n{"text": "a"}\n]', "the file is one JSON array; write each row on a line of its own"),
-        ("a.csv", b"text\na", "`.csv` is not read; convert it to .jsonl or .parquet"),
+        ("a.jsonl.gz", b"\x1f\x8b", "`.gz` is not read; convert it to .jsonl, .json, .csv or .parquet"),
+        ("a.json", b"[ ]", "the file has no rows"),
+        ("a.json", b'[{"text": "\xff"}]', "line 1 is not UTF-8; save the file as UTF-8"),
+        (
+            "a.json",
+            b'{\n"data": [{"text": "a"}]\n}',
+            "the file is one object: column `data`: no known format; use `messages`, or",
+        ),
+        ("a.csv", "text\na".encode("utf-16"), "the file is UTF-16; save it as UTF-8"),
+        ("a.csv", b"", "the file has no rows"),
+        ("a.csv", b"text\n", "the file has no rows"),
+        (
+            "a.csv",
+            b"question,\xff\na,b",
+            "the first line has to name the columns: column `question`, `\\udcff`: no known",
+        ),
+        ("a.csv", b'messages\n"[]"', "a cell of CSV is text, no list of messages; write them as .jsonl"),
+        ("a.csv", b"text,id,text\na,1,b", "column `text` is there twice; keep one of them"),
         ("a.parquet", b"PAR1 and no more", "it cannot be read as Parquet"),
         ("a.parquet", b'{"text": "a"}', "it cannot be read as Parquet"),
     ],
@@ -92,11 +110,23 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         read_rows(tmp_path / "nowhere.jsonl")
 
 
+def turn(speaker: str, value: str, **more: Any) -> dict[str, Any]:
+    """One of ShareGPT's."""
+    return {"from": speaker, "value": value, **more}
+
+
 FORMATS: dict[str, list[dict[str, Any]]] = {
     "messages": [
         {**chat("a", "b"), "id": 1},
         {"messages": [message("system", "s"), message("user", "a", name="n"), message("assistant", "b", weight=0)]},
         {"messages": [message("user", "a"), message("assistant", "b", weight=1)], "id": None},
+    ],
+    "conversations (ShareGPT)": [
+        {"id": "x", "conversations": [turn("human", "a"), turn("gpt", "b", weight=None), turn("human", "")]},
+        {
+            "conversations": [turn("human", "a"), turn("gpt", "b", weight=0), turn("gpt", "c", html="<p>")],
+            "system": "s",
+        },
     ],
     "prompt/completion": [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d", "extra": [1, 2]}],
     "instruction/output": [
@@ -128,6 +158,7 @@ def test_parquet_is_read_as_jsonl_is(tmp_path: Path, row_format: str, suffix: bo
 
 GOOD: dict[str, dict[str, Any]] = {
     "messages": chat("a", "b"),
+    "sharegpt": {"conversations": [turn("human", "a"), turn("gpt", "b")]},
     "prompt": {"prompt": "a", "completion": "b"},
     "alpaca": {"instruction": "a", "output": "b"},
     "text": {"text": "a"},
@@ -190,8 +221,94 @@ MIXED = "and a data set has one format"
             ["`messages`: no message of the assistant that follows another one; add the answer to learn"],
         ),
         ("messages", chat("\ud83d", "b"), [f"`messages[0].content`: {HALF}"]),
-        ("messages", {"conversations": []}, ["`messages`: missing; add it"]),
+        (
+            "messages",
+            {"conversations": []},
+            [f"`messages`: missing: this row is conversations (ShareGPT), most are messages, {MIXED}"],
+        ),
+        (
+            "messages",
+            {"messages": [message("user", "a", name="\ud83d"), message("assistant", "b")]},
+            [f"`messages[0].name`: {HALF}"],
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "\ud83d\n", "content": "a"}, {"role": {"a": 1}, "content": "b"}]},
+            [
+                "`messages[0].role`: `\\ud83d\\n` is unknown; use system, user, assistant or tool",
+                "`messages[1].role`: `{'a': 1}` is unknown; use system, user, assistant or tool",
+            ],
+        ),
+        (
+            "messages",
+            {"messages": [message("user", "a", **{"\udc00": 1}), message("assistant", "b")]},
+            ["`messages[0].\\udc00`: not supported; leave it out"],
+        ),
         ("messages", {"text": "a"}, [f"`messages`: missing: this row is text, most are messages, {MIXED}"]),
+        (
+            "sharegpt",
+            {
+                "conversations": [
+                    turn("gtp", "a"),
+                    turn("gpt", " "),
+                    {"value": "a"},
+                    {"from": "human"},
+                    "x",
+                    turn("gpt", "\ud83d"),
+                ]
+            },
+            [
+                "`conversations[0].from`: `gtp` is unknown; use system, user, assistant or tool",
+                "`conversations[2].from`: missing; use system, user, assistant or tool",
+                "`conversations[3].value`: missing; add a string",
+                "`conversations[4]`: a string; write an object with `role` and `content`",
+                f"`conversations[5].value`: {HALF}",
+            ],
+        ),
+        ("sharegpt", {"conversations": [turn("human", ""), turn("gpt", " ")]}, [f"`conversations[1].value`: {EMPTY}"]),
+        (
+            "sharegpt",
+            {"conversations": []},
+            ["`conversations`: an empty list; write a list of messages with `from` and `value`"],
+        ),
+        (
+            "sharegpt",
+            {"conversations": [turn("gpt", "a"), turn("human", "b")]},
+            ["`conversations`: no message of the assistant that follows another one; add the answer to learn"],
+        ),
+        (
+            "sharegpt",
+            {
+                "conversations": [
+                    turn("human", "a"),
+                    turn("function_call", "f()"),
+                    turn("observation", "1"),
+                    turn("gpt", 3),
+                ]
+            },
+            [
+                "`conversations[1].from`: calls are not supported; write the call into an answer, or leave the row out",
+                "`conversations[3].value`: a number; write a string, or parts of type text",
+            ],
+        ),
+        (
+            "sharegpt",
+            {"conversations": [{"role": "wizard", "content": "a"}, turn("gpt", "b", weight=2)]},
+            [
+                "`conversations[0].role`: `wizard` is unknown; use system, user, assistant or tool",
+                "`conversations[1].weight`: use 1 to learn this message, 0 to leave it as context",
+            ],
+        ),
+        (
+            "sharegpt",
+            {"conversations": [turn("system", "a"), turn("gpt", "b")], "system": "c"},
+            ["`system`: the conversation begins with a system turn of its own; leave one of the two out"],
+        ),
+        (
+            "sharegpt",
+            {"conversations": [turn("human", "a"), turn("gpt", "b")], "system": 3},
+            ["`system`: a number; write a string"],
+        ),
         ("prompt", {"prompt": "a"}, ["`completion`: missing; add it"]),
         ("prompt", {"question": "a"}, ["`prompt`: missing; add it", "`completion`: missing; add it"]),
         ("prompt", {"prompt": 1, "completion": ""}, ["`prompt`: a number; write a string", f"`completion`: {EMPTY}"]),
@@ -229,7 +346,10 @@ def test_the_format_is_what_most_rows_are() -> None:
     assert problems(numbered({"text": "a"}, *[chat("a", "b")] * 2)) == (
         f"line 1: column `messages`: missing: this row is text, most are messages, {MIXED}",
     )
-    unknown = "no known format; use `messages`, or `prompt` and `completion`, or `instruction` and `output`, or `text`"
+    unknown = (
+        "no known format; use `messages`, or `conversations`, or `prompt` and `completion`, or `instruction` and"
+        " `output`, or `text`"
+    )
     assert problems(numbered({"question": "a", "answer": "b"}, {})) == (
         f"line 1: column `question`, `answer`: {unknown}",
         f"line 2: column none: {unknown}",
@@ -242,6 +362,62 @@ def test_extra_columns_do_no_harm_and_the_richer_format_wins() -> None:
     assert check_rows(numbered({"instruction": "a", "output": "b", "text": "x"})) == "instruction/output"
     assert check_rows(numbered({"prompt": "a", "completion": "b", "text": "x"})) == "prompt/completion"
     assert check_rows(numbered({"text": "a", "output": "b", "prompt": "x"})) == "text"
+
+
+def test_sharegpts_names_are_a_chat_templates(tmp_path: Path) -> None:
+    speakers = [
+        "system",
+        "human",
+        "user",
+        "gpt",
+        "chatgpt",
+        "bing",
+        "bard",
+        "model",
+        "assistant",
+        "tool",
+        "observation",
+    ]
+    rows = [
+        {"conversations": [turn(speaker, f"{n}") for n, speaker in enumerate(speakers)]},
+        {"conversations": [message("user", "a"), message("assistant", "b", weight=0), message("assistant", "c")]},
+        {"conversations": [turn("gpt", "a", weight=1, name="n")], "system": "s"},
+    ]
+    assert check_rows(numbered(*rows)) == "conversations (ShareGPT)"
+    roles = ["system", "user", "user", *["assistant"] * 6, "tool", "tool"]
+    shown = [
+        [
+            for_template(m) | ({"weight": m["weight"]} if m.get("weight") is not None else {})
+            for m in conversation(row["conversations"], row.get("system", ""))
+        ]
+        for row in rows
+    ]
+    assert shown == [
+        [message(role, f"{n}") for n, role in enumerate(roles)],
+        rows[1]["conversations"],
+        [message("system", "s"), message("assistant", "a", weight=1)],
+    ]
+    path = write(tmp_path / "a.jsonl", *map(json.dumps, rows))
+    dataset = build_examples(
+        read_rows(path), byte_tokenizer(), max_seq_len=999, train_on="completion", overlong="truncate"
+    )
+    assert dataset.report.lines()[0] == "3 rows of conversations (ShareGPT), 3 examples"
+    assert dataset.report.lines()[-1] == "ignored columns: conversations.name"
+    same = build_examples(
+        numbered(*[{"messages": messages} for messages in shown]), byte_tokenizer(), max_seq_len=999,
+        train_on="completion", overlong="truncate",
+    )  # fmt: skip
+    assert dataset.examples == same.examples
+
+
+def test_names_of_columns_can_be_printed() -> None:
+    odd = {"text": "a", "\ud83d": 1, "a\nb": 2, "": 3, "ü": 4}
+    report = build_examples(
+        numbered(odd), byte_tokenizer(), max_seq_len=9, train_on="completion", overlong="truncate"
+    ).report
+    assert report.lines()[-1] == "ignored columns: (no name), a\\nb, ü, \\ud83d"
+    (problem,) = problems(numbered({"\ud83d\n": "a", **{f"c{n}": n for n in range(20)}}))
+    assert problem.startswith("line 1: column `\\ud83d\\n`, `c0`, ") and "`c8` and 11 more: no known format" in problem
 
 
 def test_a_hundred_mistakes_are_named_and_the_others_counted() -> None:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 # The layout, in order. From its own package a file imports only what stands above it here; a new file gets its place.
 ORDER = {
     "lora_core": [
+        "json_values",
         "config",
         "lora",
         "dropout",
@@ -37,7 +38,10 @@ ORDER = {
         "merge",
         "messages",
         "prompts",
+        "sharegpt",
         "dataset_format",
+        "dataset_tables",
+        "dataset_files",
         "dataset_encoding",
         "dataset",
         "packing",
