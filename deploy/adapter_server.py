@@ -148,7 +148,7 @@ def _refusal(error: Exception) -> Refusal:
     """What went wrong, for the one who asked. Anything unforeseen is a bug: it is raised, and logged with its stack."""
     from deploy.adapter_cache import AdapterRefusedError
     from deploy.decode_loop import DecodeLoopError
-    from lora_core.generator import PromptTooLongError
+    from lora_core.generator import PromptTooLongError, UnknownTokenError
     from lora_core.peft_format import AdapterFormatError
     from lora_core.prompts import NoTemplateError, PromptError
 
@@ -156,6 +156,7 @@ def _refusal(error: Exception) -> Refusal:
         (PromptError, 400, "invalid_prompt", None),
         (NoTemplateError, 400, "invalid_prompt", None),
         (PromptTooLongError, 400, "context_length_exceeded", None),
+        (UnknownTokenError, 400, "invalid_prompt", None),
         (AdapterNotFound, 404, "model_not_found", "model"),
         (AdapterRefusedError, 409, "adapter_refused", "model"),
         (AdapterFormatError, 409, "adapter_refused", "model"),

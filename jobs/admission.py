@@ -25,7 +25,7 @@ from jobs.spec import JobSpec, SpecError
 from lora_core.adapter_bank import Adapter, AdapterBank
 from lora_core.adapter_init import LoraConfigError, adapted_modules, check_without_dense_weights, continued_adapter
 from lora_core.base_files import BaseModelError
-from lora_core.base_model import QUANTISED, describe_base, not_quantised, too_long
+from lora_core.base_model import QUANTISED, describe_base, not_quantised, token_rows, too_long
 from lora_core.dataset import Dataset, DatasetError, build_datasets
 from lora_core.peft_format import read_adapter
 
@@ -78,7 +78,7 @@ def admit(spec: JobSpec, settings: Settings, max_workers: int | None) -> Admitte
             _check_initial(spec, settings, storage, bank, adapter, problems)
         summary: list[str] = []
         if described is not None and dataset is not None:
-            examples = _checked(lambda: examples_of(spec, dataset, validation, described[1]), problems, "dataset")
+            examples = _checked(lambda: examples_of(spec, dataset, validation, *described), problems, "dataset")
             if examples is not None:
                 summary = examples[0].report.lines()
                 lengths = [len(example.ids) for part in examples if part is not None for example in part.examples]
@@ -93,11 +93,12 @@ def admit(spec: JobSpec, settings: Settings, max_workers: int | None) -> Admitte
 
 
 def examples_of(
-    spec: JobSpec, dataset: Path, validation: Path | None, tokenizer: PreTrainedTokenizerBase
+    spec: JobSpec, dataset: Path, validation: Path | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Dataset, Dataset | None]:
     """Examples to train on, and those held out; `validation` is the file, where the spec names one."""
     fraction = spec.validation if isinstance(spec.validation, float) else None
-    return build_datasets(dataset, fraction if validation is None else validation, tokenizer, spec.train)
+    held_out = fraction if validation is None else validation
+    return build_datasets(dataset, held_out, tokenizer, spec.train, token_rows(model))
 
 
 def _check_initial(

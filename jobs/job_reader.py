@@ -78,5 +78,6 @@ class JobReader:
 
             dataset = fetched(assignment.dataset_key, spec.dataset)
             validation = fetched(assignment.validation_key, str(spec.validation)) if assignment.validation_key else None
-            train, held_out = examples_of(spec, dataset, validation, self._engine.base.tokenizer)
+            base = self._engine.base
+            train, held_out = examples_of(spec, dataset, validation, base.model, base.tokenizer)
         return train.examples, held_out.examples if held_out else []

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -222,6 +222,14 @@ def too_long(model: PreTrainedModel, tokens: int) -> str | None:
         f"the longest row has {tokens:,} tokens and this base model {positions:,} positions: set max_seq_len to"
         f" {positions} or less"
     )
+
+
+def token_rows(model: PreTrainedModel) -> int:
+    """The token ids that a model can take are those below: its tokenizer may know more than the embedding and the head
+    have rows.
+    """
+    tables: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return min(int(table.weight.shape[0]) for table in tables if table is not None)
 
 
 def describe_base(source: str, cache_dir: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

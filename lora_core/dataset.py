@@ -126,15 +126,19 @@ def build_examples(
     max_seq_len: int,
     train_on: TrainOn,
     overlong: Overlong,
+    token_rows: int | None = None,
 ) -> Dataset:
     """Token ids and loss masks of all rows, none longer than `max_seq_len`, each ending with a label.
 
-    Over-long examples lose their end, or are left out, as `overlong` says.
+    Over-long examples lose their end, or are left out, as `overlong` says. `token_rows` is what the base model has of
+    them (None: not known): ids from there on are refused.
 
     Raises:
-        DatasetError: what `check_rows` and `encode_rows` find, or no supervised token in any row.
+        DatasetError: what `check_rows` and `encode_rows` find, tokens that the model has no row for, or no supervised
+            token in any row.
     """
     row_format = check_rows(rows)
+    problems: list[str] = []
     examples: list[Example] = []
     labelled: set[int] = set()
     overlong_lines: set[int] = set()
@@ -146,9 +150,13 @@ def build_examples(
             if overlong == "drop":
                 continue
             example = _cut(example, max_seq_len)
+        if token_rows is not None and (beyond := [token for token in example.ids if token >= token_rows]):
+            problems.append(f"line {line}: {_rowless(tokenizer, beyond[0], token_rows)}")
         if example.ids:
             examples.append(example)
             labelled.add(line)
+    if problems:
+        raise DatasetError(problems)
     report = DatasetReport(
         format=row_format,
         rows=len(rows),
@@ -167,9 +175,14 @@ def build_examples(
 
 
 def build_datasets(
-    dataset: str | Path, validation: float | str | Path | None, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
+    dataset: str | Path,
+    validation: float | str | Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainConfig,
+    token_rows: int | None = None,
 ) -> tuple[Dataset, Dataset | None]:
-    """Examples to train on, and those held out: a second file, or a fraction of the rows.
+    """Examples to train on, and those held out: a second file, or a fraction of the rows. `token_rows` is what the base
+    model has of them, where that is known.
 
     Raises:
         DatasetError: what `read_rows`, `build_examples` and `split` find.
@@ -177,7 +190,12 @@ def build_datasets(
 
     def build(rows: Sequence[NumberedRow]) -> Dataset:
         return build_examples(
-            rows, tokenizer, max_seq_len=config.max_seq_len, train_on=config.train_on, overlong=config.overlong
+            rows,
+            tokenizer,
+            max_seq_len=config.max_seq_len,
+            train_on=config.train_on,
+            overlong=config.overlong,
+            token_rows=token_rows,
         )
 
     if isinstance(validation, float):
@@ -218,6 +236,13 @@ def _cut(example: Example, tokens: int) -> Example:
     while end > 0 and not example.labels_mask[end - 1]:
         end -= 1
     return Example(example.ids[:end], example.labels_mask[:end])
+
+
+def _rowless(tokenizer: PreTrainedTokenizerBase, token: int, token_rows: int) -> str:
+    return (
+        f"the token `{tokenizer.convert_ids_to_tokens(token)}` has the id {token}, and the base model's embedding"
+        f" {token_rows} rows; change or leave out the row, or choose a base that knows the token"
+    )
 
 
 def _named(lines: Sequence[int]) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lora_core.adapter_bank import Adapter, AdapterBank, Run
-from lora_core.base_model import BaseModel
+from lora_core.base_model import BaseModel, token_rows
 from lora_core.batching import Batcher, Waiting
 from lora_core.detokenizer import TextStream, end_tokens
 from lora_core.kv_cache import KVCache
@@ -29,6 +29,10 @@ FinishReason = Literal["stop", "length"]
 
 class PromptTooLongError(ValueError):
     """The prompt leaves no room for an answer."""
+
+
+class UnknownTokenError(ValueError):
+    """The prompt has a token that the base has no row for, though its tokenizer may know it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +84,7 @@ class Generator:
         self.base, self.bank = base, bank
         self.context = min(max_len, int(base.model.config.get_text_config().max_position_embeddings))
         self.end_tokens = end_tokens(base)
+        self._token_rows = token_rows(base.model)
         self._cache = KVCache(base, slots=slots, max_len=self.context)
         self._batcher = Batcher(slots=slots, prefill_tokens=prefill_tokens)
         self._live: dict[int, _Live] = {}
@@ -100,6 +105,7 @@ class Generator:
 
         Raises:
             PromptTooLongError: the prompt fills the context.
+            UnknownTokenError: one of its tokens is none of the base's; among others it would end the whole step.
             ValueError: an empty prompt, or `max_tokens` below 1.
         """
         room = self.context - len(request.prompt)
@@ -109,6 +115,12 @@ class Generator:
             raise PromptTooLongError(
                 f"the prompt has {len(request.prompt)} tokens, and the context of {self.context} leaves no room for an"
                 " answer; send fewer or shorter messages"
+            )
+        if beyond := [token for token in request.prompt if not 0 <= token < self._token_rows]:
+            name = self.base.tokenizer.convert_ids_to_tokens(beyond[0])
+            raise UnknownTokenError(
+                f"the prompt has the token `{name}`, whose id is {beyond[0]}, and this base model's embedding has"
+                f" {self._token_rows} rows; leave it out"
             )
         number, self._next_id = self._next_id, self._next_id + 1
         limit = room if request.max_tokens is None else min(room, request.max_tokens)

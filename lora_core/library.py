@@ -21,7 +21,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lora_core.adapter_init import LoraConfigError
-from lora_core.base_model import BaseModel, too_long
+from lora_core.base_model import BaseModel, token_rows, too_long
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import DatasetError, Example, build_datasets
 from lora_core.engine_job import EngineJob, JobDiverged
@@ -262,7 +262,7 @@ def _examples(base: BaseModel, job: TrainJob) -> tuple[list[Example], list[Examp
         raise ValueError(
             f"validation must be a fraction of the rows above 0 and below 0.5, or a second file, not {job.validation}"
         )
-    dataset, held_out = build_datasets(job.dataset, job.validation, base.tokenizer, job.train)
+    dataset, held_out = build_datasets(job.dataset, job.validation, base.tokenizer, job.train, token_rows(base.model))
     examples, validation = dataset.examples, [] if held_out is None else held_out.examples
     if problem := too_long(base.model, max(len(example.ids) for example in (*examples, *validation))):
         raise ValueError(problem)

@@ -26,7 +26,7 @@ from lora_core.generator import Generator
 from lora_core.peft_format import adapter_files
 from lora_core.trainer import probe_losses
 from tests.models import random_adapter
-from tests.tiny_models import save_tiny_model
+from tests.tiny_models import save_tiny_model, with_more_tokens
 
 QUESTION = Question(
     prompt=({"role": "user", "content": "Hi"},),
@@ -257,6 +257,31 @@ def test_unknown_names_and_impossible_questions(service: Service, monkeypatch: p
     assert run(service.server.answer(dataclasses.replace(QUESTION, prompt=""))).message == "the prompt is empty"
     text = run(service.server.answer(dataclasses.replace(QUESTION, prompt="Hi")))
     assert text.opened.prompt_tokens == 2
+
+
+def test_a_token_that_the_base_has_no_row_for_harms_nobody_else(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Gemma 3 1B's tokenizer has one for images: an index past the embedding would end everybody's step."""
+    generator = service.server._loop._generator
+    more = with_more_tokens(service.trained.tokenizer)
+    monkeypatch.setattr(service.server, "_tokenizer", more)
+    monkeypatch.setattr(generator.base, "tokenizer", more)
+    patient = dataclasses.replace(QUESTION, max_tokens=200)
+
+    async def ask() -> None:
+        before = await service.server.answer(patient)
+        innocent = asyncio.create_task(service.server.answer(patient))
+        await until(lambda: generator.running == 1)
+        for prompt in ("<|more|>", ({"role": "user", "content": "what is <|more|>?"},)):
+            refused = await service.server.answer(dataclasses.replace(QUESTION, prompt=prompt))
+            assert (refused.status, refused.code) == (400, "invalid_prompt")
+            assert (
+                "the token `<|more|>`, whose id is 264, and this base model's embedding has 264 rows" in refused.message
+            )
+        assert await innocent == before == await service.server.answer(patient)
+
+    run(ask())
 
 
 def test_who_stops_listening_gives_the_request_up(service: Service) -> None:

@@ -21,7 +21,7 @@ from lora_core.adapter_bank import AdapterBank
 from lora_core.base_model import describe_base
 from tests.models import random_adapter
 from tests.s3_server import S3Server
-from tests.tiny_models import byte_tokenizer, save_tiny_model, write_adapter
+from tests.tiny_models import byte_tokenizer, save_tiny_model, with_more_tokens, write_adapter
 
 ROWS = [{"prompt": f"item {i}: ", "completion": f"code {i}"} for i in range(10)]
 
@@ -105,6 +105,16 @@ def test_a_base_that_cannot_be_quantised_and_an_adapter_on_its_head_come_togethe
     ]
 
 
+def test_a_token_that_the_base_has_no_row_for_is_named_with_its_line(tmp_path: Path, settings: Settings) -> None:
+    model = save_tiny_model("llama", tmp_path / "more")
+    with_more_tokens(byte_tokenizer()).save_pretrained(model)
+    rows = write(tmp_path / "more.jsonl", [*ROWS, {"prompt": "what is <|more|>? ", "completion": "a token"}])
+    (problem,) = problems(tmp_path, settings, base_model=str(model), dataset=rows)
+    assert problem.startswith(
+        "dataset: line 11: the token `<|more|>` has the id 264, and the base model's embedding 264"
+    )
+
+
 def test_all_mistakes_come_at_once(tmp_path: Path, settings: Settings) -> None:
     broken = write(tmp_path / "broken.jsonl", [*ROWS, {"prompt": "no completion"}])
     found = problems(
@@ -152,8 +162,9 @@ def test_rows_and_base_may_lie_in_a_bucket(tmp_path: Path, settings: Settings, m
     assert "model.safetensors" not in fetched  # weights are for workers
 
 
-def test_a_fraction_holds_out_rows_that_are_not_trained(tmp_path: Path) -> None:
-    train, held_out = examples_of(spec(tmp_path, validation=0.2), tmp_path / "rows.jsonl", None, byte_tokenizer())
+def test_a_fraction_holds_out_rows_that_are_not_trained(tmp_path: Path, model: Path) -> None:
+    asked = spec(tmp_path, validation=0.2)
+    train, held_out = examples_of(asked, tmp_path / "rows.jsonl", None, *describe_base(str(model), tmp_path))
     assert held_out is not None
     assert (len(train.examples), len(held_out.examples)) == (8, 2)
     assert not {tuple(e.ids) for e in train.examples} & {tuple(e.ids) for e in held_out.examples}

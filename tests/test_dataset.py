@@ -420,6 +420,32 @@ def test_messages_need_a_chat_template_and_answers_an_end() -> None:
         build(endless, {"prompt": "a", "completion": "b"})
 
 
+def test_tokens_that_the_base_has_no_row_for_are_refused_with_their_lines() -> None:
+    """In prompts, answers and texts, unless they are cut off; and the end that every row gets."""
+    tokenizer = byte_level(CHATML, "<|im_end|>")
+    tokenizer.add_tokens([AddedToken("<|image|>", special=True)])
+    beyond = tokenizer.convert_tokens_to_ids("<|image|>")
+    rows = [
+        chat("a", "b"),
+        chat("what is <|image|>?", "b"),
+        chat("a", "b", "c", "an <|image|>"),
+        chat("<|image|>", "b"),
+    ]
+    with pytest.raises(DatasetError) as raised:
+        build(tokenizer, *rows, token_rows=beyond)
+    assert [text.split(" and the base")[0] for text in raised.value.problems] == [
+        f"line {line}: the token `<|image|>` has the id {beyond}," for line in (2, 3, 4)
+    ]
+    assert f"embedding {beyond} rows; change or leave out the row" in raised.value.problems[0]
+    assert build(tokenizer, *rows, token_rows=beyond + 1).examples == build(tokenizer, *rows).examples
+    answered = len(build(tokenizer, chat("a", "b")).examples[0].ids)
+    assert build(tokenizer, chat("a", "b", "c", "<|image|>"), token_rows=beyond, max_seq_len=answered).examples
+    tokenizer.eos_token = "<|image|>"
+    for row in ({"text": "abc"}, {"prompt": "<|image|>", "completion": "b"}):
+        with pytest.raises(DatasetError, match=r"^line 1: the token `<\|image\|>`"):
+            build(tokenizer, row, token_rows=beyond)
+
+
 def test_over_long_rows_lose_their_end_or_are_dropped() -> None:
     tokenizer = byte_level(None, "</s>")
     rows = [{"prompt": "a", "completion": "b" * size} for size in (3, 6, 7, 20)]  # 5, 8, 9 and 22 tokens

@@ -21,7 +21,7 @@ from lora_core.base_model import BaseModel, load_base
 from lora_core.dataset import split
 from lora_core.live_job import LiveJob, PreparedJob
 from lora_core.trainer import TrainEngine
-from tests.tiny_models import save_tiny_model
+from tests.tiny_models import save_tiny_model, with_more_tokens
 
 ROOT = Path(__file__).parent.parent
 SHORT = TrainConfig(epochs=2, batch_size=4, learning_rate=5e-3, max_seq_len=64)
@@ -140,6 +140,23 @@ def test_rows_longer_than_the_models_positions_are_refused(dataset: Path, tmp_pa
     cut = TrainConfig(max_seq_len=128, epochs=1)
     result = lora_core.train(base, [TrainJob("cut", long, train=cut)], tmp_path / "out")["cut"]
     assert result.folder is not None
+
+
+def test_tokens_without_a_row_in_the_embedding_end_nothing_that_trains(
+    base: BaseModel, dataset: Path, tmp_path: Path
+) -> None:
+    """They are refused before, with all else, held-out ones too."""
+    base = replace(base, tokenizer=with_more_tokens(base.tokenizer))
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "fine"}\n{"text": "what is <|more|>?"}\n')
+    jobs = [TrainJob("good", dataset, train=SHORT), TrainJob("bad", bad), TrainJob("held", dataset, validation=bad)]
+    with pytest.raises(TrainJobsError) as caught:
+        lora_core.train(base, jobs, tmp_path / "out")
+    assert [problem.split(" the token")[0] for problem in caught.value.problems] == [
+        "bad: line 2:", "held: validation: line 2:",
+    ]  # fmt: skip
+    assert "`<|more|>` has the id 264, and the base model's embedding 264 rows" in caught.value.problems[0]
+    assert not (tmp_path / "out" / "good").exists()
 
 
 def test_files_that_cannot_be_written_are_that_jobs_error(base: BaseModel, dataset: Path, tmp_path: Path) -> None:

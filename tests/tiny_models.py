@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -14,6 +15,7 @@ from transformers import (
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen3Config,
 )
@@ -60,6 +62,15 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=SPECIALS[0], pad_token=SPECIALS[0], chat_template=CHAT_TEMPLATE
     )
+
+
+def with_more_tokens(tokenizer: PreTrainedTokenizerBase, rows: int = VOCABULARY) -> PreTrainedTokenizerBase:
+    """A copy that knows `<|more|>`, whose id is the first that a model of so many rows has none for."""
+    more = copy.deepcopy(tokenizer)
+    unused = [f"<|unused{i}|>" for i in range(len(more), rows)]
+    more.add_tokens([AddedToken(token, special=True) for token in (*unused, "<|more|>")])
+    assert more.convert_tokens_to_ids("<|more|>") == rows
+    return more
 
 
 def save_tiny_model(kind: str, folder: Path, seed: int = 0) -> Path:
