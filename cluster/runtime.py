@@ -8,6 +8,7 @@ writes down where it is; every other process reads that. The embedded Ray keeps 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -27,6 +28,7 @@ import psutil
 from cluster.settings import Settings
 
 LOCAL_CLUSTER = "local"
+WHICH_RAY = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 
 
 class NoClusterError(RuntimeError):
@@ -54,8 +56,7 @@ class EmbeddedRay:
         return {
             "RAY_ADDRESS": self.gcs_address,
             "RAY_API_SERVER_ADDRESS": self.api_url,
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": self.token_path,
+            **_token(self.token_path),
         }
 
 
@@ -80,26 +81,50 @@ def is_process(pid: int, started: float) -> bool:
 
 def cluster_name(settings: Settings) -> str:
     """The name under which this cluster's jobs stand in the queue."""
-    return (
-        settings.cluster or os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_API_SERVER_ADDRESS") or LOCAL_CLUSTER
-    )
+    return settings.cluster or _named_cluster() or LOCAL_CLUSTER
 
 
 def on_a_cluster() -> bool:
     """Whether the environment names a Ray cluster (Ray sets RAY_ADDRESS inside its jobs)."""
-    return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_API_SERVER_ADDRESS"))
+    return bool(_named_cluster())
+
+
+def _named_cluster() -> str:
+    address = os.environ.get("RAY_ADDRESS", "")
+    return ("" if address == "local" else address) or os.environ.get("RAY_API_SERVER_ADDRESS", "")
+
+
+def use_own_ray() -> None:
+    """Inside a Ray job, make RAY_ADDRESS the Ray that runs it: where there are two on a machine, Ray was seen to name
+    the other one. Elsewhere the environment stays as it is.
+    """
+    for process in psutil.Process().parents():
+        with contextlib.suppress(psutil.Error):
+            if process.name() == "raylet" and (address := _gcs_address(process.cmdline())) is not None:
+                # The other is of the shell in which `ray start` ran.
+                os.environ |= dict.fromkeys(WHICH_RAY, "") | {"RAY_ADDRESS": address}
+                return
+
+
+def _gcs_address(raylet: list[str]) -> str | None:
+    """The address in a raylet's command line."""
+    flag = "--gcs-address="
+    return next((part.removeprefix(flag) for part in raylet if part.startswith(flag)), None)
 
 
 def job_runtime_env() -> dict[str, Any]:
-    """The runtime environment of the Ray job that this process is part of: code package and variables; empty outside
-    one."""
+    """The runtime environment of the Ray job that this process is part of: code package and variables, but those that
+    say which Ray it is; empty outside one."""
     config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     runtime_env: dict[str, Any] = config.get("runtime_env") or {}
-    return {
+    kept = {
         key: value
         for key, value in runtime_env.items()
         if key in ("working_dir", "py_modules", "env_vars", "pip", "uv")
     }
+    if "env_vars" in kept:
+        kept["env_vars"] = {name: value for name, value in kept["env_vars"].items() if name not in WHICH_RAY}
+    return kept
 
 
 class OwnerLock:
@@ -151,10 +176,15 @@ def embedded_environment(settings: Settings) -> dict[str, str]:
         token.write_text(secrets.token_hex(32))
     repository = str(Path(__file__).resolve().parent.parent)
     return {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
+        **dict.fromkeys(WHICH_RAY, ""),
+        **_token(str(token)),
         "PYTHONPATH": os.pathsep.join(filter(None, [repository, os.environ.get("PYTHONPATH")])),
     }
+
+
+def _token(path: str) -> dict[str, str]:
+    """RAY_AUTH_TOKEN, which would count before the path, may be another cluster's."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": path, "RAY_AUTH_TOKEN": ""}
 
 
 def start_embedded(settings: Settings) -> EmbeddedRay:
@@ -183,6 +213,8 @@ def start_embedded(settings: Settings) -> EmbeddedRay:
         api_url=f"http://{context.address_info['webui_url']}",
         token_path=os.environ["RAY_AUTH_TOKEN_PATH"],
     )
+    # `ray start` leaves this file and `ray.init` does not: without it a job is given the address of any Ray around.
+    (_ray_folder(settings) / "ray_current_cluster").write_text(embedded.gcs_address)
     record = _record(settings)
     scratch = record.with_suffix(f".{os.getpid()}")
     scratch.write_text(json.dumps(asdict(embedded)))

@@ -26,6 +26,7 @@ from botocore import exceptions as aws
 from botocore.config import Config
 from s3transfer.exceptions import RetriesExceededError  # type: ignore[import-untyped]
 
+from cluster.proxies import reach_this_machine_directly
 from cluster.storage_base import (
     Keys,
     Storage,
@@ -76,6 +77,7 @@ class S3Storage(Storage):
     @functools.cached_property
     def client(self) -> Any:
         """Made on first use, in a session of its own: boto3's default session is not safe between threads."""
+        reach_this_machine_directly()  # where the server may be, and boto3 reads the environment's proxies now
         try:
             return boto3.session.Session().client("s3", config=CONFIG)
         except (aws.BotoCoreError, ValueError) as error:  # ValueError: an endpoint that is no URL

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from cluster.proxies import reach_this_machine_directly
 from cluster.runtime import (
     cluster_name,
     code_version,
@@ -24,6 +25,7 @@ from cluster.runtime import (
     on_a_cluster,
     stop_embedded,
     stop_recorded,
+    use_own_ray,
 )
 from cluster.settings import Settings, SettingsError, load_settings
 from jobs.database import check_database
@@ -40,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     chosen = parser.parse_args(arguments)
     log_to_stderr()
+    reach_this_machine_directly()
+    use_own_ray()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars, between our own lines
     try:
         command: Callable[[Settings, argparse.Namespace], int] = chosen.command

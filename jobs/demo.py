@@ -18,7 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from cluster.runtime import NoClusterError, find_embedded, record_process
+from cluster.proxies import reach_this_machine_directly
+from cluster.runtime import WHICH_RAY, NoClusterError, find_embedded, record_process
 from cluster.settings import Settings, load_settings
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
@@ -31,6 +32,10 @@ QUESTION = (
 def main() -> int:
     """The whole journey; returns the exit code."""
     settings = load_settings()
+    reach_this_machine_directly()
+    for name in WHICH_RAY:
+        if address := os.environ.pop(name, ""):
+            print(f"{name}={address} is left out of account: the demo has a Ray of its own on this machine")
     began = time.monotonic()
     print("$ python -m jobs submit jobs/examples/triage.yaml", flush=True)
     submitted = subprocess.run([sys.executable, "-m", "jobs", "submit", str(EXAMPLES / "triage.yaml")], check=False)

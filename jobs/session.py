@@ -25,8 +25,9 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
+from cluster.proxies import reach_this_machine_directly
 from cluster.registry import AdapterRegistry
-from cluster.runtime import log_to_stderr
+from cluster.runtime import log_to_stderr, use_own_ray
 from cluster.settings import Settings, load_settings
 from cluster.storage import (
     StorageError,
@@ -340,8 +341,11 @@ def main() -> None:
     parser.add_argument("--fence", type=int, required=True)
     arguments = parser.parse_args()
     log_to_stderr()
+    reach_this_machine_directly()
+    use_own_ray()
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")  # a dead rank is noticed in a quarter second
-    ray.init(log_to_driver=True)
+    # For actors too: Train's clean-up asks for the address anew, and gives up where it finds two Rays.
+    ray.init(log_to_driver=True, runtime_env={"env_vars": {"RAY_ADDRESS": os.environ["RAY_ADDRESS"]}})
     raise SystemExit(run_session(load_settings(), arguments.id, arguments.fence))
 
 

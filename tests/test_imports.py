@@ -67,7 +67,17 @@ ORDER = {
         "detokenizer",
         "generator",
     ],
-    "cluster": ["settings", "metrics", "storage_base", "storage_s3", "storage", "bases", "registry", "runtime"],
+    "cluster": [
+        "settings",
+        "metrics",
+        "proxies",
+        "storage_base",
+        "storage_s3",
+        "storage",
+        "bases",
+        "registry",
+        "runtime",
+    ],
     "jobs": [
         "spec",
         "job",

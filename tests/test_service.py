@@ -1,7 +1,7 @@
 """The whole path on a real Ray, with a small random model: submit, queue, two ranks, kill, resume, publish.
 
-One embedded Ray serves all tests of this file, as a laptop has it; a job's published version is the digest of its
-adapter, so "the same adapter" is "the same version".
+One embedded Ray serves all tests of this file, as a laptop has it, beside what looks like another one; a job's
+published version is the digest of its adapter, so "the same adapter" is "the same version".
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from jobs.__main__ import follow, main
 from jobs.job import Job, JobStatus, Wish
 from jobs.job_queue import JobQueue
 from jobs.launcher import RayUnreachableError
+from tests.another_ray import another_ray
 from tests.queue_kit import submit
 from tests.tiny_models import save_tiny_model
 
@@ -131,19 +132,9 @@ class Laptop:
 @pytest.fixture(scope="module")
 def laptop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laptop]:
     laptop = Laptop(tmp_path_factory.mktemp("home"))
-    with another_rays_port():
+    with another_ray(tmp_path_factory.mktemp("other")):
         yield laptop
         laptop.jobs("stop")
-
-
-@contextlib.contextmanager
-def another_rays_port() -> Iterator[None]:
-    """Hold the port of a Ray's agent, as one does that runs on this machine already."""
-    with socket.socket() as agent:
-        with contextlib.suppress(OSError):  # there may be such a Ray
-            agent.bind(("127.0.0.1", 52365))
-            agent.listen()
-        yield
 
 
 def version_of(job: Job) -> str:
