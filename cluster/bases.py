@@ -25,7 +25,7 @@ def local_source(source: str, cache_dir: Path, *, weights: bool = True) -> str:
         return str(fetch_url(source, _folder(source, cache_dir) / source.rpartition("/")[2]))
     storage = open_storage(source)
     keys = storage.list()
-    if "config.json" not in keys:
+    if "config.json" not in keys and "adapter_config.json" not in keys:  # of an adapter more can be said
         raise StorageConfigError(f"{source} holds no config.json: give the prefix of a Hugging Face model directory.")
     folder = _folder(source, cache_dir)
     with (folder / ".lock").open("w") as lock:
@@ -36,6 +36,15 @@ def local_source(source: str, cache_dir: Path, *, weights: bool = True) -> str:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 storage.fetch(key, target)
     return str(folder)
+
+
+def listed_files(source: str) -> list[str] | None:
+    """The names of a bucket's files below an `s3://` prefix; None for a source of another kind.
+
+    Raises:
+        StorageError: the store does not answer.
+    """
+    return open_storage(source).list() if "://" in source and not source.endswith(".gguf") else None
 
 
 def fetch_url(url: str, path: Path) -> Path:

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cluster.bases import fetch_url, local_source
+from cluster.bases import fetch_url, listed_files, local_source
 from cluster.settings import Settings
 from cluster.storage import Storage, StorageError, dataset_key, job_spec_key, open_storage
 from jobs.initial_adapter import fetch_initial, store_initial
@@ -24,7 +24,7 @@ from jobs.job import Job
 from jobs.spec import JobSpec, SpecError
 from lora_core.adapter_bank import Adapter, AdapterBank
 from lora_core.adapter_init import LoraConfigError, adapted_modules, check_without_dense_weights, continued_adapter
-from lora_core.base_files import BaseModelError
+from lora_core.base_checks import BaseModelError
 from lora_core.base_model import QUANTISED, describe_base, not_quantised, token_rows, too_long
 from lora_core.dataset import Dataset, DatasetError, build_datasets
 from lora_core.peft_format import read_adapter
@@ -131,8 +131,9 @@ def _fits(check: Callable[[], object], problems: list[str]) -> None:
 
 
 def _described(spec: JobSpec, settings: Settings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    source = local_source(settings.resolve_base(spec.base_model), settings.cache_dir, weights=False)
-    return describe_base(source, settings.cache_dir)
+    source = settings.resolve_base(spec.base_model)
+    folder = local_source(source, settings.cache_dir, weights=False)
+    return describe_base(folder, settings.cache_dir, listed_files(source))
 
 
 def _writable(settings: Settings) -> Storage:

@@ -14,7 +14,7 @@ import json
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_core.attention import ATTENTION_NAME
+from lora_core.base_checks import WEIGHTS, BaseModelError, refuse_unusable, weight_files
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class BaseModelError(ValueError):
-    """A base model that cannot be found, read or adapted; the sentence says what to change."""
+BASE_ALONE: dict[str, Any] = {"adapter_kwargs": {"subfolder": "no adapter"}}
+"""For transformers' from_pretrained, which with peft installed puts an adapter that lies beside the weights into the
+model: it is looked for below this name instead."""
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -50,24 +52,25 @@ def chat_template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def local_folder(source: str, cache_dir: Path, *, weights: bool = True) -> Path:
-    """The directory that holds the source: itself, a hub snapshot, or a GGUF file's conversion.
+def local_folder(source: str, cache_dir: Path, *, weights: bool = True, listed: Collection[str] | None = None) -> Path:
+    """The directory that holds the source: itself, a hub snapshot, or a GGUF file's conversion. Without `weights` a
+    hub's holds the small files alone; so does a directory of which `listed` names all files.
 
     Raises:
-        BaseModelError: there is none.
+        BaseModelError: there is none, or it can be no base.
     """
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return _converted_gguf(path.resolve(), cache_dir)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise BaseModelError(
-                f"base model {source}: the directory has no config.json; point to a Hugging Face model directory"
-            )
-        return path.resolve()
+        folder = path.resolve()
+        refuse_unusable(folder, source, listed)
+        return folder
     if source.startswith(("/", ".", "~")) or path.suffix == ".gguf":
         raise BaseModelError(f"base model {source}: there is no such file or directory")
-    return _hub_snapshot(source, weights)
+    folder = _hub_snapshot(source, weights)
+    refuse_unusable(folder, source, None if weights else _hub_names(source, folder))
+    return folder
 
 
 def _hub_snapshot(source: str, weights: bool) -> Path:
@@ -84,17 +87,24 @@ def _hub_snapshot(source: str, weights: bool) -> Path:
         ) from error
 
 
+def _hub_names(source: str, folder: Path) -> set[str]:
+    """A repository's files, of those that are fetched; what the hub does not say is taken to be there."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        names = set(HfApi().list_repo_files(source))
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+        return {path.name for path in folder.iterdir()} | {WEIGHTS[0]}
+    return {name for name in names if not name.endswith(".bin")}
+
+
 def fingerprint_of(folder: Path, cache_dir: Path) -> str:
     """sha256 over the weight files of a model directory; remembered by path, size and time of each file."""
-    origin = folder / "source.json"  # a conversion stands for the file it came from
-    if origin.is_file():
+    origin = folder / "source.json"  # a conversion stands for the file it came from; a copy of one may be changed
+    if origin.is_file() and folder.resolve().parent == (cache_dir / "bases").resolve():
         return str(json.loads(origin.read_text())["sha256"])
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    if not files:
-        raise BaseModelError(
-            f"base model {folder}: the directory holds no *.safetensors; save the model with save_pretrained"
-        )
-    digests = [[file.name, _file_sha256(file.resolve(), cache_dir)] for file in files]
+    digests = [[file.name, _file_sha256(file.resolve(), cache_dir)] for file in weight_files(folder)]
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
@@ -120,7 +130,9 @@ def _converted_gguf(file: Path, cache_dir: Path) -> Path:
             # The whole path: transformers would take a file of that name in the working directory instead.
             arguments: dict[str, Any] = {"gguf_file": str(file), "local_files_only": True}
             with readable(file), _gguf_read_once():
-                model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **arguments)
+                model = AutoModelForCausalLM.from_pretrained(
+                    file.parent, dtype=torch.float32, **BASE_ALONE, **arguments
+                )
                 tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
             tokenizer.save_pretrained(scratch)
             write_dense(model, scratch)
@@ -149,8 +161,8 @@ def _gguf_read_once() -> Iterator[None]:
 
 def dense_folder(folder: Path, fingerprint: str, precision: str, cache_dir: Path) -> Path:
     """`folder` itself where its weights are one precision, the one computed in; else a copy of it that is."""
-    files = list(folder.glob("*.safetensors"))
-    if files and _dtypes(files) == {precision}:
+    files = weight_files(folder)
+    if all(file.suffix == ".safetensors" for file in files) and _dtypes(files) == {precision}:
         return folder
     config = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
     with _built_once(cache_dir / "bases" / f"{fingerprint[:16]}-{config[:8]}-{precision}") as (target, scratch):
@@ -219,6 +231,7 @@ def open_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are told below, by name
+            **BASE_ALONE,
         )
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]

@@ -9,6 +9,7 @@ file once.
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +19,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_core.attention import ATTENTION_NAME, Attend, PackedAttention
+from lora_core.base_checks import SUPPORTED, BaseModelError, moving_positions
 from lora_core.base_files import (
     DTYPES,
-    BaseModelError,
     dense_folder,
     fingerprint_of,
     load_tokenizer,
@@ -45,8 +46,6 @@ Precision = Literal["auto", "fp32", "bf16", "fp8", "nf4"]
 QUANTISED = ("fp8", "nf4")
 CACHE_DIR = Path("~/.lora/cache")
 """Where the service keeps the same files if nothing else is set."""
-
-SUPPORTED = "use a Llama, Mistral, Qwen, Gemma or GPT-2 model"
 
 
 @dataclass
@@ -232,13 +231,16 @@ def token_rows(model: PreTrainedModel) -> int:
     return min(int(table.weight.shape[0]) for table in tables if table is not None)
 
 
-def describe_base(source: str, cache_dir: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def describe_base(
+    source: str, cache_dir: Path, listed: Collection[str] | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model without weights (on the meta device) and its tokenizer: enough to check a job's targets and rows.
+    `listed` names the files of a source of which only the small ones are here.
 
     Raises:
-        BaseModelError: no such source, or not a causal language model.
+        BaseModelError: no such source, or one that cannot be a base.
     """
-    folder = local_folder(source, cache_dir, weights=False)
+    folder = local_folder(source, cache_dir, weights=False, listed=listed)
     with torch.device("meta"), readable(folder):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -254,13 +256,8 @@ def _refuse_unfaithful(base: BaseModel) -> None:
     the next, would train and serve wrongly without a sound.
     """
     config = base.model.config
-    ropes = getattr(config, "rope_parameters", None) or {}
-    kinds = {rope.get("rope_type") for rope in (ropes, *ropes.values()) if isinstance(rope, dict)}
-    if by_longest := kinds & {"dynamic", "longrope"}:
-        raise BaseModelError(
-            f"base model {base.source}: its positions ({by_longest.pop()} RoPE) depend on the longest document in a"
-            " batch, so that jobs would change each other; use a model with another rope_type"
-        )
+    if reason := moving_positions(config):  # also of a model that came from no directory
+        raise BaseModelError(f"base model {base.source}: {reason}")
     try:
         error = _packing_error(base)
     except Exception as problem:  # a forward pass that is made otherwise fails in its own way

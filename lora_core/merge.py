@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from lora_core.adapter_bank import Adapter, AdapterBank
-from lora_core.base_files import BaseModelError, write_dense
+from lora_core.base_checks import BaseModelError
+from lora_core.base_files import write_dense
 from lora_core.base_model import BaseModel
 from lora_core.dora import weight_of
 from lora_core.peft_format import read_adapter

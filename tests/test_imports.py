@@ -32,6 +32,7 @@ ORDER = {
         "decoder_head",
         "decoder_weights",
         "decoder",
+        "base_checks",
         "base_files",
         "base_model",
         "peft_format",
