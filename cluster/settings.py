@@ -5,6 +5,7 @@ With nothing set, everything is files below `~/.lora` on this machine.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.util
 import json
@@ -117,11 +118,11 @@ class Settings(BaseSettings):
     @field_validator("base_models")
     @classmethod
     def _named(cls, models: dict[str, str]) -> dict[str, str]:
-        """Aliases are the part before the colon in `model="<base>:<adapter>"`."""
+        """Aliases are the part before the colon in `model="<base>:<adapter>"`; relative paths are of this directory."""
         bad = [alias for alias in models if not ALIAS.fullmatch(alias)]
         if bad:
             raise ValueError(f"should have aliases of letters, digits, '.', '_' and '-' only (not {bad})")
-        return models
+        return {alias: _located(source) for alias, source in models.items()}
 
     @property
     def cache_dir(self) -> Path:
@@ -133,6 +134,14 @@ class Settings(BaseSettings):
         """Where Ray Train keeps its own few files, as Ray spells it."""
         url = self.storage_url.rstrip("/")
         return f"{unquote(url.removeprefix('file://')) if url.startswith('file://') else url}/ray-train"
+
+    def locate_base(self, name: str) -> str:
+        """The base that somebody names in this directory, as a job's row has it: in one spelling, that means the same
+        everywhere. What has an alias goes by that, another local directory or GGUF file by its absolute path."""
+        if name in self.base_models:
+            return name
+        source = _located(name)
+        return next((alias for alias, known in self.base_models.items() if known == source), source)
 
     def resolve_base(self, name: str) -> str:
         """The source of a base model: an alias's, or the name itself."""
@@ -147,6 +156,18 @@ class Settings(BaseSettings):
             if name in (alias, source):
                 return alias
         return name.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+
+
+def _located(source: str) -> str:
+    """A local path as an absolute one, with the name that it has here; a hub id or URL as it is."""
+    if "://" in source:
+        return source.rstrip("/")
+    path = Path(source)
+    with contextlib.suppress(RuntimeError):  # of a user who is not known here
+        path = path.expanduser()
+    if not (path.is_dir() or source.startswith(("/", ".", "~")) or path.suffix == ".gguf"):
+        return source
+    return str(path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name)
 
 
 def load_settings() -> Settings:

@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _submit(settings: Settings, arguments: argparse.Namespace) -> int:
     spec = load_spec(arguments.spec)
+    spec = spec.model_copy(update={"base_model": settings.locate_base(spec.base_model)})
     # Late: these import torch and Ray, which `list` and `show` can do without.
     from jobs.admission import admit
     from jobs.launcher import Launcher

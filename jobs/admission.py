@@ -7,6 +7,7 @@ cluster. All mistakes come together, each in one sentence.
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cluster.bases import fetch_url, listed_files, local_source
-from cluster.settings import Settings
+from cluster.settings import ALIAS, Settings
 from cluster.storage import Storage, StorageError, dataset_key, job_spec_key, open_storage
 from jobs.initial_adapter import fetch_initial, store_initial
 from jobs.job import Job
@@ -60,6 +61,12 @@ def admit(spec: JobSpec, settings: Settings, max_workers: int | None) -> Admitte
         problems.append(
             f"num_workers is {spec.num_workers}, but this cluster has room for {max_workers}; lower it"
             " (or raise LORA_MAX_WORKERS if it can grow)"
+        )
+    if ALIAS.fullmatch(name := settings.base_name(spec.base_model)) is None:
+        alias = json.dumps({"my-base": spec.base_model})
+        problems.append(
+            f"base_model: nobody could ask for {name}:{spec.adapter}, as a base's name has letters, digits, '.', '_'"
+            f" and '-' only; rename it, or give it an alias: LORA_BASE_MODELS='{alias}'"
         )
     storage = _checked(lambda: _writable(settings), problems, "storage")
     described = _checked(lambda: _described(spec, settings), problems, "base_model")

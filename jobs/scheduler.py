@@ -10,6 +10,7 @@ while it slept changes nothing. `submit` makes sure that there is one (`ensure_s
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
@@ -225,9 +226,12 @@ def ensure_scheduler(settings: Settings, queue: JobQueue) -> None:
         return
     logs = settings.home / "logs"
     logs.mkdir(parents=True, exist_ok=True)
+    # What is relative to this directory, as paths of bases may be, must mean the same there.
+    environment = {**os.environ, "LORA_BASE_MODELS": json.dumps(settings.base_models)}
     with (logs / "scheduler.log").open("ab") as output:
         subprocess.Popen(
             [sys.executable, "-m", "jobs", "scheduler"],
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

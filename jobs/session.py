@@ -275,7 +275,7 @@ def run_session(settings: Settings, session_id: str, fence: int) -> int:
     ):
         log.error("session=%s event=not_ours fence=%d", session_id, fence)
         return 1
-    base_model, precision, _ = session.session_key.split("|")
+    base_model, precision, _ = session.session_key.rsplit("|", 2)
     keeper = Keeper(settings, queue, session_id, fence)
     # Set, it also says that GPU nodes will come, which an autoscaled cluster may not have up yet.
     gpus = "gpus_per_rank" in settings.model_fields_set or ray.cluster_resources().get("GPU", 0) > 0

