@@ -54,7 +54,7 @@ def main(threads: int) -> None:
     torch.set_num_threads(threads)
     precision = resolve_precision("auto", torch.device("cpu"))
     engine = TrainEngine(smollm2_shaped(precision))
-    examples = random_documents(DOCUMENTS, TOKENS, SHAPE["vocab_size"])
+    examples = random_documents([TOKENS] * DOCUMENTS, SHAPE["vocab_size"])
     live = engine.add(EngineJob("job", LoraConfig(), TrainConfig(batch_size=DOCUMENTS, epochs=1000), examples))
     seconds: dict[str, list[float]] = {"step": [], "copy (the step waits)": [], "write": [], "hash": []}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -10,17 +11,31 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_core.base_model import BaseModel, placed
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import Example
-from lora_core.engine_job import EngineJob
+from lora_core.engine_job import EngineJob, JobDiverged
+from lora_core.optim import StepOutcome
+from lora_core.packing import ROW_MULTIPLE
+from lora_core.ready_batch import ReadyBatch
 from lora_core.trainer import TrainEngine
 from tests.bench.report import Step
 
 PLAIN = LoraConfig()
 
 
-def random_documents(count: int, tokens: int, vocabulary: int, seed: int = 0) -> list[Example]:
-    """Random tokens, all but the first supervised."""
-    ids = torch.randint(0, vocabulary, (count, tokens), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [Example(row, [False] + [True] * (tokens - 1)) for row in ids]
+class CountingEngine(TrainEngine):
+    """Counts what it trains on: where jobs are unlike, it depends on their turns how much that is."""
+
+    tokens = 0
+
+    def forward_backward(self, batch: ReadyBatch) -> None:
+        """Count the tokens of this batch's documents, which are longer than the padding between them."""
+        self.tokens += sum(length for length in batch.packed.lengths if length >= ROW_MULTIPLE)
+        super().forward_backward(batch)
+
+
+def random_documents(lengths: Sequence[int], vocabulary: int, seed: int = 0) -> list[Example]:
+    """Random tokens, all but the first of each document supervised."""
+    ids = torch.randint(0, vocabulary, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
+    return [Example(row.tolist(), [False] + [True] * (len(row) - 1)) for row in ids.split(list(lengths))]
 
 
 def base_of(model: PreTrainedModel, precision: str) -> BaseModel:
@@ -35,16 +50,22 @@ def bench_job(
 ) -> EngineJob:
     """A job that takes all its documents in every step and does not end."""
     train = TrainConfig(batch_size=documents, epochs=1_000_000, max_seq_len=tokens, seed=seed)
-    return EngineJob(name, lora, train, random_documents(documents, tokens, vocabulary, seed))
+    return EngineJob(name, lora, train, random_documents([tokens] * documents, vocabulary, seed))
 
 
 def set_jobs(engine: TrainEngine, jobs: int, documents: int, tokens: int, lora: LoraConfig = PLAIN) -> None:
     """Let the live jobs go and take in `jobs` fresh ones of `documents` documents each."""
+    vocabulary = engine.base.model.config.vocab_size
+    fresh = (bench_job(f"job{number}", documents, tokens, vocabulary, number, lora) for number in range(jobs))
+    replace_jobs(engine, fresh)
+
+
+def replace_jobs(engine: TrainEngine, jobs: Iterable[EngineJob]) -> None:
+    """Let the live jobs go and take in these."""
     for name in list(engine.live):
         engine.remove(name)
-    for number in range(jobs):
-        vocabulary = engine.base.model.config.vocab_size
-        engine.add(bench_job(f"job{number}", documents, tokens, vocabulary, number, lora))
+    for job in jobs:
+        engine.add(job)
 
 
 def checked_step(engine: TrainEngine) -> None:
@@ -53,9 +74,14 @@ def checked_step(engine: TrainEngine) -> None:
     while left > 0:
         outcomes = engine.step()
         left -= len(outcomes)  # the jobs are alike, so that fair shares let none do two before all have done one
-        for outcome in outcomes.values():
-            if isinstance(outcome, Exception):
-                raise outcome
+        raise_failed(outcomes)
+
+
+def raise_failed(outcomes: Mapping[str, StepOutcome | JobDiverged]) -> None:
+    """The first error among them, if there is one."""
+    for outcome in outcomes.values():
+        if isinstance(outcome, Exception):
+            raise outcome
 
 
 def session_step(engine: TrainEngine, jobs: int, documents: int, tokens: int, lora: LoraConfig = PLAIN) -> Step:

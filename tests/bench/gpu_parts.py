@@ -31,7 +31,7 @@ from lora_core.peft_format import adapter_files
 from lora_core.ready_batch import decoder_rows
 from lora_core.trainer import TrainEngine, probe_losses
 from lora_core.transfer import arrival
-from tests.bench.engines import base_of, bench_job, checked_step, session_step, set_jobs
+from tests.bench.engines import CountingEngine, base_of, bench_job, checked_step, session_step, set_jobs
 from tests.bench.peers import SHAPES, random_llama
 from tests.bench.report import (
     DORA,
@@ -63,18 +63,18 @@ FIRST_OF_THEIR_KIND = {
 
 def one_and_eight_jobs(report: Report, conditions: Conditions, precision: str, dora: bool = False) -> None:
     """A step of 8,192 tokens of one job, and of eight (where documents are longer than 1,024, each has one)."""
-    engine, suffix = _engine(conditions, precision), DORA * dora
-    for jobs, workload in ((1, ONE_JOB), (8, MANY_JOBS)):
-        documents = _documents(jobs, conditions.tokens)
-        case = f"ours, {precision}{suffix}, {jobs} x {documents} x {conditions.tokens}"
+    engine = fresh_engine(conditions, precision)
+    for jobs, many in ((1, ONE_JOB), (8, MANY_JOBS)):
+        documents, workload = _documents(jobs, conditions.tokens), conditions.workload(many, dora)
+        case = f"ours, {precision}{DORA * dora}, {jobs} x {documents} x {conditions.tokens}"
         tokens, lora = jobs * documents * conditions.tokens, LoraConfig(use_dora=dora)
         make_step = functools.partial(session_step, engine, jobs, documents, conditions.tokens, lora)
-        measure(report, conditions, case, OURS, workload + suffix, tokens, make_step)
+        measure(report, conditions, case, OURS, workload, tokens, make_step)
 
 
 def overhead(report: Report, conditions: Conditions, precision: str) -> None:
     """What one job takes beyond the frozen model's own forward pass and input gradient, on the same rows."""
-    engine = _engine(conditions, precision)
+    engine = fresh_engine(conditions, precision)
     set_jobs(engine, 1, _documents(1, conditions.tokens), conditions.tokens)
     (live,), decoder = engine.live.values(), engine.base.decoder
     assert decoder is not None and live.standing is not None
@@ -103,7 +103,7 @@ def most_jobs(report: Report, conditions: Conditions, precision: str) -> None:
 
 def sweep(report: Report, conditions: Conditions, precision: str) -> None:
     """The same documents whoever they belong to, short enough that each of 32 jobs has one."""
-    engine = _engine(conditions, precision)
+    engine = fresh_engine(conditions, precision)
     tokens = STEP_TOKENS // SWEEP[-1]
     medians: dict[int, tuple[float, float]] = {}
     for jobs in SWEEP:
@@ -152,7 +152,7 @@ def swap(report: Report, conditions: Conditions, precision: str) -> None:
     """What a swap and the step after it take beyond the step before; and how many graphs torch compiled for them. The
     newcomer is prepared before, as a session does it on a thread beside the steps.
     """
-    engine = _engine(conditions, precision)
+    engine = fresh_engine(conditions, precision)
     documents = _documents(8, conditions.tokens)
     set_jobs(engine, 8, documents, conditions.tokens)
     for _ in range(conditions.warm):
@@ -195,7 +195,7 @@ def joins(conditions: Conditions, precision: str, rehearsed: bool) -> dict[str, 
     """Seconds of preparing a newcomer; milliseconds that the longest step beside it takes beyond a median one, and that
     its joining and first step take beyond a median step with it (dropout and DoRA have a price of their own).
     """
-    engine = _engine(conditions, precision)
+    engine = fresh_engine(conditions, precision)
     documents = _documents(8, conditions.tokens)
     step, figures = functools.partial(checked_step, engine), {}
 
@@ -234,7 +234,7 @@ def ends(report: Report, conditions: Conditions, precision: str) -> None:
     """What a checkpoint of one of eight jobs, and its end, cost the others: the step beside which a thread writes the
     checkpoint, or makes the files, beyond the one before; and a probe, which lies between two steps.
     """
-    engine = _engine(conditions, precision)
+    engine = fresh_engine(conditions, precision)
     set_jobs(engine, 8, _documents(8, conditions.tokens), conditions.tokens)
     step, device = functools.partial(checked_step, engine), conditions.device
     for _ in range(conditions.warm):
@@ -309,7 +309,7 @@ def _child(conditions: Conditions, precision: str, what: str, caches: str) -> di
 
 def first_steps(conditions: Conditions, precision: str) -> dict[str, float]:
     """Seconds of this process's first steps, of one job and then of eight, the base loaded before."""
-    engine = _engine(conditions, precision)
+    engine = fresh_engine(conditions, precision)
     seconds = {}
     for jobs in (1, 8):
         set_jobs(engine, jobs, _documents(jobs, conditions.tokens), conditions.tokens)
@@ -317,9 +317,10 @@ def first_steps(conditions: Conditions, precision: str) -> dict[str, float]:
     return seconds
 
 
-def _engine(conditions: Conditions, precision: str) -> TrainEngine:
+def fresh_engine(conditions: Conditions, precision: str) -> CountingEngine:
+    """Without jobs, on a base of its own."""
     model = random_llama(conditions.shape, conditions.device, ATTENTION_NAME)
-    return TrainEngine(base_of(model, precision), capacity=STEP_TOKENS)
+    return CountingEngine(base_of(model, precision), capacity=STEP_TOKENS)
 
 
 def _documents(jobs: int, tokens: int) -> int:

@@ -5,7 +5,8 @@ Both keep PEFT's defaults: A and B in fp32 on a bf16 base, r 16 on all linears; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import peft
@@ -80,14 +81,58 @@ def set_checkpointing(model: peft.PeftModel, enabled: bool) -> None:
         model.gradient_checkpointing_disable()
 
 
-def stock_step(model: peft.PeftModel, ids: Tensor, *, autocast: bool) -> Step:
-    """One step on int64 `[documents, tokens]`. Without autocast PEFT multiplies by A and B in fp32."""
+def settings(model: peft.PeftModel) -> Iterator[tuple[str, bool, bool]]:
+    """The model in each of its settings in turn: what a row's title says of it, checkpointing, autocast."""
+    for checkpointing, autocast in itertools.product((True, False), repeat=2):
+        set_checkpointing(model, checkpointing)
+        yield f"{', checkpointing' * checkpointing}{', autocast' * autocast}", checkpointing, autocast
+
+
+def stock_step(model: peft.PeftModel, ids: Tensor, *, autocast: bool, at_once: int | None = None) -> Step:
+    """One step on int64 `[documents, tokens]`, accumulated over micro-batches of `at_once` of them (None: one of all).
+    Without autocast PEFT multiplies by A and B in fp32.
+    """
+    batches = ids.split(at_once or len(ids))
+    turns = itertools.cycle(batches)
 
     def loss() -> Tensor:
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):
-            return model(input_ids=ids, labels=ids).loss
+        batch = next(turns)
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=autocast):
+            return model(input_ids=batch, labels=batch).loss
 
-    return _train_step(model, loss)
+    return _train_step(model, loss, len(batches))
+
+
+def padded_steps(
+    model: peft.PeftModel, batches: Sequence[Sequence[int]], device: torch.device, *, autocast: bool
+) -> Step:
+    """A step on each of these batches, one after another. A batch is its documents' lengths: each is padded to the
+    longest.
+    """
+    turns = itertools.cycle([_padded(lengths, model.config.vocab_size, device) for lengths in batches])
+
+    def loss() -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            return model(**next(turns)).loss
+
+    step = _train_step(model, loss)
+
+    def steps() -> None:
+        for _ in batches:
+            step()
+
+    return steps
+
+
+def _padded(lengths: Sequence[int], vocabulary: int, device: torch.device) -> dict[str, Tensor]:
+    """What a collator gives the model: each `[documents, tokens of the longest]`."""
+    there = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+    ids = torch.randint(0, vocabulary, there.shape, device=device)
+    return {
+        "input_ids": ids.masked_fill(~there, 0),
+        "attention_mask": there.long(),
+        "labels": ids.masked_fill(~there, IGNORED),
+    }
 
 
 def compiled_step(model: peft.PeftModel, ids: Tensor) -> Step:
@@ -106,12 +151,13 @@ def compiled_step(model: peft.PeftModel, ids: Tensor) -> Step:
     return _train_step(model, loss)
 
 
-def _train_step(model: peft.PeftModel, loss: Callable[[], Tensor]) -> Step:
+def _train_step(model: peft.PeftModel, loss: Callable[[], Tensor], micro_batches: int = 1) -> Step:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)
 
     def step() -> None:
-        loss().backward()
+        for _ in range(micro_batches):
+            (loss() / micro_batches).backward()
         torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()

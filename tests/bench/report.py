@@ -36,6 +36,10 @@ class Conditions:
     warm: int
     timed: int
 
+    def workload(self, jobs: str, dora: bool = False) -> str:
+        """What rows have in common that are compared, of `ONE_JOB` or `MANY_JOBS` of such documents."""
+        return f"{jobs}{DORA * dora}, documents of {self.tokens}"
+
 
 @dataclass(frozen=True)
 class Timing:

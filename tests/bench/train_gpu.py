@@ -1,12 +1,16 @@
 """Tokens/s of training on one GPU, this engine against PEFT in the same run: `python -m tests.bench.train_gpu`.
 
 Random weights in the shape of Llama, r 16 on all linears, documents of `--tokens` random tokens, all supervised; a step
-of ours has 8,192 tokens. Each part frees what it held before the next begins; `--only` chooses parts:
+of ours has 8,192 tokens where a part does not say otherwise. Each part frees what it held before the next begins;
+`--only` chooses parts:
 
     peft      PEFT as it is: with and without checkpointing and autocast, 1 to 8 documents a step, until memory ends
     compiled  PEFT with compiled layers and a chunked loss, with and without checkpointing
     ours      one job and eight jobs
     dora      the same with DoRA, ours in bf16 and PEFT as it is
+    long      PEFT as it is, and ours, with documents four times as long
+    mixed     documents of log-normal length up to `--tokens`; PEFT pads them, in batches as they come and by length
+    curve     1/4, 1, 4 and 16 times `--tokens` a job and step: eight jobs together, and one at a time, ours and PEFT
     overhead  one job against the frozen model's own forward pass and input gradient
     most      64 live jobs
     sweep     1 to 32 jobs at the same tokens a step, with and without the optimizer's time
@@ -15,8 +19,8 @@ of ours has 8,192 tokens. Each part frees what it held before the next begins; `
     ends      a checkpoint of one of eight jobs is written, and its adapter handed over, beside the others' steps
     first     the first step of a fresh process, with empty compile caches and with full ones
 
-`ours` and what follows it run in each of `--precisions`. Eight PEFT jobs run one after another, so that their tokens/s
-are those of one job with one document a step.
+`ours`, our side of `long`, `mixed` and `curve`, and what follows them run in each of `--precisions`. Eight PEFT jobs
+run one after another, so that their tokens/s are those of one job with one document a step.
 """
 
 from __future__ import annotations
@@ -29,19 +33,23 @@ from collections.abc import Callable
 
 import torch
 
-from tests.bench import gpu_parts
+from tests.bench import gpu_parts, length_parts
 from tests.bench.peers import (
     SHAPES,
     compiled_step,
     empty_llama,
     random_llama,
     set_checkpointing,
+    settings,
     stock_step,
     with_peft,
 )
 from tests.bench.report import COMPILED, DORA, MANY_JOBS, ONE_JOB, PEFT, Conditions, Report, Step, measure
 
-PARTS = ("peft", "compiled", "ours", "dora", "overhead", "most", "sweep", "swap", "join", "ends", "first")
+PARTS = (
+    *("peft", "compiled", "ours", "dora", "long", "mixed", "curve"),
+    *("overhead", "most", "sweep", "swap", "join", "ends", "first"),
+)
 CHILDREN = ("first", "rehearsed", "unrehearsed")
 PRECISIONS = ("bf16", "fp8")
 DOCUMENTS = (1, 2, 4, 8)
@@ -114,14 +122,20 @@ def _report(conditions: Conditions) -> Report:
 
 def _parts(report: Report, conditions: Conditions, precisions: tuple[str, ...]) -> dict[str, Callable[[], None]]:
     """Every part by name; the first word is what `--only` calls it."""
+    long = dataclasses.replace(conditions, tokens=4 * conditions.tokens)
     parts = {
         "peft": functools.partial(peft_as_it_is, report, conditions),
         "compiled": functools.partial(peft_compiled, report, conditions),
         "dora of PEFT": functools.partial(peft_as_it_is, report, conditions, dora=True),
         "dora of ours": functools.partial(gpu_parts.one_and_eight_jobs, report, conditions, "bf16", dora=True),
+        "long of PEFT": functools.partial(peft_as_it_is, report, long),
+        "mixed of PEFT": functools.partial(length_parts.peft_mixed, report, conditions),
+        "curve of PEFT": functools.partial(length_parts.peft_curve, report, conditions),
     }
     ours = {
         "ours": gpu_parts.one_and_eight_jobs,
+        "mixed": length_parts.mixed,
+        "curve": length_parts.curve,
         "overhead": gpu_parts.overhead,
         "most": gpu_parts.most_jobs,
         "sweep": gpu_parts.sweep,
@@ -133,19 +147,17 @@ def _parts(report: Report, conditions: Conditions, precisions: tuple[str, ...]) 
     for precision in precisions:
         for name, part in ours.items():
             parts[f"{name} {precision}"] = functools.partial(part, report, conditions, precision)
+        parts[f"long {precision}"] = functools.partial(gpu_parts.one_and_eight_jobs, report, long, precision)
     return parts
 
 
 def peft_as_it_is(report: Report, conditions: Conditions, dora: bool = False) -> None:
     """The batch grows until memory ends; rows that fail are named as such."""
-    model, suffix = with_peft(random_llama(conditions.shape, conditions.device), dora), DORA * dora
-    for checkpointing in (True, False):
-        set_checkpointing(model, checkpointing)
-        for autocast in (True, False):
-            title = f"peft{suffix}{', checkpointing' * checkpointing}{', autocast' * autocast}"
-            make_step = functools.partial(stock_step, model, autocast=autocast)
-            _growing_batch(report, conditions, title, PEFT, make_step, suffix)
-    _eight_in_turn(report, conditions, PEFT, suffix)
+    model = with_peft(random_llama(conditions.shape, conditions.device), dora)
+    for setting, _, autocast in settings(model):
+        make_step = functools.partial(stock_step, model, autocast=autocast)
+        _growing_batch(report, conditions, f"peft{DORA * dora}{setting}", PEFT, make_step, dora)
+    _eight_in_turn(report, conditions, PEFT, dora)
 
 
 def peft_compiled(report: Report, conditions: Conditions) -> None:
@@ -169,23 +181,23 @@ def _growing_batch(
     title: str,
     who: str,
     make_step: Callable[[torch.Tensor], Step],
-    suffix: str = "",
+    dora: bool = False,
 ) -> None:
     vocabulary = SHAPES[conditions.shape]["vocab_size"]
     for documents in COMPILED_DOCUMENTS if who == COMPILED else DOCUMENTS:
         ids = torch.randint(0, vocabulary, (documents, conditions.tokens), device=conditions.device)
         case = f"{title}, {documents} x {conditions.tokens}"
-        workload, step = ONE_JOB + suffix, functools.partial(make_step, ids)
+        workload, step = conditions.workload(ONE_JOB, dora), functools.partial(make_step, ids)
         if not measure(report, conditions, case, who, workload, ids.numel(), step):
             break
 
 
-def _eight_in_turn(report: Report, conditions: Conditions, who: str, suffix: str = "") -> None:
+def _eight_in_turn(report: Report, conditions: Conditions, who: str, dora: bool = False) -> None:
     """The fastest way to give one job a step of one document, as a row for many jobs."""
-    wanted = (who, ONE_JOB + suffix, conditions.tokens)
+    wanted = (who, conditions.workload(ONE_JOB, dora), conditions.tokens)
     rows = [row for row in report.rows if (row.who, row.workload, row.tokens) == wanted]
     if rows:
-        fastest, workload = max(rows, key=lambda row: row.rate), MANY_JOBS + suffix
+        fastest, workload = max(rows, key=lambda row: row.rate), conditions.workload(MANY_JOBS, dora)
         report.add(dataclasses.replace(fastest, case=f"eight jobs in turn: {fastest.case}", workload=workload))
 
 
