@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import json
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from deploy.protocol import Question
+from lora_core.json_values import shown, unusable, whole_number
 from lora_core.messages import for_template, message_problems
 
 # Parameters that would change the answer and are not implemented, with the values at which they change nothing.
@@ -55,6 +56,8 @@ _HARMLESS = (
     "user",
 )
 
+_SAID = 30  # problems of a request that are told
+
 Problem = tuple[str, str, str]
 """parameter, OpenAI's code, one sentence"""
 
@@ -68,7 +71,11 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        # Whatever a request's words are, they can be sent back.
+        message, param = (
+            text and text.encode(errors="backslashreplace").decode() for text in (self.message, self.param)
+        )
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
 
 class _Strict(BaseModel):
@@ -172,12 +179,7 @@ R = TypeVar("R", bound=CompletionRequest)
 
 def parse_request(body: bytes, kind: type[R]) -> R:
     """Raises ApiError (400) with everything that is wrong; its `param` is the first of it."""
-    try:
-        document = json.loads(body)
-    except ValueError as error:
-        raise ApiError(400, f"the body is no JSON: {error}", "invalid_json") from error
-    if not isinstance(document, dict):
-        raise ApiError(400, "the body must be a JSON object", "invalid_json")
+    document = _document(body)
     request: R | None = None
     problems: list[Problem] = []
     try:
@@ -188,9 +190,29 @@ def parse_request(body: bytes, kind: type[R]) -> R:
     if request is not None:
         problems += request.contradictions()
     if problems or request is None:
-        message = "; ".join(sentence for _, _, sentence in problems)
-        raise ApiError(400, message, problems[0][1], problems[0][0])
+        raise _refused(problems)
     return request
+
+
+def _document(body: bytes) -> dict[str, Any]:
+    """The values of a request; ApiError also for those that JSON can spell and nothing can use."""
+    try:
+        document = json.loads(body, parse_int=whole_number)
+    except ValueError as error:
+        raise ApiError(400, f"the body is no JSON: {error}", "invalid_json") from error
+    except RecursionError as error:
+        raise ApiError(400, "the body is no JSON that can be read: it nests too deep", "invalid_json") from error
+    if not isinstance(document, dict):
+        raise ApiError(400, "the body must be a JSON object", "invalid_json")
+    if problems := [(place, "invalid_value", f"{place} {what}") for place, what in unusable(document)]:
+        raise _refused(problems)
+    return document
+
+
+def _refused(problems: Sequence[Problem]) -> ApiError:
+    rest = [f"and {len(problems) - _SAID} more"] if len(problems) > _SAID else []
+    message = "; ".join([sentence for _, _, sentence in problems[:_SAID]] + rest)
+    return ApiError(400, message, problems[0][1], problems[0][0])
 
 
 def _invalid(location: tuple[int | str, ...], message: str) -> Problem:
@@ -211,9 +233,10 @@ def _unsupported(document: Mapping[str, Any], kind: type[CompletionRequest]) -> 
             if value not in kind.neutral[name]:
                 problems.append((name, "unsupported_parameter", f"{name} is not supported here; leave it out"))
         else:
-            near = difflib.get_close_matches(name, [*kind.model_fields, *kind.neutral, *_HARMLESS], n=1)
+            known = [*kind.model_fields, *kind.neutral, *_HARMLESS] if len(problems) < _SAID else []
+            near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else "leave it out"
-            problems.append((name, "unknown_parameter", f"{name} is no parameter here; {hint}"))
+            problems.append((shown(name), "unknown_parameter", f"{shown(name)} is no parameter here; {hint}"))
     messages = document.get("messages")
     for place, message in enumerate(messages if isinstance(messages, list) else []):
         for key, advice in message_problems(message) if isinstance(message, dict) else ():

@@ -14,15 +14,16 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
+from jobs.spec_text import parse
 from lora_core.config import LoraConfig, TrainConfig
+from lora_core.json_values import shown, unusable
 
 ADAPTER_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -130,13 +131,9 @@ def load_spec(source: Path | str) -> JobSpec:
             raise SpecError([f"cannot read it ({reason}): give the path of a YAML or JSON job spec"], name) from None
     assert isinstance(text, str)
     try:
-        values = _parse(text)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise SpecError([f"{where}this is not valid YAML: {error.problem}"], name) from None
-    except yaml.YAMLError as error:
-        raise SpecError([f"this is not valid YAML: {str(error).splitlines()[0]}"], name) from None
+        values = parse(text)
+    except ValueError as error:
+        raise SpecError([str(error)], name) from None
     spec = check_spec(values, name)
     located = {"dataset": _absolute(spec.dataset)}
     if isinstance(spec.validation, str):
@@ -150,6 +147,8 @@ def check_spec(values: object, source: str = "the job spec") -> JobSpec:
     """A spec from parsed values (of YAML, JSON or a request). Raises SpecError with every problem."""
     if not isinstance(values, Mapping):
         raise SpecError(["it must be options, one 'key: value' a line, such as 'base_model: smollm2-135m'"], source)
+    if found := [f"{place} {what}" for place, what in unusable(values)]:
+        raise SpecError(found, source)
     try:
         # Strict: a quoted number or a true in the wrong place is a mistake to report, not a value to convert.
         return JobSpec.model_validate(dict(values), strict=True)
@@ -177,48 +176,6 @@ def _absolute(location: str) -> str:
     with contextlib.suppress(RuntimeError):  # of a user who is not known here: then there is no such file
         path = path.expanduser()
     return str(path.absolute())
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars (`2e-4` is a number, `no` is text, `010` is ten) and no key given twice."""
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own, replaced rather than added to
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first)
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
-_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))
-
-
-def _parse(text: str) -> object:
-    if text.lstrip().startswith("{"):
-        # YAML reads most of JSON, but neither tabs nor pairs of surrogates. What is not JSON either gets YAML's error.
-        with contextlib.suppress(ValueError):
-            return json.loads(text, object_pairs_hook=_once, parse_constant=str)
-    return yaml.load(text, Loader=_Loader)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a key is given twice")
-    return values
 
 
 def _fields_of(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
@@ -296,7 +253,7 @@ def _sentence(error: ErrorDetails) -> str:
 
 def _unknown(option: str, model: type[BaseModel]) -> str:
     """`unknown key`, and the nearest key that there is: in the same block, or the block that has it."""
-    key = option.rpartition(".")[2]
+    key, option = option.rpartition(".")[2], shown(option)
     homes = {"": JobSpec} | {name: block for name, block in _fields_of(JobSpec).items() if block is not None}
     for home, owner in homes.items():
         if owner is not model and key in owner.model_fields:

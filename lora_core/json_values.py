@@ -6,10 +6,10 @@ Whole numbers of thousands of digits, `NaN` and `1e999` are read too, and fail f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 HALF_A_CHARACTER = "half of a surrogate pair, such as \\ud83d alone; write the whole character"
-BEYOND_64_BITS = "a number that 64 bits cannot hold; write a smaller one"
 
 _DIGITS = 400  # float() makes infinity of as many, and int() raises beyond 4,300
 _SHOWN = 60
@@ -30,7 +30,7 @@ def encodable(text: str) -> bool:
 
 
 def unusable(value: object) -> Iterator[tuple[str, str]]:
-    """(place, what is there) of each such text, key and number within parsed values; a place is `messages.0.content`.
+    """(place, what is wrong) of each such text, key and number within parsed values; a place is `messages.0.content`.
 
     Without recursion, since the values may nest as deep as a parser goes.
     """
@@ -38,12 +38,14 @@ def unusable(value: object) -> Iterator[tuple[str, str]]:
     while waiting:
         place, one = waiting.pop()
         if isinstance(one, str) and not encodable(one):
-            yield place, HALF_A_CHARACTER
-        elif isinstance(one, int | float) and not abs(one) < 2**64:  # nan is not below it either
-            yield place, BEYOND_64_BITS
+            yield place, f"has {HALF_A_CHARACTER}"
+        elif isinstance(one, int | float) and not (math.isfinite(one) if isinstance(one, float) else abs(one) < 2**64):
+            yield place, "should be a finite number of at most 64 bits"
         elif isinstance(one, Mapping):
             inner = [(f"{place}.{shown(str(key))}".removeprefix("."), key, part) for key, part in one.items()]
-            yield from ((at, HALF_A_CHARACTER) for at, key, _ in inner if isinstance(key, str) and not encodable(key))
+            yield from (
+                (at, f"has {HALF_A_CHARACTER}") for at, key, _ in inner if isinstance(key, str) and not encodable(key)
+            )
             waiting += reversed([(at, part) for at, _, part in inner])
         elif isinstance(one, list):
             waiting += reversed([(f"{place}.{index}".removeprefix("."), part) for index, part in enumerate(one)])

@@ -176,6 +176,66 @@ def test_everything_wrong_is_said_at_once() -> None:
             parse_request(body, ChatRequest)
 
 
+HALF = r"\ud83d"  # half of an emoji, as a client sends it that cut a text between the two
+REQUEST = r'{"model": "m", "messages": [{"role": "user", "content": "a"}], %s}'
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (rf'{{"model": "m", "messages": [{{"role": "user", "content": "cut {HALF}"}}]}}', "messages.0.content"),
+        (
+            rf'{{"model": "m", "messages": [{{"role": "user", "content": [{{"type": "text", "text": "{HALF}"}}]}}]}}',
+            "messages.0.content.0.text",
+        ),
+        (rf'{{"model": "m", "messages": [{{"role": "{HALF}", "content": "a"}}]}}', "messages.0.role"),
+        (rf'{{"model": "m", "messages": [{{"role": "user", "content": "a", "{HALF}": 1}}]}}', rf"messages.0.{HALF}"),
+        (rf'{{"model": "m:{HALF}", "messages": [{{"role": "user", "content": "a"}}]}}', "model"),
+        (REQUEST % rf'"{HALF}": 1', HALF),
+        (REQUEST % rf'"user": "{HALF}"', "user"),
+        (REQUEST % rf'"stop": ["a", "{HALF}"]', "stop.1"),
+        (REQUEST % rf'"metadata": {{"a": {{"{HALF}": 1}}}}', rf"metadata.a.{HALF}"),
+        (REQUEST % rf'"stream": true, "stream_options": {{"{HALF}": 1}}', rf"stream_options.{HALF}"),
+        (REQUEST % rf'"tools": [{{"type": "{HALF}"}}]', "tools.0.type"),
+        (REQUEST % '"user": "RAW"', "user"),
+        (REQUEST % f'"seed": {"9" * 5000}', "seed"),
+        (REQUEST % f'"metadata": {{"a": -{"9" * 5000}}}', "metadata.a"),
+        (REQUEST % f'"max_tokens": {2**64}', "max_tokens"),
+        (REQUEST % '"temperature": 1e999', "temperature"),
+        (REQUEST % '"user": NaN', "user"),
+        ("[" * 100_000, None),
+        (REQUEST % f'"metadata": {"[" * 100_000}', None),
+        ('{"a":' * 100_000, None),
+    ],
+)
+@pytest.mark.parametrize("kind", [ChatRequest, TextRequest])
+def test_what_no_text_or_number_can_be_is_a_400_that_can_be_sent(kind: type[Any], body: str, param: str | None) -> None:
+    raw = body.encode().replace(b"RAW", b"\xed\xa0\xbd")  # the same half in UTF-8, which json takes
+    with pytest.raises(ApiError) as caught:
+        parse_request(raw, kind)
+    answer = gateway._answer_error(caught.value)
+    error = json.loads(bytes(answer.body))["error"]
+    assert (answer.status_code, answer.headers["x-should-retry"], error["param"]) == (400, "false", param)
+    assert param is None or error["message"].startswith(param)
+
+
+def test_a_prompt_with_half_a_character_is_named() -> None:
+    with pytest.raises(ApiError, match="prompt has half of a surrogate pair") as caught:
+        parse_request(rb'{"model": "m", "prompt": "cut \ud83d"}', TextRequest)
+    assert caught.value.param == "prompt"
+
+
+def test_every_error_can_be_sent() -> None:
+    """Where its words come from elsewhere."""
+    answer = gateway._answer_error(ApiError(404, "no \ud83d", "model_not_found", "\udc00"))
+    assert json.loads(bytes(answer.body))["error"]["message"] == r"no \ud83d"
+
+
+def test_many_and_long_unknown_names_are_told_in_short() -> None:
+    error = refusal(**{f"k{n}": 1 for n in range(100)}, **{"x" * 100_000: 1})
+    assert len(error.message) < 2000 and error.message.endswith("and 71 more")
+
+
 def test_names_of_models() -> None:
     bases = ["tiny", "smollm2-135m"]
     assert parse_model("tiny", bases) == ModelName("tiny", None, "latest")

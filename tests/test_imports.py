@@ -80,6 +80,7 @@ ORDER = {
         "runtime",
     ],
     "jobs": [
+        "spec_text",
         "spec",
         "job",
         "initial_adapter",

@@ -199,6 +199,89 @@ def test_text_that_is_no_spec_says_where(text: str, sentence: str) -> None:
     assert len(caught.value.problems) == 1 and caught.value.problems[0].startswith(sentence)
 
 
+JSON = '{"base_model": "b", "dataset": "/d", "adapter": "a", %s}'
+YAML = "base_model: b\ndataset: /d\nadapter: a\n%s\n"
+HALF = "has half of a surrogate pair, such as \\ud83d alone; write the whole character"
+BOUND = "should be a finite number of at most 64 bits"
+DIGITS = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (JSON % r'"validation": "\ud83d", "lora": {"target_modules": ["q", "\udc00"], "rank_pattern": {"\ud83d": 3}}',
+         [f"validation {HALF}", f"lora.target_modules.1 {HALF}", rf"lora.rank_pattern.\ud83d {HALF}"]),
+        ('{"base_model": "b", "dataset": "/d", "adapter": "\\ud83d", "\\ud83d": 1}',
+         [rf"\ud83d {HALF}", f"adapter {HALF}"]),
+        (YAML % r'validation: "\ud83d"', [f"validation {HALF}"]),
+        (JSON % f'"priority": {DIGITS}, "num_workers": {2**64}', [f"priority {BOUND}", f"num_workers {BOUND}"]),
+        (YAML % f"priority: -{DIGITS}", [f"priority {BOUND}"]),
+        (YAML % f"train: {{learning_rate: 1e999, weight_decay: {DIGITS}.5}}",
+         [f"train.learning_rate {BOUND}", f"train.weight_decay {BOUND}"]),
+        (JSON % '"train": {"learning_rate": 1e999}', [f"train.learning_rate {BOUND}"]),
+        (YAML % f'priority: !!int "{DIGITS}"', [f"priority {BOUND}"]),
+        (YAML % r'validation: "\UFFFFFFFF"', ["line 4, column 16: this is not valid YAML: there is no such character"]),
+        (YAML % "validation: a\0b", ["line 4: this is not valid YAML: unacceptable character #x0000: special characters"
+                                     " are not allowed"]),
+    ],
+)  # fmt: skip
+def test_text_and_numbers_that_nothing_can_use_are_named(text: str, expected: list[str]) -> None:
+    with pytest.raises(SpecError) as caught:
+        load_spec(text)
+    assert caught.value.problems == expected
+    str(caught.value).encode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a":' * 100_000,
+        JSON % f'"lora": {"[" * 100_000}',
+        YAML % ("lora: " + "[" * 100_000),
+        YAML % ("lora: " + "{a: " * 100_000),
+        "\n" + "- " * 5000,
+        "\n" + "".join(f"{' ' * depth}a:\n" for depth in range(2000)),
+    ],
+    ids=["json", "json list", "list", "mapping", "items", "blocks"],
+)
+def test_deep_nesting_is_a_sentence_with_its_line(text: str) -> None:
+    with pytest.raises(SpecError, match=r"line \d+, column \d+: this is not valid YAML: it nests more than 20 deep"):
+        load_spec(text)
+
+
+def test_an_alias_stands_for_one_value_and_never_for_a_thousand_million() -> None:
+    spec = load_spec(YAML % "lora: {r: &rank 4, lora_alpha: *rank}")
+    assert (spec.lora.r, spec.lora.lora_alpha) == (4, 4.0)
+    bomb = "a: &a [x, x]\n" + "".join(
+        f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join(['*' + chr(97 + n)] * 9)}]\n" for n in range(20)
+    )
+    for text, where in (
+        (bomb, "line 2, column 8"),
+        ("a: &a [*a]\n", "line 1, column 8"),
+        ("a: &a {x: 1}\nb: {!!merge x: *a}\n", "line 2, column 16"),
+    ):
+        with pytest.raises(SpecError, match=rf"{where}: this is not valid YAML: \*a stands for more than one value"):
+            load_spec(text)
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("!!int x", "'x' is not what int means"),
+        ("!!float x", "'x' is not what float means"),
+        ("!!bool x", "'x' is not what bool means"),
+        ("!!null x", "'x' is not what null means"),
+        ("!!int [1]", "expected a scalar node, but found sequence"),
+        ("!!map x", "expected a mapping node, but found scalar"),
+        ("!!timestamp x", "could not determine a constructor for the tag 'tag:yaml.org,2002:timestamp'"),
+    ],
+)
+def test_a_tag_that_does_not_fit_is_a_sentence(value: str, problem: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        load_spec(YAML % f"validation: {value}")
+    assert caught.value.problems == [f"line 4, column 13: this is not valid YAML: {problem}"]
+
+
 def test_yaml_words_are_not_turned_into_something_else() -> None:
     spec = load_spec("base_model: x\ndataset: /d\nadapter: no\ntrain: {seed: 010, learning_rate: 1E-3}\n")
     assert (spec.adapter, spec.train.seed, spec.train.learning_rate) == ("no", 10, 1e-3)
@@ -225,6 +308,7 @@ def test_paths_are_absolute_from_the_current_directory(tmp_path: Path, monkeypat
         "adapters/triage": str(tmp_path / "adapters/triage"),
         "./a:b": str(tmp_path / "a:b"),
         "~/triage": str(tmp_path / "home/triage"),
+        "~nobody-of-this-name/triage": str(tmp_path / "~nobody-of-this-name/triage"),
         "s3://bucket/triage": "s3://bucket/triage",
         "smollm2-135m:triage": "smollm2-135m:triage",
         "smollm2-135m:triage@0123456789abcdef": "smollm2-135m:triage@0123456789abcdef",
