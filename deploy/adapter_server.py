@@ -46,7 +46,7 @@ class AdapterServer:
 
         began = time.monotonic()
         source = local_source(settings.resolve_base(name), settings.cache_dir)
-        self._base = load_base(source, precision="auto", cache_dir=settings.cache_dir)
+        self._base = load_base(source, precision="auto", cache_dir=settings.cache_dir, for_training=False)
         self._tokenizer = copy.deepcopy(self._base.tokenizer)  # the decode loop uses the other in its thread
         bank = AdapterBank(self._base.model)
         self._metrics = ServingMetrics(name)

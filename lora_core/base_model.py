@@ -30,6 +30,7 @@ from lora_core.base_files import (
     readable,
 )
 from lora_core.decoder import Decoder, Rows
+from lora_core.exactness import Exactness, ask_for_exact_products, exactness_of
 from lora_core.kernels.low_rank import NO_ADAPTER
 from lora_core.precision import (
     DenseWeight,
@@ -39,6 +40,7 @@ from lora_core.precision import (
     quantised_layers,
     stacked_dense,
 )
+from lora_core.targets import adaptable_linears
 
 log = logging.getLogger("lora.engine")
 
@@ -78,6 +80,12 @@ class BaseModel:
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
+    def exactness(self) -> Exactness:
+        """How training here keeps a job in company equal to the same job alone; see `exactness.py`."""
+        if self.decoder is not None:
+            return Exactness()
+        return exactness_of(adaptable_linears(self.model).values(), self.device, self.model.dtype)
+
     @property
     def is_quantised(self) -> bool:
         """Whether the decoder alone has the linears' weights, in fp8 or nf4."""
@@ -101,9 +109,16 @@ class BaseModel:
 
 
 def load_base(
-    source: str, *, precision: Precision = "auto", cache_dir: Path | str = CACHE_DIR, device: torch.device | None = None
+    source: str,
+    *,
+    precision: Precision = "auto",
+    cache_dir: Path | str = CACHE_DIR,
+    device: torch.device | None = None,
+    for_training: bool = True,
 ) -> BaseModel:
     """Load, freeze and fingerprint a base; on CPU through the shared file in `cache_dir`.
+
+    `for_training` has CPU products made exact from here on, which costs whoever only generates (`exactness.py`).
 
     Raises:
         BaseModelError: no such source, not a causal language model, or a family whose forward pass differs from ours.
@@ -115,6 +130,8 @@ def load_base(
         log.warning(
             "event=slow_precision base=%s: this CPU has no units for bf16, use auto, which is fp32 here", source
         )
+    if for_training and device.type == "cpu":
+        ask_for_exact_products()
     folder = local_folder(source, cache_dir)
     fingerprint = fingerprint_of(folder, cache_dir)
     dense = dense_precision(computed, device)

@@ -14,6 +14,7 @@ from lora_core.adapter_bank import Adapter
 from lora_core.adapter_view import AdapterView
 from lora_core.dropout import mix64
 from lora_core.engine_job import EngineJob, Progress
+from lora_core.exactness import ROW_MULTIPLE
 from lora_core.optim import FlatAdamW, HostState, Snapshot
 from lora_core.packing import Chunk, PackedChunk, cut_into_chunks
 
@@ -94,11 +95,12 @@ class LiveJob:
         due = self.job.evaluates_after(step)
         return Standing(step, due) if due or step < self.job.steps else None
 
-    def chunks(self, standing: Standing, rank: int, ranks: int) -> list[Chunk]:
+    def chunks(self, standing: Standing, rank: int, ranks: int, row_multiple: int = ROW_MULTIPLE) -> list[Chunk]:
         """A rank's share of what comes next there, the held-out examples or those of the step: every `ranks`-th."""
         job, step = self.job, None if standing.evaluation_due else standing.step
         examples = job.validation if step is None else [job.examples[index] for index in job.examples_of(step)]
-        return cut_into_chunks(job.name, list(enumerate(examples))[rank::ranks], job.chunk_limit, step)
+        own = list(enumerate(examples))[rank::ranks]
+        return cut_into_chunks(job.name, own, job.chunk_limit, step, row_multiple)
 
     def dropout_keys(self, chunk: PackedChunk) -> Tensor | None:
         """int64 [rows]: a hash of (job seed, step, example in the step, token in the document); None without dropout or

@@ -19,14 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_core.dataset import Example
+from lora_core.exactness import ROW_MULTIPLE
 from lora_core.transfer import to_device
-
-ROW_MULTIPLE = 8
-"""Chunks are padded to this many rows. On CPU a product's last rows, left over when a thread's share is cut into fours,
-may take another kernel with another rounding (fp32: seen at 5 to 7 and 9 to 11 rows with two threads, up to 27 with
-sixteen; fp64: at any number). And kernels round by the alignment of their input, which for 50 features depends on where
-a chunk starts.
-"""
 
 
 class Columns(NamedTuple):
@@ -45,12 +39,13 @@ class Columns(NamedTuple):
 @dataclass(frozen=True)
 class Chunk:
     """Examples of one job, with each one's place in the optimizer step (over all ranks). `step` is that step; None
-    where they are not trained on.
+    where they are not trained on. Its rows are a multiple of `row_multiple` (see `exactness.py`).
     """
 
     job: str
     examples: tuple[tuple[int, Example], ...]
     step: int | None
+    row_multiple: int = ROW_MULTIPLE
 
     @property
     def tokens(self) -> int:
@@ -59,7 +54,7 @@ class Chunk:
     @property
     def rows(self) -> int:
         """Rows that it takes in a batch: its tokens and padding."""
-        return self.tokens + -self.tokens % ROW_MULTIPLE
+        return self.tokens + -self.tokens % self.row_multiple
 
     @cached_property
     def columns(self) -> Columns:
@@ -120,19 +115,25 @@ class PackedBatch:
         return [(chunk.label_rows, chunk.labels) for chunk in self.chunks]
 
 
-def cut_into_chunks(job: str, examples: Iterable[tuple[int, Example]], limit: int, step: int | None) -> list[Chunk]:
+def cut_into_chunks(
+    job: str,
+    examples: Iterable[tuple[int, Example]],
+    limit: int,
+    step: int | None,
+    row_multiple: int = ROW_MULTIPLE,
+) -> list[Chunk]:
     """Consecutive examples, together at most `limit` tokens a chunk; a longer example is a chunk of its own."""
     chunks: list[Chunk] = []
     current: list[tuple[int, Example]] = []
     tokens = 0
     for position, example in examples:
         if current and tokens + len(example.ids) > limit:
-            chunks.append(Chunk(job, tuple(current), step))
+            chunks.append(Chunk(job, tuple(current), step, row_multiple))
             current, tokens = [], 0
         current.append((position, example))
         tokens += len(example.ids)
     if current:
-        chunks.append(Chunk(job, tuple(current), step))
+        chunks.append(Chunk(job, tuple(current), step, row_multiple))
     return chunks
 
 

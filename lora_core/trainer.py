@@ -29,6 +29,7 @@ from lora_core.checkpointing import recomputed_layers
 from lora_core.dataset import Example
 from lora_core.decoder import Checkpointing, Decoder
 from lora_core.engine_job import VALIDATION_NOT_FINITE, EngineJob, JobDiverged
+from lora_core.exactness import Exactness
 from lora_core.fair_queue import FairQueue
 from lora_core.kernels.low_rank import NO_ADAPTER
 from lora_core.live_job import LiveJob, PreparedJob, Standing
@@ -68,8 +69,9 @@ class TrainEngine:
     `checkpointing` "full" keeps little but the inputs of the model's layers and computes the rest twice; "selective"
     computes gate and up twice, of adapters that the decoder computes, and nothing of others. Where `capacity` is None,
     both are chosen whenever a job joins or leaves, so that training fits into `budget_bytes` (None: what this machine
-    can give now). Ranks stay in step as long as their budgets are equal and they add and remove the same jobs in the
-    same order between the same micro-batches.
+    can give now). `exactness` says how chunks are laid out (None: what this machine's products ask for). Ranks stay in
+    step as long as their budgets and exactness are equal and they add and remove the same jobs in the same order
+    between the same micro-batches.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class TrainEngine:
         capacity: int | None = 2048,
         checkpointing: Checkpointing = "none",
         budget_bytes: int | None = None,
+        exactness: Exactness | None = None,
         rank: int = 0,
         ranks: int = 1,
         all_reduce: AllReduce | None = None,
@@ -88,6 +91,7 @@ class TrainEngine:
         self.bank = AdapterBank(base.model, base.decoder.row_norms if base.decoder and base.is_quantised else None)
         self.live: dict[str, LiveJob] = {}
         self.room = Room(base, capacity, checkpointing, budget_bytes)
+        self.exactness = exactness or base.exactness()
         self._rank, self._ranks, self._all_reduce = rank, ranks, all_reduce
         # Every rank's, so that this one knows when a job is complete.
         self._queues = [FairQueue() for _ in range(ranks)]
@@ -221,14 +225,17 @@ class TrainEngine:
         for name, standing in standings.items():
             if not any(name in queue for queue in queues):
                 for rank, queue in enumerate(queues):
-                    chunks = self.live[name].chunks(standing, rank, self._ranks)
+                    chunks = self.live[name].chunks(standing, rank, self._ranks, self.exactness.row_multiple)
                     queue.put(name, chunks, training=not standing.evaluation_due)
         taken = [queue.take(self.room.capacity) for queue in queues]
         chunks, training = taken[self._rank]  # the other ranks may have some where this one has none
         in_decoder = [chunk for chunk in chunks if self.live[chunk.job].view is not None]
         in_hooks = [chunk for chunk in chunks if self.live[chunk.job].view is None]
         in_decoder.sort(key=lambda chunk: chunk.job)  # chunks of one job lie side by side there
-        return _Turn(standings, queues, [self.ready(part) for part in (in_decoder, in_hooks) if part], training)
+        parts = [part for part in (in_decoder, in_hooks) if part]
+        if not self.exactness.joined:
+            parts = [[chunk] for part in parts for chunk in part]
+        return _Turn(standings, queues, [self.ready(part) for part in parts], training)
 
     def _compute_turn(self) -> None:
         """This rank's share of the next micro-batch: what was made ready, if all came as it was foreseen."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -73,13 +72,13 @@ CONFIGS: dict[str, PretrainedConfig] = {
 }
 
 
-def tiny_model(kind: str, seed: int = 0, attention: str = ATTENTION_NAME) -> PreTrainedModel:
+def tiny_model(kind: str, seed: int = 0, attention: str = ATTENTION_NAME, **config: Any) -> PreTrainedModel:
     """Random weights, biases and norms of heads, large enough that attention, windows and caps show in the logits;
-    frozen, in eval mode.
+    frozen, in eval mode. `config` are options that differ from the kind's.
     """
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        copy.deepcopy(CONFIGS[kind]), attn_implementation=attention
+        type(CONFIGS[kind])(**CONFIGS[kind].to_dict() | config), attn_implementation=attention
     )
     with torch.no_grad():
         for parameter in model.parameters():
@@ -93,9 +92,9 @@ def tiny_model(kind: str, seed: int = 0, attention: str = ATTENTION_NAME) -> Pre
     return model.eval().requires_grad_(False)
 
 
-def tiny_base(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> BaseModel:
+def tiny_base(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> BaseModel:
     """`tiny_model` as the engine takes it; in fp64 with norms that compute in fp64 too."""
-    model = tiny_model(kind, seed).to(dtype)  # type: ignore[arg-type]
+    model = tiny_model(kind, seed, **config).to(dtype)  # type: ignore[arg-type]
     if dtype == torch.float64:
         norms_in_double(model)
     tokenizer = PreTrainedTokenizerBase()

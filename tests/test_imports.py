@@ -24,6 +24,7 @@ ORDER = {
         "attention",
         "dora",
         "targets",
+        "exactness",
         "adapter_bank",
         "adapter_init",
         "checkpointing",
