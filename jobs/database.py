@@ -129,6 +129,8 @@ sessions = sa.Table(
     sa.Column("state", sa.Text, nullable=False),
     sa.Column("attempt", sa.Integer, nullable=False),
     sa.Column("fence", sa.Integer, nullable=False),
+    sa.Column("resolved_key", sa.Text),
+    sa.Column("facts", _Json),
     sa.Column("lease_until", sa.Double),
     sa.Column("wish", sa.Text),
     sa.Column("reason", _Text),

@@ -11,6 +11,7 @@ from jobs.orders import Assignment
 from jobs.spec import JobSpec
 from lora_core.base_model import BaseModel
 from lora_core.dataset import Example
+from lora_core.exactness import Exactness
 from lora_core.live_job import LiveJob
 from lora_core.optim import Evaluation
 
@@ -56,7 +57,7 @@ class Held:
             **({"best_validation_loss": progress.best.loss, "best_step": progress.best.step} if progress.best else {}),
         }
 
-    def manifest(self, base: BaseModel, tokenizer: str) -> dict[str, Any]:
+    def manifest(self, base: BaseModel, tokenizer: str, exactness: Exactness) -> dict[str, Any]:
         """What is published beside the files of the adapter, once all probes are measured; `tokenizer` is its hash."""
         progress, train = self.live.progress, self.live.job.train
         return {
@@ -64,6 +65,7 @@ class Held:
             "base_fingerprint": base.fingerprint,
             "base_parameters": base.parameters,
             "precision": base.precision,
+            "exactness": str(exactness),
             "tokenizer": tokenizer,
             "lora": self.spec.lora.model_dump(),
             "train": self.spec.train.model_dump(),

@@ -113,7 +113,9 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """One row of `sessions`. Writes of a driver that carry another `fence` than the row change nothing."""
+    """One row of `sessions`. Writes of a driver that carry another `fence` than the row change nothing. Once its ranks
+    have loaded the base, `resolved_key` is `session_key` with the precision that `auto` turned out to be, and `facts`
+    say why it is that one, and how exact training is there."""
 
     id: str
     cluster: str
@@ -122,6 +124,8 @@ class Session:
     state: SessionState
     attempt: int
     fence: int
+    resolved_key: str | None
+    facts: dict[str, Any] | None
     lease_until: float | None
     wish: str | None
     reason: str | None

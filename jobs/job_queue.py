@@ -140,6 +140,8 @@ class JobQueue(SessionTable):
             if session is None or session.state is not SessionState.RUNNING or session.wish is not None:
                 return False
             values = {"session_id": session_id}
+            if session.resolved_key is not None:
+                values["session_key"] = session.resolved_key
             return self._move(conn, job_id, JobStatus.QUEUED, JobStatus.RUNNING, f"assigned to {session_id}", values)
 
     def move(

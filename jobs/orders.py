@@ -104,7 +104,13 @@ class RankBroke:
 
 @dataclass(frozen=True)
 class RanksStarted:
-    """The ranks are up, with nothing in memory: at the start of a session, and after one of them died."""
+    """The ranks are up, with nothing in memory: at the start of a session, and after one of them died. What they
+    compute in, why it is that, and how exact training is (`lora_core.exactness`).
+    """
+
+    precision: str
+    why: str
+    exactness: str
 
 
 @dataclass

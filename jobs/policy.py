@@ -38,10 +38,13 @@ class RunningJob:
 
 @dataclass(frozen=True, kw_only=True)
 class LiveSession:
-    """A session that has not ended and so holds its workers. `leaving`: it is stopping, or was asked to."""
+    """A session that has not ended and so holds its workers. It takes jobs of either key: the one that it was launched
+    for, and that with the precision which `auto` turned out to be. `leaving`: it is stopping, or was asked to.
+    """
 
     id: str
     session_key: str
+    resolved_key: str | None = None
     num_workers: int
     launching: bool
     leaving: bool
@@ -110,6 +113,7 @@ def snapshot(
         LiveSession(
             id=session.id,
             session_key=session.session_key,
+            resolved_key=session.resolved_key,
             num_workers=session.num_workers,
             launching=session.state is SessionState.LAUNCHING,
             leaving=session.state is SessionState.STOPPING or session.wish is not None,
@@ -152,9 +156,11 @@ def plan(
 
 @dataclass
 class _Place:
-    """A session that stays, or that is to be launched (`session` None), and the `company` of each job in it."""
+    """A session that stays, or that is to be launched (`session` None), for jobs of these keys; and the `company` of
+    each job in it.
+    """
 
-    session_key: str
+    keys: tuple[str | None, ...]
     session: LiveSession | None
     companies: list[int | None]
 
@@ -171,7 +177,11 @@ class _Places:
         self._most = jobs_per_session - 1  # others
         oldest_first = sorted(sessions, key=lambda session: (session.created_at, session.id))
         self._places = [
-            _Place(session.session_key, session, [job.company for job in running if job.session_id == session.id])
+            _Place(
+                (session.session_key, session.resolved_key),
+                session,
+                [job.company for job in running if job.session_id == session.id],
+            )
             for session in oldest_first
             if not session.leaving
         ]
@@ -182,17 +192,17 @@ class _Places:
 
     def idle_for(self, job: WaitingJob) -> _Place | None:
         """One without a job, and one that runs before one that is still being launched."""
-        same = [place for place in self._places if place.session_key == job.session_key and not place.companies]
+        same = [place for place in self._places if job.session_key in place.keys and not place.companies]
         return min(same, key=lambda place: place.comes_later, default=None)
 
     def launched(self, job: WaitingJob) -> _Place:
         """A session that is to be launched for it."""
-        self._places.append(_Place(job.session_key, None, []))
+        self._places.append(_Place((job.session_key,), None, []))
         return self._places[-1]
 
     def beside_others(self, job: WaitingJob) -> _Place | None:
         """The one with the fewest jobs, of those where everybody agrees to one more; it runs if one of them does."""
-        room = [place for place in self._places if place.session_key == job.session_key and self._has_room(place, job)]
+        room = [place for place in self._places if job.session_key in place.keys and self._has_room(place, job)]
         return min(room, key=lambda place: (place.comes_later, len(place.companies)), default=None)
 
     def _has_room(self, place: _Place, job: WaitingJob) -> bool:

@@ -174,6 +174,7 @@ class Keeper:
             case Evaluated(job_id, evaluation, stopped):
                 self._tell_of_evaluation(job_id, evaluation, stopped)
             case RanksStarted():
+                self._tell_of_start(report)
                 self._starts += 1
                 if self._starts > 1:
                     self._tell_of_restart()
@@ -194,6 +195,10 @@ class Keeper:
         message += f", token accuracy {evaluation['accuracy']:.1%}{f'; {stopped}' if stopped else ''}"
         if job_id in self._known:
             self._queue.log(job_id, message, data=evaluation)
+
+    def _tell_of_start(self, started: RanksStarted) -> None:
+        facts = {"precision": started.precision, "why": started.why, "exactness": started.exactness}
+        self._queue.resolve_session(self._session_id, self._fence, facts)
 
     def _tell_of_restart(self) -> None:
         for job_id, known in self._known.items():

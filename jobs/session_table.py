@@ -123,6 +123,24 @@ class SessionTable:
         with self._db.write() as conn:
             return fence_holds(conn, (session_id, fence)) and conn.execute(change).rowcount == 1
 
+    def resolve_session(self, session_id: str, fence: int, facts: dict[str, Any]) -> bool:
+        """What a session computes in, now that its ranks know (`facts`: precision, why, exactness). Its jobs keep that
+        precision, so that one which is continued elsewhere goes on as it began."""
+        with self._db.write() as conn:
+            session = locked_session(conn, session_id)
+            if session is None or session.fence != fence:
+                return False
+            base_model, _, num_workers = session.session_key.split("|")
+            resolved = f"{base_model}|{facts['precision']}|{num_workers}"
+            values = {"resolved_key": resolved, "facts": facts, "updated_at": self._clock()}
+            conn.execute(sa.update(sessions).where(sessions.c.id == session_id).values(values))
+            message = f"computes in {facts['precision']}, {facts['why']}; exact: {facts['exactness']}"
+            level = "warning" if facts["exactness"].startswith("not exact") else "info"
+            for subject in (session_id, *conn.execute(_running_in(session_id)).scalars()):
+                self._event(conn, subject, message, level)
+            conn.execute(sa.update(jobs).where(_runs_in(session_id)).values(session_key=resolved))
+            return True
+
     def acquire_lease(self, name: str, holder: str, seconds: float) -> Lease | None:
         """Take the lease, or prolong it, for `seconds`; None while another holder has it. A lease that ran out is
         given away with a higher token, to its old holder too. Clocks only decide who may try: what protects the rows
@@ -191,7 +209,11 @@ def locked_session(conn: sa.Connection, session_id: str) -> Session | None:
 
 
 def _running_in(session_id: str) -> sa.Select[tuple[str]]:
-    return sa.select(jobs.c.id).where(jobs.c.session_id == session_id, jobs.c.status == JobStatus.RUNNING)
+    return sa.select(jobs.c.id).where(_runs_in(session_id))
+
+
+def _runs_in(session_id: str) -> sa.ColumnElement[bool]:
+    return sa.and_(jobs.c.session_id == session_id, jobs.c.status == JobStatus.RUNNING)
 
 
 def _session(row: sa.Row[Any]) -> Session:

@@ -20,9 +20,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.train
@@ -48,8 +48,9 @@ from jobs.orders import (
     Trained,
 )
 from lora_core.base_files import chat_template_hash
-from lora_core.base_model import BaseModel, load_base
+from lora_core.base_model import BaseModel, Precision, load_base, resolve_precision
 from lora_core.engine_job import JobDiverged
+from lora_core.exactness import Exactness
 from lora_core.memory import NoRoomBesideError, available_bytes
 from lora_core.peft_format import adapter_files
 from lora_core.trainer import TrainEngine, probe_losses
@@ -59,6 +60,8 @@ log = logging.getLogger("lora.rank")
 
 REPORT_SECONDS = 0.3
 IDLE_POLL_SECONDS = 0.1
+
+T = TypeVar("T")
 
 
 class PeerLostError(RuntimeError):
@@ -85,7 +88,7 @@ def train_loop(config: dict[str, Any]) -> None:
 class Rank:
     """One data-parallel rank: the engine, the jobs on it, and the collectives through which ranks stay in step."""
 
-    def __init__(self, settings: Settings, mailbox: Any, base_model: str, precision: str) -> None:
+    def __init__(self, settings: Settings, mailbox: Any, base_model: str, precision: Precision) -> None:
         context = ray.train.get_context()
         self.rank, self.ranks = context.get_world_rank(), context.get_world_size()
         self.settings, self.mailbox = settings, mailbox
@@ -111,14 +114,17 @@ class Rank:
         # Python's collector need not look through the base and the libraries again: that held up steps for 0.25 s.
         gc.collect()
         gc.freeze()
+        answers = self._gather(json.dumps(self.base.exactness().values()))
+        exactness = Exactness.of_all([Exactness(**json.loads(answer or "{}")) for answer in answers])
         if self.rank == 0:
-            self.mailbox.report.remote(RanksStarted())
+            self.mailbox.report.remote(RanksStarted(self.base.precision, self.base.why, str(exactness)))
         # NCCL takes its buffers at the first collective: before what is left is counted.
         self._all_reduce(torch.zeros(1, device=self.base.device))
         self.engine = TrainEngine(
             self.base,
             capacity=None,
             budget_bytes=min(int(share or 0) for share in self._gather(str(self._share_of_memory()))),
+            exactness=exactness,
             rank=self.rank,
             ranks=self.ranks,
             all_reduce=self._all_reduce,
@@ -140,18 +146,23 @@ class Rank:
             self._step()
 
     def _load_base(self) -> BaseModel:
-        source = local_source(self.settings.resolve_base(self._base_model), self.settings.cache_dir)
-        base = load_base(source, precision=self._precision, cache_dir=self.settings.cache_dir)  # type: ignore[arg-type]
+        cache = self.settings.cache_dir
+        source = local_source(self.settings.resolve_base(self._base_model), cache)
+        # One answer for all: ranks that each measured might choose differently.
+        chosen = self._agree(lambda: resolve_precision(self._precision, source, cache_dir=cache))
+        base = load_base(source, precision=chosen.precision, cache_dir=cache)  # type: ignore[arg-type]
+        base = replace(base, why=chosen.why)
         fingerprints = self._gather(base.fingerprint)
         if len(set(fingerprints)) > 1:
             raise RuntimeError(
                 f"the ranks loaded different weights of {self._base_model}: {sorted(map(str, set(fingerprints)))}"
             )
         log.info(
-            "rank=%d event=base_loaded fingerprint=%s precision=%s device=%s backend=%s",
+            "rank=%d event=base_loaded fingerprint=%s precision=%s (%s) device=%s backend=%s",
             self.rank,
             base.fingerprint[:12],
             base.precision,
+            base.why,
             base.device,
             dist.get_backend(),
         )
@@ -295,7 +306,7 @@ class Rank:
         job, live = held.assignment.job_id, held.live
         if self.rank == 0:
             progress = held.progress(self.base)
-            manifest = held.manifest(self.base, self._tokenizer)
+            manifest = held.manifest(self.base, self._tokenizer, self.engine.exactness)
             adapter, arrived = live.optimizer.on_host(), arrival(self.base.device)
 
             def hand_over() -> None:
@@ -335,9 +346,9 @@ class Rank:
     def _broadcast(self, tensor: torch.Tensor) -> None:
         self._collective(lambda: dist.broadcast(tensor, src=0))
 
-    def _agree(self, ask: Callable[[], Orders]) -> Orders:
+    def _agree(self, ask: Callable[[], T]) -> T:
         """Rank 0's answer, on every rank. Ranks that each asked would leave at different steps and hang."""
-        answer: list[Orders | None] = [ask() if self.rank == 0 else None]
+        answer: list[T | None] = [ask() if self.rank == 0 else None]
         self._collective(lambda: dist.broadcast_object_list(answer, src=0, group=self._control))
         assert answer[0] is not None
         return answer[0]

@@ -8,6 +8,7 @@ file once.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from lora_core.base_files import (
 )
 from lora_core.decoder import Decoder, Rows
 from lora_core.exactness import Exactness, ask_for_exact_products, exactness_of
+from lora_core.fastest_precision import Choice, fastest_precision
 from lora_core.kernels.low_rank import NO_ADAPTER
 from lora_core.precision import (
     DenseWeight,
@@ -40,7 +42,7 @@ from lora_core.precision import (
     quantised_layers,
     stacked_dense,
 )
-from lora_core.targets import adaptable_linears
+from lora_core.targets import adaptable_linears, in_and_out
 
 log = logging.getLogger("lora.engine")
 
@@ -52,7 +54,8 @@ CACHE_DIR = Path("~/.lora/cache")
 
 @dataclass
 class BaseModel:
-    """A frozen base. `fingerprint` is the sha256 of the source weights; `precision` is what it computes in here.
+    """A frozen base. `fingerprint` is the sha256 of the source weights; `precision` is what it computes in here, and
+    `why` says who chose it.
 
     `decoder` holds the same weights for the faster pass, where there is one: for the Llama family on a GPU and, but in
     fp32, on a CPU. In fp8 and nf4 it alone has them, and `hidden` cannot be called.
@@ -65,6 +68,7 @@ class BaseModel:
     precision: str
     device: torch.device
     decoder: Decoder | None = None
+    why: str = "as asked for"
 
     def hidden(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Last hidden states `[batch, tokens, h]` of ids and positions int64 `[batch, tokens]`."""
@@ -125,20 +129,21 @@ def load_base(
     """
     cache_dir = Path(cache_dir).expanduser().absolute()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    computed = resolve_precision(precision, device)
-    if computed == "bf16" and device.type == "cpu" and not cpu_has_bf16():
-        log.warning(
-            "event=slow_precision base=%s: this CPU has no units for bf16, use auto, which is fp32 here", source
-        )
     if for_training and device.type == "cpu":
         ask_for_exact_products()
     folder = local_folder(source, cache_dir)
+    chosen = _chosen(precision, folder, cache_dir, device)
     fingerprint = fingerprint_of(folder, cache_dir)
-    dense = dense_precision(computed, device)
+    dense = chosen.precision
+    if dense in QUANTISED:
+        dense = _chosen("auto", folder, cache_dir, device).precision
     model = open_model(dense_folder(folder, fingerprint, dense, cache_dir), DTYPES[dense])
     model.requires_grad_(False)
     model.eval()
-    return placed(BaseModel(model, load_tokenizer(folder), source, fingerprint, computed, model.device), device)
+    log.info("event=precision base=%s precision=%s why=%r", source, chosen.precision, chosen.why)
+    tokenizer = load_tokenizer(folder)
+    base = BaseModel(model, tokenizer, source, fingerprint, chosen.precision, model.device, why=chosen.why)
+    return placed(base, device)
 
 
 def placed(base: BaseModel, device: torch.device) -> BaseModel:
@@ -191,32 +196,38 @@ def _quantised(base: BaseModel, device: torch.device) -> BaseModel:
     return replace(base, device=device, decoder=Decoder(base.model, lambda _: next(weights)))
 
 
-def dense_precision(precision: str, device: torch.device) -> str:
-    """What is computed in around the linears: in fp8 and nf4 what `auto` would be."""
-    return resolve_precision("auto", device) if precision in QUANTISED else precision
-
-
-def resolve_precision(precision: Precision, device: torch.device) -> str:
-    """`auto` is bf16 where the hardware computes in it, else fp32.
+def resolve_precision(
+    precision: Precision, source: str, *, cache_dir: Path | str = CACHE_DIR, device: torch.device | None = None
+) -> Choice:
+    """What a base would compute in here. `auto` is bf16 on a GPU that has it, and on a CPU what `fastest_precision`
+    measures for the base's linears.
 
     Raises:
-        BaseModelError: the hardware cannot do what is asked for.
+        BaseModelError: no such source, or the hardware cannot do what is asked for.
     """
+    cache_dir = Path(cache_dir).expanduser().absolute()
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        ask_for_exact_products()  # before any, and as training will multiply
+    return _chosen(precision, local_folder(source, cache_dir), cache_dir, device)
+
+
+def _chosen(precision: Precision, folder: Path, cache_dir: Path, device: torch.device) -> Choice:
     if precision == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
         raise BaseModelError("precision fp8 needs a GPU with fp8 matrix units (Hopper, Ada or later); use bf16 or nf4")
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if cpu_has_bf16() else "fp32"
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies in bf16. Others do it one number after another: at 1 GFLOP/s instead of 60 in fp32 on
-    two cores with AVX2.
-    """
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    if device.type == "cuda" and precision == "auto":
+        has_bf16 = torch.cuda.is_bf16_supported()
+        return Choice("bf16", "this GPU has it") if has_bf16 else Choice("fp32", "this GPU has no bf16")
+    if device.type == "cuda" or precision not in ("auto", "bf16"):
+        return Choice(precision, "as asked for")
+    config = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
+    shapes = [in_and_out(linear) for linear in adaptable_linears(_without_weights(folder)).values()]
+    fastest = fastest_precision(shapes, config, cache_dir)
+    if precision == "auto":
+        return fastest
+    if fastest.precision != "bf16":
+        log.warning("event=slow_precision base=%s: use auto, which is fp32 here: %s", folder, fastest.why)
+    return Choice(precision, "as asked for")
 
 
 def not_quantised(model: PreTrainedModel, precision: str) -> str | None:
@@ -258,11 +269,15 @@ def describe_base(
         BaseModelError: no such source, or one that cannot be a base.
     """
     folder = local_folder(source, cache_dir, weights=False, listed=listed)
+    return _without_weights(folder), load_tokenizer(folder)
+
+
+def _without_weights(folder: Path) -> PreTrainedModel:
     with torch.device("meta"), readable(folder):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(folder, trust_remote_code=False)
         )
-    return model, load_tokenizer(folder)
+    return model
 
 
 @torch.no_grad()

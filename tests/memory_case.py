@@ -33,7 +33,7 @@ def main(
 ) -> None:
     return_freed_memory()
     cpu = torch.device("cpu")
-    precision = resolve_precision(precision, cpu)  # type: ignore[arg-type]
+    precision = resolve_precision(precision, source, cache_dir=cache, device=cpu).precision  # type: ignore[arg-type]
     lora = LoraConfig(r=16, lora_dropout=dropout)
     config = describe_base(source, cache)[0].config
     predicted = predictor(config, DTYPES[precision]).predict([lora] * adapters, tokens, DOCUMENT, checkpointing)

@@ -11,11 +11,13 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from lora_core import fastest_precision
 from lora_core.adapter_bank import AdapterBank
 from lora_core.base_checks import BaseModelError
 from lora_core.base_files import chat_template_hash
 from lora_core.base_model import Precision, describe_base, load_base, placed, resolve_precision
-from tests.models import CONFIGS, CPU, tiny_base, tiny_model
+from lora_core.fastest_precision import Shape, row_seconds
+from tests.models import CONFIGS, CPU, threads, tiny_base, tiny_model
 from tests.tiny_models import byte_tokenizer, load_on_cpu, save_random, weights
 
 
@@ -52,26 +54,63 @@ def test_description_needs_no_weights(tmp_path: Path) -> None:
     assert chat_template_hash(tokenizer) == chat_template_hash(byte_tokenizer())
 
 
-def test_precision_is_the_one_asked_for_or_the_hardwares(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [resolve_precision(precision, CPU) for precision in ("fp32", "bf16")] == ["fp32", "bf16"]  # type: ignore[arg-type]
-    for capabilities, expected in (
-        ({"avx512_bf16": True}, "bf16"),
-        ({"amx_bf16": True}, "bf16"),
-        ({"avx2": True}, "fp32"),
-    ):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
-        assert resolve_precision("auto", CPU) == expected
+def rates(fp32: float, bf16: float, asked: list[tuple[Shape, torch.dtype]]) -> Callable[[Shape, torch.dtype], float]:
+    """A CPU that multiplies at these GFLOP/s, and notes what it was asked."""
+
+    def row_seconds(shape: Shape, dtype: torch.dtype) -> float:
+        asked.append((shape, dtype))
+        return 4 * shape[0] * shape[1] / (fp32 if dtype == torch.float32 else bf16) / 1e9
+
+    return row_seconds
 
 
-@pytest.mark.parametrize(("precision", "units", "warned"), [("bf16", False, 1), ("bf16", True, 0), ("auto", False, 0)])
-def test_bf16_on_a_cpu_that_has_none_is_warned_of(
-    precision: Precision, units: bool, warned: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("fp32", "bf16", "faster"), [(325, 180, "fp32"), (201, 871, "bf16"), (60, 1, "fp32")])
+def test_auto_is_what_multiplies_faster_and_is_remembered(
+    fp32: float, bf16: float, faster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": units})
-    load_base(str(save_random(tmp_path / "model", "gpt2")), precision=precision, cache_dir=tmp_path, device=CPU)
-    told = [record.getMessage() for record in caplog.records if record.name == "lora.engine"]
-    assert len(told) == warned and all("use auto" in message for message in told)
+    asked: list[tuple[Shape, torch.dtype]] = []
+    monkeypatch.setattr(fastest_precision, "row_seconds", rates(fp32, bf16, asked))
+    folder = str(save_random(tmp_path / "model", "gpt2"))
+    with threads(1), caplog.at_level("INFO", "lora.engine"):
+        choice = resolve_precision("auto", folder, cache_dir=tmp_path, device=CPU)
+        assert choice.precision == faster
+        assert f"{fp32} GFLOP/s in fp32 and {bf16} in bf16 with 1 thread" in choice.why
+        assert {shape for shape, _ in asked} == (
+            {(64, 192)} if bf16 == 1 else {(64, 192), (64, 64), (64, 256), (256, 64)}
+        )
+        asked.clear()
+        base = load_base(folder, precision="auto", cache_dir=tmp_path, device=CPU)
+        assert not asked and (base.precision, base.why) == (faster, choice.why)
+        assert choice.why in caplog.text
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+        resolve_precision("auto", folder, cache_dir=tmp_path, device=CPU)
+        assert asked, "other instructions are measured anew"
+        asked.clear()
+    with threads(2):
+        resolve_precision("auto", folder, cache_dir=tmp_path, device=CPU)
+        assert asked, "and so are other threads"
+
+
+@pytest.mark.parametrize(("precision", "bf16", "warned"), [("bf16", 20, 1), ("bf16", 500, 0), ("auto", 20, 0)])
+def test_bf16_that_is_the_slower_one_is_warned_of(
+    precision: Precision, bf16: float, warned: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(fastest_precision, "row_seconds", rates(100, bf16, []))
+    base = load_base(str(save_random(tmp_path / "model", "gpt2")), precision=precision, cache_dir=tmp_path, device=CPU)
+    assert precision == "auto" or (base.precision, base.why) == ("bf16", "as asked for")
+    told = [
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "lora.engine" and record.levelname == "WARNING"
+    ]
+    assert len(told) == warned and all("use auto, which is fp32 here" in message for message in told)
+
+
+def test_a_row_takes_longer_through_a_larger_linear() -> None:
+    """The real clock, where sizes differ a hundredfold."""
+    assert row_seconds((32, 32), torch.float32) < row_seconds((1024, 1024), torch.float32)
 
 
 def test_a_base_that_is_too_large_says_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ ORDER = {
         "decoder",
         "base_checks",
         "base_files",
+        "fastest_precision",
         "base_model",
         "peft_format",
         "merge",

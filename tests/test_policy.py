@@ -37,6 +37,14 @@ def session(id_: str, key: str, launching: bool = False, leaving: bool = False, 
     )
 
 
+def test_a_session_takes_jobs_of_the_precision_that_auto_was() -> None:
+    resolved = replace(session("s", "c"), session_key="auto", resolved_key="c")
+    for key, expected in (("c", [Assign("j", "s")]), ("auto", [Assign("j", "s")]), ("d", [])):
+        job = replace(waiting("j", "c"), session_key=key)
+        found = plan([job], [], [resolved], cluster(2))
+        assert [action for action in found if isinstance(action, Assign)] == expected
+
+
 @dataclass(frozen=True)
 class Case:
     """A queue, its cluster, and what was planned."""

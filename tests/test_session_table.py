@@ -44,6 +44,26 @@ def test_a_session_is_launching_before_anything_is_started(queue: JobQueue) -> N
     assert queue.sessions("c") == [session] and queue.sessions("other") == [] and queue.session("none") is None
 
 
+def test_a_jobs_precision_is_fixed_once_its_session_knows_it(queue: JobQueue) -> None:
+    """Those that run there and those that come later go on in it, also elsewhere; a driver that was replaced says
+    nothing."""
+    facts = {"precision": "fp32", "why": "the faster one here", "exactness": "not exact on this CPU: it is random"}
+    session = running_session(queue)
+    assert session.resolved_key is None
+    first, later, waiting = (submit(queue, name)[0] for name in ("a", "b", "c"))
+    assert queue.assign(first.id, session.id)
+    assert not queue.resolve_session(session.id, session.fence + 1, facts)
+    assert queue.resolve_session(session.id, session.fence, facts)
+    assert queue.assign(later.id, session.id)
+    keys = [queue.get(job.id).session_key for job in (first, later, waiting)]
+    assert keys == ["base|fp32|1", "base|fp32|1", KEY]
+    known = queue.session(session.id)
+    assert known is not None and (known.session_key, known.resolved_key) == (KEY, "base|fp32|1")
+    assert known.facts == facts
+    (told,) = [event for event in queue.events(first.id) if "computes in fp32" in event.message]
+    assert "the faster one here" in told.message and "not exact" in told.message and told.level == "warning"
+
+
 @pytest.mark.parametrize("from_", list(SessionState))
 def test_only_listed_session_moves_are_possible(queue: JobQueue, from_: SessionState) -> None:
     for to in SessionState:
