@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -29,11 +29,13 @@ from cluster.runtime import (
 )
 from cluster.settings import Settings, SettingsError, load_settings
 from jobs.database import check_database
-from jobs.job import TERMINAL, Job, JobError, JobStatus, Wish
+from jobs.job import TERMINAL, Job, JobError, JobStatus, Wish, lease_name
 from jobs.job_queue import JobQueue
 from jobs.spec import SpecError, load_spec
 
 POLL_SECONDS = 0.5
+WATCH_SECONDS = 10.0
+PATIENCE_SECONDS = 3.0  # without a scheduler, before that is said: one that starts takes longer than to say so
 CLEAR = "\x1b[2K\r"
 
 
@@ -218,20 +220,18 @@ def _stop(settings: Settings, _: argparse.Namespace) -> int:
     return 0
 
 
-def follow(queue: JobQueue, job_id: str, watch: Callable[[], None] = lambda: None) -> int:
-    """Print a job's events and progress until it ends; 0 only if it succeeded. `watch` is called now and then while it
-    waits. Raises `KeyboardInterrupt` at a Ctrl-C."""
-    seen, watched, shown = 0, time.monotonic(), 0.0
+def follow(queue: JobQueue, job_id: str, watch: Callable[[], None] | None = None) -> int:
+    """Print a job's events and progress until it ends; 0 only if it succeeded. `watch`, which sees to it that there is
+    a scheduler, is called now and then while it waits. Raises `KeyboardInterrupt` at a Ctrl-C."""
+    seen, shown = 0, 0.0
     live = sys.stderr.isatty()
+    waiting = _Waiting(queue, watch)
     with _interrupts_noted() as interrupts:
         while True:
             job = queue.get(job_id)
             for event in queue.events(job_id, after=seen):
                 seen = event.id
-                print(
-                    f"{CLEAR if live else ''}{time.strftime('%H:%M:%S', time.localtime(event.at))} {event.message}",
-                    flush=True,
-                )
+                _say(event.at, event.message, live)
             if job.status in TERMINAL:
                 return _outcome(job)
             if job.progress and (live or time.monotonic() - shown > 5):
@@ -242,13 +242,48 @@ def follow(queue: JobQueue, job_id: str, watch: Callable[[], None] = lambda: Non
                     file=sys.stderr,
                     flush=True,
                 )
-            if job.status is JobStatus.QUEUED and time.monotonic() - watched > 10:
-                watched = time.monotonic()
-                with suppress(JobError):  # Ray may be away for a while; the job is safe in the queue
-                    watch()
+            if job.status is JobStatus.QUEUED and (news := waiting.look(job.cluster)):
+                _say(time.time(), news, live)
             if interrupts:
                 raise KeyboardInterrupt
             time.sleep(POLL_SECONDS)
+
+
+class _Waiting:
+    """Whether there is anybody to start a job that waits: what a scheduler that is at work would have recorded."""
+
+    def __init__(self, queue: JobQueue, watch: Callable[[], None] | None) -> None:
+        self._queue, self._watch = queue, watch
+        self._watched = self._alive = time.monotonic()
+        self._told: str | None = None
+
+    def look(self, cluster: str) -> str | None:
+        """What there is to say that has not been said."""
+        now, trouble = time.monotonic(), None
+        if self._watch is not None and now - self._watched > WATCH_SECONDS:
+            self._watched = now
+            try:
+                self._watch()
+            except JobError as error:  # Ray may be away for a while; the job is safe in the queue
+                trouble = f"waits: {error}"
+        lease = self._queue.lease(lease_name(cluster))
+        if lease is not None and lease.valid:
+            self._alive, self._told = now, None
+            return None
+        if trouble is None and now - self._alive > PATIENCE_SECONDS:
+            trouble = f"waits: no scheduler is at work on {cluster}; "
+            if self._watch is None:
+                trouble += "`python -m jobs submit` with the same job starts one"
+            else:
+                trouble += "one is being started, and where it cannot, logs/scheduler.log below LORA_HOME says why"
+        if trouble is None or trouble == self._told:
+            return None
+        self._told = trouble
+        return trouble
+
+
+def _say(at: float, message: str, live: bool) -> None:
+    print(f"{CLEAR if live else ''}{time.strftime('%H:%M:%S', time.localtime(at))} {message}", flush=True)
 
 
 def progress_line(progress: dict[str, float]) -> str:

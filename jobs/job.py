@@ -138,6 +138,11 @@ class Session:
         return f"{self.id}-a{self.attempt}"
 
 
+def lease_name(cluster: str) -> str:
+    """The lease row of a cluster's scheduler."""
+    return f"scheduler:{cluster}"
+
+
 @dataclass(frozen=True)
 class Lease:
     """Proof that `holder` has the lease `name`. The token grows with every holder: an older one writes nothing."""

@@ -125,11 +125,20 @@ class JobQueue(SessionTable):
         with self._db.read() as conn:
             return [Event(**row._mapping) for row in conn.execute(query)]
 
-    def log(self, job_id: str, message: str, *, level: str = "info", data: dict[str, Any] | None = None) -> None:
+    def log(
+        self,
+        job_id: str,
+        message: str,
+        *,
+        level: str = "info",
+        data: dict[str, Any] | None = None,
+        lease: Lease | None = None,
+    ) -> None:
         """Add a line to a job's history without changing the job."""
         with self._db.write() as conn:
-            self._locked_job(conn, job_id)
-            self._event(conn, job_id, message, level, data)
+            if lease_holds(conn, lease):
+                self._locked_job(conn, job_id)
+                self._event(conn, job_id, message, level, data)
 
     def assign(self, job_id: str, session_id: str, *, lease: Lease | None = None) -> bool:
         """queued -> running in a session that is running and not asked to stop. This begins the job's next attempt."""

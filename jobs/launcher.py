@@ -37,7 +37,7 @@ class RunState(StrEnum):
 
 @dataclass(frozen=True)
 class Run:
-    """A submission's state, and what Ray said when it ended."""
+    """A submission's state, and what Ray said when it ended, or why it has not started."""
 
     state: RunState
     message: str = ""
@@ -83,7 +83,7 @@ class Launcher:
         except (RayUnreachableError, requests.RequestException, ConnectionError) as error:
             return Run(RunState.UNKNOWN, str(error))
         if info.status == RayStatus.PENDING:
-            return Run(RunState.STARTING)
+            return Run(RunState.STARTING, info.message or "")
         if info.status == RayStatus.RUNNING:
             return Run(RunState.RUNNING)
         return Run(RunState.ENDED, f"{info.status.lower()}: {info.message or ''}")

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 
 from jobs.job import Job, Session, SessionState
 
+MOST_TOLD = 10
+"""A place in line beyond this one is not told of, so that a long queue is not written anew with each job that ends."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class WaitingJob:
@@ -131,13 +134,32 @@ def plan(
     """The next actions. They depend on nothing but the arguments, and not on the order in which those are listed. A
     job that needs more workers than the cluster will ever have is left out (`submit` refuses it; the cluster may have
     shrunk)."""
+    return _planned(queued, running, sessions, cluster)[0]
+
+
+def reasons(
+    queued: Sequence[WaitingJob], running: Sequence[RunningJob], sessions: Sequence[LiveSession], cluster: Cluster
+) -> dict[str, str]:
+    """Why each job that still waits when the plan is carried out does, in a sentence for whoever follows it."""
+    return _planned(queued, running, sessions, cluster)[1]
+
+
+def _planned(
+    queued: Sequence[WaitingJob], running: Sequence[RunningJob], sessions: Sequence[LiveSession], cluster: Cluster
+) -> tuple[list[Action], dict[str, str]]:
     places = _Places(running, sessions, cluster.jobs_per_session)
     free = cluster.workers - sum(session.num_workers for session in sessions)
     coming = sum(session.num_workers for session in sessions if session.leaving)
     actions: list[Action] = []
-    for job in sorted(queued, key=lambda job: (-job.priority, job.created_at, job.id)):
-        if job.num_workers > cluster.workers:
-            continue
+    why = {
+        job.id: f"waits: it needs {job.num_workers} workers, and the cluster has room for {cluster.workers}; add nodes,"
+        " or cancel it and submit it with a lower num_workers"
+        for job in queued
+        if job.num_workers > cluster.workers
+    }
+    fitting = [job for job in queued if job.id not in why]
+    in_order = sorted(fitting, key=lambda job: (-job.priority, job.created_at, job.id))
+    for number, job in enumerate(in_order):
         place = places.idle_for(job)
         if place is None and job.num_workers <= free:
             free -= job.num_workers
@@ -147,11 +169,27 @@ def plan(
         if place is None:
             missing = job.num_workers - free - coming
             reason = f"its workers are needed by {job.id}"
-            return actions + [Stop(session.id, reason) for session in _to_stop(places.idle(), missing)]
+            actions += [Stop(session.id, reason) for session in _to_stop(places.idle(), missing)]
+            return actions, why | _in_line(in_order[number:], cluster)
         place.companies.append(job.company)
         if place.session is not None and not place.session.launching:
             actions.append(Assign(job.id, place.session.id))
-    return actions
+        else:
+            why[job.id] = "waits: its session is being started"
+    return actions, why
+
+
+def _in_line(waiting: Sequence[WaitingJob], cluster: Cluster) -> dict[str, str]:
+    """Of jobs for which there is no place, the first in line first. No number grows without end: each is recorded."""
+    first, *others = waiting
+    why = {
+        first.id: f"waits: others have the workers of which it needs {first.num_workers}; the cluster has"
+        f" {cluster.workers}"
+    }
+    for before, job in enumerate(others, start=1):
+        number = str(before) if before <= MOST_TOLD else f"more than {MOST_TOLD}"
+        why[job.id] = f"waits: {number} job{'s' * (before > 1)} before it in line"
+    return why
 
 
 @dataclass

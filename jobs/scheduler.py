@@ -10,6 +10,7 @@ while it slept changes nothing. `submit` makes sure that there is one (`ensure_s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -19,16 +20,16 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, start_http_server
 
 from cluster.runtime import OwnerLock, cluster_name, has_owner, on_a_cluster, start_embedded, stop_embedded
 from cluster.settings import Settings
-from jobs.job import TAKEN_BACK, Job, JobStatus, Lease, Session, SessionState
+from jobs.job import TAKEN_BACK, Job, JobError, JobStatus, Lease, Session, SessionState, lease_name
 from jobs.job_queue import JobQueue
 from jobs.launcher import Launcher, RayUnreachableError, RunState
-from jobs.policy import Assign, Cluster, Launch, Stop, plan, snapshot
+from jobs.policy import Assign, Cluster, Launch, Stop, plan, reasons, snapshot
 from jobs.queue_metrics import QueueCollector
 
 log = logging.getLogger("lora.scheduler")
@@ -36,6 +37,8 @@ log = logging.getLogger("lora.scheduler")
 STEP_SECONDS = 0.5
 MAX_ATTEMPTS = 3  # at starting sessions for a job, or at training it in one
 NOT_STARTED = "its session could not start"
+SLOW_SECONDS = 30.0
+"""A session's driver that is not up after this long is told of: on two busy cores it took 24 s."""
 
 
 @dataclass
@@ -47,6 +50,8 @@ class Scheduler:
     launcher: Launcher
     cluster: str
     lease: Lease
+    told: dict[str, str] = field(default_factory=dict)
+    """What the waiting jobs' histories say of why they wait: a reason is recorded once."""
 
     def step(self) -> bool:
         """One round; returns whether there is anything to do, now or soon."""
@@ -54,13 +59,37 @@ class Scheduler:
         queued = self.queue.list(self.cluster, {JobStatus.QUEUED})
         running = self.queue.list(self.cluster, {JobStatus.RUNNING})
         sessions = self.queue.sessions(self.cluster)
+        why: dict[str, str] = {}
         if queued:
             size = self.launcher.size()
             workers = max(size.workers, self.settings.max_workers or 0)
             cluster = Cluster(workers=workers, jobs_per_session=self.settings.jobs_per_session)
-            for action in plan(*snapshot(queued, running, sessions), cluster):
+            rows = snapshot(queued, running, sessions)
+            for action in plan(*rows, cluster):
                 self._act(action)
+            slow = {session.session_key: reason for session in sessions if (reason := self._slow_start(session))}
+            why = reasons(*rows, cluster)
+            why |= {job.id: slow[job.session_key] for job in queued if job.id in why and job.session_key in slow}
+        self._tell(why)
         return bool(queued or running or sessions)
+
+    def tell_of_trouble(self, reason: str) -> None:
+        """Let whoever follows a waiting job know what keeps it from being started."""
+        self._tell({job.id: f"waits: {reason}" for job in self.queue.list(self.cluster, {JobStatus.QUEUED})})
+
+    def _tell(self, why: dict[str, str]) -> None:
+        for job_id, reason in why.items():
+            if self.told.get(job_id) != reason:
+                self.queue.log(job_id, reason, lease=self.lease)
+        self.told.clear()
+        self.told.update(why)
+
+    def _slow_start(self, session: Session) -> str | None:
+        """What Ray says of a session that it should have started by now."""
+        if session.state is not SessionState.LAUNCHING or time.time() - session.created_at < SLOW_SECONDS:
+            return None
+        said = self.launcher.state(session.ray_submission_id).message
+        return f"waits: Ray has not started its session for {SLOW_SECONDS:.0f} s{f' ({_brief(said)})' if said else ''}"
 
     def _reconcile(self) -> None:
         for session in self.queue.sessions(self.cluster):
@@ -177,14 +206,14 @@ def _schedule(settings: Settings, cluster: str, owner: OwnerLock | None, stopped
         registry = CollectorRegistry()
         registry.register(QueueCollector(queue, cluster))
         start_http_server(settings.metrics_port, registry=registry)
-    busy = time.monotonic()
+    busy, told = time.monotonic(), dict[str, str]()
     while not stopped.wait(STEP_SECONDS):
         try:
             lease = queue.acquire_lease(lease_name(cluster), holder, settings.lease_seconds)
             if lease is None:  # somebody else schedules; stay as the one that takes over
                 continue
-            at_work = Scheduler(settings, queue, launcher, cluster, lease).step()
-            if at_work or (owner is not None and launcher.others_running()):
+            scheduler = Scheduler(settings, queue, launcher, cluster, lease, told)
+            if run_step(scheduler) or (owner is not None and launcher.others_running()):
                 busy = time.monotonic()
             if time.monotonic() - busy > settings.scheduler_idle_seconds:
                 # First let go, then look once more: a submit in between sees that nobody schedules and starts a
@@ -196,14 +225,30 @@ def _schedule(settings: Settings, cluster: str, owner: OwnerLock | None, stopped
                     return
                 busy = time.monotonic()
         except RayUnreachableError as error:
-            log.warning("event=ray_unreachable reason=%s", error)  # unknown is not dead: change nothing
+            log.warning("event=ray_unreachable reason=%s", error)
         except Exception:
-            log.exception("event=step_failed")  # the database, most likely; the rows are as they were
+            log.exception("event=round_failed")  # the database, most likely; the rows are as they were
 
 
-def lease_name(cluster: str) -> str:
-    """The lease row of a cluster's scheduler."""
-    return f"scheduler:{cluster}"
+def run_step(scheduler: Scheduler) -> bool:
+    """`Scheduler.step`, and its failure told to those who wait. Ray that does not answer is unknown, and not dead: the
+    rows stay as they are."""
+    try:
+        return scheduler.step()
+    except RayUnreachableError as error:
+        log.warning("event=ray_unreachable reason=%s", error)
+        reason = str(error)
+    except Exception as error:
+        log.exception("event=step_failed")
+        reason = f"the scheduler cannot go on: {error}"
+    with contextlib.suppress(JobError):  # the database may be what has failed
+        scheduler.tell_of_trouble(_brief(reason))
+    return True
+
+
+def _brief(text: str) -> str:
+    """The beginning of what somebody else said, on one line."""
+    return " ".join(text.split())[:300]
 
 
 def ensure_scheduler(settings: Settings, queue: JobQueue) -> None:

@@ -58,6 +58,7 @@ from jobs.orders import (
 log = logging.getLogger("lora.session")
 
 KEEP_SECONDS = 0.3
+SLOW_SECONDS = 60.0  # for the workers to start and load the base, after which whoever follows is told
 RESTARTS = 2  # of the worker group, after a rank died
 KEPT_CHECKPOINTS = 2
 
@@ -74,6 +75,8 @@ class Keeper:
         self._known: dict[str, Assignment] = {}
         self._pending: list[Report | RankBroke | RanksStarted] = []
         self._starts = 0
+        self._began = time.monotonic()
+        self._told: set[str] = set()
         self._busy = time.monotonic()
         self._renewed = 0.0
         self._ended = threading.Event()
@@ -109,6 +112,8 @@ class Keeper:
         while self._pending:  # one that cannot be recorded now, since SQL or storage is away, is tried again next time
             self._record(self._pending[0])
             del self._pending[0]
+        if self._starts == 0 and time.monotonic() - self._began > SLOW_SECONDS:
+            self._tell_of_slow_start(jobs)
         for job in jobs.values():
             if job.wish is Wish.CANCEL and job.id not in held:
                 self._move(job.id, JobStatus.CANCELLED, "cancelled while running")
@@ -199,6 +204,15 @@ class Keeper:
     def _tell_of_start(self, started: RanksStarted) -> None:
         facts = {"precision": started.precision, "why": started.why, "exactness": started.exactness}
         self._queue.resolve_session(self._session_id, self._fence, facts)
+
+    def _tell_of_slow_start(self, jobs: Iterable[str]) -> None:
+        for job_id in jobs:
+            if job_id not in self._told:
+                message = (
+                    f"its workers are not up after {SLOW_SECONDS:.0f} s: a large base takes long to load; else Ray"
+                )
+                self._queue.log(job_id, f"{message} has no room for them, and `ray status` says who has it")
+                self._told.add(job_id)
 
     def _tell_of_restart(self) -> None:
         for job_id, known in self._known.items():

@@ -11,7 +11,7 @@ from typing import TypeVar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.policy import Action, Assign, Cluster, Launch, LiveSession, RunningJob, Stop, WaitingJob, plan
+from jobs.policy import Action, Assign, Cluster, Launch, LiveSession, RunningJob, Stop, WaitingJob, plan, reasons
 
 T = TypeVar("T")
 WIDTH = {"a": 1, "b": 1, "c": 2, "d": 3, "e": 5}  # a session key stands for its number of workers too
@@ -301,3 +301,27 @@ def test_several_jobs_wait_for_one_session_that_is_launching() -> None:
     sessions = [session("idle", "b"), session("starting", "a", launching=True)]
     assert plan(three, [], sessions, cluster(2, 8)) == []
     assert plan(three, [], sessions[:1], cluster(2, 8)) == [Launch("a", 1, "j0")]
+
+
+@settings(max_examples=50)
+@given(cases())
+def test_whoever_still_waits_is_told_why(case: Case) -> None:
+    why = reasons(case.queued, case.running, case.sessions, case.cluster)
+    assert why.keys() == {job.id for job in case.queued} - {action.job_id for action in case.of(Assign)}
+    for job in case.queued:
+        assert (job.num_workers > case.cluster.workers) == ("a lower num_workers" in why.get(job.id, ""))
+
+
+def test_the_reasons_for_waiting_are_sentences() -> None:
+    queued = [waiting("huge", "e"), waiting("first", "c", at=1.0)]
+    queued += [waiting(f"{number:02}", "a", at=number) for number in range(2, 15)]
+    why = reasons(queued, [at_work("x", "s")], [session("s", "b")], cluster(2))
+    assert why == {
+        "huge": "waits: it needs 5 workers, and the cluster has room for 2; add nodes, or cancel it and submit it with"
+        " a lower num_workers",
+        "first": "waits: others have the workers of which it needs 2; the cluster has 2",
+        "02": "waits: 1 job before it in line",
+        **{f"{number:02}": f"waits: {number - 1} jobs before it in line" for number in range(3, 12)},
+        **{f"{number:02}": "waits: more than 10 jobs before it in line" for number in range(12, 15)},
+    }
+    assert reasons([waiting("one", "a")], [], [], cluster(1)) == {"one": "waits: its session is being started"}

@@ -10,8 +10,8 @@ import pytest
 from cluster.settings import Settings
 from jobs.job import JobStatus, Session, SessionState
 from jobs.job_queue import JobQueue
-from jobs.launcher import ClusterSize, Launcher, Run, RunState
-from jobs.scheduler import MAX_ATTEMPTS, NOT_STARTED, Scheduler
+from jobs.launcher import ClusterSize, Launcher, RayUnreachableError, Run, RunState
+from jobs.scheduler import MAX_ATTEMPTS, NOT_STARTED, SLOW_SECONDS, Scheduler, run_step
 from jobs.spec import JobSpec
 
 GONE = "failed: Job entrypoint command failed\nTraceback (most recent call last):\n  ...\nOSError: no disk\n\n"
@@ -23,6 +23,7 @@ class AnsweringRay(Launcher):
     def __init__(self) -> None:
         self.run = Run(RunState.RUNNING)
         self.launched: list[str] = []
+        self.away: Exception | None = None
 
     def launch_session(self, submission_id: str, session_id: str, fence: int) -> None:
         self.launched.append(submission_id)
@@ -31,6 +32,8 @@ class AnsweringRay(Launcher):
         return self.run
 
     def size(self) -> ClusterSize:
+        if self.away is not None:
+            raise self.away
         return ClusterSize(workers=2, nodes=1)
 
 
@@ -56,6 +59,12 @@ class World:
     def session(self) -> Session:
         (session,) = self.queue.sessions("c")
         return session
+
+    @property
+    def waits(self) -> list[str]:
+        """Why it waits, as its history has it."""
+        told = [event.message for event in self.queue.events(self.job_id)]
+        return [message.removeprefix("waits: ") for message in told if message.startswith("waits: ")]
 
     def come_up(self) -> None:
         """The session's driver starts, and the job goes to it."""
@@ -162,3 +171,50 @@ def test_a_scheduler_that_was_replaced_changes_nothing(world: World) -> None:
     assert world.session == before
     assert world.status is JobStatus.QUEUED
     assert len(world.ray.launched) == 1
+
+
+def test_why_a_job_waits_is_in_its_history_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a scheduler alone knows, for those who follow the job elsewhere."""
+    monkeypatch.setattr("jobs.scheduler.time.time", lambda: world.now)
+    started = "its session is being started"
+    for _ in range(2):
+        assert run_step(world.scheduler)
+    assert world.waits == [started]
+    world.now += SLOW_SECONDS
+    world.ray.run = Run(RunState.STARTING, "Job has not started yet.\n  It may wait\tfor resources.")
+    world.scheduler.step()
+    slow = "Ray has not started its session for 30 s (Job has not started yet. It may wait for resources.)"
+    assert world.waits == [started, slow]
+    world.come_up()
+    assert world.waits == [started, slow]
+    world.ray.run = Run(RunState.ENDED, GONE)
+    world.scheduler.step()  # back to the queue, and for it another session
+    assert world.waits == [started, slow, started]
+
+
+@pytest.mark.parametrize(
+    ("away", "told"),
+    [
+        (
+            RayUnreachableError("Ray's API does not answer: at\nhttp://10.0.0.9"),
+            "Ray's API does not answer: at http://10",
+        ),
+        (RuntimeError("No available agent"), "the scheduler cannot go on: No available agent"),
+    ],
+)
+def test_a_ray_that_cannot_be_reached_is_told_to_those_who_wait(
+    world: World, monkeypatch: pytest.MonkeyPatch, away: Exception, told: str
+) -> None:
+    monkeypatch.setattr("jobs.scheduler.time.time", lambda: world.now)
+    world.ray.away = away
+    for _ in range(3):
+        assert run_step(world.scheduler)
+    assert len(world.waits) == 2
+    assert world.waits[-1].startswith(told)
+    world.ray.away = None
+    run_step(world.scheduler)
+    assert world.waits[-1] == "its session is being started"
+    world.queue.release_lease(world.scheduler.lease)
+    world.ray.away = away
+    run_step(world.scheduler)
+    assert len(world.waits) == 3  # another one schedules now
