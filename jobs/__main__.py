@@ -31,6 +31,7 @@ from cluster.settings import Settings, SettingsError, load_settings
 from jobs.database import check_database
 from jobs.job import TERMINAL, Job, JobError, JobStatus, Wish, lease_name
 from jobs.job_queue import JobQueue
+from jobs.job_report import progress_line, report
 from jobs.spec import SpecError, load_spec
 
 POLL_SECONDS = 0.5
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("list", help="all jobs, oldest first").set_defaults(command=_list)
     for name, command, text in (
-        ("show", _show, "one job and its history"),
+        ("show", _show, "how far a job is, what came of it, what was asked for, and its history"),
         ("logs", _logs, "follow a job to its end; exit 0 only if it succeeds"),
         ("cancel", _cancel, "cancel a job: at once if it waits, after its current step if it runs"),
     ):
@@ -178,15 +179,9 @@ def _list(settings: Settings, _: argparse.Namespace) -> int:
 def _show(settings: Settings, arguments: argparse.Namespace) -> int:
     queue = JobQueue(settings.database_url)
     job = queue.get(arguments.job)
-    print(
-        f"{job.id} {job.status} {job.base}:{job.spec.adapter}"
-        f" attempt {job.attempt} on {job.cluster}, code {job.code_version}"
-    )
-    for title, values in (("progress", job.progress), ("result", job.result)):
-        for key, value in (values or {}).items():
-            print(f"  {title}.{key}: {value}")
-    for event in queue.events(job.id):
-        print(f"  {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(event.at))} {event.level:<7} {event.message}")
+    session = queue.session(job.session_id) if job.session_id else None
+    for line in report(job, session, queue.events(job.id), settings):
+        print(line)
     return 0
 
 
@@ -271,11 +266,11 @@ class _Waiting:
             self._alive, self._told = now, None
             return None
         if trouble is None and now - self._alive > PATIENCE_SECONDS:
-            trouble = f"waits: no scheduler is at work on {cluster}; "
+            trouble = f"waits: no scheduler is at work on {cluster}: "
             if self._watch is None:
                 trouble += "`python -m jobs submit` with the same job starts one"
             else:
-                trouble += "one is being started, and where it cannot, logs/scheduler.log below LORA_HOME says why"
+                trouble += "one is being started (if it does not come up, see logs/scheduler.log below LORA_HOME)"
         if trouble is None or trouble == self._told:
             return None
         self._told = trouble
@@ -284,22 +279,6 @@ class _Waiting:
 
 def _say(at: float, message: str, live: bool) -> None:
     print(f"{CLEAR if live else ''}{time.strftime('%H:%M:%S', time.localtime(at))} {message}", flush=True)
-
-
-def progress_line(progress: dict[str, float]) -> str:
-    """`[#######-------] step 35/76  loss 0.0312  512 tokens/s  0:42 left`"""
-    step, steps = int(progress["step"]), int(progress["steps"])
-    filled = 24 * step // steps
-    left = (
-        (steps - step) * progress["tokens"] / step / progress["tokens_per_second"]
-        if step and progress["tokens_per_second"]
-        else 0
-    )
-    validation = f"  validation {progress['validation_loss']:.4f}" if "validation_loss" in progress else ""
-    return (
-        f"[{'#' * filled}{'-' * (24 - filled)}] step {step}/{steps}  loss {progress['loss']:.4f}{validation}"
-        f"  {progress['tokens_per_second']:.0f} tokens/s  {int(left) // 60}:{int(left) % 60:02d} left"
-    )
 
 
 def _outcome(job: Job) -> int:

@@ -50,7 +50,7 @@ def follower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 def test_without_a_scheduler_that_is_said_once(follower: Follower) -> None:
     follower.at = {PATIENCE_SECONDS + 20: follower.end}
     assert follower.lines() == [
-        "waits: no scheduler is at work on c; `python -m jobs submit` with the same job starts one"
+        "waits: no scheduler is at work on c: `python -m jobs submit` with the same job starts one"
     ]
     assert follower.queue.get(follower.job_id).status is JobStatus.CANCELLED
 
@@ -59,7 +59,7 @@ def test_a_scheduler_that_is_started_says_where_it_writes_if_it_cannot(follower:
     calls: list[float] = []
     follower.at = {2 * WATCH_SECONDS + 3: follower.end}
     (line,) = follower.lines(lambda: calls.append(follower.now))
-    assert line.endswith("one is being started, and where it cannot, logs/scheduler.log below LORA_HOME says why")
+    assert line.endswith("one is being started (if it does not come up, see logs/scheduler.log below LORA_HOME)")
     assert len(calls) == 2
 
 

@@ -90,6 +90,7 @@ ORDER = {
         "database",
         "session_table",
         "job_queue",
+        "job_report",
         "policy",
         "queue_metrics",
         "launcher",

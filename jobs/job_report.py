@@ -1,0 +1,120 @@
+"""What a person wants to know of a job, in lines: how far it is, what came of it, and what was asked for."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from cluster.settings import Settings
+from jobs.job import TERMINAL, Event, Job, JobStatus, Session
+from jobs.spec import JobSpec
+
+
+def progress_line(progress: Mapping[str, float]) -> str:
+    """`[#######-------] step 35/76  loss 0.0312  512 tokens/s  0:42 left`"""
+    step, steps = int(progress["step"]), int(progress["steps"])
+    filled = 24 * step // steps
+    validation = f"  validation {progress['validation_loss']:.4f}" if "validation_loss" in progress else ""
+    return (
+        f"[{'#' * filled}{'-' * (24 - filled)}] step {step}/{steps}  loss {progress['loss']:.4f}{validation}"
+        f"  {progress['tokens_per_second']:.0f} tokens/s  {_left(progress)} left"
+    )
+
+
+def report(job: Job, session: Session | None, events: Sequence[Event], settings: Settings) -> Iterator[str]:
+    """The job, whose session this is, if it has one, with its history; `settings` are those of whoever asks."""
+    model = f"{job.base}:{job.spec.adapter}"
+    moved = [event.at for event in events if (event.data or {}).get("to") == job.status]
+    since = moved[-1] if moved else job.created_at
+    lines = {
+        "why": _why(job, events, since),
+        "progress": _progress(job),
+        "result": _result(job),
+        "published": f"{model} version {job.result['version']}" if job.result else None,
+        "chat": _chat(job, model, settings) if job.result else None,
+        "session": _session(job, session),
+        "settings": ", ".join(_settings(job.spec)),
+    }
+    yield f"{job.id}  {job.status} since {_when(since)}  {model}"
+    yield from (f"  {name:<10} {text}" for name, text in lines.items() if text)
+    yield "  history"
+    for event in events:
+        yield f"    {_when(event.at)} {'' if event.level == 'info' else f'{event.level}: '}{event.message}"
+
+
+def _when(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+
+
+def _why(job: Job, events: Sequence[Event], since: float) -> str | None:
+    """Its error and what to do about it, or what it waits for."""
+    if job.error:
+        return f"{job.error.rstrip('.')}. Change that, and submit it again: a job that failed is in nobody's way"
+    waits = [event.message for event in events if event.at >= since and event.message.startswith("waits: ")]
+    if job.status is JobStatus.QUEUED and waits:
+        return waits[-1]
+    return f"it is asked to {job.wish}, after its current step" if job.wish else None
+
+
+def _progress(job: Job) -> str | None:
+    progress = job.progress
+    if progress is None:
+        return None
+    done = f"step {progress['step']} of {progress['steps']}, loss {progress['loss']:.4f}"
+    done += f" ({progress['first_loss']:.4f} at the first step), {progress['tokens_per_second']:,.0f} tokens/s"
+    return done if job.status in TERMINAL else f"{done}, {_left(progress)} left"
+
+
+def _result(job: Job) -> str | None:
+    """What it has been judged by, if rows were held out."""
+    figures = job.result["metrics"] if job.result else job.progress or {}
+    if "validation_loss" not in figures:
+        return None
+    before = figures.get("validation_loss_before")
+    return (
+        f"validation loss {figures['validation_loss']:.4f} after step {figures['validation_step']}"
+        f"{'' if before is None else f' ({before:.4f} before)'}, token accuracy {figures['validation_accuracy']:.1%}"
+    )
+
+
+def _chat(job: Job, model: str, settings: Settings) -> str:
+    """A command that works where a server of these settings runs."""
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
+    url = f"http://127.0.0.1:{settings.serve_port}/v1/chat/completions"
+    lacking = "" if job.base in settings.base_models else f", with an alias {job.base} of its base in LORA_BASE_MODELS"
+    return f"curl {url} -H 'content-type: application/json' -d '{body}'  # after serve run deploy.app:app{lacking}"
+
+
+def _session(job: Job, session: Session | None) -> str:
+    workers = f"{job.num_workers} worker{'s' * (job.num_workers > 1)}"
+    asked = f"{job.spec.base_model} in precision {job.spec.precision}, {workers}"
+    if session is None:
+        return f"none yet, on {job.cluster}: {asked}"
+    return f"{session.ray_submission_id} ({session.state}) on {job.cluster}: {asked}, attempt {job.attempt}"
+
+
+def _settings(spec: JobSpec) -> Iterator[str]:
+    """Those that differ from what they are where nobody says anything."""
+    yield f"dataset {spec.dataset}"
+    for prefix, block in (("", spec), ("lora.", spec.lora), ("train.", spec.train)):
+        for name, value in _differing(block):
+            if name not in ("base_model", "dataset", "adapter", "lora", "train"):
+                yield f"{prefix}{name} {value}"
+
+
+def _differing(block: BaseModel) -> Iterator[tuple[str, Any]]:
+    for name, field in type(block).model_fields.items():
+        value = getattr(block, name)
+        if value != field.get_default(call_default_factory=True):
+            yield name, value
+
+
+def _left(progress: Mapping[str, float]) -> str:
+    """Minutes and seconds until the last step, at the pace up to now."""
+    step, pace = progress["step"], progress["tokens_per_second"]
+    seconds = int((progress["steps"] - step) * progress["tokens"] / step / pace) if step and pace else 0
+    return f"{seconds // 60}:{seconds % 60:02d}"
