@@ -172,6 +172,7 @@ def embedded_environment(settings: Settings) -> dict[str, str]:
     again."""
     token = settings.home / "ray_token"
     if not token.exists():
+        token.parent.mkdir(parents=True, exist_ok=True)
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
     repository = str(Path(__file__).resolve().parent.parent)

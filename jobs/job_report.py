@@ -94,7 +94,9 @@ def _session(job: Job, session: Session | None) -> str:
     asked = f"{job.spec.base_model} in precision {job.spec.precision}, {workers}"
     if session is None:
         return f"none yet, on {job.cluster}: {asked}"
-    return f"{session.ray_submission_id} ({session.state}) on {job.cluster}: {asked}, attempt {job.attempt}"
+    facts = session.facts
+    found = f"; it is {facts['precision']}, {facts['why']}; exact: {facts['exactness']}" if facts else ""
+    return f"{session.ray_submission_id} ({session.state}) on {job.cluster}: {asked}, attempt {job.attempt}{found}"
 
 
 def _settings(spec: JobSpec) -> Iterator[str]:

@@ -130,7 +130,7 @@ class SessionTable:
             session = locked_session(conn, session_id)
             if session is None or session.fence != fence:
                 return False
-            base_model, _, num_workers = session.session_key.split("|")
+            base_model, _, num_workers = session.session_key.rsplit("|", 2)
             resolved = f"{base_model}|{facts['precision']}|{num_workers}"
             values = {"resolved_key": resolved, "facts": facts, "updated_at": self._clock()}
             conn.execute(sa.update(sessions).where(sessions.c.id == session_id).values(values))

@@ -53,7 +53,7 @@ def test_elsewhere_the_environment_says_which_ray_it_is(monkeypatch: pytest.Monk
 
 
 def test_an_embedded_ray_takes_nothing_from_another_rays_variables(tmp_path: Path) -> None:
-    prepared = {**OTHER, **embedded_environment(Settings(home=tmp_path))}
+    prepared = {**OTHER, **embedded_environment(Settings(home=tmp_path / "new"))}
     assert not any(prepared[name] for name in OTHER)
     embedded = EmbeddedRay(1, 0.0, "10.0.0.1:7000", "http://127.0.0.1:9000", prepared["RAY_AUTH_TOKEN_PATH"])
     connected = {**OTHER, **embedded.environment}
