@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ContextDecorator, contextmanager
 from dataclasses import dataclass, field, replace
-from types import MethodType
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_core import kernels
@@ -72,9 +72,11 @@ CONFIGS: dict[str, PretrainedConfig] = {
 }
 
 
-def tiny_model(kind: str, seed: int = 0, attention: str = ATTENTION_NAME, **config: Any) -> PreTrainedModel:
+def tiny_model(
+    kind: str, seed: int = 0, attention: str = ATTENTION_NAME, dtype: torch.dtype = torch.float32, **config: Any
+) -> PreTrainedModel:
     """Random weights, biases and norms of heads, large enough that attention, windows and caps show in the logits;
-    frozen, in eval mode. `config` are options that differ from the kind's.
+    frozen, in eval mode. In fp64 all of it is. `config` are options that differ from the kind's.
     """
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -89,14 +91,13 @@ def tiny_model(kind: str, seed: int = 0, attention: str = ATTENTION_NAME, **conf
                 parameter.normal_(0, 0.3)
             elif name.endswith((".q_norm.weight", ".k_norm.weight")):
                 parameter += torch.randn_like(parameter) * 0.3
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return in_double(model) if dtype == torch.float64 else model.to(dtype)  # type: ignore[arg-type]
 
 
 def tiny_base(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> BaseModel:
-    """`tiny_model` as the engine takes it; in fp64 with norms that compute in fp64 too."""
-    model = tiny_model(kind, seed, **config).to(dtype)  # type: ignore[arg-type]
-    if dtype == torch.float64:
-        norms_in_double(model)
+    """`tiny_model` as the engine takes it."""
+    model = tiny_model(kind, seed, dtype=dtype, **config)
     tokenizer = PreTrainedTokenizerBase()
     return BaseModel(model, tokenizer, f"tiny-{kind}", "0" * 64, "bf16" if dtype == torch.bfloat16 else "fp32", CPU)
 
@@ -107,16 +108,26 @@ def decoder_base(kind: str, dtype: torch.dtype = torch.float64) -> BaseModel:
     return replace(base, decoder=Decoder(base.model))
 
 
-def norms_in_double(model: nn.Module) -> None:
-    """transformers' RMSNorm computes in fp32 whatever it gets, which would hide what fp64 is to show."""
+class InDouble(TorchFunctionMode, ContextDecorator):
+    """Whoever asks for fp32 here gets fp64."""
 
-    def rms_norm(self: Any, x: Tensor) -> Tensor:
-        normed: Tensor = self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
-        return normed
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.float:
+            return args[0].double()
+        args = [torch.float64 if argument is torch.float32 else argument for argument in args]
+        kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()}
+        return function(*args, **kwargs)
 
+
+def in_double(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in fp64, in which two formulas show whether they are one, on any processor: transformers takes norms
+    and the softmax of its own attention in fp32 whatever it gets, which would hide it.
+    """
+    rounded = ("RMSNorm", "Attention") if model.config._attn_implementation == "eager" else "RMSNorm"
     for module in model.modules():
-        if type(module).__name__ in ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"):
-            module.forward = MethodType(rms_norm, module)  # type: ignore[method-assign]
+        if type(module).__name__.endswith(rounded):
+            module.forward = InDouble()(module.forward)
+    return model.double()
 
 
 def documents(count: int, seed: int, shortest: int = 4, longest: int = 30) -> list[Example]:
@@ -306,6 +317,15 @@ def random_adapter(
     for weight in adapter.trained:
         weight.requires_grad_(trained)
     return adapter
+
+
+def adapter_in_double(adapter: Adapter) -> Adapter:
+    a, b, m = (
+        {name: weight.double() for name, weight in weights.items()}
+        for weights in (adapter.a, adapter.b, adapter.magnitude)
+    )
+    residual = None if adapter.residual is None else adapter_in_double(adapter.residual)
+    return replace(adapter, a=a, b=b, magnitude=m, residual=residual)
 
 
 def decode_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:

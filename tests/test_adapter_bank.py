@@ -126,7 +126,7 @@ def deltas(model: PreTrainedModel, runs: Sequence[Run], names: list[str]) -> dic
             for run in runs:
                 rows = slice(start, start + run.rows)
                 if run.adapter is not None and name in run.adapter.a:
-                    a, b = run.adapter.a[name], run.adapter.b[name]
+                    a, b = run.adapter.a[name].to(x.dtype), run.adapter.b[name].to(x.dtype)
                     expected[rows] += run.adapter.scale[name] * (x[rows] @ a.t()) @ b.t()
                 start = rows.stop
             found[name], found[name + ".seen"] = expected, output[0]
@@ -141,7 +141,7 @@ def deltas(model: PreTrainedModel, runs: Sequence[Run], names: list[str]) -> dic
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
 def test_rows_get_their_own_adapter_and_no_other(kind: str) -> None:
-    base = tiny_base(kind)
+    base = tiny_base(kind, dtype=torch.float64)
     bank = AdapterBank(base.model)
     some = ["c_fc"] if kind == "gpt2" else ["q_proj", "down_proj"]
     one, two = random_adapter(bank, 1, 3), random_adapter(bank, 2, 8, targets=some)
@@ -152,16 +152,16 @@ def test_rows_get_their_own_adapter_and_no_other(kind: str) -> None:
     with bank.routed(runs):
         adapted = base.hidden(ids, positions, PackedAttention(lengths))
     for name in bank.linears:
-        torch.testing.assert_close(checks[name + ".seen"], checks[name], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(checks[name + ".seen"], checks[name], rtol=1e-12, atol=1e-12)
     plain = base.hidden(ids, positions, PackedAttention(lengths))
-    torch.testing.assert_close(adapted[0, 5:9], plain[0, 5:9], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(adapted[0, 5:9], plain[0, 5:9], rtol=1e-12, atol=1e-12)
     assert all(not torch.equal(adapted[0, row], plain[0, row]) for row in (0, 9, 15, 16))
 
 
 @torch.no_grad()
 def test_decoding_rows_are_the_batch() -> None:
     """`[n, 1]` tokens of n requests, as the generator sends them."""
-    base = tiny_base("llama")
+    base = tiny_base("llama", dtype=torch.float64)
     bank = AdapterBank(base.model)
     adapters = [random_adapter(bank, seed, 4) for seed in (1, 2)]
     ids, positions = torch.randint(3, VOCABULARY, (3, 1)), torch.zeros(3, 1, dtype=torch.int64)
@@ -170,7 +170,7 @@ def test_decoding_rows_are_the_batch() -> None:
     for row, adapter in enumerate((adapters[0], adapters[0], adapters[1])):
         with bank.routed([Run(adapter, 1)]):
             alone = base.hidden(ids[row, None], positions[:1], PackedAttention([1]))
-        torch.testing.assert_close(together[row], alone[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(together[row], alone[0], rtol=1e-12, atol=1e-12)
 
 
 def test_closed_bank_and_unrouted_pass_leave_the_base_alone() -> None:

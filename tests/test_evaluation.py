@@ -44,7 +44,7 @@ def test_loss_and_accuracy_are_those_of_the_definition(monkeypatch: pytest.Monke
     """On what it has learned, so that some tokens are right, with dropout in training; in few packed micro-batches."""
     monkeypatch.setattr(engine_job, "CHUNK_TOKENS", 48)
     examples = documents(6, seed=1)
-    engine = TrainEngine(tiny_base("llama"), capacity=512)
+    engine = TrainEngine(tiny_base("llama", dtype=torch.float64), capacity=512)
     live = engine.add(
         job(examples=examples, validation=[*examples[:4], *HELD_OUT], epochs=30, lora={"lora_dropout": 0.3})
     )
@@ -62,7 +62,7 @@ def test_loss_and_accuracy_are_those_of_the_definition(monkeypatch: pytest.Monke
     expected = by_definition(engine, live, live.job.validation)
     assert found is not None
     assert (found.step, found.tokens, found.accuracy) == (60, expected.tokens, expected.accuracy)
-    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-12)
     assert 0.2 < found.accuracy < 0.9
     assert live.progress.before is not None
     assert live.progress.before.accuracy < found.accuracy
@@ -244,11 +244,13 @@ def test_a_job_that_stopped_early_rests_while_its_neighbour_goes_on() -> None:
 
 def test_best_weights_are_what_a_bf16_base_computes_with_afterwards() -> None:
     engine = TrainEngine(tiny_base("llama", dtype=torch.bfloat16))
-    live = engine.add(job(validation=MIXED, eval_steps=1, load_best_model_at_end=True, **OVERFITS))
+    live = engine.add(job(validation=HELD_OUT, eval_steps=1, load_best_model_at_end=True, **OVERFITS))
     train_to_the_end(engine, "job")
-    assert live.progress.best is not None
-    assert live.progress.best.step < live.progress.step
-    assert by_definition(engine, live, MIXED).loss == pytest.approx(live.progress.best.loss, rel=1e-5)
+    best, last = live.progress.best, live.progress.evaluation
+    assert best is not None and last is not None
+    assert last.loss > 1.02 * best.loss
+    # In bf16 rows may round otherwise where they lie among others.
+    assert by_definition(engine, live, HELD_OUT).loss == pytest.approx(best.loss, rel=5e-3)
 
 
 def test_validation_loss_that_is_not_finite_fails_its_job_alone_with_the_step() -> None:

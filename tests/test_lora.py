@@ -27,14 +27,15 @@ def test_one_step_equals_one_step_of_the_engine(kind: str, targets: list[str]) -
     """
     rank, alpha, rate = 4, 1.5, 1e-2
     example = documents(1, seed=3, shortest=20)[0]
-    engine = TrainEngine(tiny_base(kind))
+    engine = TrainEngine(tiny_base(kind, dtype=torch.float64))
     lora = LoraConfig(r=rank, lora_alpha=alpha * rank, target_modules=targets)
     train = TrainConfig(
         epochs=1, batch_size=1, learning_rate=rate, lr_scheduler="constant", warmup_ratio=0, max_grad_norm=1e9
     )
     live = engine.add(EngineJob("job", lora, train, [example]))
-    model = tiny_model(kind, attention="eager")
+    model = tiny_model(kind, attention="eager", dtype=torch.float64)
     names = replace_linear_with_lora(model, rank, alpha, targets)
+    model.double()
     assert names == list(live.adapter.a)
     torch.manual_seed(0)
     layers = {name: model.get_submodule(name) for name in names}
@@ -54,31 +55,32 @@ def test_one_step_equals_one_step_of_the_engine(kind: str, targets: list[str]) -
     loss = F.cross_entropy(logits[supervised], torch.tensor(example.ids[1:])[supervised])
     loss.backward()
     optimizer.step()
-    assert outcome.loss == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert outcome.loss == pytest.approx(float(loss.detach()), rel=1e-12)
     assert float((live.optimizer.flat - before).abs().max()) > rate / 2
     for name, layer in layers.items():
         assert isinstance(layer, LinearWithLoRA)
         # One Adam step is rate * sign(gradient), but where a gradient is near zero its rounding shows.
-        torch.testing.assert_close(live.adapter.a[name].detach(), layer.lora.A.detach().t(), rtol=0, atol=rate * 1e-2)
-        torch.testing.assert_close(live.adapter.b[name].detach(), layer.lora.B.detach().t(), rtol=0, atol=rate * 1e-2)
+        torch.testing.assert_close(live.adapter.a[name].detach(), layer.lora.A.detach().t(), rtol=0, atol=rate * 1e-6)
+        torch.testing.assert_close(live.adapter.b[name].detach(), layer.lora.B.detach().t(), rtol=0, atol=rate * 1e-6)
 
 
 def test_layer_is_alpha_x_a_b_and_starts_at_zero() -> None:
-    layer = LoRALayer(in_dim=6, out_dim=5, rank=2, alpha=0.5)
-    x = torch.randn(3, 4, 6)
+    layer = LoRALayer(in_dim=6, out_dim=5, rank=2, alpha=0.5).double()
+    x = torch.randn(3, 4, 6, dtype=torch.float64)
     assert (layer.A.shape, layer.B.shape) == ((6, 2), (2, 5))
     assert not layer(x).any()
     nn.init.normal_(layer.B)
-    torch.testing.assert_close(layer(x), 0.5 * x @ layer.A @ layer.B)
+    torch.testing.assert_close(layer(x), 0.5 * x @ layer.A @ layer.B, rtol=1e-12, atol=1e-12)
 
 
 def test_wrapped_linear_adds_to_the_linear() -> None:
-    linear = nn.Linear(6, 5)
-    wrapped = LinearWithLoRA(linear, rank=2, alpha=3.0)
-    x = torch.randn(4, 6)
+    linear = nn.Linear(6, 5, dtype=torch.float64)
+    wrapped = LinearWithLoRA(linear, rank=2, alpha=3.0).double()
+    x = torch.randn(4, 6, dtype=torch.float64)
     assert torch.equal(wrapped(x), linear(x))
     nn.init.normal_(wrapped.lora.B)
-    torch.testing.assert_close(wrapped(x), linear(x) + 3.0 * x @ wrapped.lora.A @ wrapped.lora.B)
+    update = 3.0 * x @ wrapped.lora.A @ wrapped.lora.B
+    torch.testing.assert_close(wrapped(x), linear(x) + update, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("in_dim", [64, 4096])

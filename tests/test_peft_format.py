@@ -23,7 +23,7 @@ from lora_core.attention import PackedAttention
 from lora_core.base_model import BaseModel
 from lora_core.config import LoraConfig
 from lora_core.peft_format import CONFIG_FILE, WEIGHTS_FILE, AdapterFormatError, adapter_files, read_adapter
-from tests.models import VOCABULARY, tiny_base, tiny_model
+from tests.models import VOCABULARY, adapter_in_double, tiny_base, tiny_model
 
 IDS = torch.randint(3, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(0))
 pytestmark = pytest.mark.filterwarnings(
@@ -50,8 +50,17 @@ def write(adapter: Adapter, bank: AdapterBank, folder: Path) -> Path:
 
 @torch.no_grad()
 def our_logits(base: BaseModel, bank: AdapterBank, adapter: Adapter) -> Tensor:
-    with bank.routed([Run(adapter, IDS.shape[1])]):
+    """In fp64."""
+    with bank.routed([Run(adapter_in_double(adapter), IDS.shape[1])]):
         return base.head(base.hidden(IDS, torch.arange(IDS.shape[1])[None], PackedAttention([IDS.shape[1]])))
+
+
+@torch.no_grad()
+def logits_of_peft(kind: str, folder: Path) -> Tensor:
+    """In fp64, with transformers' own attention."""
+    model = tiny_model(kind, attention="eager", dtype=torch.float64)
+    logits: Tensor = peft.PeftModel.from_pretrained(model, str(folder)).double().eval()(IDS).logits
+    return logits
 
 
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -85,17 +94,16 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_peft_computes_the_same_from_our_files(name: str, tmp_path: Path) -> None:
     kind, config = ADAPTERS[name]
-    base = tiny_base(kind)
+    base = tiny_base(kind, dtype=torch.float64)
     bank = AdapterBank(base.model)
     adapter = trained(bank, LoraConfig(**config))
     folder = write(adapter, bank, tmp_path / "adapter")
-    model = peft.PeftModel.from_pretrained(tiny_model(kind, attention="eager"), str(folder)).eval()
-    theirs = model(IDS).logits
-    ours = our_logits(base, bank, adapter)
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    plain = tiny_model(kind, attention="eager")(IDS).logits
+    theirs = logits_of_peft(kind, folder)
+    torch.testing.assert_close(our_logits(base, bank, read_adapter(folder, bank)), theirs, rtol=1e-12, atol=1e-12)
+    # In the files B is times the scale, rounded to fp32.
+    torch.testing.assert_close(our_logits(base, bank, adapter), theirs, rtol=1e-5, atol=1e-5)
+    plain = tiny_model(kind, attention="eager", dtype=torch.float64)(IDS).logits
     assert float((theirs - plain).abs().max()) > 0.1
-    torch.testing.assert_close(our_logits(base, bank, read_adapter(folder, bank)), theirs, rtol=1e-5, atol=1e-5)
 
 
 SOME_LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -127,13 +135,13 @@ def test_we_compute_the_same_from_pefts_files(name: str, tmp_path: Path) -> None
         if "lora_magnitude_vector" in parameter_name:
             parameter.add_(torch.rand_like(parameter))
     model.save_pretrained(str(tmp_path))
-    base = tiny_base(kind)
+    base = tiny_base(kind, dtype=torch.float64)
     bank = AdapterBank(base.model)
     adapter = read_adapter(tmp_path, bank)
     assert not any(weight.requires_grad for weight in (*adapter.a.values(), *adapter.b.values()))
     # Read back by PEFT, since it writes a pattern's keys in alphabetic order, and the first that matches counts.
-    model = peft.PeftModel.from_pretrained(tiny_model(kind, attention="eager"), str(tmp_path)).eval()
-    torch.testing.assert_close(our_logits(base, bank, adapter), model(IDS).logits, rtol=1e-5, atol=1e-5)
+    theirs = logits_of_peft(kind, tmp_path)
+    torch.testing.assert_close(our_logits(base, bank, adapter), theirs, rtol=1e-12, atol=1e-12)
 
 
 @torch.no_grad()
@@ -141,18 +149,18 @@ def test_we_compute_the_same_from_pefts_files(name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_pissa_adapter_is_published_for_the_base_as_it_is(kind: str, dora: bool, tmp_path: Path) -> None:
     """Ranks of the trained and the first product side by side; untrained it changes nothing, trained it does."""
-    base = tiny_base(kind)
+    base = tiny_base(kind, dtype=torch.float64)
     bank = AdapterBank(base.model)
     options: dict[str, Any] = {"r": 5, "rank_pattern": {"c_proj|q_proj": 3}, "init_lora_weights": "pissa"}
     adapter = init_adapter(bank, LoraConfig(**options, use_dora=dora), seed=0)
-    plain = tiny_model(kind, attention="eager")(IDS).logits
+    plain = tiny_model(kind, attention="eager", dtype=torch.float64)(IDS).logits
     for step in range(2):
         folder = write(adapter, bank, tmp_path / str(step))
         config = json.loads((folder / CONFIG_FILE).read_text())
         assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (10, 10, True)
-        theirs = peft.PeftModel.from_pretrained(tiny_model(kind, attention="eager"), str(folder)).eval()(IDS).logits
-        torch.testing.assert_close(theirs, our_logits(base, bank, adapter), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(theirs, our_logits(base, bank, read_adapter(folder, bank)), rtol=1e-4, atol=1e-4)
+        theirs = logits_of_peft(kind, folder)
+        torch.testing.assert_close(our_logits(base, bank, read_adapter(folder, bank)), theirs, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(our_logits(base, bank, adapter), theirs, rtol=1e-5, atol=1e-5)  # A and B in fp64
         assert (float((theirs - plain).abs().max()) > 0.1) == bool(step)
         for b in adapter.b.values():
             b.mul_(1.2)

@@ -14,7 +14,7 @@ from lora_core.base_model import BaseModel
 from lora_core.engine_job import EngineJob
 from lora_core.live_job import LiveJob
 from lora_core.trainer import TrainEngine
-from tests.models import decoder_base, documents, job, next_chunks, norms_in_double, relative, tiny_base, tiny_model
+from tests.models import decoder_base, documents, job, next_chunks, relative, tiny_base, tiny_model
 from tests.test_trainer import padded_loss
 
 DOUBLE = torch.float64
@@ -44,8 +44,7 @@ def peft_with(live: LiveJob, kind: str = "llama") -> tuple[torch.nn.Module, list
     """PEFT's model with the weights of `live`, and its trained weights in our order."""
     lora = live.job.lora
     options = lora.model_dump(exclude={"init_lora_weights", "layers_to_transform"})
-    model = tiny_model(kind, attention="sdpa").to(DOUBLE)  # type: ignore[arg-type]  # eager's softmax is in fp32
-    norms_in_double(model)
+    model = tiny_model(kind, attention="eager", dtype=DOUBLE)
     model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
     layers = [model.base_model.model.get_submodule(name) for name in live.adapter.a]
     weights = [layer.lora_A["default"].weight for layer in layers]
