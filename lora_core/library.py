@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from lora_core.adapter_init import LoraConfigError
 from lora_core.base_model import BaseModel, token_rows, too_long
 from lora_core.config import LoraConfig, TrainConfig
-from lora_core.dataset import DatasetError, Example, build_datasets
+from lora_core.dataset import Dataset, DatasetError, DatasetReport, build_datasets
 from lora_core.engine_job import EngineJob, JobDiverged
 from lora_core.live_job import CheckpointMismatchError, LiveJob
 from lora_core.optim import Evaluation, Snapshot
@@ -33,6 +33,9 @@ from lora_core.trainer import TrainEngine
 log = logging.getLogger("lora.library")
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+Reports = tuple[DatasetReport, DatasetReport | None]
+"""Of the rows to train on, and of those held out."""
+
 CHECKPOINTS, PARTIAL = ".checkpoints", ".partial"  # below `out`: no job's name begins so
 
 
@@ -60,6 +63,9 @@ class TrainResult:
     Losses are means over the supervised tokens of a step: the first, and the last of `steps`. Where rows are held out,
     `evaluation` is the last one and `best` the one of the lowest loss (after a step; the start does not count).
     `stopped` says why training ended before all epochs were done.
+
+    `dataset` is what the rows to train on came to, with those that were dropped or cut and the columns that were
+    ignored, and `validation` the same of the rows held out; `lines()` of either are for people.
     """
 
     folder: Path | None
@@ -67,6 +73,8 @@ class TrainResult:
     steps: int
     first_loss: float
     loss: float
+    dataset: DatasetReport
+    validation: DatasetReport | None = None
     evaluation: Evaluation | None = None
     best: Evaluation | None = None
     stopped: str | None = None
@@ -108,20 +116,23 @@ def train(
     engine = TrainEngine(base, capacity=None)
     checkpoints = _Checkpoints(Path(out) / CHECKPOINTS, base, checkpoint_seconds)
     results: dict[str, TrainResult] = {}
+    reports: dict[str, Reports] = {}
 
     def end(name: str, error: str | None = None) -> None:
         live = engine.live[name]
         engine.remove(name)
-        results[name] = _result(engine, live, Path(out) / name, error)
+        results[name] = _result(engine, live, Path(out) / name, error, reports[name])
         if error is None:
             checkpoints.write(live)
         else:
             checkpoints.remove(name)  # from there it would diverge again
 
     try:
-        problems = _add(engine, jobs, checkpoints, resume) + _unwritable(Path(out))
+        problems = _add(engine, jobs, checkpoints, resume, reports) + _unwritable(Path(out))
         if problems:
             raise TrainJobsError(problems)
+        for name, of_job in reports.items():
+            _tell(name, *of_job)
         if not resume:
             checkpoints.clear(list(engine.live))
         for name in [name for name, live in engine.live.items() if live.done]:  # before they were interrupted
@@ -225,8 +236,12 @@ class _Checkpoints:
         return self._folder / f"{name}.safetensors"
 
 
-def _add(engine: TrainEngine, jobs: Sequence[TrainJob], states: _Checkpoints, resume: bool) -> list[str]:
-    """Every job into the engine, as its checkpoint has it; all that is wrong with them."""
+def _add(
+    engine: TrainEngine, jobs: Sequence[TrainJob], states: _Checkpoints, resume: bool, reports: dict[str, Reports]
+) -> list[str]:
+    """Every job into the engine, as its checkpoint has it, and what its rows come to into `reports`; all that is wrong
+    with them.
+    """
     problems = [] if jobs else ["there are no jobs; give at least one TrainJob"]
     names = Counter(job.name for job in jobs)
     problems += [f"{count} jobs are named {name!r}; give each a name of its own" for name, count in names.items()
@@ -239,10 +254,12 @@ def _add(engine: TrainEngine, jobs: Sequence[TrainJob], states: _Checkpoints, re
     ]
     for job in jobs:
         try:
-            examples, held_out = _examples(engine.base, job)
+            dataset, held_out = _datasets(engine.base, job)
+            reports[job.name] = dataset.report, held_out.report if held_out else None
+            validation = held_out.examples if held_out else []
             start = None if job.init_adapter is None else read_adapter(Path(job.init_adapter), engine.bank)
             checkpoint = states.read(job.name) if resume and NAME.fullmatch(job.name) else None
-            engine.add(EngineJob(job.name, job.lora, job.train, examples, held_out, start), checkpoint)
+            engine.add(EngineJob(job.name, job.lora, job.train, dataset.examples, validation, start), checkpoint)
         except DatasetError as error:
             problems += [f"{job.name}: {line}" for line in str(error).splitlines()]
         except LoraConfigError as error:
@@ -256,17 +273,28 @@ def _add(engine: TrainEngine, jobs: Sequence[TrainJob], states: _Checkpoints, re
     return problems
 
 
-def _examples(base: BaseModel, job: TrainJob) -> tuple[list[Example], list[Example]]:
-    """Those to train on, and those held out."""
+def _datasets(base: BaseModel, job: TrainJob) -> tuple[Dataset, Dataset | None]:
+    """Rows to train on, and those held out."""
     if isinstance(job.validation, int | float) and not 0.0 < job.validation < 0.5:
         raise ValueError(
             f"validation must be a fraction of the rows above 0 and below 0.5, or a second file, not {job.validation}"
         )
     dataset, held_out = build_datasets(job.dataset, job.validation, base.tokenizer, job.train, token_rows(base.model))
-    examples, validation = dataset.examples, [] if held_out is None else held_out.examples
-    if problem := too_long(base.model, max(len(example.ids) for example in (*examples, *validation))):
+    if problem := too_long(base.model, max(max(part.report.lengths) for part in (dataset, held_out) if part)):
         raise ValueError(problem)
-    return examples, validation
+    return dataset, held_out
+
+
+def _tell(name: str, dataset: DatasetReport, validation: DatasetReport | None) -> None:
+    """What the rows of a job come to; what is lost of them as warnings, which are seen where no log was asked for."""
+    told: list[str] = []
+    for title, report in (("dataset", dataset), ("validation", validation)):
+        if report is not None:
+            log.info("job=%s event=%s contents=%r", name, title, "; ".join(report.contents()))
+            for loss in report.losses():
+                if loss not in told:  # both parts of one file ignore the same columns
+                    log.warning("job=%s event=%s loss=%r", name, title, loss)
+                    told.append(loss)
 
 
 def _unwritable(out: Path) -> list[str]:
@@ -279,7 +307,7 @@ def _unwritable(out: Path) -> list[str]:
         return [f"out: nothing can be written to {out} ({error.strerror}); choose another folder"]
 
 
-def _result(engine: TrainEngine, live: LiveJob, folder: Path, error: str | None) -> TrainResult:
+def _result(engine: TrainEngine, live: LiveJob, folder: Path, error: str | None, reports: Reports) -> TrainResult:
     if error is None:
         try:
             _write(adapter_files(live.adapter, engine.bank, engine.base.source), folder)
@@ -293,6 +321,8 @@ def _result(engine: TrainEngine, live: LiveJob, folder: Path, error: str | None)
         steps=progress.step,
         first_loss=progress.first_loss,
         loss=progress.loss,
+        dataset=reports[0],
+        validation=reports[1],
         evaluation=progress.evaluation,
         best=progress.best,
         stopped=progress.stopped,

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lora_core.base_files import load_tokenizer, local_folder
 from lora_core.dataset import Dataset, DatasetError, Example, build_examples, check_rows, split
+from lora_core.dataset_format import RowNumber
 from tests.rows import chat, message, numbered
 from tests.tiny_models import smollm2_gguf
 
@@ -418,6 +419,22 @@ def test_messages_need_a_chat_template_and_answers_an_end() -> None:
     endless.eos_token = None
     with pytest.raises(DatasetError, match="no eos_token"):
         build(endless, {"prompt": "a", "completion": "b"})
+
+
+def test_rows_without_lines_are_named_as_rows_by_whatever_is_wrong_with_them() -> None:
+    """Those of Parquet, and of one JSON array."""
+    tokenizer = byte_level(MISTRAL.replace("{{ bos_token }}", ""), "<|im_end|>")
+    options: dict[str, Any] = {"max_seq_len": 40, "train_on": "completion", "overlong": "truncate"}
+    twice = {"messages": [message("user", "a"), message("user", "b"), message("assistant", "c")]}
+    for row, more, expected in (
+        (twice, {}, "row 2: column `messages`: the chat template refuses"),
+        ({"messages": []}, {}, "row 2: column `messages`: an empty list"),
+        (chat("a", "b"), {"token_rows": 3}, "row 2: the token "),
+        (chat("a" * 99, "b"), {}, "no supervised token is left in rows 2:"),
+    ):
+        with pytest.raises(DatasetError) as raised:
+            build_examples([(RowNumber(2), row)], tokenizer, **options, **more)
+        assert raised.value.problems[0].startswith(expected)
 
 
 def test_tokens_that_the_base_has_no_row_for_are_refused_with_their_lines() -> None:

@@ -200,6 +200,42 @@ def test_every_mistake_is_told_before_anything_trains(
         assert part in told, told
 
 
+def test_what_became_of_the_rows_is_in_the_result_and_the_log(
+    base: BaseModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the service says it when a job is submitted."""
+    rows = [{"prompt": f"{n} = ", "completion": "c" * n, "id": n} for n in (1, 2, 40, 3)]
+    rows += [{"prompt": "p" * 30, "completion": "never seen", "id": 0}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "b.csv").write_text("prompt,completion,note\na,b,\nc," + "d" * 50 + ",")
+    config = SHORT.model_copy(update={"max_seq_len": 20})
+    jobs = [
+        TrainJob("cut", tmp_path / "a.jsonl", train=config, validation=tmp_path / "b.csv"),
+        TrainJob("dropped", tmp_path / "a.jsonl", train=config.model_copy(update={"overlong": "drop"})),
+        TrainJob("split", tmp_path / "a.jsonl", train=config, validation=0.3),
+    ]
+    with caplog.at_level("INFO", logger="lora.library"):
+        results = lora_core.train(base, jobs, tmp_path / "out")
+    cut, held_out, dropped = results["cut"].dataset, results["cut"].validation, results["dropped"].dataset
+    assert held_out is not None and results["dropped"].validation is None
+    overlong = "2 rows longer than max_seq_len=20 tokens"
+    unlabelled = "rows without a supervised token: lines"
+    assert cut.losses() == [f"{overlong}: truncated", f"1 {unlabelled} 5", "ignored columns: id"]
+    assert dropped.losses() == [f"{overlong}: dropped", f"2 {unlabelled} 3, 5", "ignored columns: id"]
+    assert held_out.losses() == ["1 rows longer than max_seq_len=20 tokens: truncated", "ignored columns: note"]
+    assert (cut.rows, cut.examples, dropped.examples, held_out.rows) == (5, 4, 3, 2)
+    assert cut.lines() == cut.contents() + cut.losses()
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    for name, title, report in (
+        ("cut", "dataset", cut), ("cut", "validation", held_out), ("dropped", "dataset", dropped)
+    ):  # fmt: skip
+        assert f"job={name} event={title} contents={'; '.join(report.contents())!r}" in caplog.messages
+        assert {f"job={name} event={title} loss={loss!r}" for loss in report.losses()} <= {*warned}
+    assert sum("job=split" in message and "ignored columns" in message for message in warned) == 1
+    parts = results["split"].dataset, results["split"].validation
+    assert sum(part.rows for part in parts if part is not None) == 5
+
+
 def test_the_packages_names_are_there_and_others_are_not() -> None:
     assert all(getattr(lora_core, name) is not None for name in lora_core.__all__)
     with pytest.raises(AttributeError, match="no attribute 'absent'"):
