@@ -6,7 +6,9 @@ exists instead of guessing. "Cannot reach Ray" is its own answer: it never means
 
 from __future__ import annotations
 
+import os
 import shlex
+import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -14,13 +16,17 @@ from enum import StrEnum
 from typing import Any
 
 import requests
+from ray.exceptions import RayError
 from ray.job_submission import JobStatus as RayStatus
 from ray.job_submission import JobSubmissionClient
 from ray.util.state import list_nodes
+from ray.util.state.exception import RayStateApiException
 
 from cluster.runtime import job_runtime_env
 from jobs.job import JobError
 
+NO_ANSWER = (RuntimeError, RayError, RayStateApiException, requests.RequestException, ConnectionError)
+KNOCK_SECONDS = 5.0
 AGENT_SECONDS = 30.0
 """A node takes jobs only some seconds after it joined; until then Ray answers that it has no agent."""
 
@@ -80,7 +86,7 @@ class Launcher:
             info = self._client().get_job_info(submission_id)
         except RuntimeError as error:
             return Run(RunState.ABSENT) if "does not exist" in str(error) else Run(RunState.UNKNOWN, str(error))
-        except (RayUnreachableError, requests.RequestException, ConnectionError) as error:
+        except NO_ANSWER as error:
             return Run(RunState.UNKNOWN, str(error))
         if info.status == RayStatus.PENDING:
             return Run(RunState.STARTING, info.message or "")
@@ -92,14 +98,14 @@ class Launcher:
         """Ask Ray to stop a submission; without an answer the caller sees it in `state`."""
         try:
             self._client().stop_job(submission_id)
-        except (RuntimeError, requests.RequestException, ConnectionError):
+        except NO_ANSWER:
             return
 
     def logs(self, submission_id: str) -> str:
         """The log of a submission, as long as the node that holds it lives."""
         try:
             return self._client().get_job_logs(submission_id)
-        except (RuntimeError, requests.RequestException, ConnectionError) as error:
+        except NO_ANSWER as error:
             return f"(the log of {submission_id} is not to be had: {error})"
 
     def size(self) -> ClusterSize:
@@ -108,20 +114,29 @@ class Launcher:
         Raises:
             RayUnreachableError: Ray does not answer.
         """
+        client = self._client()
         try:
-            self._client()
-            nodes = [node for node in list_nodes(self._client().get_address(), detail=True) if node.state == "ALIVE"]
-        except (RuntimeError, requests.RequestException, ConnectionError) as error:
+            nodes = [node for node in list_nodes(client.get_address(), detail=True) if node.state == "ALIVE"]
+        except NO_ANSWER as error:
             raise RayUnreachableError(f"Ray's API does not answer: {error}") from error
         gpus = int(sum((node.resources_total or {}).get("GPU", 0) for node in nodes))
         cpus = int(sum((node.resources_total or {}).get("CPU", 0) for node in nodes))
         return ClusterSize(workers=gpus or cpus, nodes=len(nodes))
 
     def others_running(self) -> bool:
-        """Whether anything but schedulers uses this cluster: a session, a Serve application, somebody's driver."""
+        """Whether anything but schedulers uses this cluster: a session, a Serve application, somebody's driver.
+
+        Raises:
+            RayUnreachableError: Ray does not answer.
+        """
+        client = self._client()
+        try:
+            jobs = client.list_jobs()
+        except NO_ANSWER as error:
+            raise RayUnreachableError(f"Ray's API does not answer: {error}") from error
         return any(
             job.status in (RayStatus.PENDING, RayStatus.RUNNING)
-            for job in self._client().list_jobs()
+            for job in jobs
             if not (job.submission_id or "").startswith("lora-scheduler-")
             and "jobs scheduler" not in (job.entrypoint or "")
         )
@@ -129,8 +144,9 @@ class Launcher:
     def _client(self) -> JobSubmissionClient:
         if self._connected is None:
             try:
+                _knock(self._api_url or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS", ""))
                 self._connected = JobSubmissionClient(self._api_url)
-            except (RuntimeError, requests.RequestException, ConnectionError) as error:
+            except (*NO_ANSWER, OSError) as error:
                 raise RayUnreachableError(f"Ray's API does not answer: {error}") from error
         return self._connected
 
@@ -156,3 +172,13 @@ class Launcher:
             except (requests.RequestException, ConnectionError) as error:
                 raise RayUnreachableError(f"Ray's API does not answer: {error}") from error
             time.sleep(0.5)
+
+
+def _knock(address: str) -> None:
+    """See that somebody listens at `host:port`: Ray itself takes 40 s to notice that nobody does. Raises OSError."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "/" not in host:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
+        except OSError as error:
+            raise OSError(f"nothing listens at {address} ({error}); is RAY_ADDRESS of a cluster that runs?") from error

@@ -175,6 +175,19 @@ def test_rows_and_base_may_lie_in_a_bucket(tmp_path: Path, settings: Settings, m
     assert "model.safetensors" not in fetched  # weights are for workers
 
 
+def test_a_base_in_a_bucket_is_judged_by_the_names_of_its_files(
+    tmp_path: Path, settings: Settings, model: Path, adapter: Path, s3_url: str
+) -> None:
+    bucket = open_storage(s3_url)
+    bucket.put("unfinished/config.json", model / "config.json")
+    bucket.put("unfinished/adapter_config.json", adapter / "adapter_config.json")
+    (problem,) = problems(tmp_path, settings, base_model=f"{s3_url}/unfinished")
+    assert "it holds no *.safetensors with the model's weights, only those of an adapter" in problem
+    bucket.put("adapter/adapter_config.json", adapter / "adapter_config.json")
+    (problem,) = problems(tmp_path, settings, base_model=f"{s3_url}/adapter")
+    assert "this is a PEFT adapter; give its base (tiny) as base_model" in problem
+
+
 def test_a_fraction_holds_out_rows_that_are_not_trained(tmp_path: Path, model: Path) -> None:
     asked = spec(tmp_path, validation=0.2)
     train, held_out = examples_of(asked, tmp_path / "rows.jsonl", None, *describe_base(str(model), tmp_path))

@@ -19,6 +19,7 @@ from cluster.runtime import (
     use_own_ray,
 )
 from cluster.settings import Settings
+from jobs import demo
 from tests.another_ray import raylet_command
 
 OTHER = {"RAY_ADDRESS": "10.0.0.9:6379", "RAY_API_SERVER_ADDRESS": "http://10.0.0.9:8265", "RAY_AUTH_TOKEN": "theirs"}
@@ -65,3 +66,17 @@ def test_what_a_job_passes_on_does_not_say_which_ray_it_is(monkeypatch: pytest.M
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": runtime_env}))
     expected = {"working_dir": "gcs://code.zip", "env_vars": {"A": "1", "RAY_AUTH_TOKEN": "theirs"}}
     assert job_runtime_env() == expected
+
+
+def test_the_demo_keeps_to_its_own_ray(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """It would submit to the cluster of this shell, and then wait for one on this machine."""
+    monkeypatch.setenv("LORA_HOME", str(tmp_path))
+    for name, value in OTHER.items():
+        monkeypatch.setenv(name, value)
+    refused = subprocess.CompletedProcess([], 3)
+    monkeypatch.setattr("jobs.demo.subprocess.run", lambda *_, **__: refused)
+    assert demo.main() == 3
+    assert not on_a_cluster()
+    assert "RAY_ADDRESS=10.0.0.9:6379 is left out of account" in capsys.readouterr().out
