@@ -91,12 +91,14 @@ def save_gguf(file: Path, seed: int) -> Path:
 
 
 def test_the_gguf_file_that_is_named_is_read_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not one of that name in the working directory."""
+    """And not one of that name in the working directory, nor an adapter that lies beside it."""
     for seed, name in enumerate(("asked", "here")):
         (tmp_path / name).mkdir()
         save_gguf(tmp_path / name / "model.gguf", seed)
     source, reads, read = tmp_path / "asked" / "model.gguf", list[str](), gguf.GGUFReader
     alone = weights(load_on_cpu(source, tmp_path / "alone").model)
+    adapter = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "base_model_name_or_path": "org/base"}
+    (source.parent / "adapter_config.json").write_text(json.dumps(adapter))
 
     def counting(path: str) -> gguf.GGUFReader:
         reads.append(path)
