@@ -57,6 +57,7 @@ __all__ = [
     "checkpoints_prefix",
     "committed_checkpoint",
     "dataset_key",
+    "examples_key",
     "init_adapter_key",
     "job_result_key",
     "job_spec_key",
@@ -72,6 +73,11 @@ ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 def dataset_key(sha256: str) -> str:
     return f"datasets/{sha256}"
+
+
+def examples_key(sha256: str) -> str:
+    """Of what the rows of a job became."""
+    return f"examples/{sha256}"
 
 
 def init_adapter_key(digest: str, file: str) -> str:

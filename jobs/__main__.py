@@ -113,6 +113,7 @@ def _submit(settings: Settings, arguments: argparse.Namespace) -> int:
                 base=settings.base_name(spec.base_model),
                 dataset_sha=admitted.dataset_sha,
                 validation_sha=admitted.validation_sha,
+                examples_sha=admitted.examples_sha,
                 init_adapter_sha=admitted.init_adapter_sha,
                 code_version=code_version(),
                 tenant=settings.tenant,

@@ -23,11 +23,12 @@ from cluster.storage import Storage, StorageError, dataset_key, job_spec_key, op
 from jobs.initial_adapter import fetch_initial, store_initial
 from jobs.job import Job
 from jobs.spec import JobSpec, SpecError
+from jobs.stored_examples import examples_of, store_examples
 from lora_core.adapter_bank import Adapter, AdapterBank
 from lora_core.adapter_init import LoraConfigError, adapted_modules, check_without_dense_weights, continued_adapter
 from lora_core.base_checks import BaseModelError
-from lora_core.base_model import QUANTISED, describe_base, not_quantised, token_rows, too_long
-from lora_core.dataset import Dataset, DatasetError, build_datasets
+from lora_core.base_model import QUANTISED, describe_base, not_quantised, too_long
+from lora_core.dataset import DatasetError
 from lora_core.peft_format import read_adapter
 
 T = TypeVar("T")
@@ -35,13 +36,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Admitted:
-    """A job that may be queued: the sha256 of its rows, and of the adapter that it starts from, which are in storage
-    now; and a summary for people.
+    """A job that may be queued: the sha256 of its rows, of what they became, and of the adapter that it starts from,
+    which are in storage now; and a summary for people.
     """
 
     storage: Storage
     dataset_sha: str
     validation_sha: str | None
+    examples_sha: str
     init_adapter_sha: str | None
     summary: list[str]
 
@@ -83,7 +85,7 @@ def admit(spec: JobSpec, settings: Settings, max_workers: int | None) -> Admitte
         adapter = Path(folder) / Path(spec.init_adapter or "").name
         if spec.init_adapter is not None and described is not None and storage is not None:
             _check_initial(spec, settings, storage, bank, adapter, problems)
-        summary: list[str] = []
+        examples, summary = None, list[str]()
         if described is not None and dataset is not None:
             examples = _checked(lambda: examples_of(spec, dataset, validation, *described), problems, "dataset")
             if examples is not None:
@@ -91,21 +93,13 @@ def admit(spec: JobSpec, settings: Settings, max_workers: int | None) -> Admitte
                 lengths = [len(example.ids) for part in examples if part is not None for example in part.examples]
                 if problem := too_long(described[0], max(lengths)):
                     problems.append(f"train.max_seq_len: {problem}")
-        if problems or storage is None or dataset is None:
+        if problems or storage is None or described is None or dataset is None or examples is None:
             raise SpecError(problems)
         stored = [_store(storage, path) if path is not None else None for path in (dataset, validation)]
+        examples_sha = store_examples(storage, examples, described[1])
         init_adapter_sha = None if spec.init_adapter is None else store_initial(storage, adapter)
     assert stored[0] is not None
-    return Admitted(storage, stored[0], stored[1], init_adapter_sha, summary)
-
-
-def examples_of(
-    spec: JobSpec, dataset: Path, validation: Path | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Dataset, Dataset | None]:
-    """Examples to train on, and those held out; `validation` is the file, where the spec names one."""
-    fraction = spec.validation if isinstance(spec.validation, float) else None
-    held_out = fraction if validation is None else validation
-    return build_datasets(dataset, held_out, tokenizer, spec.train, token_rows(model))
+    return Admitted(storage, stored[0], stored[1], examples_sha, init_adapter_sha, summary)
 
 
 def _check_initial(

@@ -76,6 +76,7 @@ jobs = sa.Table(
     sa.Column("code_version", sa.Text, nullable=False),
     sa.Column("dataset_sha", sa.Text, nullable=False),
     sa.Column("validation_sha", sa.Text),
+    sa.Column("examples_sha", sa.Text),
     sa.Column("init_adapter_sha", sa.Text),
     sa.Column("created_at", sa.Double, nullable=False),
     sa.Column("updated_at", sa.Double, nullable=False),

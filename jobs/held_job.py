@@ -20,11 +20,12 @@ PROBES = 4
 
 @dataclass
 class Held:
-    """One job on this rank, with what its reports need."""
+    """One job on this rank, with what its reports need; `tokenizer` is the hash of that which read its rows."""
 
     assignment: Assignment
     spec: JobSpec
     live: LiveJob
+    tokenizer: str
     started: float = field(default_factory=time.monotonic)
     started_tokens: int = 0
     stepped: float = field(default_factory=time.monotonic)
@@ -57,8 +58,8 @@ class Held:
             **({"best_validation_loss": progress.best.loss, "best_step": progress.best.step} if progress.best else {}),
         }
 
-    def manifest(self, base: BaseModel, tokenizer: str, exactness: Exactness) -> dict[str, Any]:
-        """What is published beside the files of the adapter, once all probes are measured; `tokenizer` is its hash."""
+    def manifest(self, base: BaseModel, exactness: Exactness) -> dict[str, Any]:
+        """What is published beside the files of the adapter, once all probes are measured."""
         progress, train = self.live.progress, self.live.job.train
         return {
             "job": self.assignment.job_id,
@@ -66,7 +67,7 @@ class Held:
             "base_parameters": base.parameters,
             "precision": base.precision,
             "exactness": str(exactness),
-            "tokenizer": tokenizer,
+            "tokenizer": self.tokenizer,
             "lora": self.spec.lora.model_dump(),
             "train": self.spec.train.model_dump(),
             "metrics": {

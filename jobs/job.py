@@ -92,6 +92,7 @@ class Job:
     code_version: str
     dataset_sha: str
     validation_sha: str | None
+    examples_sha: str | None
     init_adapter_sha: str | None
     created_at: float
     updated_at: float

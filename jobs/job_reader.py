@@ -10,11 +10,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from cluster.storage import Storage, StorageUnavailable
-from jobs.admission import examples_of
 from jobs.initial_adapter import load_initial
 from jobs.orders import Assignment
 from jobs.spec import JobSpec
-from lora_core.dataset import Example
+from jobs.stored_examples import examples_of, load_examples
+from lora_core.encoded_datasets import Datasets
 from lora_core.engine_job import EngineJob
 from lora_core.live_job import PreparedJob
 from lora_core.trainer import TrainEngine
@@ -23,8 +23,9 @@ log = logging.getLogger("lora.rank")
 
 STORAGE_PATIENCE, STORAGE_PAUSE = 600.0, 5.0
 
-Read = Future[tuple[JobSpec, PreparedJob]]
-"""What a job needs to join: its spec, and itself with its rows, its adapter and the state of its optimizer."""
+Read = Future[tuple[JobSpec, PreparedJob, str | None]]
+"""What a job needs to join: its spec, itself with its rows, its adapter and the state of its optimizer, and the hash of
+the tokenizer that read its rows, where that was not this rank's."""
 
 
 class JobReader:
@@ -36,7 +37,7 @@ class JobReader:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reader")
 
     def prepare(self, assignments: Sequence[Assignment], held: Collection[str]) -> None:
-        """Read and tokenize what new jobs need beside the steps of those that train; forget those no longer wanted."""
+        """Read what new jobs need beside the steps of those that train; forget those no longer wanted."""
         wanted = {assignment.job_id for assignment in assignments}
         self.reading = {job_id: one for job_id, one in self.reading.items() if job_id in wanted}
         for assignment in assignments:
@@ -44,7 +45,7 @@ class JobReader:
                 work = self._thread.submit(self._read, assignment)
                 self.reading[assignment.job_id] = assignment, work
 
-    def _read(self, assignment: Assignment) -> tuple[JobSpec, PreparedJob]:
+    def _read(self, assignment: Assignment) -> tuple[JobSpec, PreparedJob, str | None]:
         """With patience while the storage does not answer: what a job has reached is worth more than a few minutes."""
         deadline = time.monotonic() + STORAGE_PATIENCE
         while True:
@@ -56,19 +57,24 @@ class JobReader:
                 if assignment.job_id not in self.reading or time.monotonic() > deadline:
                     raise
 
-    def _read_now(self, assignment: Assignment) -> tuple[JobSpec, PreparedJob]:
+    def _read_now(self, assignment: Assignment) -> tuple[JobSpec, PreparedJob, str | None]:
         spec = JobSpec.model_validate_json(assignment.spec)
-        train, validation = self._examples(assignment, spec)
+        tokenizer = None
+        if assignment.examples_sha is not None:
+            (train, held_out), tokenizer = load_examples(self._storage, assignment.examples_sha)
+        else:  # queued by an earlier version
+            train, held_out = self._encoded(assignment, spec)
+        validation = held_out.examples if held_out else []
         checkpoint, start = None, None
         if assignment.checkpoint_key is not None:
             checkpoint = self._storage.get(assignment.checkpoint_key, sha256=assignment.checkpoint_sha256)
         if assignment.init_adapter_sha is not None:
             base = self._engine.base
             start = load_initial(self._storage, assignment.init_adapter_sha, self._engine.bank, base.fingerprint)
-        job = EngineJob(assignment.job_id, spec.lora, spec.train, train, validation, start)
-        return spec, self._engine.prepare(job, checkpoint)
+        job = EngineJob(assignment.job_id, spec.lora, spec.train, train.examples, validation, start)
+        return spec, self._engine.prepare(job, checkpoint), tokenizer
 
-    def _examples(self, assignment: Assignment, spec: JobSpec) -> tuple[Sequence[Example], Sequence[Example]]:
+    def _encoded(self, assignment: Assignment, spec: JobSpec) -> Datasets:
         with tempfile.TemporaryDirectory() as folder:
 
             def fetched(key: str, name: str) -> Path:
@@ -79,5 +85,4 @@ class JobReader:
             dataset = fetched(assignment.dataset_key, spec.dataset)
             validation = fetched(assignment.validation_key, str(spec.validation)) if assignment.validation_key else None
             base = self._engine.base
-            train, held_out = examples_of(spec, dataset, validation, base.model, base.tokenizer)
-        return train.examples, held_out.examples if held_out else []
+            return examples_of(spec, dataset, validation, base.model, base.tokenizer)

@@ -156,6 +156,7 @@ class Keeper:
                 job.spec_json,
                 dataset_key(job.dataset_sha),
                 dataset_key(job.validation_sha) if job.validation_sha else None,
+                job.examples_sha,
                 job.init_adapter_sha,
                 newest["key"] if newest else None,
                 newest["sha256"] if newest else None,

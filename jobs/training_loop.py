@@ -202,7 +202,7 @@ class Rank:
         """Take a job in on all ranks, or on none: a rank that cannot is a reason for all to leave it."""
         live, problem, no_room = None, None, False
         try:
-            spec, prepared = work.result()
+            spec, prepared, tokenizer = work.result()
             live = self.engine.admit(prepared)
         except NoRoomBesideError as error:
             problem, no_room = str(error), True
@@ -222,7 +222,8 @@ class Rank:
                 ray.get(self.mailbox.report.remote(NoRoom(assignment.job_id, max(1, len(self.held)))))
             return
         live.optimizer.synchronise(self._broadcast)
-        held = Held(assignment, spec, live, started_tokens=live.progress.tokens)
+        tokenizer = tokenizer or self._tokenizer
+        held = Held(assignment, spec, live, tokenizer, started_tokens=live.progress.tokens)
         self.held[assignment.job_id] = held
         log.info(
             "job=%s rank=%d event=joined step=%d of %d",
@@ -306,7 +307,7 @@ class Rank:
         job, live = held.assignment.job_id, held.live
         if self.rank == 0:
             progress = held.progress(self.base)
-            manifest = held.manifest(self.base, self._tokenizer, self.engine.exactness)
+            manifest = held.manifest(self.base, self.engine.exactness)
             adapter, arrived = live.optimizer.on_host(), arrival(self.base.device)
 
             def hand_over() -> None:

@@ -7,6 +7,8 @@ leaves `adapters/a/` and `adapters/b/`, which PEFT and vLLM load.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import re
 import tempfile
@@ -23,7 +25,8 @@ from safetensors import SafetensorError
 from lora_core.adapter_init import LoraConfigError
 from lora_core.base_model import BaseModel, token_rows, too_long
 from lora_core.config import LoraConfig, TrainConfig
-from lora_core.dataset import Dataset, DatasetError, DatasetReport, build_datasets
+from lora_core.dataset import DatasetError, DatasetReport, build_datasets
+from lora_core.encoded_datasets import Datasets, read_datasets, write_datasets
 from lora_core.engine_job import EngineJob, JobDiverged
 from lora_core.live_job import CheckpointMismatchError, LiveJob
 from lora_core.optim import Evaluation, Snapshot
@@ -37,6 +40,7 @@ Reports = tuple[DatasetReport, DatasetReport | None]
 """Of the rows to train on, and of those held out."""
 
 CHECKPOINTS, PARTIAL = ".checkpoints", ".partial"  # below `out`: no job's name begins so
+ENCODED = ".encoded"
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,8 @@ def train(
     Every `checkpoint_seconds` the state of a job is written to `out` beside the steps of all (None: never), and its
     last one where it ends; they are gone once all adapters of the call are there. With `resume` jobs continue from what
     a call left that was killed or in which some failed, in eager fp32 on a CPU to the same bits: those whose last state
-    is there are not trained again, and those that have none begin.
+    is there are not trained again, and those that have none begin. What rows became lies there too, since a chat
+    template may show today's date.
 
     Raises:
         TrainJobsError: names, datasets, target modules or `out` are no good, or a checkpoint is of other settings, rows
@@ -153,8 +158,8 @@ def train(
 
 
 class _Checkpoints:
-    """The states of jobs, a file each. They are written on a thread, one at a time: in host memory there is room for
-    one (see `memory.py`).
+    """The states of jobs, a file each, and what their rows became beside. They are written on a thread, one at a time:
+    in host memory there is room for one (see `memory.py`).
     """
 
     def __init__(self, folder: Path, base: BaseModel, seconds: float | None) -> None:
@@ -163,6 +168,23 @@ class _Checkpoints:
         self._began, self._taken = time.monotonic(), dict[str, float]()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
+        self._encoded: dict[str, tuple[Datasets, str | None]] = {}  # what is not written yet, and what it was made of
+
+    def datasets(self, job: TrainJob, base: BaseModel, resume: bool) -> Datasets:
+        """What a job's rows became when it began, where it is resumed with the same files; else what they are now.
+
+        Raises:
+            DatasetError: they cannot be trained on.
+            ValueError: what was written cannot be read.
+        """
+        source = _source(job)
+        if resume and self.path(job.name).exists() and (path := self._encoded_path(job.name)).exists():
+            encoded, of = read_datasets(path)
+            if source is not None and of == source:
+                return encoded
+        datasets = build_datasets(job.dataset, job.validation, base.tokenizer, job.train, token_rows(base.model))
+        self._encoded[job.name] = datasets, source
+        return datasets
 
     def read(self, name: str) -> bytes | None:
         """The state of a job, if it has one.
@@ -201,13 +223,17 @@ class _Checkpoints:
         name, snapshot = live.job.name, live.snapshot()
         snapshot = replace(snapshot, counters=snapshot.counters | {"base": self._base})
         self._taken[name] = time.monotonic()
-        self._writing = self._writer.submit(self._write, self.path(name), snapshot)
+        self._writing = self._writer.submit(self._write, name, snapshot)
 
-    @staticmethod
-    def _write(path: Path, snapshot: Snapshot) -> None:
+    def _write(self, name: str, snapshot: Snapshot) -> None:
+        path = self.path(name)
         partial = path.with_suffix(PARTIAL)
         try:
             path.parent.mkdir(exist_ok=True)
+            if name in self._encoded:
+                write_datasets(self._encoded[name][0], partial, self._encoded[name][1])
+                partial.replace(self._encoded_path(name))
+                del self._encoded[name]
             snapshot.write(partial)
             partial.replace(path)
         except (OSError, SafetensorError):  # training goes on; what was written before stays
@@ -223,6 +249,7 @@ class _Checkpoints:
         """Remove these jobs'; another call may have others in the same place."""
         for path in map(self.path, names):
             path.unlink(missing_ok=True)
+            path.with_suffix(ENCODED).unlink(missing_ok=True)
             path.with_suffix(PARTIAL).unlink(missing_ok=True)  # of a call that was killed while it wrote
         with suppress(OSError):  # there is none, or others are in it
             self._folder.rmdir()
@@ -234,6 +261,24 @@ class _Checkpoints:
     def path(self, name: str) -> Path:
         """Of a job's state."""
         return self._folder / f"{name}.safetensors"
+
+    def _encoded_path(self, name: str) -> Path:
+        return self.path(name).with_suffix(ENCODED)
+
+
+def _source(job: TrainJob) -> str | None:
+    """What the examples of a job are made of, beside the tokenizer and its template; None where a file is missing."""
+    parts: list[str | float | None] = [job.train.model_dump_json()]
+    for given in (job.dataset, job.validation):
+        if not isinstance(given, str | Path):
+            parts.append(given)
+            continue
+        try:
+            with Path(given).open("rb") as stream:
+                parts.append(hashlib.file_digest(stream, "sha256").hexdigest())
+        except OSError:
+            return None
+    return json.dumps(parts)
 
 
 def _add(
@@ -254,7 +299,7 @@ def _add(
     ]
     for job in jobs:
         try:
-            dataset, held_out = _datasets(engine.base, job)
+            dataset, held_out = _datasets(engine.base, job, states, resume and bool(NAME.fullmatch(job.name)))
             reports[job.name] = dataset.report, held_out.report if held_out else None
             validation = held_out.examples if held_out else []
             start = None if job.init_adapter is None else read_adapter(Path(job.init_adapter), engine.bank)
@@ -273,13 +318,13 @@ def _add(
     return problems
 
 
-def _datasets(base: BaseModel, job: TrainJob) -> tuple[Dataset, Dataset | None]:
+def _datasets(base: BaseModel, job: TrainJob, states: _Checkpoints, resume: bool) -> Datasets:
     """Rows to train on, and those held out."""
     if isinstance(job.validation, int | float) and not 0.0 < job.validation < 0.5:
         raise ValueError(
             f"validation must be a fraction of the rows above 0 and below 0.5, or a second file, not {job.validation}"
         )
-    dataset, held_out = build_datasets(job.dataset, job.validation, base.tokenizer, job.train, token_rows(base.model))
+    dataset, held_out = states.datasets(job, base, resume)
     if problem := too_long(base.model, max(max(part.report.lengths) for part in (dataset, held_out) if part)):
         raise ValueError(problem)
     return dataset, held_out

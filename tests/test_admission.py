@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,21 @@ from transformers import AutoModelForCausalLM
 
 from cluster.registry import AdapterRegistry
 from cluster.settings import Settings
-from cluster.storage import StorageCorrupt, dataset_key, init_adapter_key, open_storage
-from jobs.admission import admit, examples_of
+from cluster.storage import StorageCorrupt, StorageNotFound, dataset_key, init_adapter_key, open_storage
+from jobs.admission import admit
 from jobs.initial_adapter import load_initial
+from jobs.job_reader import JobReader
+from jobs.orders import Assignment
 from jobs.spec import JobSpec, SpecError
+from jobs.stored_examples import examples_of
 from lora_core.adapter_bank import AdapterBank
-from lora_core.base_model import describe_base
+from lora_core.base_files import chat_template_hash, load_tokenizer
+from lora_core.base_model import describe_base, load_base
+from lora_core.trainer import TrainEngine
 from tests.models import random_adapter
+from tests.rows import chat, clock_says
 from tests.s3_server import S3Server
-from tests.tiny_models import byte_tokenizer, save_tiny_model, with_more_tokens, write_adapter
+from tests.tiny_models import DATED_TEMPLATE, byte_tokenizer, save_tiny_model, with_more_tokens, write_adapter
 
 ROWS = [{"prompt": f"item {i}: ", "completion": f"code {i}"} for i in range(10)]
 
@@ -72,6 +80,41 @@ def test_a_base_whose_adapters_nobody_could_ask_for_is_refused_without_an_alias(
     assert problem.startswith(f"base_model: nobody could ask for {name}:a, as a base's name has letters")
     named = settings.model_copy(update={"base_models": {"my-base": str(folder)}})
     admit(spec(tmp_path, base_model=named.locate_base(str(folder))), named, 2)
+
+
+def test_what_rows_become_is_fixed_when_a_job_is_submitted(
+    tmp_path: Path, settings: Settings, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks read it whatever the day and the template are by then, and need neither the rows nor a tokenizer; jobs that
+    an earlier version queued have their rows alone.
+    """
+    template = tmp_path / "dated"
+    shutil.copytree(model, template)
+    (template / "chat_template.jinja").write_text(DATED_TEMPLATE)
+    dataset = write(tmp_path / "chats.jsonl", [chat(f"Hi {i}", "Yo.") for i in range(8)])
+    asked = spec(tmp_path, base_model=str(template), dataset=dataset, validation=0.25)
+    clock_says(monkeypatch, "31 Dec")
+    admitted, again = (admit(asked, settings, 2) for _ in range(2))
+    clock_says(monkeypatch, "01 Jan")
+    later = admit(asked, settings, 2)
+    assert admitted.examples_sha == again.examples_sha != later.examples_sha
+    assert admitted.dataset_sha == later.dataset_sha
+
+    storage = open_storage(settings.storage_url)
+    base = load_base(str(model), precision="fp32", cache_dir=tmp_path / "cache")  # whose template is another by now
+    reader = JobReader(storage, TrainEngine(base), rank=0)
+    queued = Assignment("job", 1, asked.canonical_json(), dataset_key(admitted.dataset_sha))
+    _, old, none = reader._read_now(queued)
+    storage.delete(dataset_key(admitted.dataset_sha))
+    base.tokenizer = None  # type: ignore[assignment]
+    _, prepared, tokenizer = reader._read_now(replace(queued, examples_sha=admitted.examples_sha))
+    text = byte_tokenizer().decode(prepared.job.examples[0].ids)
+    assert text == "31 Dec<|im_start|>user\nHi 0<|im_end|>\n<|im_start|>assistant\nYo.<|im_end|>"
+    assert text.endswith(byte_tokenizer().decode(old.job.examples[0].ids))
+    assert (len(prepared.job.examples), len(prepared.job.validation)) == (6, 2)
+    assert tokenizer == chat_template_hash(load_tokenizer(template)) and none is None
+    with pytest.raises(StorageNotFound):
+        reader._read_now(queued)
 
 
 @pytest.mark.parametrize(

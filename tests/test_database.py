@@ -115,14 +115,14 @@ def test_a_database_of_an_earlier_version_gets_the_columns_that_it_lacks(queue: 
     job = bring_to(queue, QUEUED, "old")
     engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
     with engine.begin() as connection:
-        for column in ("init_adapter_sha", "result", "finished_at"):
+        for column in ("init_adapter_sha", "examples_sha", "result", "finished_at"):
             connection.execute(sa.text(f"ALTER TABLE jobs DROP COLUMN {column}"))
     engine.dispose()
     for name in ("new", "newer"):
         with contextlib.closing(JobQueue(url)) as later:
             assert later.get(job.id) == job
             new = bring_to(later, SUCCEEDED, name)
-            assert new.finished_at is not None and new.init_adapter_sha is None
+            assert new.finished_at is not None and new.init_adapter_sha is None and new.examples_sha is None
 
 
 def test_sqlite_readers_do_not_wait_for_a_writer_and_writers_take_turns(tmp_path: Path) -> None:

@@ -57,13 +57,13 @@ def test_a_job_is_read_as_it_was_submitted(queue: JobQueue) -> None:
         lora={"r": 8, "rank_pattern": {"q_proj": 4, ".*_proj": 2}},
         init_adapter="b:first",
     )
-    shas = {"dataset_sha": "d1", "validation_sha": "v1", "init_adapter_sha": "a1"}
+    shas = {"dataset_sha": "d1", "validation_sha": "v1", "examples_sha": "e1", "init_adapter_sha": "a1"}
     job, created = queue.submit(wanted, cluster="c", base="b", code_version="2", tenant="t", **shas)
     assert created and job == queue.get(job.id) and job.spec == wanted
     assert job.id.startswith("job-") and len(job.id) == 16
     assert (job.tenant, job.cluster, job.status, job.priority, job.base) == ("t", "c", QUEUED, 3, "b")
     assert (job.session_key, job.num_workers, job.code_version) == ("base|fp32|2", 2, "2")
-    assert (job.dataset_sha, job.validation_sha, job.init_adapter_sha, job.attempt) == ("d1", "v1", "a1", 0)
+    assert {name: getattr(job, name) for name in shas} == shas and job.attempt == 0
     assert list(job.spec.lora.rank_pattern) == ["q_proj", ".*_proj"]
     assert job.created_at == job.updated_at > 1000.0
     assert (job.started_at, job.finished_at, job.session_id, job.wish, job.error, job.progress, job.result) == (

@@ -21,7 +21,8 @@ from lora_core.base_model import BaseModel, load_base
 from lora_core.dataset import split
 from lora_core.live_job import LiveJob, PreparedJob
 from lora_core.trainer import TrainEngine
-from tests.tiny_models import save_tiny_model, with_more_tokens
+from tests.rows import chat, clock_says
+from tests.tiny_models import DATED_TEMPLATE, save_tiny_model, with_more_tokens
 
 ROOT = Path(__file__).parent.parent
 SHORT = TrainConfig(epochs=2, batch_size=4, learning_rate=5e-3, max_seq_len=64)
@@ -439,6 +440,42 @@ def test_a_checkpoint_of_something_else_is_refused_and_stays(
     stepped = killed_after(1000, monkeypatch)
     results = lora_core.train(base, changed, tmp_path / "out", resume=True)
     assert stepped.count("a") == stepped.count("b") == results["a"].steps
+
+
+def test_resumed_on_another_day_rows_are_what_they_became_on_the_first(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the chat template says by then, but not if the files are others: that is another data set."""
+    dataset = tmp_path / "chats.jsonl"
+    write = lambda *names: dataset.write_text("".join(json.dumps(chat(f"Hi {name}", "Yo.")) + "\n" for name in names))  # noqa: E731
+    write(*"abcdefgh")
+    base.tokenizer.chat_template = DATED_TEMPLATE
+    jobs = [TrainJob("a", dataset, train=SHORT), TrainJob("b", dataset, train=SHORT, validation=0.3)]
+    clock_says(monkeypatch, "31 Dec")
+    whole = lora_core.train(base, jobs, tmp_path / "whole", checkpoint_seconds=None)
+    with monkeypatch.context() as patched:
+        killed_after(2, patched)
+        with pytest.raises(Killed):
+            lora_core.train(base, jobs, tmp_path / "out", checkpoint_seconds=0)
+    left = files(tmp_path / "out")
+    assert {Path(name).name for name in left} == {
+        f"{name}.{kind}" for name in "ab" for kind in ("safetensors", "encoded")
+    }
+    clock_says(monkeypatch, "01 Jan")
+    base.tokenizer.chat_template = f"Of today, {DATED_TEMPLATE}"
+    other_part = [jobs[0], replace(jobs[1], validation=0.4)]
+    with pytest.raises(TrainJobsError, match=r"^b: the checkpoint is not one of b: .* rows"):
+        lora_core.train(base, other_part, tmp_path / "out", resume=True)
+    write(*"abcdefgx")
+    with pytest.raises(TrainJobsError, match=r"a: the checkpoint is not one of a: .*\n.*b: the checkpoint is not one"):
+        lora_core.train(base, jobs, tmp_path / "out", resume=True)
+    assert files(tmp_path / "out") == left
+    write(*"abcdefgh")
+    found = lora_core.train(base, jobs, tmp_path / "out", resume=True)
+    assert [replace(one, folder=None) for one in found.values()] == [
+        replace(one, folder=None) for one in whole.values()
+    ]
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
 def test_how_often_checkpoints_are_written_is_what_is_asked_for(

@@ -17,8 +17,8 @@ from lora_core.dataset_format import Row
 from lora_core.detokenizer import end_tokens
 from lora_core.prompts import PromptError, prompt_ids, rendered
 from tests.models import tiny_base
-from tests.rows import chat, message, numbered
-from tests.tiny_models import CHAT_TEMPLATE, SPECIALS, byte_tokenizer
+from tests.rows import chat, clock_says, message, numbered
+from tests.tiny_models import CHAT_TEMPLATE, DATED_TEMPLATE, SPECIALS, byte_tokenizer
 
 # It shows whatever else than role and content a message has.
 PRESENCE = CHAT_TEMPLATE.replace(
@@ -174,19 +174,16 @@ def test_the_default_of_several_templates_is_the_one() -> None:
 
 def test_a_clock_in_a_template_may_strike_between_a_prompt_and_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The row is rendered again, instead of being called inconsistent."""
-    days = iter(["31 Dec", *["01 Jan"] * 9])
-
-    class Clock:
-        @staticmethod
-        def now() -> Clock:
-            return Clock()
-
-        def strftime(self, _: str) -> str:
-            return next(days)
-
-    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
-    tokenizer = tokenizer_with("{{ strftime_now('%d %b') }}" + CHAT_TEMPLATE)
+    clock_says(monkeypatch, "31 Dec", "01 Jan")
+    tokenizer = tokenizer_with(DATED_TEMPLATE)
     assert str(tokenizer.decode(trained(tokenizer, chat("a", "b")).ids)).startswith("01 Jan")
+
+
+def test_serving_renders_with_the_day_of_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tokenizer_with(DATED_TEMPLATE)
+    for day in ("31 Dec", "01 Jan"):
+        clock_says(monkeypatch, day)
+        assert str(tokenizer.decode(served(tokenizer, messages=[message("user", "Hi")]))).startswith(day)
 
 
 # --- the first and last tokens of plain texts -----------------------------------------------------------------------

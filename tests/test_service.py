@@ -7,7 +7,6 @@ published version is the digest of its adapter, so "the same adapter" is "the sa
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import itertools
 import json
@@ -25,11 +24,13 @@ import psutil
 import pytest
 
 from cluster.settings import Settings
-from cluster.storage import checkpoints_prefix, open_storage
+from cluster.storage import checkpoints_prefix, examples_key, open_storage
 from jobs.__main__ import follow, main
+from jobs.admission import admit
 from jobs.job import Job, JobStatus, Wish
 from jobs.job_queue import JobQueue
 from jobs.launcher import RayUnreachableError
+from jobs.spec import load_spec
 from tests.another_ray import another_ray
 from tests.queue_kit import submit
 from tests.tiny_models import save_tiny_model
@@ -308,9 +309,10 @@ def test_a_job_that_dies_in_a_rank_fails_with_its_reason_and_the_one_beside_it_g
     beside = laptop.submit(laptop.spec("bystander", steps=20_000))
     laptop.wait(beside, lambda job: bool(job.progress and job.progress["step"] > 0))
     bad = laptop.spec("bad", steps=2000)
-    rows = (laptop.home / "bad.jsonl").read_bytes()
-    # There before the job is submitted, under the name of its rows: the ranks must notice by the checksum.
-    (laptop.home / "storage" / "datasets" / hashlib.sha256(rows).hexdigest()).write_text("not what was accepted")
+    settings = laptop.settings.model_copy(update={"base_models": {"tiny": str(laptop.home / "tiny")}})
+    examples = examples_key(admit(load_spec(bad), settings, 2).examples_sha)
+    # There before the job is submitted, under the name of its encoded rows: the ranks must notice by the checksum.
+    (laptop.home / "storage" / examples).write_text("not what was accepted")
     bad_id = laptop.submit(bad)
     done = laptop.jobs("logs", bad_id)
     assert done.returncode == 1

@@ -77,7 +77,7 @@ def test_a_job_without_room_beside_others_waits_and_one_that_never_fits_fails() 
     def read(error: Exception | None) -> Future[Any]:
         work: Future[Any] = Future()
         if error is None:
-            work.set_result((None, engine.prepare(job(name))))
+            work.set_result((None, engine.prepare(job(name)), None))
         else:
             work.set_exception(error)
         return work
@@ -86,7 +86,7 @@ def test_a_job_without_room_beside_others_waits_and_one_that_never_fits_fails() 
         engine = TrainEngine(tiny_base("llama"))
         rank: Rank = object.__new__(Rank)
         rank.rank, rank.engine = 0, engine
-        rank.held = {"a": Held(Assignment("a", 1, "{}", ""), None, engine.add(job("a")))}  # type: ignore[arg-type]
+        rank.held = {"a": Held(Assignment("a", 1, "{}", ""), None, engine.add(job("a")), "")}  # type: ignore[arg-type]
         said: list[str | None] = []
         rank._gather = lambda answer, said=said: said.append(answer) or [*said]  # type: ignore[method-assign, misc]
         rank.mailbox = SimpleNamespace(report=SimpleNamespace(remote=reports.append))
@@ -135,7 +135,7 @@ def test_checkpoints_are_written_one_at_a_time_and_none_waits_for_ever() -> None
     engine, went_on, written = TrainEngine(tiny_base("llama")), threading.Event(), []
     rank: Rank = object.__new__(Rank)
     rank.rank, rank.settings, rank._upload = 0, SimpleNamespace(checkpoint_seconds=0.0), None  # type: ignore[assignment]
-    rank.held = {name: Held(Assignment(name, 1, "{}", ""), None, engine.add(job(name))) for name in "abc"}  # type: ignore[arg-type]
+    rank.held = {name: Held(Assignment(name, 1, "{}", ""), None, engine.add(job(name)), "") for name in "abc"}  # type: ignore[arg-type]
 
     def put(key: str, _: bytes) -> None:
         assert went_on.wait(30)
@@ -161,14 +161,15 @@ def rank_with_a_job_that_ends(report: Callable[[Any], None], monkeypatch: pytest
     rank: Rank = object.__new__(Rank)
     rank.engine = TrainEngine(tiny_base("llama"))
     rank.base, rank.rank, rank._base_model, rank._reported = rank.engine.base, 0, "tiny", math.inf
-    rank._tokenizer = "of its vocabulary"
     rank.settings, rank._upload = SimpleNamespace(checkpoint_seconds=math.inf), None  # type: ignore[assignment]
     rank.handing_over, rank._hand_overs, rank._publisher = {}, {}, ThreadPoolExecutor(1)
     rank.mailbox = SimpleNamespace(report=SimpleNamespace(remote=report))
     monkeypatch.setattr("jobs.training_loop.ray.get", lambda reference: reference)
     jobs = [job("short", examples=documents(3, 1), epochs=1, batch_size=3), job("long", epochs=1000)]
     spec: Any = SimpleNamespace(lora=LoraConfig(), train=TrainConfig())
-    rank.held = {one.name: Held(Assignment(one.name, 1, "{}", ""), spec, rank.engine.add(one)) for one in jobs}
+    rank.held = {
+        one.name: Held(Assignment(one.name, 1, "{}", ""), spec, rank.engine.add(one), "of a vocabulary") for one in jobs
+    }
     return rank
 
 

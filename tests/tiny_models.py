@@ -30,6 +30,7 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+DATED_TEMPLATE = "{{ strftime_now('%d %b') }}" + CHAT_TEMPLATE  # as Llama 3.2 and Mistral Small 3 have it
 VOCABULARY = 264  # 256 bytes, the specials, and a few ids that the tokenizer does not know
 
 CONFIGS: dict[str, PretrainedConfig] = {

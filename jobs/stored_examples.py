@@ -1,0 +1,54 @@
+"""What a job's rows became, in storage: encoded once, when the job is submitted, and read by every rank whenever it
+comes to that.
+
+A chat template may show today's date, and may be another one tomorrow, as transformers may: a job that is continued,
+or whose ranks lie on two sides of midnight, would be another job.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cluster.storage import Storage, examples_key
+from jobs.spec import JobSpec
+from lora_core.base_files import chat_template_hash
+from lora_core.base_model import token_rows
+from lora_core.dataset import build_datasets
+from lora_core.encoded_datasets import Datasets, read_datasets, write_datasets
+
+
+def examples_of(
+    spec: JobSpec, dataset: Path, validation: Path | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Datasets:
+    """Examples to train on, and those held out; `validation` is the file, where the spec names one."""
+    fraction = spec.validation if isinstance(spec.validation, float) else None
+    held_out = fraction if validation is None else validation
+    return build_datasets(dataset, held_out, tokenizer, spec.train, token_rows(model))
+
+
+def store_examples(storage: Storage, datasets: Datasets, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Put them into storage; returns the sha256 under which they are there."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "examples"
+        write_datasets(datasets, path, {"tokenizer": chat_template_hash(tokenizer)})
+        with path.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        storage.put(examples_key(sha256), path, if_absent=True)
+    return sha256
+
+
+def load_examples(storage: Storage, sha256: str) -> tuple[Datasets, str]:
+    """They, and the hash of the tokenizer and chat template that made them.
+
+    Raises:
+        StorageError: they are not there, or are not what was stored.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "examples"
+        storage.fetch(examples_key(sha256), path, sha256=sha256)
+        datasets, about = read_datasets(path)
+    return datasets, str(about["tokenizer"])
