@@ -8,6 +8,7 @@ import multiprocessing
 import pickle
 import random
 import sqlite3
+import statistics
 import time
 import traceback
 from collections.abc import Callable
@@ -74,10 +75,10 @@ def live(url: str, number: int, ready: Any, answers: Any) -> None:
                 assert timed(queue.progress, job.id, session.id, 1, {"step": 1})
                 assert timed(queue.move, job.id, RUNNING, SUCCEEDED, message="done", fence=(session.id, 1))
         queue.close()
-        answers.put((created, claimed, max(waits), None))
+        answers.put((created, claimed, (max(waits), statistics.median(waits)), None))
     except BaseException:
         ready.abort()
-        answers.put(([], [], 0.0, traceback.format_exc()))
+        answers.put(([], [], (0.0, 0.0), traceback.format_exc()))
 
 
 def test_processes_that_share_a_new_database_lose_nothing(url: str) -> None:
@@ -103,8 +104,9 @@ def test_processes_that_share_a_new_database_lose_nothing(url: str) -> None:
         assert_legal_history(queue, job)
         assert len(queue.events(job.id)) == 3 and job.progress == {"step": 1} and job.attempt == 1
     queue.close()
-    # Seen: 0.05 s on an idle machine. Without the file lock eight SQLite writers made one wait for 2.4 s in 800 writes.
-    assert max(longest for _, _, longest, _ in found) < 2.0
+    # Seen: 0.05 s on an idle machine; 1 s, 12 medians, on a busy one. Without the file lock one of eight SQLite writers
+    # waited for 2.4 s in 800 writes, and for 13 s, 466 medians, on the busy one.
+    assert all(longest < max(2.0, 60 * median) for _, _, (longest, median), _ in found), found
 
 
 # ---- databases ----

@@ -131,8 +131,10 @@ def test_the_way_back_is_as_short_for_many_rows_and_late_steps(monkeypatch: pyte
 # --- kill -9 ---------------------------------------------------------------------------------------------------------
 
 
-def run_rank(folder: Path, rank: int, ranks: int) -> None:
-    """What each process of the test below does: train to the end from the newest checkpoint there is."""
+def run_rank(folder: Path, rank: int, ranks: int, last: int | None) -> None:
+    """What each process of the test below does: train from the newest checkpoint there is, to the end or for `last`
+    steps, after which it waits to be killed, however fast it was.
+    """
     meet = f"file://{folder}/meet-{len(list(folder.glob('run-*')))}"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=ranks)
     torch.set_num_threads(1)
@@ -146,6 +148,8 @@ def run_rank(folder: Path, rank: int, ranks: int) -> None:
     dist.broadcast_object_list(blobs, src=0)
     live = engine.add(wanted, blobs[0])
     while not live.done:
+        if live.progress.step == last:
+            time.sleep(60)
         engine.micro_batch()
         if rank == 0:
             (folder / "new").write_bytes(live.checkpoint())
@@ -155,12 +159,12 @@ def run_rank(folder: Path, rank: int, ranks: int) -> None:
         (folder / "end").write_bytes(live.checkpoint())
 
 
-def start(folder: Path, ranks: int) -> list[Any]:
+def start(folder: Path, ranks: int, last: int | None = None) -> list[Any]:
     """`run_rank` in processes of their own, forked from one that has imported everything already."""
     (folder / f"run-{len(list(folder.glob('run-*')))}").touch()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.test_resume", "transformers.models.llama.modeling_llama"])
-    processes = [context.Process(target=run_rank, args=(folder, rank, ranks)) for rank in range(ranks)]
+    processes = [context.Process(target=run_rank, args=(folder, rank, ranks, last)) for rank in range(ranks)]
     for process in processes:
         process.start()
     return processes
@@ -176,8 +180,8 @@ def test_killed_processes_end_with_the_same_bits(ranks: int, tmp_path: Path) -> 
     whole.mkdir()
     broken.mkdir()
     undisturbed = start(whole, ranks)
-    for pause in (0.05, 0.11):
-        processes = start(broken, ranks)
+    for pause, last in ((0.05, 60), (0.11, 119)):
+        processes = start(broken, ranks, last)
         before = (broken / "checkpoint").read_bytes() if (broken / "checkpoint").exists() else None
         deadline = time.monotonic() + 60
         while not (broken / "checkpoint").exists() or (broken / "checkpoint").read_bytes() == before:
