@@ -55,6 +55,13 @@ class Progressed(Report):
 
 
 @dataclass(frozen=True)
+class Expected(Report):
+    """How long a job that has just joined will about take, if it trains by itself."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Evaluated(Report):
     """The held-out rows after some step (`lora_core.optim.Evaluation`), and why training ends with it, if it does."""
 

@@ -44,6 +44,7 @@ from jobs.orders import (
     Assignment,
     CheckpointWritten,
     Evaluated,
+    Expected,
     JobFailed,
     NoRoom,
     Orders,
@@ -177,6 +178,8 @@ class Keeper:
         match report:
             case Progressed(job_id, progress):
                 self._queue.progress(job_id, self._session_id, self._fence, progress)
+            case Expected(job_id, seconds):
+                self._queue.log(job_id, f"training takes about {max(1, round(seconds / 60))} min here, if it is alone")
             case Evaluated(job_id, evaluation, stopped):
                 self._tell_of_evaluation(job_id, evaluation, stopped)
             case RanksStarted():

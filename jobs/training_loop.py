@@ -39,12 +39,14 @@ from jobs.orders import (
     Assignment,
     CheckpointWritten,
     Evaluated,
+    Expected,
     JobFailed,
     NoRoom,
     Orders,
     Progressed,
     RankBroke,
     RanksStarted,
+    Report,
     Trained,
 )
 from lora_core.base_files import chat_template_hash
@@ -151,6 +153,7 @@ class Rank:
         # One answer for all: ranks that each measured might choose differently.
         chosen = self._agree(lambda: resolve_precision(self._precision, source, cache_dir=cache))
         base = load_base(source, precision=chosen.precision, cache_dir=cache)  # type: ignore[arg-type]
+        self._flop_per_second = chosen.flop_per_second
         base = replace(base, why=chosen.why)
         fingerprints = self._gather(base.fingerprint)
         if len(set(fingerprints)) > 1:
@@ -225,6 +228,9 @@ class Rank:
         tokenizer = tokenizer or self._tokenizer
         held = Held(assignment, spec, live, tokenizer, started_tokens=live.progress.tokens)
         self.held[assignment.job_id] = held
+        if self.rank == 0 and self._flop_per_second is not None:
+            seconds = held.expected_seconds(self.base, self._flop_per_second, self.ranks)
+            self._report(Expected(assignment.job_id, seconds))
         log.info(
             "job=%s rank=%d event=joined step=%d of %d",
             assignment.job_id,
@@ -338,7 +344,7 @@ class Rank:
         if self.rank == 0:
             ray.get(self.mailbox.report.remote(JobFailed(job_id, reason)))
 
-    def _report(self, report: Progressed | CheckpointWritten | Evaluated) -> None:
+    def _report(self, report: Report) -> None:
         self.mailbox.report.remote(report)
 
     def _all_reduce(self, tensor: torch.Tensor) -> None:

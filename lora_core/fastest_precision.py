@@ -36,10 +36,11 @@ INSTRUCTIONS = ("ATEN_CPU_CAPABILITY", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "O
 
 @dataclass(frozen=True)
 class Choice:
-    """A precision, and why it is that one."""
+    """A precision, and why it is that one; where that was measured, the rate of the base's products in it."""
 
     precision: str
     why: str
+    flop_per_second: float | None = None
 
 
 def fastest_precision(shapes: Iterable[Shape], base: str, cache_dir: Path) -> Choice:
@@ -72,13 +73,14 @@ def _measured(shapes: Counter[Shape]) -> Choice:
             shapes = Counter({shape: count})
             break
     flop = 4 * sum(count * inputs * outputs for (inputs, outputs), count in shapes.items())
-    fp32, bf16 = (flop / taken / 1e9 for taken in seconds.values())
+    fp32, bf16 = (flop / taken for taken in seconds.values())
     better: CpuPrecision = "fp32" if fp32 > bf16 else "bf16"
     threads = torch.get_num_threads()
     return Choice(
         better,
-        f"the faster one here: this base's products make {fp32:,.0f} GFLOP/s in fp32 and {bf16:,.0f} in bf16 with"
-        f" {threads} thread{'s' if threads > 1 else ''}",
+        f"the faster one here: this base's products make {fp32 / 1e9:,.0f} GFLOP/s in fp32 and {bf16 / 1e9:,.0f} in"
+        f" bf16 with {threads} thread{'s' if threads > 1 else ''}",
+        max(fp32, bf16),
     )
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from cluster.storage import StorageCorrupt, StorageUnavailable
 from jobs import job_reader
-from jobs.held_job import Held
+from jobs.held_job import OF_PRODUCTS, Held
 from jobs.job_reader import JobReader
 from jobs.orders import Assignment, JobFailed, NoRoom, Orders, RankBroke, Trained
 from jobs.training_loop import Rank, train_loop
@@ -98,6 +98,19 @@ def test_a_job_without_room_beside_others_waits_and_one_that_never_fits_fails() 
             rank._join(Assignment(name, 1, "{}", ""), read(of_ranks[0]))
         assert list(engine.live) == ["a"]
     assert reports == [NoRoom("waits", 1), JobFailed("fails", "rank 1: DoesNotFitError: not at all")]
+
+
+def test_how_long_a_job_takes_is_told_from_what_is_left_of_it() -> None:
+    """Ten documents, two epochs, at the rate of the products: half of it once half is done, or with two ranks."""
+    engine = TrainEngine(tiny_base("llama"))
+    live = engine.add(job("a", examples=documents(10, 0, 8, 8), epochs=2, batch_size=2))
+    held = Held(Assignment("a", 1, "{}", ""), None, live, "")  # type: ignore[arg-type]
+    parameters = engine.base.parameters
+    alone = held.expected_seconds(engine.base, 1e6, ranks=1)
+    assert alone == pytest.approx(4 * parameters * 160 / (1e6 * OF_PRODUCTS))
+    assert held.expected_seconds(engine.base, 1e6, ranks=2) == alone / 2
+    live.progress.step = live.job.steps // 2
+    assert held.expected_seconds(engine.base, 1e6, ranks=1) == pytest.approx(alone / 2)
 
 
 def test_what_broke_a_rank_is_told_after_what_had_ended_and_of_what_had_not(monkeypatch: pytest.MonkeyPatch) -> None:
