@@ -22,9 +22,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_core.attention import ATTENTION_NAME
 from lora_core.base_files import DTYPES
-from lora_core.base_model import BaseModel, resolve_precision
+from lora_core.base_model import BaseModel
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.engine_job import EngineJob
+from lora_core.fastest_precision import fastest_precision
 from lora_core.trainer import TrainEngine
 from tests.bench.engines import random_documents
 
@@ -52,7 +53,9 @@ def smollm2_shaped(precision: str) -> BaseModel:
 def main(threads: int) -> None:
     """Measure and print."""
     torch.set_num_threads(threads)
-    precision = resolve_precision("auto", torch.device("cpu"))
+    shape = (SHAPE["hidden_size"], SHAPE["intermediate_size"])
+    with tempfile.TemporaryDirectory() as memory:
+        precision = fastest_precision([shape], "smollm2-shaped", Path(memory)).precision
     engine = TrainEngine(smollm2_shaped(precision))
     examples = random_documents([TOKENS] * DOCUMENTS, SHAPE["vocab_size"])
     live = engine.add(EngineJob("job", LoraConfig(), TrainConfig(batch_size=DOCUMENTS, epochs=1000), examples))

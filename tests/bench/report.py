@@ -1,6 +1,6 @@
 """Time steps and print what came out: each row as it ends, so that a time limit loses nothing; then a table and JSON.
 
-    floor = measured rate of bf16 products [FLOP/s] / (4 x parameters [FLOP a token])
+    floor = measured rate of products, in bf16 if not said [FLOP/s] / (4 x parameters [FLOP a token])
 
 A LoRA step takes two FLOP a parameter and token forward and two for the gradient with respect to the input; a frozen
 weight has no gradient of its own. Parameters are those of the linears and the head: an embedding is looked up.
@@ -66,20 +66,30 @@ class Row:
         return self.tokens / self.timing.median
 
 
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
 class Report:
     """The rows of one run of a benchmark."""
 
-    def __init__(self, bench: str, conditions: Mapping[str, object], device: torch.device, model: nn.Module) -> None:
+    def __init__(
+        self,
+        bench: str,
+        conditions: Mapping[str, object],
+        device: torch.device,
+        model: nn.Module,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
         self.rows: list[Row] = []
         self._bench, self._conditions = bench, dict(conditions)
         self._figures: dict[str, float] = {}
         self._failures: dict[str, str] = {}
-        self._flops = matmul_rate(device)
+        self._flops, self._dtype = matmul_rate(device, dtype), _NAMES[dtype]
         self._floor = self._flops / (4 * product_parameters(model))
         print(", ".join(f"{name} {value}" for name, value in conditions.items()))
         print(
-            f"bf16 products {self._flops / 1e12:.2f} TFLOP/s, {product_parameters(model) / 1e9:.3f} G parameters in"
-            f" products: the floor is {self._floor:.0f} tokens/s\n{self._titles()}",
+            f"{self._dtype} products {self._flops / 1e12:.2f} TFLOP/s, {product_parameters(model) / 1e9:.3f} G"
+            f" parameters in products: the floor is {self._floor:.0f} tokens/s\n{self._titles()}",
             flush=True,
         )
 
@@ -121,7 +131,8 @@ class Report:
             print(f"{name:<64}{value:>10.4g}")
         for case, reason in self._failures.items():
             print(f"{case:<64}{reason.splitlines()[0]}")
-        head = {"bench": self._bench, **self._conditions, "bf16_flops": self._flops, "floor": round(self._floor, 1)}
+        head = {"bench": self._bench, **self._conditions, f"{self._dtype}_flops": self._flops}
+        head["floor"] = round(self._floor, 1)
         rows = [self._as_json(row) for row in self.rows]
         print("\n" + json.dumps({**head, "rows": rows, "figures": self._figures, "failed": self._failures}))
 
@@ -193,13 +204,13 @@ def seconds_of(action: Step, device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def matmul_rate(device: torch.device) -> float:
-    """FLOP/s of a bf16 product of random square matrices: 8,192 wide on a GPU, 2,048 on a CPU.
+def matmul_rate(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
+    """FLOP/s of a product of random square matrices: 8,192 wide on a GPU, 2,048 on a CPU.
 
     The best of many, since a floor from a moment when something else ran would flatter everybody.
     """
     size, bunch = (8192, 20) if device.type == "cuda" else (2048, 1)
-    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(left)
 
     def products() -> None:
