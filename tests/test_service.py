@@ -292,7 +292,7 @@ def test_a_ctrl_c_is_heard_while_python_collects_garbage(monkeypatch: pytest.Mon
 
     class Finalized:
         def __del__(self) -> None:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # not kill: another thread may take that, a little later
 
     queue = JobQueue(f"sqlite:///{tmp_path / 'lora.db'}")
     job, _ = submit(queue)
