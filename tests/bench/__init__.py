@@ -2,6 +2,5 @@
 
 import os
 
-# Before torch is there, and as ranks have it: threads that spin for ever while they wait do not finish at all where
-# other processes want the cores.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+# Before torch is there: threads that wait by spinning do not finish at all where other processes want the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
