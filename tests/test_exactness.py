@@ -74,21 +74,16 @@ def test_products_decide(rounds: Rounding, found: dict[str, Any], caplog: pytest
     assert "MKL_CBWR" in caplog.text or exactness.joined
 
 
-def test_rows_that_are_their_own_are_not_padded() -> None:
-    """A product that is made row by row: 7 tokens are 7 rows."""
-
-    class RowByRow(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.stack([(self.weight * row).sum(1) for row in x.flatten(0, -2)]).view(*x.shape[:-1], -1)
-
-    linear = RowByRow(8, 8, bias=False).requires_grad_(False)
-    found = exactness_of([linear], CPU, torch.float32)
-    engine = TrainEngine(tiny_base("llama"), exactness=Exactness(row_multiple=1))
-    live = engine.add(job("a", examples=documents(4, 0, 7, 7)))
-    standing = live.standing
-    assert standing is not None
-    assert [chunk.rows for chunk in live.chunks(standing, 0, 1, row_multiple=1)] == [28]
-    assert found.row_multiple in (1, 8)  # its gradient is this CPU's own product
+@pytest.mark.parametrize(("multiple", "rows"), [(1, 28), (8, 32)])
+def test_an_engine_pads_as_it_is_told(multiple: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four documents of 7 tokens a step."""
+    engine = TrainEngine(tiny_base("llama"), exactness=Exactness(row_multiple=multiple))
+    engine.add(job("a", examples=documents(4, 0, 7, 7), epochs=1))
+    laid: list[int] = []
+    ready = engine.ready
+    monkeypatch.setattr(engine, "ready", lambda chunks: laid.extend(chunk.rows for chunk in chunks) or ready(chunks))
+    engine.step()
+    assert laid == [rows]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
