@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_core.adapter_bank import Adapter
 from lora_core.dora import RowNorms
-from lora_core.kernels.low_rank import GroupAdapter, LinearGroup, Magnitude, Part
+from lora_core.kernels.operands import GroupAdapter, LinearGroup, Magnitude, Part
 
 
 class AdapterView:

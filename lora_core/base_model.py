@@ -33,7 +33,7 @@ from lora_core.base_files import (
 from lora_core.decoder import Decoder, Rows
 from lora_core.exactness import Exactness, ask_for_exact_products, exactness_of
 from lora_core.fastest_precision import Choice, fastest_precision
-from lora_core.kernels.low_rank import NO_ADAPTER
+from lora_core.kernels.operands import NO_ADAPTER
 from lora_core.precision import (
     DenseWeight,
     Fp8Weight,

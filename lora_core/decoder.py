@@ -30,15 +30,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_core import kernels
 from lora_core.adapter_bank import Adapter
 from lora_core.adapter_view import AdapterView, stacked_tables
 from lora_core.attention import Backward, DocumentAttention
 from lora_core.decoder_head import Labels, head_losses
 from lora_core.decoder_weights import DOWN, GATE_UP, QKV, DecoderWeights, Layer, O
+from lora_core.kernels import dispatch
+from lora_core.kernels.batch_low_rank import add_a_gradients, expand_gradient_, shrink
 from lora_core.kernels.gains import gains_backward
 from lora_core.kernels.layer_ops import (
-    Rope,
     gate_up_again,
     norm_backward,
     norm_forward,
@@ -47,16 +47,8 @@ from lora_core.kernels.layer_ops import (
     swiglu_backward_,
     swiglu_forward,
 )
-from lora_core.kernels.low_rank import (
-    LowRank,
-    Norm,
-    Segments,
-    add_a_gradients,
-    add_b_gradients,
-    expand_gradient_,
-    shrink,
-    shrink_gradient,
-)
+from lora_core.kernels.low_rank import add_b_gradients, shrink_gradient
+from lora_core.kernels.operands import LowRank, Norm, Rope, Segments
 from lora_core.transfer import to_device
 
 Checkpointing = Literal["none", "selective", "full"]
@@ -199,7 +191,7 @@ class Batch:
     def measure_gains(self) -> None:
         """DoRA's norms change with A and B, and so with each optimizer step; until the next they are what they are."""
         stale = {place: adapter for place, adapter in enumerate(self._adapters) if adapter.stale}
-        if stale and kernels.runs_in_triton(self._decoder.embedding):
+        if stale and dispatch.runs_in_triton(self._decoder.embedding):
             self._measure_in_triton(stale)
         else:
             for adapter in stale.values():

@@ -24,8 +24,7 @@ from lora_core.decoder_head import CPU_HEAD_ROWS, HEAD_ROWS
 from lora_core.decoder_weights import DOWN, GATE_UP, QKV, O
 from lora_core.footprint import Footprint, Footprints
 from lora_core.kernel_memory import Held, Ledger, TorchKernels, TritonKernels
-from lora_core.kernels.low_rank import LinearGroup
-from lora_core.kernels.quantize import NF4_BLOCK
+from lora_core.kernels.operands import NF4_BLOCK, LinearGroup
 from lora_core.precision import quantised_layers
 
 CUBLAS_WORKSPACES = 2 * 2**25

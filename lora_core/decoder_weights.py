@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lora_core.dora import RowNorms
-from lora_core.kernels.layer_ops import HeadNorm
-from lora_core.kernels.low_rank import LinearGroup
+from lora_core.kernels.operands import HeadNorm, LinearGroup
 from lora_core.precision import DenseWeight, FrozenWeight
 
 QKV, O, GATE_UP, DOWN = range(4)  # noqa: E741 - the output projection's name in every checkpoint

@@ -11,7 +11,7 @@ from lora_core.cpu_attention import KEPT_LENGTH, QUERY_BLOCK
 from lora_core.dora import SLICE_ROWS
 from lora_core.kernels.cross_entropy import CACHED_ELEMENTS
 from lora_core.kernels.gains import CPU_ROWS
-from lora_core.kernels.low_rank import TILE_ROWS
+from lora_core.kernels.operands import TILE_ROWS
 
 LARGEST_BLOCK = 64
 """Ranks that a program of `low_rank_triton` takes at a time. The SwiGLU kernels make a shrink of up to so many."""

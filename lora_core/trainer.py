@@ -31,7 +31,7 @@ from lora_core.decoder import Checkpointing, Decoder
 from lora_core.engine_job import VALIDATION_NOT_FINITE, EngineJob, JobDiverged
 from lora_core.exactness import Exactness
 from lora_core.fair_queue import FairQueue
-from lora_core.kernels.low_rank import NO_ADAPTER
+from lora_core.kernels.operands import NO_ADAPTER
 from lora_core.live_job import LiveJob, PreparedJob, Standing
 from lora_core.loss import batch_losses, batch_scores
 from lora_core.memory import DoesNotFitError, NoRoomBesideError

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_core import kernels
 from lora_core.adapter_bank import Adapter, AdapterBank
 from lora_core.adapter_init import init_adapter
 from lora_core.adapter_view import AdapterView
@@ -26,6 +25,7 @@ from lora_core.dataset import Example
 from lora_core.decoder import Batch, Checkpointing, Decoder, Rows
 from lora_core.engine_job import EngineJob, JobDiverged
 from lora_core.fair_queue import FairQueue
+from lora_core.kernels import dispatch
 from lora_core.live_job import LiveJob
 from lora_core.optim import StepOutcome
 from lora_core.packing import Chunk
@@ -342,4 +342,4 @@ def decode_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
     _start = Batch.__init__
     monkeypatch.setattr(Batch, "__init__", start)
-    monkeypatch.setattr(kernels, "runs_in_triton", lambda x: True)
+    monkeypatch.setattr(dispatch, "runs_in_triton", lambda x: True)

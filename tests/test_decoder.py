@@ -14,7 +14,7 @@ from lora_core.config import LoraConfig, TrainConfig
 from lora_core.decoder import Checkpointing, Decoder, Rows
 from lora_core.engine_job import EngineJob
 from lora_core.kernels import cross_entropy
-from lora_core.kernels.low_rank import NO_ADAPTER
+from lora_core.kernels.operands import NO_ADAPTER
 from lora_core.live_job import LiveJob
 from lora_core.optim import StepOutcome
 from lora_core.packing import PackedBatch, pack

@@ -21,7 +21,8 @@ from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import Example
 from lora_core.decoder import Checkpointing, Decoder
 from lora_core.engine_job import EngineJob, JobDiverged
-from lora_core.kernels.quantize import NF4_BLOCK, NF4_LEVELS, dequantize_nf4, quantize_nf4, quantize_rows
+from lora_core.kernels.operands import NF4_BLOCK, NF4_LEVELS
+from lora_core.kernels.quantize import dequantize_nf4, quantize_nf4, quantize_rows
 from lora_core.precision import DenseWeight, Fp8Weight, Nf4Weight
 from lora_core.trainer import TrainEngine
 from tests.models import CPU, VOCABULARY, documents, job, outcome_of, relative, state, tiny_base

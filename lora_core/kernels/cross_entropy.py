@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_core import kernels
+from lora_core.kernels import dispatch
 
 CACHED_ELEMENTS = 1 << 20
 """Logits that a CPU widens at a time: 4 MB of fp32, which stay in its caches from the first pass to the last."""
@@ -19,7 +19,7 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
 
     The logits become the gradient of the summed losses with respect to them. Losses are fp32 (fp64 for fp64).
     """
-    if kernels.runs_in_triton(logits):
+    if dispatch.runs_in_triton(logits):
         from lora_core.kernels import cross_entropy_triton
 
         return cross_entropy_triton.cross_entropy_(logits, labels)

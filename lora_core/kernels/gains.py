@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_core import kernels
-from lora_core.kernels.low_rank import LowRank
+from lora_core.kernels import dispatch
+from lora_core.kernels.operands import LowRank
 
 CPU_ROWS = 128
 """Rows that are multiplied by gains at a time: torch widens all of bf16 that it multiplies by fp32."""
@@ -46,7 +46,7 @@ def gains_backward_(dy: Tensor, y: Tensor, low_rank: LowRank) -> Tensor:
 
 def gains_backward(dy: Tensor, y: Tensor, low_rank: LowRank) -> Tensor:
     """dy `[T, out]` -> dv, likewise."""
-    if kernels.runs_in_triton(dy):
+    if dispatch.runs_in_triton(dy):
         from lora_core.kernels import gains_triton
 
         return gains_triton.gains_backward(dy, y, low_rank)

@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_core.kernels.low_rank import TILE_ROWS, GroupAdapter, LowRank
 from lora_core.kernels.low_rank_triton import (
     MAGNITUDE,
     address,
@@ -25,6 +24,7 @@ from lora_core.kernels.low_rank_triton import (
     table_of,
     widths,
 )
+from lora_core.kernels.operands import TILE_ROWS, GroupAdapter, LowRank
 
 GAINS_BACKWARD = {"COLUMNS": 128, "num_warps": 8}
 MAGNITUDE_SUMS = {"TILES": 16, "COLUMNS": 128, "num_warps": 4}

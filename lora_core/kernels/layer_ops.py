@@ -20,39 +20,15 @@ backward passes return are then those of what is in brackets, and m's are added;
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_core import kernels
+from lora_core.kernels import dispatch
+from lora_core.kernels.batch_low_rank import expand_gradient_, shrink
 from lora_core.kernels.gains import apply_gains_, gains_backward_
-from lora_core.kernels.low_rank import LowRank, Norm, expand_, expand_gradient_, shrink, shrink_gradient
-
-
-@dataclass(frozen=True)
-class HeadNorm:
-    """RMSNorm of each head of q and k: `weight` `[heads of q and k, d]` is q's in q's rows and k's in k's."""
-
-    weight: Tensor
-    eps: float
-
-
-@dataclass(frozen=True)
-class Rope:
-    """cos and sin `[T, d / 2]` of each row's position, and how a row of q, k, v divides: heads of d, and those turned.
-
-    `bias` `[out]` belongs to the frozen q, k, v (Qwen2), `norm` to the heads before they are turned (Qwen3); None
-    elsewhere.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    head_size: int
-    turned_heads: int
-    bias: Tensor | None
-    norm: HeadNorm | None
+from lora_core.kernels.low_rank import expand_, shrink_gradient
+from lora_core.kernels.operands import LowRank, Norm, Rope
 
 
 def norm_forward(
@@ -63,7 +39,7 @@ def norm_forward(
     y None: x itself is normed and returned. y is used up; with DoRA, whose `gains_backward` needs it, it is what was
     added to x.
     """
-    if kernels.runs_in_triton(x):
+    if dispatch.runs_in_triton(x):
         from lora_core.kernels import layer_ops_triton
 
         return layer_ops_triton.norm_forward(x, y, h, low_rank, weight, eps)
@@ -89,7 +65,7 @@ def norm_backward(
 
     `products` fp32 `[T]`: sums of dn n, if they are known; CPUs make them here.
     """
-    if kernels.runs_in_triton(x):
+    if dispatch.runs_in_triton(x):
         from lora_core.kernels import layer_ops_triton
 
         return layer_ops_triton.norm_backward(dn, dh, low_rank, x, rstd, weight, residual, products, below)
@@ -109,7 +85,7 @@ def rope_forward_(
     They are kept because the turned ones do not tell them: where the norm's weight is small in one half of a head and
     large in the other, the small numbers are lost in rounding.
     """
-    if kernels.runs_in_triton(y):
+    if dispatch.runs_in_triton(y):
         from lora_core.kernels import rope_triton
 
         return rope_triton.rope_forward_(y, h, low_rank, rope, with_backward)
@@ -130,7 +106,7 @@ def rope_backward(
     """dq, dk, dv `[T, heads, d]` of the turned q and k -> the gradient of q, k, v side by side, `[T, q + k + v]`, and
     on CUDA the `products` for the norm before. y and `unnormed` are what `rope_forward_` returned.
     """
-    if kernels.runs_in_triton(dq):
+    if dispatch.runs_in_triton(dq):
         from lora_core.kernels import rope_triton
 
         return rope_triton.rope_backward(dq, dk, dv, y, unnormed, low_rank, rope)
@@ -157,7 +133,7 @@ def swiglu_forward(y: Tensor, h: Tensor | None, low_rank: LowRank, down: LowRank
 
     On CPU y is updated in place, on CUDA it stays; `swiglu_backward_` knows.
     """
-    if kernels.runs_in_triton(y):
+    if dispatch.runs_in_triton(y):
         from lora_core.kernels import swiglu_triton
 
         return swiglu_triton.swiglu_forward(y, h, low_rank, down)
@@ -169,7 +145,7 @@ def swiglu_forward(y: Tensor, h: Tensor | None, low_rank: LowRank, down: LowRank
 
 def gate_up_again(y: Tensor, h: Tensor | None, low_rank: LowRank) -> Tensor:
     """y as `swiglu_forward` left it, where its frozen product was made again."""
-    return y if kernels.runs_in_triton(y) else _updated_(y, h, low_rank)
+    return y if dispatch.runs_in_triton(y) else _updated_(y, h, low_rank)
 
 
 def swiglu_backward_(
@@ -179,7 +155,7 @@ def swiglu_backward_(
     holds the activation itself, which the gradient of the next product's A needs. Returns the shrunk gradient of gate
     and up, `[T, width]`, and on CUDA the `products` for the norm before.
     """
-    if kernels.runs_in_triton(dact):
+    if dispatch.runs_in_triton(dact):
         from lora_core.kernels import swiglu_triton
 
         return swiglu_triton.swiglu_backward_(dact, dh_down, down, y, h, low_rank)

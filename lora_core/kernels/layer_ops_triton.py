@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lora_core.kernels import low_rank_triton, masked_low_rank_triton
 from lora_core.kernels.gains_triton import gained, gains_of
-from lora_core.kernels.low_rank import NARROW_ROWS, TILE_ROWS, LowRank
 from lora_core.kernels.low_rank_triton import (
     address,
     expanded,
@@ -23,6 +22,7 @@ from lora_core.kernels.low_rank_triton import (
     table_of,
     updated,
 )
+from lora_core.kernels.operands import NARROW_ROWS, TILE_ROWS, LowRank
 
 # The fastest of a sweep on one H100 at 8,192 tokens of the 8B shape, r 16 (microseconds; in brackets the floor,
 # bytes over 3 TB/s): norm forward 121 (89) and backward 135 (89).

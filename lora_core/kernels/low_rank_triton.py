@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.dropout import threshold
-from lora_core.kernels.low_rank import TILE_ROWS, GroupAdapter, LinearGroup, LowRank, Norm
+from lora_core.kernels.operands import TILE_ROWS, GroupAdapter, LinearGroup, LowRank, Norm
 
 FIELDS = 32
 MAGNITUDE = tl.constexpr(20)

@@ -17,10 +17,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_core import kernels
 from lora_core.dropout import dropout_mask, kept_share
+from lora_core.kernels import dispatch
 from lora_core.kernels import low_rank as plain
-from lora_core.kernels.low_rank import GroupAdapter, LowRank, Norm, Part
+from lora_core.kernels.operands import GroupAdapter, LowRank, Norm, Part
 
 MASK_ROWS = 256
 """Rows whose mask a CPU makes at a time: the numbers on the way to it take several times the memory of x."""
@@ -28,7 +28,7 @@ MASK_ROWS = 256
 
 def shrink(x: Tensor, low_rank: LowRank) -> Tensor:
     """See `low_rank.shrink`."""
-    if kernels.runs_in_triton(x):
+    if dispatch.runs_in_triton(x):
         from lora_core.kernels import masked_low_rank_triton
 
         return masked_low_rank_triton.shrink(x, low_rank)
@@ -42,7 +42,7 @@ def shrink(x: Tensor, low_rank: LowRank) -> Tensor:
 
 def add_a_gradients(x: Tensor, dh: Tensor, low_rank: LowRank, norm: Norm | None = None) -> None:
     """See `low_rank.add_a_gradients`."""
-    if kernels.runs_in_triton(x):
+    if dispatch.runs_in_triton(x):
         from lora_core.kernels import masked_low_rank_triton
 
         masked_low_rank_triton.add_a_gradients(x, dh, low_rank, norm)
@@ -56,7 +56,7 @@ def add_a_gradients(x: Tensor, dh: Tensor, low_rank: LowRank, norm: Norm | None 
 
 def expand_gradient_(dx: Tensor, dh: Tensor, low_rank: LowRank) -> Tensor:
     """See `low_rank.expand_gradient_`."""
-    if kernels.runs_in_triton(dx):
+    if dispatch.runs_in_triton(dx):
         from lora_core.kernels import masked_low_rank_triton
 
         return masked_low_rank_triton.expand_gradient_(dx, dh, low_rank)

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_core.kernels.low_rank import TILE_ROWS, LowRank, Norm
 from lora_core.kernels.low_rank_triton import (
     A_GRADIENT,
     EXPAND_GRADIENT,
@@ -26,6 +25,7 @@ from lora_core.kernels.low_rank_triton import (
     table_of,
     times_rstd,
 )
+from lora_core.kernels.operands import TILE_ROWS, LowRank, Norm
 
 
 @triton.jit

@@ -6,43 +6,21 @@ nf4   w_k  = s_b t[c_k], s_b = max over a block of 64 of |w|, c four bits   (QLo
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from lora_core import kernels
-
-FP8_MAX = 448.0
-FP8_TINY = 1e-12  # a row of zeros keeps a scale that can be divided by
-
-NF4_BLOCK = 64
-NF4_LEVELS = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-"""The sixteen quantiles of a normal distribution that QLoRA's appendix E lists."""
+from lora_core.kernels import dispatch
+from lora_core.kernels.operands import FP8_MAX, FP8_TINY, NF4_BLOCK, NF4_LEVELS, Nf4
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x `[n, k]` -> (float8_e4m3fn `[n, k]`, fp32 scales `[n, 1]`)."""
-    if kernels.runs_in_triton(x):
+    if dispatch.runs_in_triton(x):
         from lora_core.kernels import quantize_triton
 
         return quantize_triton.quantize_rows(x)
     scales = x.abs().amax(-1, keepdim=True).float().clamp(min=FP8_TINY) / FP8_MAX
     return (x.float() / scales).to(torch.float8_e4m3fn), scales
-
-
-class Nf4(NamedTuple):
-    """A matrix in four bits: codes uint8 `[elements / 2]` (the first of a pair in the high half), fp32 scales
-    `[elements / 64]`.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    shape: tuple[int, int]
 
 
 def quantize_nf4(weight: Tensor) -> Nf4:
@@ -65,7 +43,7 @@ def quantize_nf4(weight: Tensor) -> Nf4:
 
 def dequantize_nf4(packed: Nf4, dtype: torch.dtype) -> Tensor:
     """The matrix again, `[out, in]` in `dtype`."""
-    if kernels.runs_in_triton(packed.codes):
+    if dispatch.runs_in_triton(packed.codes):
         from lora_core.kernels import quantize_triton
 
         return quantize_triton.dequantize_nf4(packed, dtype)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_core.kernels.quantize import FP8_MAX, FP8_TINY, NF4_BLOCK, NF4_LEVELS, Nf4
+from lora_core.kernels.operands import FP8_MAX, FP8_TINY, NF4_BLOCK, NF4_LEVELS, Nf4
 
 
 @triton.jit

@@ -8,10 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels.gains_triton import add_magnitude_gradients, gained, gains_of, magnitude_sums
-from lora_core.kernels.layer_ops import Rope
 from lora_core.kernels.layer_ops_triton import summed
-from lora_core.kernels.low_rank import TILE_ROWS, LowRank
 from lora_core.kernels.low_rank_triton import precision, ranks_of, table_arguments, table_of, updated, widths
+from lora_core.kernels.operands import TILE_ROWS, LowRank, Rope
 
 ROPE = {"num_warps": 4}  # the fastest of a sweep, as in `layer_ops_triton.py`: forward 101 us (67)
 

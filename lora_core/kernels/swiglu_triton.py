@@ -12,7 +12,6 @@ from torch import Tensor
 from lora_core.kernels import masked_low_rank_triton
 from lora_core.kernels.gains_triton import add_magnitude_gradients, gained, gains_of, magnitude_sums
 from lora_core.kernels.layer_ops_triton import partial_sums, sized, stripes_of, summed
-from lora_core.kernels.low_rank import TILE_ROWS, LowRank
 from lora_core.kernels.low_rank_triton import (
     address,
     expanded,
@@ -25,6 +24,7 @@ from lora_core.kernels.low_rank_triton import (
     table_of,
     updated,
 )
+from lora_core.kernels.operands import TILE_ROWS, LowRank
 
 # The fastest of a sweep on one H100 at 8,192 tokens of the 8B shape, r 16: 297 microseconds forward (the floor, bytes
 # over 3 TB/s, is 235) and 608 backward (470). With DoRA 64 columns need more registers than there are: 1,400, not 880.

@@ -23,7 +23,7 @@ from torch._dynamo.utils import counters
 from lora_core.attention import ATTENTION_NAME
 from lora_core.config import LoraConfig
 from lora_core.engine_job import EngineJob, JobDiverged
-from lora_core.kernels.low_rank import NO_ADAPTER
+from lora_core.kernels.operands import NO_ADAPTER
 from lora_core.live_job import LiveJob, PreparedJob
 from lora_core.optim import StepOutcome
 from lora_core.packing import pack

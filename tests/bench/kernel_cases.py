@@ -26,7 +26,7 @@ from lora_core.kernels import (
     rope_triton,
     swiglu_triton,
 )
-from lora_core.kernels.low_rank import LowRank, Norm
+from lora_core.kernels.operands import LowRank, Norm
 from tests.bench.kernel_operands import (
     RANK,
     Case,

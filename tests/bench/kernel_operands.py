@@ -11,11 +11,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from lora_core import kernels
 from lora_core.dropout import key_of
-from lora_core.kernels import cross_entropy, low_rank_triton, masked_low_rank
-from lora_core.kernels.layer_ops import Rope
-from lora_core.kernels.low_rank import GroupAdapter, LinearGroup, LowRank, Magnitude, Part, Segments
+from lora_core.kernels import cross_entropy, dispatch, low_rank_triton, masked_low_rank
+from lora_core.kernels.operands import GroupAdapter, LinearGroup, LowRank, Magnitude, Part, Rope, Segments
 from tests.bench.peers import SHAPES
 
 Modules = tuple[ModuleType, ModuleType]
@@ -84,7 +82,7 @@ def tensors(value: object) -> list[Tensor]:
 def definitions_run() -> Iterator[None]:
     """Let the definitions run on CUDA tensors, and on all rows at once: they cut them up for the caches of a CPU."""
     with (
-        mock.patch.object(kernels, "runs_in_triton", lambda x: False),
+        mock.patch.object(dispatch, "runs_in_triton", lambda x: False),
         mock.patch.object(masked_low_rank, "MASK_ROWS", 1 << 30),
         mock.patch.object(cross_entropy, "CACHED_ELEMENTS", 1 << 60),
     ):
