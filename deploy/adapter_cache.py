@@ -24,7 +24,8 @@ from cluster.registry import AdapterRegistry, AdapterVersion
 from cluster.storage import StorageError
 from deploy.decode_loop import DecodeLoop
 from deploy.ray_metrics import ServingMetrics
-from lora_core.adapter_bank import Adapter, AdapterBank
+from lora_core.adapter import Adapter
+from lora_core.adapter_bank import AdapterBank
 from lora_core.base_files import chat_template_hash
 from lora_core.base_model import BaseModel
 from lora_core.dataset import Example

@@ -24,7 +24,8 @@ from jobs.initial_adapter import fetch_initial, store_initial
 from jobs.job import Job
 from jobs.spec import JobSpec, SpecError
 from jobs.stored_examples import examples_of, store_examples
-from lora_core.adapter_bank import Adapter, AdapterBank
+from lora_core.adapter import Adapter
+from lora_core.adapter_bank import AdapterBank
 from lora_core.adapter_init import LoraConfigError, adapted_modules, check_without_dense_weights, continued_adapter
 from lora_core.base_checks import BaseModelError
 from lora_core.base_model import QUANTISED, describe_base, not_quantised, too_long

@@ -18,7 +18,8 @@ from cluster.registry import LATEST, AdapterNotFound, AdapterRegistry, content_d
 from cluster.settings import Settings
 from cluster.storage import Storage, StorageCorrupt, StorageNotFound, init_adapter_key, open_storage
 from jobs.spec import is_published_adapter
-from lora_core.adapter_bank import Adapter, AdapterBank
+from lora_core.adapter import Adapter
+from lora_core.adapter_bank import AdapterBank
 from lora_core.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE)

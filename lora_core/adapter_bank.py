@@ -19,9 +19,9 @@ own output, and m.grad += sum over rows of dy * v / ||W + scale B A||.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,61 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora_core.dora import RowNorms, weight_of
-from lora_core.dropout import dropout_mask, kept_share, key_of
-from lora_core.targets import adaptable_linears, in_and_out, refused_names, selected, untied_head
-
-
-@dataclass
-class Adapter:
-    """The weights of one adapter: module name -> A `[r, in]` and B `[out, r]`, and the scale of their product. The
-    modules stand in the model's order, and each has a rank and a scale of its own.
-
-    `dropout` acts on the input of A, in training only (when the run carries keys). `cast` holds A and B of each module
-    in the dtype that the base computes in, kept up to date by whoever changes `a` and `b`; without it they are cast at
-    each use. With DoRA, `magnitude` holds m `[out]` of every module, and `norm` the row norms of the whole weight:
-    whoever changes `a` and `b` clears it, and it is computed at the next use; its tensors are then written over.
-
-    `residual` is a second adapter that stays as it is and joins in every product, without dropout: PiSSA trains
-    `s B A` on the base `W - s B0 A0`, and where W is shared, `- s B0 A0` is the adapter's own.
-    """
-
-    scale: dict[str, float]
-    a: dict[str, Tensor]
-    b: dict[str, Tensor]
-    dropout: float = 0.0
-    cast: dict[str, tuple[Tensor, Tensor]] | None = None
-    residual: Adapter | None = None
-    magnitude: dict[str, Tensor] = field(default_factory=dict)
-    norm: dict[str, Tensor] = field(init=False, default_factory=dict)
-    module_keys: dict[str, int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.module_keys = {name: key_of(name) for name in self.a}
-
-    def weights(self, module: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A and B as the product takes them."""
-        if self.cast is not None:
-            return self.cast[module]
-        return self.a[module].detach().to(dtype), self.b[module].detach().to(dtype)
-
-    def folded(self, module: str) -> tuple[Tensor, Tensor]:
-        """A and B of the module's whole update with scale 1, in fp32 or wider: the residual's ranks come last."""
-        wide = torch.promote_types(self.a[module].dtype, torch.float32)
-        a, b = self.a[module].detach().to(wide), self.b[module].detach().to(wide) * self.scale[module]
-        if self.residual is None:
-            return a, b
-        more_a, more_b = self.residual.folded(module)
-        return torch.cat([a, more_a]), torch.cat([b, more_b], dim=1)
-
-    @property
-    def trained(self) -> list[Tensor]:
-        """All A, then all B, then all m."""
-        return [*self.a.values(), *self.b.values(), *self.magnitude.values()]
-
-    def gain(self, module: str) -> Tensor:
-        """DoRA's g `[out]`, in the precision of m: in bf16 it could only be 1 or 0.4 % and more away from it."""
-        return self.magnitude[module].detach() / self.norm[module]
+from lora_core.adapter import Adapter
+from lora_core.dora import RowNorms
+from lora_core.dropout import dropout_mask, kept_share
+from lora_core.targets import AdaptableModules
 
 
 @dataclass(frozen=True)
@@ -99,42 +48,17 @@ class Run:
     dropout_keys: Tensor | None = None
 
 
-class AdapterBank:
-    """Hooks on a frozen model's linears, through which the rows of `routed` runs get their own adapter's update.
-
-    `linears` are those of "all-linear"; `modules` are all that can be adapted: the output head too, if it has a weight
-    of its own. `row_norms` are those of the base where its weights lie elsewhere than in the model's modules.
-    """
+class AdapterBank(AdaptableModules):
+    """Hooks on a frozen model's linears, through which the rows of `routed` runs get their own adapter's update."""
 
     def __init__(self, model: PreTrainedModel, row_norms: RowNorms | None = None) -> None:
-        self.linears = adaptable_linears(model)
-        self.modules = self.linears | untied_head(model)
-        self.row_norms = row_norms or RowNorms(lambda name: weight_of(self.modules[name]))
-        self._refused = refused_names(model)
+        super().__init__(model, row_norms)
         self.runs: Sequence[Run] = ()
         self._residual_runs: Sequence[Run] = ()  # the same rows, by the residuals of their adapters
         self._hooks = [module.register_forward_hook(self._hook_for(name)) for name, module in self.modules.items()]
         self._hooks += [
             module.register_forward_hook(self._activate_by_run) for module in model.modules() if _is_activation(module)
         ]
-
-    def shapes(self, target_modules: str | list[str]) -> dict[str, tuple[int, int]]:
-        """(in, out) of every linear that `target_modules` selects, in the model's order.
-
-        Raises:
-            ValueError: an entry matches nothing, or a module that cannot be adapted; the sentence names those that can.
-        """
-        return {name: in_and_out(self.modules[name]) for name in self.select(target_modules)}
-
-    def select(self, target_modules: str | list[str]) -> list[str]:
-        """Names of the linears that `target_modules` selects; see `shapes`."""
-        return selected(target_modules, self.linears, self.modules, self._refused)
-
-    def add_norms(self, adapter: Adapter, modules: Iterable[str]) -> None:
-        """Compute what DoRA divides by where it is not known; nothing for an adapter without DoRA."""
-        for name in modules:
-            if name in adapter.magnitude and name not in adapter.norm:
-                adapter.norm[name] = self.row_norms.of(name, *adapter.folded(name))
 
     @contextmanager
     def routed(self, runs: Sequence[Run]) -> Iterator[None]:

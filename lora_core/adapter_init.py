@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from lora_core.adapter_bank import Adapter, AdapterBank
+from lora_core.adapter import Adapter
 from lora_core.config import LoraConfig, pattern_key
 from lora_core.dropout import key_of
-from lora_core.targets import layer_of
+from lora_core.targets import AdaptableModules, layer_of
 
 
 class LoraConfigError(ValueError):
@@ -25,7 +25,7 @@ class LoraConfigError(ValueError):
         return "; ".join(self.problems)
 
 
-def adapted_modules(bank: AdapterBank, lora: LoraConfig) -> list[str]:
+def adapted_modules(bank: AdaptableModules, lora: LoraConfig) -> list[str]:
     """Names of the linears that get an A and a B, in the model's order.
 
     Raises:
@@ -56,7 +56,7 @@ def adapted_modules(bank: AdapterBank, lora: LoraConfig) -> list[str]:
     return modules
 
 
-def check_without_dense_weights(bank: AdapterBank, lora: LoraConfig, precision: str) -> None:
+def check_without_dense_weights(bank: AdaptableModules, lora: LoraConfig, precision: str) -> None:
     """On a base in fp8 or nf4 transformers' own modules are empty, and the decoder alone computes.
 
     Raises:
@@ -72,7 +72,7 @@ def check_without_dense_weights(bank: AdapterBank, lora: LoraConfig, precision: 
         )
 
 
-def init_adapter(bank: AdapterBank, lora: LoraConfig, seed: int) -> Adapter:
+def init_adapter(bank: AdaptableModules, lora: LoraConfig, seed: int) -> Adapter:
     """A fresh adapter, without gradients, whose product is zero at the start (with PiSSA by its residual).
 
     The random stream depends on the seed and the module's name alone, so that every rank, and every choice of other
@@ -101,7 +101,7 @@ def init_adapter(bank: AdapterBank, lora: LoraConfig, seed: int) -> Adapter:
     return _with_magnitude(Adapter(scale, a, b, lora.lora_dropout, residual=residual), bank, lora)
 
 
-def continued_adapter(bank: AdapterBank, lora: LoraConfig, given: Adapter) -> Adapter:
+def continued_adapter(bank: AdaptableModules, lora: LoraConfig, given: Adapter) -> Adapter:
     """An adapter of `lora` that computes what `given` does, which is as `read_adapter` returns it: A is the same, and B
     takes up what the two scales differ by.
 
@@ -133,7 +133,7 @@ def continued_adapter(bank: AdapterBank, lora: LoraConfig, given: Adapter) -> Ad
     return _with_magnitude(Adapter(scale, a, b, lora.lora_dropout, magnitude=given.magnitude), bank, lora)
 
 
-def _with_magnitude(adapter: Adapter, bank: AdapterBank, lora: LoraConfig) -> Adapter:
+def _with_magnitude(adapter: Adapter, bank: AdaptableModules, lora: LoraConfig) -> Adapter:
     """With DoRA's m, if `lora` wants it: the row norms of the weights, which change nothing, where it has none yet.
 
     A copy to or from a device waits for all that the device was given to do before, up to a step of those that train:
@@ -183,7 +183,7 @@ def _unused_keys(option: str, pattern: dict[str, int] | dict[str, float], module
     return problems
 
 
-def _ranks_above_a_weights(bank: AdapterBank, lora: LoraConfig, modules: Sequence[str]) -> list[str]:
+def _ranks_above_a_weights(bank: AdaptableModules, lora: LoraConfig, modules: Sequence[str]) -> list[str]:
     shapes = bank.shapes(list(bank.modules))
     return [
         f"init_lora_weights: {name} has {min(shapes[name])} singular vectors, and pissa was asked to train"

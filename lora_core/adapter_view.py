@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lora_core.adapter_bank import Adapter
+from lora_core.adapter import Adapter
 from lora_core.dora import RowNorms
 from lora_core.kernels.operands import GroupAdapter, LinearGroup, Magnitude, Part
 

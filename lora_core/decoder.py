@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_core.adapter_bank import Adapter
+from lora_core.adapter import Adapter
 from lora_core.adapter_view import AdapterView, stacked_tables
 from lora_core.attention import Backward, DocumentAttention
 from lora_core.decoder_head import Labels, head_losses

@@ -13,12 +13,12 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from lora_core.adapter_bank import Adapter
+from lora_core.adapter import Adapter
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.dataset import Example
 from lora_core.dropout import mix64
-from lora_core.exactness import ROW_MULTIPLE
 from lora_core.optim import Evaluation, StepOutcome
+from lora_core.packing import ROW_MULTIPLE
 
 CHUNK_TOKENS = 1024
 

@@ -23,16 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_core.dora import weight_of
+from lora_core.packing import ROW_MULTIPLE
 from lora_core.targets import in_and_out
 
 log = logging.getLogger("lora.engine")
-
-ROW_MULTIPLE = 8
-"""Chunks are padded to this many rows where rows depend on it. On CPU a product's last rows, left over when a thread's
-share is cut into fours, may take another kernel with another rounding (fp32: seen at 1 to 3 rows with one thread, 5 to
-7 and 9 to 11 with two, up to 27 with sixteen; fp64: at any number). And kernels round by the alignment of their input,
-which for 50 features depends on where a chunk starts.
-"""
 
 EXACT_DTYPES = (torch.float32, torch.float64)
 PRODUCT_ROWS = 384

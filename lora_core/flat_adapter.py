@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from lora_core.adapter_bank import Adapter
+from lora_core.adapter import Adapter
 from lora_core.transfer import to_host
 
 ALIGNMENT = 8

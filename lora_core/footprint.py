@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lora_core.adapter_bank import Adapter, AdapterBank
+from lora_core.adapter import Adapter
+from lora_core.adapter_bank import AdapterBank
 from lora_core.adapter_init import adapted_modules
 from lora_core.config import LoraConfig
 from lora_core.targets import in_and_out

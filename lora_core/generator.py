@@ -17,7 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_core.adapter_bank import Adapter, AdapterBank, Run
+from lora_core.adapter import Adapter
+from lora_core.adapter_bank import AdapterBank, Run
 from lora_core.base_model import BaseModel, token_rows
 from lora_core.batching import Batcher, Waiting
 from lora_core.detokenizer import TextStream, end_tokens

@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_core.adapter_bank import Adapter, AdapterBank, Run
+from lora_core.adapter import Adapter
+from lora_core.adapter_bank import AdapterBank, Run
 from lora_core.attention import SHORT_DOCUMENT, Attend, AttentionSpec, plain_attention
 from lora_core.base_model import BaseModel
 from lora_core.checkpointing import recomputed_layers

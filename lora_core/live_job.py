@@ -10,13 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_core.adapter_bank import Adapter
+from lora_core.adapter import Adapter
 from lora_core.adapter_view import AdapterView
 from lora_core.dropout import mix64
 from lora_core.engine_job import EngineJob, Progress
-from lora_core.exactness import ROW_MULTIPLE
 from lora_core.optim import FlatAdamW, HostState, Snapshot
-from lora_core.packing import Chunk, PackedChunk, cut_into_chunks
+from lora_core.packing import ROW_MULTIPLE, Chunk, PackedChunk, cut_into_chunks
 
 
 class CheckpointMismatchError(ValueError):

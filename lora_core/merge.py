@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from lora_core.adapter_bank import Adapter, AdapterBank
+from lora_core.adapter import Adapter
+from lora_core.adapter_bank import AdapterBank
 from lora_core.base_checks import BaseModelError
 from lora_core.base_files import write_dense
 from lora_core.base_model import BaseModel

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load, save, save_file
 from torch import Tensor
 
-from lora_core.adapter_bank import Adapter
+from lora_core.adapter import Adapter
 from lora_core.config import TrainConfig
 from lora_core.flat_adapter import FlatAdapter, HostAdapter
 from lora_core.transfer import arrival, to_host

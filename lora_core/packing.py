@@ -19,8 +19,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_core.dataset import Example
-from lora_core.exactness import ROW_MULTIPLE
 from lora_core.transfer import to_device
+
+ROW_MULTIPLE = 8
+"""Chunks are padded to this many rows where rows depend on it. On CPU a product's last rows, left over when a thread's
+share is cut into fours, may take another kernel with another rounding (fp32: seen at 1 to 3 rows with one thread, 5 to
+7 and 9 to 11 with two, up to 27 with sixteen; fp64: at any number). And kernels round by the alignment of their input,
+which for 50 features depends on where a chunk starts.
+"""
 
 
 class Columns(NamedTuple):

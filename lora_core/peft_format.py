@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
-from lora_core.adapter_bank import Adapter, AdapterBank
+from lora_core.adapter import Adapter
 from lora_core.config import RanksAndScales
 from lora_core.dora import weight_of
-from lora_core.targets import layer_of
+from lora_core.targets import AdaptableModules, layer_of
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -80,7 +80,7 @@ class AdapterFormatError(ValueError):
     """Adapter files that cannot be loaded onto this base without guessing."""
 
 
-def adapter_files(adapter: Adapter, bank: AdapterBank, base_name: str) -> dict[str, bytes]:
+def adapter_files(adapter: Adapter, bank: AdaptableModules, base_name: str) -> dict[str, bytes]:
     """The two files of a published adapter. Equal weights give equal bytes, so their digest names the content."""
     folded = {module: adapter.folded(module) for module in sorted(adapter.a)}
     r = max(a.shape[0] for a, _ in folded.values())
@@ -116,7 +116,7 @@ def adapter_files(adapter: Adapter, bank: AdapterBank, base_name: str) -> dict[s
     }
 
 
-def read_adapter(folder: Path, bank: AdapterBank) -> Adapter:
+def read_adapter(folder: Path, bank: AdaptableModules) -> Adapter:
     """Load PEFT files strictly: every key is used, every module exists, every shape fits.
 
     Returns an adapter without gradients, ranks and scales as the config says (1 for what this project published).
@@ -185,7 +185,7 @@ def _split_key(key: str) -> tuple[str, _Part | None]:
     return key, None
 
 
-def _base_weight_problems(key: str, tensor: Tensor, bank: AdapterBank) -> list[str]:
+def _base_weight_problems(key: str, tensor: Tensor, bank: AdaptableModules) -> list[str]:
     """PEFT saves the base's own weight of an adapted output head along; it must be the one here."""
     module = key.removeprefix(_PREFIX).removesuffix(".base_layer.weight")
     if key != f"{_PREFIX}{module}.base_layer.weight" or module not in bank.modules:
@@ -196,13 +196,13 @@ def _base_weight_problems(key: str, tensor: Tensor, bank: AdapterBank) -> list[s
     return [f"{key} is another weight than this base model has there"]
 
 
-def _target_list(adapter: Adapter, bank: AdapterBank) -> list[str]:
+def _target_list(adapter: Adapter, bank: AdaptableModules) -> list[str]:
     """Leaf names where they select exactly the adapted modules (vLLM wants those), else full names; sorted."""
     leaves = sorted({module.rpartition(".")[2] for module in adapter.a})
     return leaves if set(bank.select(leaves)) == set(adapter.a) else sorted(adapter.a)
 
 
-def _targets(config: _PeftConfig, bank: AdapterBank) -> list[str]:
+def _targets(config: _PeftConfig, bank: AdaptableModules) -> list[str]:
     """The modules that the config names; an entry that names none is PEFT's way, since a list may serve several
     families. Layers count for a list's entries that are no module's whole name (PEFT, `check_target_module_exists`).
     """

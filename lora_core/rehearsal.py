@@ -14,7 +14,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from lora_core.adapter_bank import Adapter
+from lora_core.adapter import Adapter
 from lora_core.decoder import Checkpointing, Decoder, Rows, rounded_width
 
 log = logging.getLogger("lora.engine")

@@ -3,11 +3,46 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from lora_core.adapter import Adapter
+from lora_core.dora import RowNorms, weight_of
+
+
+class AdaptableModules:
+    """The modules of a frozen model that adapters may have.
+
+    `linears` are those of "all-linear"; `modules` are all that can be adapted: the output head too, if it has a weight
+    of its own. `row_norms` are those of the base where its weights lie elsewhere than in the model's modules.
+    """
+
+    def __init__(self, model: PreTrainedModel, row_norms: RowNorms | None = None) -> None:
+        self.linears = adaptable_linears(model)
+        self.modules = self.linears | untied_head(model)
+        self.row_norms = row_norms or RowNorms(lambda name: weight_of(self.modules[name]))
+        self._refused = refused_names(model)
+
+    def shapes(self, target_modules: str | list[str]) -> dict[str, tuple[int, int]]:
+        """(in, out) of every linear that `target_modules` selects, in the model's order.
+
+        Raises:
+            ValueError: an entry matches nothing, or a module that cannot be adapted; the sentence names those that can.
+        """
+        return {name: in_and_out(self.modules[name]) for name in self.select(target_modules)}
+
+    def select(self, target_modules: str | list[str]) -> list[str]:
+        """Names of the linears that `target_modules` selects; see `shapes`."""
+        return selected(target_modules, self.linears, self.modules, self._refused)
+
+    def add_norms(self, adapter: Adapter, modules: Iterable[str]) -> None:
+        """Compute what DoRA divides by where it is not known; nothing for an adapter without DoRA."""
+        for name in modules:
+            if name in adapter.magnitude and name not in adapter.norm:
+                adapter.norm[name] = self.row_norms.of(name, *adapter.folded(name))
 
 
 def adaptable_linears(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -22,7 +22,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from lora_core.adapter_bank import Adapter, AdapterBank, Run
+from lora_core.adapter import Adapter
+from lora_core.adapter_bank import AdapterBank, Run
 from lora_core.adapter_init import check_without_dense_weights, continued_adapter, init_adapter
 from lora_core.base_model import BaseModel
 from lora_core.checkpointing import recomputed_layers

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_core.adapter_bank import Adapter, AdapterBank
+from lora_core.adapter import Adapter
+from lora_core.adapter_bank import AdapterBank
 from lora_core.adapter_init import init_adapter
 from lora_core.adapter_view import AdapterView
 from lora_core.attention import ATTENTION_NAME

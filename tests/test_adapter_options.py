@@ -14,7 +14,8 @@ import torch
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor
 
-from lora_core.adapter_bank import Adapter, AdapterBank, Run
+from lora_core.adapter import Adapter
+from lora_core.adapter_bank import AdapterBank, Run
 from lora_core.adapter_init import LoraConfigError, adapted_modules, continued_adapter, init_adapter
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.engine_job import EngineJob

@@ -32,7 +32,8 @@ from deploy import gateway
 from deploy.api_requests import ApiError, ChatRequest, TextRequest, parse_request
 from deploy.chat_api import ChatResponse, ModelName, TextResponse, parse_model
 from deploy.protocol import Answer, Opened, Piece
-from lora_core.adapter_bank import Adapter, AdapterBank, Run
+from lora_core.adapter import Adapter
+from lora_core.adapter_bank import AdapterBank, Run
 from lora_core.attention import PackedAttention
 from lora_core.base_model import BaseModel, load_base
 from lora_core.peft_format import adapter_files

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lora_core import dora, engine_job
-from lora_core.adapter_bank import Adapter, AdapterBank, Run
+from lora_core.adapter import Adapter
+from lora_core.adapter_bank import AdapterBank, Run
 from lora_core.adapter_init import LoraConfigError, init_adapter
 from lora_core.attention import PackedAttention
 from lora_core.config import LoraConfig

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_core.dataset import Example
-from lora_core.exactness import ROW_MULTIPLE
-from lora_core.packing import Chunk, PackedBatch, cut_into_chunks, pack
+from lora_core.packing import ROW_MULTIPLE, Chunk, PackedBatch, cut_into_chunks, pack
 from tests.models import micro_batches
 
 CPU = torch.device("cpu")

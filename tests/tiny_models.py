@@ -20,7 +20,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from lora_core.adapter_bank import Adapter, AdapterBank
+from lora_core.adapter import Adapter
+from lora_core.adapter_bank import AdapterBank
 from lora_core.base_model import BaseModel, load_base
 from lora_core.peft_format import adapter_files
 from tests.models import CPU, tiny_model
