@@ -13,7 +13,7 @@ equals
   PEFT's `lora_alpha / r`, so an old run with `alpha` is continued in PEFT with `lora_alpha = alpha * r`.
 
 This file is the definition that everything faster is tested against. The service trains through `adapter_bank.py`,
-where many adapters share one base; one step of both is the same (`tests/test_lora.py`).
+where many adapters share one base; one step of both is the same (`tests/core/test_lora.py`).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ if not torch.cuda.is_available():
 from cluster.storage import Storage, open_storage
 from lora_core import base_files
 from lora_core.exactness import ask_for_exact_products
-from tests.s3_server import S3Server, running_s3_server
+from tests.support.s3_server import S3Server, running_s3_server
 
 ask_for_exact_products()  # before the first one: many tests make bases without loading any
 

@@ -13,8 +13,8 @@ its shapes alone; `torch as` says how:
     in pieces   torch.compile breaks the graph somewhere
     eager       no part of it could be compiled, or `--eager`
 
-Both sides must agree, or the row is marked and the exit code is 1 (`tests/test_kernels.py` also checks what a kernel
-alone returns). Tries itself out on a CPU, in Triton's interpreter:
+Both sides must agree, or the row is marked and the exit code is 1 (`tests/core/test_kernels.py` also checks what a
+kernel alone returns). Tries itself out on a CPU, in Triton's interpreter:
 `TRITON_INTERPRET=1 python -m tests.bench.kernels_gpu --shape tiny --tokens 64 --device cpu --quick`
 """
 

@@ -26,7 +26,7 @@ from lora_core.dataset import Example, build_examples, read_rows
 from lora_core.dataset_encoding import TrainOn
 from lora_core.engine_job import EngineJob
 from lora_core.trainer import TrainEngine, probe_losses
-from tests.tiny_models import smollm2_gguf
+from tests.support.tiny_models import smollm2_gguf
 
 PRECISIONS = ("fp32", "bf16", "fp8", "nf4")
 FILES = ("triage", "triage_heldout", "tone")

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.tiny_models import smollm2_gguf
+from tests.support.tiny_models import smollm2_gguf
 
 ALLOWED_COPIES = 1.2
 

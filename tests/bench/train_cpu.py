@@ -27,7 +27,7 @@ from lora_core.trainer import TrainEngine
 from tests.bench.engines import session_step
 from tests.bench.peers import compiled_step, stock_step, with_peft
 from tests.bench.report import COMPILED, MANY_JOBS, ONE_JOB, OURS, PEFT, Report, Row, Step, time_steps
-from tests.tiny_models import smollm2_gguf
+from tests.support.tiny_models import smollm2_gguf
 
 CPU = torch.device("cpu")
 WARM, TIMED = 2, 5

@@ -1,0 +1,297 @@
+"""Many adapters on one base: which modules, whose rows; and that neighbours do not matter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lora_core.adapter_bank import AdapterBank, Run
+from lora_core.adapter_init import init_adapter
+from lora_core.attention import PackedAttention
+from lora_core.base_model import BaseModel
+from lora_core.config import LoraConfig, TrainConfig
+from lora_core.engine_job import EngineJob
+from lora_core.live_job import LiveJob
+from lora_core.trainer import TrainEngine
+from tests.support.models import VOCABULARY, documents, random_adapter, threads, tiny_base, tiny_model
+
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+# --- which modules ---------------------------------------------------------------------------------------------------
+
+LLAMA_TARGETS: list[str | list[str]] = [
+    "all-linear",
+    ["q_proj", "v_proj"],
+    ["layers.0.self_attn.q_proj", "down_proj"],
+    ["model.layers.1.mlp.up_proj"],
+    r".*layers\.1\..*(q_proj|gate_proj)",
+    r"model\.layers\.\d+\.self_attn\.(k|o)_proj",
+    ["lm_head"],
+    ["v_proj", "lm_head"],
+    r".*(q_proj|lm_head)",
+]
+GPT2_TARGETS: list[str | list[str]] = [
+    "all-linear",
+    ["c_attn"],
+    ["c_proj"],
+    ["mlp.c_proj", "h.0.attn.c_attn"],
+    r".*h\.1\.mlp\.c_(fc|proj)",
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [*(("llama", targets) for targets in LLAMA_TARGETS), *(("gpt2", targets) for targets in GPT2_TARGETS)],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_targets_are_those_that_peft_takes(kind: str, targets: str | list[str]) -> None:
+    model = tiny_model(kind)
+    ours = AdapterBank(model).select(targets)
+    config = peft.LoraConfig(target_modules=targets, task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(tiny_model(kind), config).base_model.targeted_module_names
+    assert set(ours) == set(theirs)
+    assert len(ours) == len(set(ours)) > 0
+    order = [name for name, _ in model.named_modules()]
+    assert sorted(ours, key=order.index) == ours
+
+
+def test_shapes_are_in_and_out_for_linear_and_conv1d() -> None:
+    assert AdapterBank(tiny_model("llama")).shapes(["down_proj", "k_proj"])[DOWN] == (172, 64)
+    assert AdapterBank(tiny_model("gpt2")).shapes(["c_attn"]) == {
+        f"transformer.h.{i}.attn.c_attn": (64, 192) for i in (0, 1)
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        ("gemma", ["lm_head"]),
+        ("gemma", ["q_proj", "lm_head"]),
+        ("gemma", r".*(q_proj|lm_head)"),
+        ("llama", ["embed_tokens"]),
+        ("llama", ["model.embed_tokens"]),
+        ("llama", ".*"),
+        ("gpt2", ["wte"]),
+        ("gpt2", ["c_attn", "lm_head"]),
+    ],
+    ids=str,
+)
+def test_head_and_embedding_are_refused_with_the_reason(kind: str, targets: str | list[str]) -> None:
+    with pytest.raises(
+        ValueError, match=r"(an embedding|shares its weight with the embedding).*Choose from (c_attn|down_proj)"
+    ):
+        AdapterBank(tiny_model(kind)).select(targets)
+
+
+@pytest.mark.parametrize(
+    "targets", [["nope", "q_proj", "layers.7.q_proj"], "q_proj", ["_proj"], ["mlp"], ["Q_PROJ"]], ids=str
+)
+def test_entry_that_matches_nothing_is_named_with_what_exists(targets: str | list[str]) -> None:
+    with pytest.raises(ValueError, match="matches no module") as caught:
+        AdapterBank(tiny_model("llama")).select(targets)
+    assert "Choose from down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj, or all-linear." in str(
+        caught.value
+    )
+    for wrong in [targets] if isinstance(targets, str) else set(targets) - {"q_proj"}:
+        assert repr(wrong) in str(caught.value)
+
+
+def test_invalid_expression_is_named() -> None:
+    with pytest.raises(ValueError, match=r"'\(q_proj' is no regular expression"):
+        AdapterBank(tiny_model("llama")).select("(q_proj")
+
+
+# --- whose rows ------------------------------------------------------------------------------------------------------
+
+
+def deltas(model: PreTrainedModel, runs: Sequence[Run], names: list[str]) -> dict[str, Tensor]:
+    """What each module's output should be, by hand from its input, as `name` and `name.seen`."""
+    found: dict[str, Tensor] = {}
+
+    def watch(name: str) -> None:
+        module = model.get_submodule(name)
+
+        def compare(_: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            x = args[0][0]
+            expected = module.forward(args[0])[0].clone()
+            start = 0
+            for run in runs:
+                rows = slice(start, start + run.rows)
+                if run.adapter is not None and name in run.adapter.a:
+                    a, b = run.adapter.a[name].to(x.dtype), run.adapter.b[name].to(x.dtype)
+                    expected[rows] += run.adapter.scale[name] * (x[rows] @ a.t()) @ b.t()
+                start = rows.stop
+            found[name], found[name + ".seen"] = expected, output[0]
+
+        model.get_submodule(name).register_forward_hook(compare)
+
+    for name in names:
+        watch(name)
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+def test_rows_get_their_own_adapter_and_no_other(kind: str) -> None:
+    base = tiny_base(kind, dtype=torch.float64)
+    bank = AdapterBank(base.model)
+    some = ["c_fc"] if kind == "gpt2" else ["q_proj", "down_proj"]
+    one, two = random_adapter(bank, 1, 3), random_adapter(bank, 2, 8, targets=some)
+    runs = [Run(one, 5), Run(None, 4), Run(two, 6), Run(one, 1), Run(two, 0), Run(two, 8)]
+    checks = deltas(base.model, runs, list(bank.linears))
+    ids, lengths = torch.randint(3, VOCABULARY, (1, 24)), [5, 4, 6, 1, 8]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    with bank.routed(runs):
+        adapted = base.hidden(ids, positions, PackedAttention(lengths))
+    for name in bank.linears:
+        torch.testing.assert_close(checks[name + ".seen"], checks[name], rtol=1e-12, atol=1e-12)
+    plain = base.hidden(ids, positions, PackedAttention(lengths))
+    torch.testing.assert_close(adapted[0, 5:9], plain[0, 5:9], rtol=1e-12, atol=1e-12)
+    assert all(not torch.equal(adapted[0, row], plain[0, row]) for row in (0, 9, 15, 16))
+
+
+@torch.no_grad()
+def test_decoding_rows_are_the_batch() -> None:
+    """`[n, 1]` tokens of n requests, as the generator sends them."""
+    base = tiny_base("llama", dtype=torch.float64)
+    bank = AdapterBank(base.model)
+    adapters = [random_adapter(bank, seed, 4) for seed in (1, 2)]
+    ids, positions = torch.randint(3, VOCABULARY, (3, 1)), torch.zeros(3, 1, dtype=torch.int64)
+    with bank.routed([Run(adapters[0], 2), Run(adapters[1], 1)]):
+        together = base.hidden(ids, positions, PackedAttention([1]))
+    for row, adapter in enumerate((adapters[0], adapters[0], adapters[1])):
+        with bank.routed([Run(adapter, 1)]):
+            alone = base.hidden(ids[row, None], positions[:1], PackedAttention([1]))
+        torch.testing.assert_close(together[row], alone[0], rtol=1e-12, atol=1e-12)
+
+
+def test_closed_bank_and_unrouted_pass_leave_the_base_alone() -> None:
+    base = tiny_base("llama")
+    ids, positions = torch.randint(3, VOCABULARY, (1, 8)), torch.arange(8)[None]
+    plain = base.hidden(ids, positions, PackedAttention([8]))
+    bank = AdapterBank(base.model)
+    adapter = random_adapter(bank, 1, 4)
+    with bank.routed([Run(adapter, 8)]):
+        assert not torch.equal(base.hidden(ids, positions, PackedAttention([8])), plain)
+    assert torch.equal(base.hidden(ids, positions, PackedAttention([8])), plain)
+    assert set(base.model.state_dict()) == set(tiny_model("llama").state_dict())
+    bank.close()
+    with bank.routed([Run(adapter, 8)]):
+        assert torch.equal(base.hidden(ids, positions, PackedAttention([8])), plain)
+
+
+# --- gradients and neighbours ----------------------------------------------------------------------------------------
+
+
+def weighted_sum(base: BaseModel, bank: AdapterBank, runs: list[Run], ids: Tensor) -> Tensor:
+    lengths = [run.rows for run in runs]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    with bank.routed(runs):
+        hidden = base.hidden(ids, positions, PackedAttention(lengths))
+    return (hidden * torch.linspace(-1, 1, hidden.numel(), dtype=hidden.dtype).view_as(hidden)).sum()
+
+
+def test_gradients_are_autograds_own() -> None:
+    """Against plain tensor formulas, by finite differences in fp64, dropout included."""
+    base = tiny_base("llama", dtype=torch.float64)
+    bank = AdapterBank(base.model)
+    one = random_adapter(bank, 1, 2, dropout=0.3, trained=True)
+    two = random_adapter(bank, 2, 3, targets=["q_proj"], trained=True)
+    for adapter in (one, two):
+        adapter.a = {name: a.detach().double().requires_grad_() for name, a in adapter.a.items()}
+        adapter.b = {name: b.detach().double().requires_grad_() for name, b in adapter.b.items()}
+    ids = torch.randint(3, VOCABULARY, (1, 24))
+    runs = [Run(one, 8, torch.arange(8) * 977), Run(two, 8), Run(one, 8, torch.arange(8) * 31)]
+    weighted_sum(base, bank, runs, ids).backward()
+    stream = torch.Generator().manual_seed(0)
+    for adapter in (one, two):
+        for weights in (adapter.a, adapter.b):
+            for weight in list(weights.values())[::3]:
+                assert weight.grad is not None
+                direction = torch.randn(weight.shape, generator=stream, dtype=torch.float64)
+                values = []
+                with torch.no_grad():
+                    for sign in (1, -1, -1):
+                        weight.add_(direction, alpha=sign * 1e-6)
+                        values.append(float(weighted_sum(base, bank, runs, ids)))
+                    weight.add_(direction, alpha=1e-6)
+                slope = (values[0] - values[2]) / 2e-6
+                assert slope == pytest.approx(float((weight.grad * direction).sum()), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("where", ["a", "b"])
+def test_nan_neighbour_is_harmless(kind: str, where: str) -> None:
+    ids = torch.randint(3, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(0))
+
+    def run(poison: bool) -> dict[str, Tensor]:
+        base = tiny_base(kind)
+        bank = AdapterBank(base.model)
+        mine = random_adapter(bank, 1, 4, trained=True)
+        neighbour = random_adapter(bank, 2, 8, dropout=0.2, trained=True)
+        if poison:
+            with torch.no_grad():
+                for weight in getattr(neighbour, where).values():
+                    weight.fill_(math.nan)
+        keys = torch.arange(8)
+        weighted_sum(base, bank, [Run(neighbour, 8, keys), Run(mine, 8, keys), Run(neighbour, 8, keys)], ids).backward()
+        grads = {f"{part}.{name}": weight.grad for part in "ab" for name, weight in getattr(mine, part).items()}
+        neighbours = [weight.grad for weight in neighbour.b.values() if weight.grad is not None]
+        assert all(bool(grad.isnan().any()) for grad in neighbours) == poison
+        return {name: grad for name, grad in grads.items() if grad is not None}
+
+    clean, dirty = run(poison=False), run(poison=True)
+    assert len(clean) > 8
+    assert all(bool(grad.isfinite().all()) and bool(grad.any()) for grad in clean.values())
+    assert all(torch.equal(clean[name], dirty[name]) for name in clean)
+
+
+def test_activations_round_by_run_alone() -> None:
+    """The same rows give the same bits behind neighbours of any length; see `AdapterBank._activate_by_run`."""
+    base = tiny_base("llama-odd")
+    bank = AdapterBank(base.model)
+    activation = base.model.get_submodule("model.layers.0.mlp.act_fn")
+    x = torch.randn(1, 1000, 75)
+    for count in (1, 2, 3):
+        with threads(count):
+            alone = torch.cat([activation(part) for part in x.split(40, dim=1)], dim=1)
+            with bank.routed([Run(None, 40)] * 25):
+                assert torch.equal(activation(x), alone)
+
+
+# --- fresh adapters --------------------------------------------------------------------------------------------------
+
+
+def test_fresh_adapter_is_bounded_zero_and_depends_on_seed_and_name_alone() -> None:
+    bank = AdapterBank(tiny_model("llama"))
+    everything = init_adapter(bank, LoraConfig(r=16), seed=3).a
+    some = init_adapter(bank, LoraConfig(r=16, target_modules=["down_proj"]), seed=3).a
+    other = init_adapter(bank, LoraConfig(r=16), seed=4).a
+    for name, b in init_adapter(bank, LoraConfig(r=16), seed=3).b.items():
+        fan_in, fan_out = bank.shapes("all-linear")[name]
+        a = everything[name]
+        assert (a.shape, b.shape) == ((16, fan_in), (fan_out, 16))
+        assert 0.95 * fan_in**-0.5 < float(a.abs().max()) <= fan_in**-0.5
+        assert not b.any()
+        assert not torch.equal(a, other[name])
+    assert all(torch.equal(some[name], everything[name]) for name in some)
+    q, k = everything["model.layers.0.self_attn.q_proj"], everything["model.layers.1.self_attn.q_proj"]
+    assert not torch.equal(q, k)
+
+
+def test_scale_is_alpha_by_r_or_by_its_root() -> None:
+    assert LoraConfig(r=16, lora_alpha=32).scale_of(DOWN) == 2.0
+    assert LoraConfig(r=16, lora_alpha=32, use_rslora=True).scale_of(DOWN) == 8.0
+    live = TrainEngine(tiny_base("llama")).add(
+        EngineJob("job", LoraConfig(r=4, lora_alpha=2, use_rslora=True), TrainConfig(), documents(1, 0))
+    )
+    assert isinstance(live, LiveJob)
+    assert set(live.adapter.scale.values()) == {1.0}

@@ -1,0 +1,174 @@
+"""Jobs come and go without a kernel being compiled again, and one of a new kind comes with its kernels compiled.
+
+Triton compiles one anew where an argument's type or alignment, a constant, or a number that is 1 or a multiple of 16
+changes. In a process of its own (`python -m tests.core.test_compiles_once`), it is asked for that key at each launch of
+a whole pass; nothing is launched, so that no GPU is needed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton has no build for this system")
+
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from lora_core.config import LoraConfig, TrainConfig
+from lora_core.decoder import Checkpointing, Decoder, Rows
+from lora_core.engine_job import EngineJob
+from lora_core.kernels import gains_triton
+from lora_core.live_job import LiveJob
+from lora_core.packing import pack
+from lora_core.ready_batch import joined_dropout_keys
+from lora_core.rehearsal import Rehearsals
+from lora_core.trainer import TrainEngine
+from tests.support.models import CPU, decode_with_triton, documents, next_chunks, tiny_base
+
+BATCHES = ([4], [4, 4], [4, 5, 3], [2] * 16)
+"""Ranks of the adapters in each; their rows differ, too. A rank above 16 would take kernels of its own."""
+
+KINDS: dict[str, dict[str, Any]] = {"plain": {}, "dropout": {"lora_dropout": 0.1}, "dora": {"use_dora": True}}
+
+
+NEWCOMERS: tuple[dict[str, Any], ...] = (
+    {"r": 4, "lora_dropout": 0.1},
+    {"r": 8, "lora_dropout": 0.1},
+    {"r": 4, "use_dora": True},
+    {"r": 40},
+)
+"""One after the other; each is the first of its kind, and so is many a company of them."""
+
+WAYS: tuple[Checkpointing, ...] = ("none", "selective", "full")
+
+
+@pytest.fixture(scope="module")
+def keys() -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.core.test_compiles_once"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["plain", "dropout", "dora"])
+def test_the_number_of_jobs_and_rows_compiles_nothing(keys: dict[str, Any], kind: str) -> None:
+    one, *others = keys[kind]
+    assert len(one) > 15
+    for other in others:
+        assert set(other) == set(one)
+
+
+@pytest.mark.parametrize("kind", ["dropout", "dora"])
+def test_options_take_kernels_of_their_own(keys: dict[str, Any], kind: str) -> None:
+    """So the keys do tell kernels apart."""
+    assert {key for key in keys[kind][0] if key not in keys["plain"][0]}
+
+
+@pytest.mark.parametrize("checkpointing", WAYS)
+def test_a_newcomers_kernels_are_compiled_before_it_comes_in(
+    keys: dict[str, Any], checkpointing: Checkpointing
+) -> None:
+    """Alone, and in every company of those that are there."""
+    rehearsed, needed = keys[checkpointing]
+    assert len(needed) == 2 ** len(NEWCOMERS) - 1
+    for company in needed:
+        assert set(company) <= set(rehearsed)
+    alone = {key for company in needed[: len(NEWCOMERS)] for key in company}
+    assert any(not set(company) <= alone for company in needed)  # so company had to be rehearsed, too
+
+
+# --- the process of its own ------------------------------------------------------------------------------------------
+
+
+class Asked:
+    """The keys of all launches so far."""
+
+    def __init__(self) -> None:
+        self.keys: set[str] = set()
+        backend = CUDABackend(GPUTarget("cuda", 90, 32))
+
+        @cache
+        def binder(kernel: Any) -> Any:
+            return create_function_from_signature(kernel.signature, kernel.params, backend)
+
+        def look(kernel: Any, *arguments: object, grid: object, warmup: bool, **options: object) -> None:
+            _, specialization, rest = binder(kernel)(*arguments, **options)
+            self.keys.add(f"{kernel.fn.__module__} {kernel.fn.__name__} {specialization} {rest}")
+
+        JITFunction.run = look
+
+    def taken(self) -> list[str]:
+        """They are forgotten."""
+        found, self.keys = sorted(self.keys), set()
+        return found
+
+
+def small_job(name: str, seed: int, lora: dict[str, Any]) -> EngineJob:
+    return EngineJob(name, LoraConfig(**lora), TrainConfig(batch_size=1 + seed % 3), documents(6, seed))
+
+
+def one_pass(on: Decoder, live: dict[str, LiveJob], checkpointing: Checkpointing = "none") -> None:
+    """Forward, backward and an evaluation of these jobs' next rows."""
+    batch = pack(next_chunks(live.values()), CPU)
+    places = {name: place for place, name in enumerate(live)}
+    runs = [(places[chunk.job], chunk.rows) for chunk in batch.chunks]
+    rows = Rows(batch.ids[0], batch.positions[0], batch.lengths, runs, joined_dropout_keys(live, batch))
+    views = [on.view(one.adapter) for one in live.values()]
+    on.forward_backward(on.batch(rows, views), batch.labels, checkpointing)
+    on.evaluate(on.batch(replace(rows, dropout_keys=None), views), batch.labels)
+
+
+def keys_of(asked: Asked, ranks: Sequence[int], options: dict[str, Any]) -> list[str]:
+    """Of every launch in a pass with these adapters."""
+    base = tiny_base("llama", dtype=torch.bfloat16)
+    engine = TrainEngine(base)
+    for place, r in enumerate(ranks):
+        engine.add(small_job(f"{place:02}", place, {"r": r, **options}))
+    one_pass(Decoder(base.model), engine.live)
+    return asked.taken()
+
+
+def rehearsed_and_needed(asked: Asked, checkpointing: Checkpointing) -> tuple[list[str], list[list[str]]]:
+    """The keys of what is launched before each newcomer comes in, and those of every company of them."""
+    base = tiny_base("llama", dtype=torch.bfloat16)
+    engine, on = TrainEngine(base), Decoder(base.model)
+    rehearsals, weights = Rehearsals(on), [weight.clone() for weight in base.model.parameters()]
+    for place, lora in enumerate(NEWCOMERS):
+        there = [live.adapter for live in engine.live.values()]
+        newcomer = engine.add(small_job(f"{place}", place, lora))
+        before = newcomer.optimizer.flat.clone()
+        rehearsals.before(newcomer.adapter, there, checkpointing)
+        assert torch.equal(newcomer.optimizer.flat, before) and not newcomer.optimizer._message.any()
+    assert all(map(torch.equal, base.model.parameters(), weights))
+    rehearsed, needed = asked.taken(), []
+    for count in range(1, len(NEWCOMERS) + 1):
+        for names in itertools.combinations(engine.live, count):
+            one_pass(on, {name: engine.live[name] for name in names}, checkpointing)
+            needed.append(asked.taken())
+    return rehearsed, needed
+
+
+def main() -> None:
+    """Print the keys of each batch of each kind, and with each way of checkpointing what was launched beforehand."""
+    patch, asked = pytest.MonkeyPatch(), Asked()
+    decode_with_triton(patch)
+    patch.setattr(gains_triton, "_wide_product", lambda left, right: (left @ right.t()).float())  # a CPU has no other
+    kinds = {kind: [keys_of(asked, ranks, options) for ranks in BATCHES] for kind, options in KINDS.items()}
+    print(json.dumps(kinds | {way: rehearsed_and_needed(asked, way) for way in WAYS}))
+
+
+if __name__ == "__main__":
+    main()

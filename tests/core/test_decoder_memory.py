@@ -1,0 +1,285 @@
+"""The decoder's memory from its shapes: against what its tensors come to, and against peaks of a GPU; what fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase, Qwen3Config
+
+from lora_core import decoder, kernel_memory
+from lora_core.attention import ATTENTION_NAME
+from lora_core.base_model import BaseModel, placed
+from lora_core.config import LoraConfig, TrainConfig
+from lora_core.dataset import Example
+from lora_core.decoder import Checkpointing
+from lora_core.decoder_head import Labels
+from lora_core.decoder_memory import DecoderActivations, linear_bytes
+from lora_core.engine_job import EngineJob
+from lora_core.hook_memory import Meter
+from lora_core.memory import CONTEXT, HOLES, EngineActivations, Predictor, predictor
+from lora_core.precision import Nf4Weight
+from lora_core.trainer import TrainEngine
+from tests.bench.peers import SHAPES
+from tests.support.models import CPU, next_chunks
+
+GIB = 2**30
+H100 = int(79.1 * GIB)
+"""What an H100 of 80 GB shows to CUDA."""
+
+WAYS: tuple[Checkpointing, ...] = ("none", "selective", "full")
+SIZES: dict[str, Any] = {
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+}
+TINY = LlamaConfig(**SIZES)
+TINY_QWEN3 = Qwen3Config(**SIZES, head_dim=48)
+PLAIN = [LoraConfig(r=8), LoraConfig(r=5, target_modules=["k_proj", "v_proj"], rank_pattern={"v_proj": 20})]
+DORA = [lora.model_copy(update={"use_dora": True}) for lora in PLAIN]
+
+
+# --- what tensors come to --------------------------------------------------------------------------------------------
+
+
+def tiny_base(precision: str = "bf16", config: PretrainedConfig = TINY) -> BaseModel:
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME)
+    model.to(torch.bfloat16).eval().requires_grad_(False)
+    return placed(BaseModel(model, PreTrainedTokenizerBase(), "tiny", "0" * 64, precision, CPU), CPU)
+
+
+def empty_product(left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty(*left.shape[:-1], right.shape[-1])
+
+
+PRODUCTS: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.aten.mm.default: empty_product,
+    torch.ops.aten.bmm.default: empty_product,
+    torch.ops.aten.mm.out: lambda left, right, out: out,
+    torch.ops.aten.addmm.out: lambda added, left, right, out, **_: out,
+    torch.ops.aten.addmm_.default: lambda added, left, right, **_: added,
+    torch.ops.aten.baddbmm.out: lambda added, left, right, out, **_: out,
+    torch.ops.aten.baddbmm_.default: lambda added, left, right, **_: added,
+    torch.ops.aten.baddbmm.default: lambda added, left, right, **_: empty_product(left, right),
+}
+"""Without numbers: what counts here is the memory that they return, and a CPU without units for bf16 takes minutes."""
+
+
+class MeterWithoutProducts(Meter):
+    def __torch_dispatch__(
+        self, operation: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return super().__torch_dispatch__(PRODUCTS.get(operation, operation), types, args, kwargs)
+
+
+def measured(
+    monkeypatch: pytest.MonkeyPatch,
+    checkpointing: Checkpointing,
+    lengths: list[int],
+    precision: str = "bf16",
+    config: PretrainedConfig = TINY,
+    loras: Sequence[LoraConfig] = PLAIN,
+) -> tuple[int, int]:
+    """Bytes of a real micro-batch of two jobs when the head begins, and at most."""
+    base = tiny_base(precision, config)
+    engine = TrainEngine(base, capacity=4096, checkpointing=checkpointing)
+    examples = [Example([7] * length, [False] + [True] * (length - 1)) for length in lengths]
+    known: list[Tensor] = [*base.model.parameters(), *base.model.buffers()]
+    assert base.decoder is not None
+    packed = [w._packed for layer in base.decoder.layers for w in layer.weights if isinstance(w, Nf4Weight)]
+    known += [tensor for weight in packed for tensor in (weight.codes, weight.scales)]
+    for number, lora in enumerate(loras):
+        train = TrainConfig(batch_size=len(lengths), max_seq_len=max(lengths))
+        live = engine.add(EngineJob(str(number), lora, train, examples))
+        known += [live.optimizer.flat, live.optimizer._cast, live.optimizer._message]
+        if lora.use_dora:
+            assert live.view is not None
+            live.view.measure(base.decoder.row_norms)
+            live.view.settle()
+            known += [vector for one in live.view.magnitudes.values() for vector in (one.norm, one.gain)]
+    meter, saved = MeterWithoutProducts(known), []
+    losses: Callable[..., Any] = decoder.head_losses
+
+    def head_losses(head: Tensor, normed: Tensor, labels: Labels, with_gradient: bool) -> Any:
+        saved.append(meter.live)
+        return losses(head, normed, labels, with_gradient)
+
+    with monkeypatch.context() as patched, meter:
+        patched.setattr(decoder, "head_losses", head_losses)
+        engine.forward_backward(engine.ready(next_chunks(engine.live.values())))
+    return saved[0], meter.peak
+
+
+@pytest.mark.parametrize("checkpointing", WAYS)
+@pytest.mark.parametrize(
+    ("count", "length", "precision", "config", "loras"),
+    [
+        (8, 64, "bf16", TINY, PLAIN),
+        (1, 512, "bf16", TINY, PLAIN),
+        (2, 64, "nf4", TINY, PLAIN),
+        (8, 64, "nf4", TINY, DORA),
+        (8, 64, "bf16", TINY_QWEN3, PLAIN),
+        (1, 512, "bf16", TINY_QWEN3, PLAIN),
+        (8, 64, "bf16", TINY, DORA),
+        (8, 64, "bf16", TINY_QWEN3, [DORA[0], PLAIN[1]]),
+        (8, 64, "bf16", TINY, [PLAIN[0], DORA[1]]),
+    ],
+)
+def test_the_count_is_what_tensors_come_to(
+    monkeypatch: pytest.MonkeyPatch,
+    checkpointing: Checkpointing,
+    count: int,
+    length: int,
+    precision: str,
+    config: PretrainedConfig,
+    loras: Sequence[LoraConfig],
+) -> None:
+    saved, peak = measured(monkeypatch, checkpointing, [length] * count, precision, config, loras)
+    quantised = "nf4" if precision == "nf4" else None
+    of = DecoderActivations(predictor(config, torch.bfloat16).footprints, "cpu", quantised)
+    ledger = of.trace([of.footprints.of(lora) for lora in loras], 2 * count * length, length, checkpointing)
+    assert ledger.saved == pytest.approx(saved, rel=0.01)
+    assert ledger.peak == pytest.approx(peak, rel=0.01)
+
+
+@pytest.mark.parametrize("checkpointing", WAYS)
+def test_documents_of_any_lengths_take_no_more(monkeypatch: pytest.MonkeyPatch, checkpointing: Checkpointing) -> None:
+    """On a CPU attention keeps its probabilities where documents are short, and computes them again where not."""
+    of = DecoderActivations(predictor(TINY, torch.bfloat16).footprints, "cpu")
+    for lengths in ([520, 512, 512, 512], [768], [768, 100, 70, 300]):
+        saved, peak = measured(monkeypatch, checkpointing, lengths)
+        ledger = of.trace([of.footprints.of(lora) for lora in PLAIN], 2 * sum(lengths), max(lengths), checkpointing)
+        assert 1.01 * ledger.saved >= saved and ledger.peak >= peak
+
+
+def test_nothing_is_held_once_the_pass_is_over() -> None:
+    for device, config in product(("cpu", "cuda"), (TINY, TINY_QWEN3)):
+        of = DecoderActivations(predictor(config, torch.bfloat16).footprints, device)
+        assert all(
+            of.trace([of.footprints.of(lora) for lora in (*PLAIN, *DORA)], 512, 128, checkpointing).live == 0
+            for checkpointing in WAYS
+        )
+
+
+@pytest.mark.parametrize("layers", [4, 8])
+@pytest.mark.parametrize("precision", ["fp8", "nf4"])
+def test_quantised_weights_are_counted(precision: str, layers: int) -> None:
+    """Of eight layers, those at both ends are dense in fp8."""
+    config = LlamaConfig(**SIZES | {"num_hidden_layers": layers})
+    decoder = tiny_base(precision, config).decoder
+    assert decoder is not None
+    held = sum(weight.nbytes for layer in decoder.layers for weight in layer.weights)
+    assert linear_bytes(decoder.groups, 2, precision) == held
+    others = predictor(config, torch.bfloat16, "cuda").weights - linear_bytes(decoder.groups, 2, None)
+    assert predictor(config, torch.bfloat16, "cuda", precision).weights == others + held
+
+
+def test_stripes_are_those_of_the_kernels() -> None:
+    pytest.importorskip("triton")
+    from lora_core.kernels.layer_ops_triton import NORM_BACKWARD
+    from lora_core.kernels.low_rank_triton import rank_block
+    from lora_core.kernels.swiglu_triton import BACKWARD_WITH_DORA, SWIGLU
+
+    for config in (SWIGLU, BACKWARD_WITH_DORA, NORM_BACKWARD):
+        assert config["COLUMNS"] * config["BLOCKS"] == kernel_memory.STRIPE_COLUMNS
+    assert rank_block(1024) == kernel_memory.LARGEST_BLOCK
+
+
+# --- against a GPU ---------------------------------------------------------------------------------------------------
+
+
+def llama_8b(precision: str | None = None) -> Predictor:
+    return predictor(LlamaConfig(**SHAPES["8b"]), torch.bfloat16, "cuda", precision)
+
+
+@pytest.mark.parametrize(
+    ("precision", "jobs", "checkpointing", "peak"),
+    [
+        (None, 1, "none", 39.58),
+        (None, 1, "selective", 25.70),
+        (None, 1, "full", 19.14),
+        (None, 8, "none", 44.51),
+        (None, 32, "none", 61.38),
+        ("fp8", 1, "none", 39.59),
+    ],
+)
+def test_peaks_of_an_h100_are_met(precision: str | None, jobs: int, checkpointing: Checkpointing, peak: float) -> None:
+    """`torch.cuda.max_memory_allocated` in GiB, 8,192 tokens in documents of 256, r 16 on all linears."""
+    told = llama_8b(precision).predict([LoraConfig()] * jobs, 8192, 256, checkpointing) - CONTEXT["cuda"]
+    assert told / HOLES["cuda"] / GIB == pytest.approx(peak, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("jobs", "capacity", "checkpointing", "dora", "taken"),
+    [
+        (1, 8192, "none", False, 40.89),
+        (1, 8192, "selective", False, 27.48),
+        (1, 8192, "full", False, 20.61),
+        (1, 2048, "none", False, 23.24),
+        (8, 8192, "none", False, 46.08),
+        (8, 4096, "selective", False, 27.25),
+        (32, 8192, "none", False, 64.15),
+        (32, 4096, "full", False, 41.05),
+        (8, 8192, "none", True, 51.42),
+        (1, 4096, "full", True, 20.04),
+    ],
+)
+def test_what_an_h100_gave_is_met(
+    jobs: int, capacity: int, checkpointing: Checkpointing, dora: bool, taken: float
+) -> None:
+    """GiB reserved by torch and taken beside it, documents of 256, as `tests/bench/memory_gpu.py` measured them."""
+    told = llama_8b().predict([LoraConfig(use_dora=dora)] * jobs, capacity, 256, checkpointing)
+    assert told / GIB == pytest.approx(taken, rel=0.05)
+
+
+def test_64_jobs_on_an_8b_base_fit_on_one_gpu() -> None:
+    of, loras = llama_8b(), [LoraConfig()] * 64
+    plan = of.fit(H100 - CONTEXT["cuda"], loras, 1024, 1024)
+    assert (plan.checkpointing, plan.exact_heap) == ("none", False)
+    assert 4700 < plan.capacity < 5300
+    assert plan.predicted_bytes <= H100 - CONTEXT["cuda"]
+    assert of.predict(loras, plan.capacity + 1, 1024, "none") > H100 - CONTEXT["cuda"]
+
+
+def test_memory_that_shrinks_leads_through_every_way() -> None:
+    of, loras = llama_8b(), [LoraConfig()]
+    plans = [of.fit(budget, loras, 1024, 4096) for budget in range(80 * GIB, 19 * GIB, -GIB // 2)]
+    assert list(dict.fromkeys(plan.checkpointing for plan in plans)) == list(WAYS)
+    assert plans[0].capacity == 8192
+    needs = [of.predict(loras, 4096, 1024, checkpointing) for checkpointing in WAYS]
+    assert needs == sorted(needs, reverse=True)
+
+
+# --- which of the two ways through the base --------------------------------------------------------------------------
+
+
+def test_adapters_that_only_hooks_compute_are_counted_as_theirs() -> None:
+    of = predictor(TINY, torch.bfloat16).activations
+    assert isinstance(of, EngineActivations) and of.decoder is not None
+    plain, pissa, wide = map(
+        of.hooks.footprints.of, (LoraConfig(r=8), LoraConfig(r=8, init_lora_weights="pissa"), LoraConfig(r=1024))
+    )
+    by_decoder = of.decoder.peak_bytes([plain], 512, 128, "none")
+    by_hooks = of.hooks.peak_bytes([pissa], 512, 128, "none")
+    assert of.peak_bytes([plain], 512, 128, "none") == by_decoder
+    assert of.peak_bytes([pissa], 512, 128, "none") == by_hooks
+    assert of.peak_bytes([pissa, plain], 512, 128, "none") == by_hooks > by_decoder
+    by_decoder = of.decoder.peak_bytes([wide], 512, 128, "none")
+    assert of.peak_bytes([pissa, wide], 512, 128, "none") == by_decoder > by_hooks
+    in_fp32 = predictor(TINY, torch.float32).activations
+    assert isinstance(in_fp32, EngineActivations) and in_fp32.decoder is None
+
+
+def test_an_engine_on_a_quantised_base_predicts_its_weights() -> None:
+    engine = TrainEngine(tiny_base("nf4"), capacity=None, budget_bytes=GIB)
+    assert engine.room.budget == int(0.955 * GIB)  # which predictions for nf4 were too low by
+    assert TrainEngine(tiny_base("bf16"), capacity=None, budget_bytes=GIB).room.budget == GIB
+    assert engine.room.predictor.weights == predictor(TINY, torch.bfloat16, "cpu", "nf4").weights

@@ -1,0 +1,218 @@
+"""The next micro-batch, made ready while the device computes: it is used, and it changes no bit of what is trained."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_core import engine_job, trainer
+from lora_core.engine_job import EngineJob, JobDiverged
+from lora_core.optim import StepOutcome
+from lora_core.trainer import TrainEngine
+from tests.support.models import RanksInThreads, decoder_base, documents, job, state, tiny_base
+
+WAYS = pytest.mark.parametrize("way", ["hooks", "decoder"])
+RANKS = pytest.mark.parametrize("ranks", [1, 2])
+
+Steps = list[tuple[int, str, StepOutcome | str]]
+"""(micro-batch, job, its outcome or error), of all jobs"""
+
+DROPOUT = {"lora_dropout": 0.3}
+
+
+def on_ranks(way: str, ranks: int, work: Callable[[TrainEngine], None], capacity: int = 96) -> None:
+    """The decoder in bf16, hooks in fp32."""
+    dtype, decoder = (torch.bfloat16, True) if way == "decoder" else (torch.float32, False)
+    if ranks == 2:
+        RanksInThreads("llama", dtype, capacity, with_decoder=decoder).run(work)
+    else:
+        work(TrainEngine((decoder_base if decoder else tiny_base)("llama", dtype=dtype), capacity=capacity))
+
+
+def eventful_jobs() -> dict[str, EngineJob]:
+    """One with a few micro-batches a step, two that are evaluated, one of them until it stops early; one joins late."""
+    stops = {"eval_steps": 2, "early_stopping_patience": 1, "load_best_model_at_end": True, "learning_rate": 0.1}
+    return {
+        "long": job("long", examples=documents(20, 1), lora=DROPOUT, batch_size=11),
+        "evaluated": job(
+            "evaluated", examples=documents(9, 2), validation=documents(7, 3), lora=DROPOUT, eval_steps=3, epochs=3
+        ),
+        "stops": job("stops", examples=documents(8, 4), validation=documents(4, 5), lora=DROPOUT, **stops),
+        "leaves": job("leaves", examples=documents(8, 6), lora=DROPOUT, batch_size=3),
+        "poisoned": job("poisoned", examples=documents(8, 7), lora=DROPOUT, batch_size=3),
+        "joins": job("joins", examples=documents(8, 8), lora=DROPOUT, batch_size=3),
+    }
+
+
+def trained_through_all(engine: TrainEngine, with_look_ahead: bool) -> tuple[Steps, dict[str, Tensor]]:
+    """Jobs join, leave, diverge and go on, are evaluated and stop: all outcomes, and each job's state at the end."""
+    wanted, steps, left = eventful_jobs(), Steps(), {}
+    live = {name: engine.add(one) for name, one in wanted.items() if name != "joins"}
+    for call in range(60):
+        if call == 7:
+            live["joins"] = engine.add(wanted["joins"])
+        if call == 16:
+            left["leaves"] = state(live.pop("leaves"))
+            engine.remove("leaves")
+        if call in (5, 20):
+            live["poisoned"].optimizer._grad[0] = math.nan
+        if not with_look_ahead:
+            engine._ahead = None
+        for name, outcome in engine.micro_batch().items():
+            steps.append((call, name, str(outcome) if isinstance(outcome, JobDiverged) else outcome))
+    return steps, left | {name: state(one) for name, one in live.items()}
+
+
+@WAYS
+@RANKS
+def test_no_bit_depends_on_it(way: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout on; micro-batches of several jobs, and steps of several micro-batches."""
+    monkeypatch.setattr(engine_job, "CHUNK_TOKENS", 48)
+
+    def trained(with_look_ahead: bool) -> tuple[Steps, dict[str, Tensor]]:
+        found = []
+        on_ranks(way, ranks, lambda engine: found.append(trained_through_all(engine, with_look_ahead)))
+        assert len(found) == ranks
+        return found[0]
+
+    (steps, ahead), (expected_steps, expected) = trained(True), trained(False)
+    assert steps == expected_steps
+    assert ahead.keys() == expected.keys() == eventful_jobs().keys()
+    for name in ahead:
+        assert torch.equal(ahead[name], expected[name]), name
+    # All of it happened.
+    assert len([name for _, name, outcome in steps if isinstance(outcome, str)]) == 2
+    of_job = {name: [call for call, stepped, _ in steps if stepped == name] for name in ahead}
+    assert len(of_job["evaluated"]) == 9 and len(of_job["stops"]) in range(4, 20)
+    assert all(later - sooner > 1 for sooner, later in itertools.pairwise(of_job["long"]))
+    assert min(map(len, of_job.values())) > 3
+
+
+@WAYS
+@RANKS
+def test_what_was_made_ahead_is_what_is_used(way: str, ranks: int) -> None:
+    """Else it would be made twice. An evaluation is foreseen, too, and that a job is done."""
+
+    def work(engine: TrainEngine) -> None:
+        made = count_turns(engine)
+        engine.add(job("plain", lora=DROPOUT))
+        done = engine.add(job("done", epochs=1))
+        engine.add(job("evaluated", validation=documents(4, 1), eval_steps=2))
+        ahead = 0
+        for call in range(1, 16):
+            foreseen = engine._ahead
+            engine.micro_batch()
+            if foreseen is not None:
+                ahead += 1
+                assert len(made) == call + (engine._ahead is not None)
+                assert engine._queues is foreseen.queues and foreseen in made
+        assert ahead >= 8 and done.done
+
+    on_ranks(way, ranks, work)
+
+
+def count_turns(engine: TrainEngine) -> list[Any]:
+    """All that the engine makes from now on."""
+    made: list[Any] = []
+    turn = engine._turn
+
+    def counted(standings: Any) -> Any:
+        made.append(turn(standings))
+        return made[-1]
+
+    engine._turn = counted  # type: ignore[method-assign]
+    return made
+
+
+def test_it_is_made_before_the_device_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = TrainEngine(tiny_base("llama"))
+    engine.add(job(validation=documents(4, 1)))
+    events: list[str] = []
+    turn, answer = engine._turn, Tensor.tolist
+
+    def told(sums: Tensor) -> Any:
+        if sums.dim() == 2:  # of a step
+            events.append("answered")
+        return answer(sums)
+
+    monkeypatch.setattr(engine, "_turn", lambda standings: (events.append("made"), turn(standings))[1])
+    monkeypatch.setattr(Tensor, "tolist", told)
+    engine.micro_batch()  # the evaluation before the first step
+    events.clear()
+    engine.micro_batch()
+    engine.micro_batch()
+    assert events == ["made", *["made", "answered"] * 2]
+
+
+@WAYS
+def test_a_job_that_diverged_and_is_healed_takes_the_same_rows_again(way: str) -> None:
+    """What was made ready is of the step after, which has not come."""
+    found: list[Tensor] = []
+    for heal in (True, False):
+
+        def work(engine: TrainEngine, heal: bool = heal) -> None:
+            live = engine.add(job(batch_size=3, lora=DROPOUT))
+            engine.step()
+            if heal:
+                live.optimizer._grad[0] = math.nan
+                assert isinstance(engine.step()["job"], JobDiverged)
+            engine.step()
+            found.append(state(live))
+
+        on_ranks(way, 1, work)
+    assert torch.equal(*found)
+
+
+@WAYS
+def test_nothing_of_a_job_that_left_is_kept(way: str) -> None:
+    """Its memory is free, and if it comes again, as it was, it trains as if it had stayed."""
+
+    def work(engine: TrainEngine) -> None:
+        wanted = job(lora=DROPOUT)
+        live = engine.add(wanted)
+        for _ in range(3):
+            engine.step()
+        checkpoint, held = live.checkpoint(), [weakref.ref(live.adapter), weakref.ref(live.view or live)]
+        engine.step()
+        stayed = state(live)
+        engine.remove("job")
+        del live
+        gc.collect()
+        assert [reference() for reference in held] == [None, None]
+        again = engine.add(wanted, checkpoint)
+        engine.step()
+        assert torch.equal(state(again), stayed)
+
+    on_ranks(way, 1, work)
+
+
+def test_nothing_is_kept_where_a_job_fails_to_come_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the other ranks it came in and left: there, too, the next micro-batch is made again, at today's capacity."""
+    engine = TrainEngine(tiny_base("llama"), capacity=64)
+    engine.add(job(examples=documents(20, 0), batch_size=20))
+    engine.step()
+    prepared = engine.prepare(job("other"))
+
+    def fail(*_: object) -> None:
+        engine.room.capacity = 32
+        raise MemoryError
+
+    monkeypatch.setattr(engine_job, "CHUNK_TOKENS", 16)
+    monkeypatch.setattr(trainer, "FlatAdamW", fail)
+    with pytest.raises(MemoryError):
+        engine.admit(prepared)
+    sizes: list[int] = []
+    forward_backward = engine.forward_backward
+    monkeypatch.setattr(
+        engine, "forward_backward", lambda batch: (sizes.append(batch.packed.ids.numel()), forward_backward(batch))
+    )
+    engine.micro_batch()
+    assert sizes and max(sizes) <= 32

@@ -1,0 +1,209 @@
+"""A job that goes on from a checkpoint ends as if it had never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lora_core import engine_job
+from lora_core.dataset import Example
+from lora_core.optim import StepOutcome
+from lora_core.trainer import TrainEngine
+from tests.support.models import documents, job, outcome_of, state, tiny_base, train_to_the_end, train_until
+
+
+@pytest.mark.parametrize("at", [0, 1, 5, 9])
+def test_resumed_job_ends_bit_equal(at: int) -> None:
+    """Dropout, schedule, epochs and moments go on; the neighbours it resumes beside are others."""
+    wanted = job(lora={"lora_dropout": 0.25}, epochs=4, batch_size=4, seed=11)
+    engine = TrainEngine(tiny_base("llama"), capacity=128)
+    live = engine.add(wanted)
+    engine.add(job("neighbour", seed=1))
+    losses, blob = [], live.checkpoint()
+    while not live.done:
+        if live.progress.step == at:
+            blob = live.checkpoint()
+        losses += [outcome.loss for outcome in train_until(engine, "job", live.progress.step + 1)]
+    resumed_engine = TrainEngine(tiny_base("llama"), capacity=512)
+    resumed_engine.add(job("other", seed=2, batch_size=2))
+    resumed = resumed_engine.add(wanted, blob)
+    assert resumed.progress.step == at
+    resumed_losses = [outcome.loss for outcome in train_until(resumed_engine, "job", wanted.steps)]
+    assert resumed_losses == losses[at:]
+    assert torch.equal(state(resumed), state(live))
+    assert resumed.progress == live.progress
+    assert resumed.checkpoint() == live.checkpoint()
+
+
+def test_a_checkpoint_of_any_moment_continues_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a step, before, in and after an evaluation: the same steps, figures, best weights and end."""
+    monkeypatch.setattr(engine_job, "CHUNK_TOKENS", 48)
+    wanted = job(
+        validation=documents(6, seed=50),
+        lora={"lora_dropout": 0.2},
+        epochs=9,
+        learning_rate=0.03,
+        eval_steps=2,
+        early_stopping_patience=2,
+    )
+
+    engine = TrainEngine(tiny_base("llama"), capacity=64)
+    live = engine.add(wanted)
+    outcomes: list[StepOutcome] = []
+    moments = []
+    while not live.done:
+        moments.append((live.checkpoint(), len(outcomes), live.evaluation_due, "job" in engine._queues[0]))
+        if outcome := engine.micro_batch().get("job"):
+            outcomes.append(outcome_of(outcome))
+    assert live.progress.stopped
+    assert live.progress.best is not None
+    assert live.progress.best.step < live.progress.step - 2
+    assert {(due, begun) for _, _, due, begun in moments} == {
+        (True, True),
+        (True, False),
+        (False, True),
+        (False, False),
+    }
+    for blob, done, _, _ in moments[::3]:
+        again = TrainEngine(tiny_base("llama"), capacity=160)
+        resumed = again.add(wanted, blob)
+        assert train_to_the_end(again, "job") == outcomes[done:]
+        assert resumed.progress == live.progress
+        assert torch.equal(state(resumed), state(live))
+
+
+def test_a_snapshot_stays_as_it_was_while_training_goes_on() -> None:
+    """It is written by another thread, steps later."""
+    engine = TrainEngine(tiny_base("llama"))
+    live = engine.add(job(validation=documents(6, seed=50), eval_steps=1, load_best_model_at_end=True))
+    train_until(engine, "job", 3)
+    written, snapshot = live.checkpoint(), live.snapshot()
+    train_until(engine, "job", 6)
+    assert live.checkpoint() != written
+    assert snapshot.dump() == written
+
+
+def test_the_way_back_is_as_short_for_many_rows_and_late_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint names the step and holds no rows; resuming draws the order of its epoch, and of the first, where
+    unused modules are looked for, but not of those between.
+    """
+    sizes: list[int] = []
+    orders: list[set[int]] = []
+    drawn: list[int] = []
+    order = engine_job._order
+
+    def counted(examples: int, seed: int, epoch: int) -> Tensor:
+        drawn.append(epoch)
+        return order(examples, seed, epoch)
+
+    monkeypatch.setattr(engine_job, "_order", counted)
+    for rows, steps in ((8, 1), (800, 1), (8, 41)):
+        wanted = job(examples=documents(rows, 0), epochs=50, batch_size=8)
+        engine = TrainEngine(tiny_base("llama"))
+        live = engine.add(wanted)
+        train_until(engine, "job", steps)
+        sizes.append(len(blob := live.checkpoint()))
+        resumed = TrainEngine(tiny_base("llama"))
+        drawn.clear()
+        resumed.add(replace(wanted), blob)  # which knows nothing yet
+        train_until(resumed, "job", steps + 1)
+        orders.append(set(drawn))
+    assert max(sizes) - min(sizes) < 64  # digits
+    assert orders == [{0, 1, 2}, {0}, {0, 41, 42}]  # and the next epoch's, made ready ahead
+
+
+# --- kill -9 ---------------------------------------------------------------------------------------------------------
+
+
+def run_rank(folder: Path, rank: int, ranks: int, last: int | None) -> None:
+    """What each process of the test below does: train from the newest checkpoint there is, to the end or for `last`
+    steps, after which it waits to be killed, however fast it was.
+    """
+    meet = f"file://{folder}/meet-{len(list(folder.glob('run-*')))}"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=ranks)
+    torch.set_num_threads(1)
+    engine = TrainEngine(tiny_base("llama"), capacity=64, rank=rank, ranks=ranks, all_reduce=dist.all_reduce)
+    engine.add(job("neighbour", seed=1, batch_size=7))
+    checkpoint = folder / "checkpoint"
+    wanted = job(
+        validation=documents(7, 50), lora={"lora_dropout": 0.2}, epochs=40, eval_steps=5, load_best_model_at_end=True
+    )
+    blobs = [checkpoint.read_bytes() if rank == 0 and checkpoint.exists() else None]
+    dist.broadcast_object_list(blobs, src=0)
+    live = engine.add(wanted, blobs[0])
+    while not live.done:
+        if live.progress.step == last:
+            time.sleep(60)
+        engine.micro_batch()
+        if rank == 0:
+            (folder / "new").write_bytes(live.checkpoint())
+            (folder / "new").replace(checkpoint)
+    dist.barrier()
+    if rank == 0:
+        (folder / "end").write_bytes(live.checkpoint())
+
+
+def start(folder: Path, ranks: int, last: int | None = None) -> list[Any]:
+    """`run_rank` in processes of their own, forked from one that has imported everything already."""
+    (folder / f"run-{len(list(folder.glob('run-*')))}").touch()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.core.test_resume", "transformers.models.llama.modeling_llama"])
+    processes = [context.Process(target=run_rank, args=(folder, rank, ranks, last)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_processes_end_with_the_same_bits(ranks: int, tmp_path: Path) -> None:
+    """`kill -9` at two moments that nobody chose, often in the middle of a step; each time all ranks go on from the
+    last checkpoint that was complete.
+    """
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    undisturbed = start(whole, ranks)
+    for pause, last in ((0.05, 60), (0.11, 119)):
+        processes = start(broken, ranks, last)
+        before = (broken / "checkpoint").read_bytes() if (broken / "checkpoint").exists() else None
+        deadline = time.monotonic() + 60
+        while not (broken / "checkpoint").exists() or (broken / "checkpoint").read_bytes() == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(pause)
+        for process in processes:
+            process.kill()
+            process.join()
+        assert not (broken / "end").exists()
+    for process in (*start(broken, ranks), *undisturbed):
+        process.join(60)
+        assert process.exitcode == 0
+    assert (broken / "end").read_bytes() == (whole / "end").read_bytes()
+
+
+def test_checkpoint_of_other_settings_or_rows_is_refused() -> None:
+    engine = TrainEngine(tiny_base("llama"))
+    engine.add(job())
+    engine.step()
+    blob = engine.live["job"].checkpoint()
+    rows = documents(10, seed=0)
+    others = {
+        "alpha": job(lora={"lora_alpha": 9}),
+        "rate": job(learning_rate=1e-4),
+        "rows": job(examples=[*rows[:-1], Example(rows[-1].ids[::-1], rows[-1].labels_mask)]),
+        "labels": job(examples=[*rows[:-1], Example(rows[-1].ids, [False, *[True] * (len(rows[-1].ids) - 1)])]),
+        "r": job(lora={"r": 5}),
+    }
+    for name, other in others.items():
+        with pytest.raises(ValueError, match="checkpoint"):
+            TrainEngine(tiny_base("llama")).add(replace(other, name=name), blob)
+    TrainEngine(tiny_base("llama")).add(job("other name"), blob)

@@ -1,0 +1,354 @@
+"""An adapter server without Ray around it: what it loads, refuses, keeps, and gives up."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.registry import AdapterRegistry, AdapterVersion
+from cluster.settings import Settings
+from cluster.storage import StorageUnavailable, open_storage
+from deploy import adapter_cache, decode_loop, ray_metrics
+from deploy.adapter_server import AdapterServer
+from deploy.decode_loop import DecodeLoop
+from deploy.protocol import Answer, Opened, Piece, Question, Refusal
+from lora_core.adapter_bank import AdapterBank
+from lora_core.base_files import chat_template_hash
+from lora_core.base_model import BaseModel, load_base
+from lora_core.dataset import Example
+from lora_core.generator import Generator
+from lora_core.peft_format import adapter_files
+from lora_core.trainer import probe_losses
+from tests.support.models import random_adapter
+from tests.support.tiny_models import save_tiny_model, with_more_tokens
+
+QUESTION = Question(
+    prompt=({"role": "user", "content": "Hi"},),
+    adapter=None,
+    version="latest",
+    max_tokens=12,
+    temperature=0.0,
+    top_p=1.0,
+    seed=None,
+    stop=(),
+)
+ENDLESS = dataclasses.replace(QUESTION, max_tokens=None, temperature=2.0, seed=0)
+
+
+def about(adapter: str, version: str = "latest") -> Question:
+    return dataclasses.replace(QUESTION, adapter=adapter, version=version)
+
+
+class Service:
+    """A server of one tiny base, with the registry that it reads and the base as training had it, in fp32."""
+
+    def __init__(self, home: Path) -> None:
+        self.settings = Settings(
+            home=home, base_models={"tiny": str(save_tiny_model("llama", home / "tiny", 6))}, threads=1
+        )
+        self.trained: BaseModel = load_base(str(home / "tiny"), precision="fp32", cache_dir=home / "cache")
+        self.bank = AdapterBank(self.trained.model)
+        self.server = AdapterServer("tiny", self.settings)
+        self.server._loop._generator.end_tokens = frozenset()  # so that answers end where a test says
+        self.registry = AdapterRegistry(open_storage(self.settings.storage_url))
+        self.served: AdapterRegistry = self.server._adapters._registry
+
+    def publish(self, name: str, seed: int, **manifest: Any) -> AdapterVersion:
+        """A random adapter, as a training session would publish it."""
+        adapter = random_adapter(self.bank, seed)
+        examples = [Example(list(range(40, 60 + i)), [False] * 10 + [True] * (10 + i)) for i in range(2)]
+        losses = probe_losses(self.trained, self.bank, adapter, examples)
+        own = {
+            "base_fingerprint": self.trained.fingerprint,
+            "tokenizer": chat_template_hash(self.trained.tokenizer),
+            "precision": "fp32",
+            "probes": [
+                {"ids": example.ids, "labels_mask": example.labels_mask, "loss": loss}
+                for example, loss in zip(examples, losses, strict=True)
+            ],
+        }
+        return self.registry.publish("tiny", name, adapter_files(adapter, self.bank, "tiny"), {**own, **manifest})
+
+    @property
+    def idle(self) -> bool:
+        generator = self.server._loop._generator
+        return generator.running == generator.waiting == 0
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Service:
+    return Service(tmp_path_factory.mktemp("service"))
+
+
+@pytest.fixture
+def fetches(service: Service, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The versions whose files were fetched."""
+    seen: list[str] = []
+    fetch = service.served.fetch
+
+    def counting(version: AdapterVersion, folder: Path) -> Path:
+        seen.append(version.version)
+        return fetch(version, folder)
+
+    monkeypatch.setattr(service.served, "fetch", counting)
+    yield seen
+
+
+def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(asyncio.wait_for(coroutine, 30))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+def test_a_stream_is_the_answer_in_pieces(service: Service) -> None:
+    async def both() -> tuple[Answer, list[Any]]:
+        return await service.server.answer(QUESTION), [item async for item in service.server.stream(QUESTION)]
+
+    answer, items = run(both())
+    opened, *pieces = items
+    assert opened == answer.opened == Opened(service.trained.fingerprint, 21)
+    assert "".join(piece.text for piece in pieces) == answer.text != ""
+    assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
+    assert pieces[-1].completion_tokens == answer.completion_tokens == 12
+
+
+def test_one_adapter_is_loaded_once_for_all_who_ask(service: Service, fetches: list[str]) -> None:
+    version = service.publish("once", 1)
+
+    async def crowd() -> list[Any]:
+        tasks = [asyncio.create_task(service.server.answer(about("once"))) for _ in range(6)]
+        await until(lambda: bool(fetches))
+        tasks[0].cancel()  # it was the first to ask, and the load goes on without it
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    first, *others = run(crowd())
+    assert isinstance(first, asyncio.CancelledError)
+    assert {answer.opened.digest for answer in others} == {version.digest} and len(
+        {answer.text for answer in others}
+    ) == 1
+    assert others[0].text != run(service.server.answer(QUESTION)).text, "the adapter must change the answer"
+    assert fetches == [version.version]
+    run(service.server.answer(about("once")))
+    assert len(fetches) == 1
+
+
+def test_a_new_version_is_served_without_a_restart(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter_cache, "_RESOLVED_SECONDS", 0.0)
+    old = service.publish("moving", 2)
+    before = run(service.server.answer(about("moving")))
+    new = service.publish("moving", 3)
+    after = run(service.server.answer(about("moving")))
+    assert (before.opened.digest, after.opened.digest) == (old.digest, new.digest) and before.text != after.text
+    pinned = run(service.server.answer(about("moving", old.version)))
+    assert pinned == before
+
+
+@pytest.mark.parametrize(
+    ("manifest", "reason"),
+    [
+        ({"base_fingerprint": "0" * 64}, "was trained on another base (weights 0000000000000000) than tiny is here"),
+        ({"base_fingerprint": None}, "was trained on another base"),
+        ({"tokenizer": "0" * 64}, "another tokenizer or chat template"),
+        ({"probe_tolerance": -1.0}, "does not compute here what it did in training"),  # on any machine
+    ],
+)
+def test_an_adapter_of_something_else_is_refused(
+    service: Service, fetches: list[str], manifest: dict[str, Any], reason: str
+) -> None:
+    name = f"refused-{len(reason)}-{len(manifest)}-{next(iter(manifest))[0]}"
+    service.publish(name, 4 + len(reason), **manifest)
+    answer = run(service.server.answer(about(name)))
+    assert isinstance(answer, Refusal) and (answer.status, answer.code) == (409, "adapter_refused")
+    assert reason in answer.message
+    count = len(fetches)
+    assert run(service.server.answer(about(name))) == answer and len(fetches) == count  # known bad, and not tried again
+
+
+@pytest.mark.parametrize("damage", [lambda loss: loss + 60.0, lambda loss: float("nan")])
+def test_an_adapter_that_computes_something_else_is_refused(service: Service, damage: Callable[[float], float]) -> None:
+    adapter = random_adapter(service.bank, 20)
+    example = Example(list(range(40, 60)), [False] * 10 + [True] * 10)
+    (loss,) = probe_losses(service.trained, service.bank, adapter, [example])
+    name = f"damaged-{damage(1.0) > 0}".lower()
+    probe = {"ids": example.ids, "labels_mask": example.labels_mask, "loss": damage(loss)}
+    service.publish(name, 20 + len(name), probes=[probe])
+    answer = run(service.server.answer(about(name)))
+    assert isinstance(answer, Refusal) and "does not compute here" in answer.message
+
+
+def test_probes_of_another_precision_pass(service: Service) -> None:
+    """What other tests rely on, said once and strictly: trained in fp32, served in what this machine computes in."""
+    service.publish("probed", 30, probe_tolerance=0.01)
+    assert isinstance(run(service.server.answer(about("probed"))), Answer)
+
+
+@pytest.mark.parametrize(("precision", "passes"), [("bf16", False), ("nf4", True)])
+def test_what_was_trained_in_four_bits_may_be_further_off(service: Service, precision: str, passes: bool) -> None:
+    seed = 900 + passes
+    adapter = random_adapter(service.bank, seed)
+    example = Example(list(range(40, 60)), [False] * 10 + [True] * 10)
+    (loss,) = probe_losses(service.trained, service.bank, adapter, [example])
+    probe = {"ids": example.ids, "labels_mask": example.labels_mask, "loss": loss + 10 * 0.15 * (1 + loss / 10)}
+    service.publish(f"from-{precision}", seed, probes=[probe], precision=precision)
+    assert isinstance(run(service.server.answer(about(f"from-{precision}"))), Answer if passes else Refusal)
+
+
+def test_the_least_used_adapter_makes_room_and_one_in_use_stays(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = service.server._adapters
+    versions = [service.publish(f"room-{i}", 40 + i) for i in range(3)]
+    run(service.server.answer(about("room-0")))
+    monkeypatch.setattr(cache, "_capacity", cache._entries[versions[0].digest].nbytes)
+    for digest in list(cache._entries):
+        if digest != versions[0].digest:
+            del cache._entries[digest]
+
+    async def while_in_use() -> None:
+        async with cache.use(versions[0]):
+            await service.server.answer(about("room-1"))
+            assert set(cache._entries) == {versions[0].digest}  # room-1 had to go as soon as it was not used
+            async with cache.use(versions[1]), cache.use(versions[2]):
+                assert len(cache._entries) == 3  # all in use, whatever the capacity
+            assert len(cache._entries) == 1
+
+    run(while_in_use())
+
+
+def test_a_storage_that_is_away_keeps_what_is_known_in_service(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.publish("steady", 50)
+    before = run(service.server.answer(about("steady")))
+
+    def away(*_: Any) -> AdapterVersion:
+        raise StorageUnavailable("the bucket does not answer")
+
+    monkeypatch.setattr(service.served, "resolve", away)
+    monkeypatch.setattr(adapter_cache, "_RESOLVED_SECONDS", 0.0)
+    assert run(service.server.answer(about("steady"))) == before
+    unknown = run(service.server.answer(about("never-asked-for")))
+    assert unknown == Refusal(503, "the bucket does not answer", "storage_unavailable")
+
+
+def test_unknown_names_and_impossible_questions(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    service.publish("known", 60)
+    missing = run(service.server.answer(about("unknown")))
+    assert missing.status == 404 and "tiny:known" in missing.message
+    version = run(service.server.answer(about("known", "0" * 16)))
+    assert version.status == 404 and "there is no version 0000000000000000 of tiny:known" in version.message
+    long = dataclasses.replace(QUESTION, prompt=({"role": "user", "content": "x" * 5000},))
+    refused = run(service.server.answer(long))
+    assert (refused.status, refused.code) == (400, "context_length_exceeded") and "5019 tokens" in refused.message
+    monkeypatch.setattr(service.server._tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
+    refused = run(service.server.answer(QUESTION))
+    assert refused.status == 400 and "roles must alternate" in refused.message
+    monkeypatch.setattr(service.server._tokenizer, "chat_template", None)
+    assert "no chat template" in run(service.server.answer(QUESTION)).message
+    assert run(service.server.answer(dataclasses.replace(QUESTION, prompt=""))).message == "the prompt is empty"
+    text = run(service.server.answer(dataclasses.replace(QUESTION, prompt="Hi")))
+    assert text.opened.prompt_tokens == 2
+
+
+def test_a_token_that_the_base_has_no_row_for_harms_nobody_else(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Gemma 3 1B's tokenizer has one for images: an index past the embedding would end everybody's step."""
+    generator = service.server._loop._generator
+    more = with_more_tokens(service.trained.tokenizer)
+    monkeypatch.setattr(service.server, "_tokenizer", more)
+    monkeypatch.setattr(generator.base, "tokenizer", more)
+    patient = dataclasses.replace(QUESTION, max_tokens=200)
+
+    async def ask() -> None:
+        before = await service.server.answer(patient)
+        innocent = asyncio.create_task(service.server.answer(patient))
+        await until(lambda: generator.running == 1)
+        for prompt in ("<|more|>", ({"role": "user", "content": "what is <|more|>?"},)):
+            refused = await service.server.answer(dataclasses.replace(QUESTION, prompt=prompt))
+            assert (refused.status, refused.code) == (400, "invalid_prompt")
+            assert (
+                "the token `<|more|>`, whose id is 264, and this base model's embedding has 264 rows" in refused.message
+            )
+        assert await innocent == before == await service.server.answer(patient)
+
+    run(ask())
+
+
+def test_who_stops_listening_gives_the_request_up(service: Service) -> None:
+    async def leave() -> None:
+        async with aclosing(service.server.stream(ENDLESS)) as items:
+            assert isinstance(await anext(items), Opened)
+            assert isinstance(await anext(items), Piece)
+            assert not service.idle
+        await until(lambda: service.idle)
+        task = asyncio.create_task(service.server.answer(ENDLESS))
+        await until(lambda: not service.idle)
+        task.cancel()
+        await until(lambda: service.idle)
+        task = asyncio.create_task(service.server.answer(ENDLESS))
+        await asyncio.sleep(0)  # it is on its way to the decode loop, which has not taken it yet
+        task.cancel()
+        await asyncio.sleep(0.05)
+        await until(lambda: service.idle)
+        assert not service.server._loop._tickets
+
+    run(leave())
+
+
+def test_more_questions_than_slots_are_all_answered(service: Service) -> None:
+    names = [f"crowd-{i}" for i in range(3)]
+    for i, name in enumerate(names):
+        service.publish(name, 70 + i)
+
+    async def crowd() -> list[Any]:
+        questions = [QUESTION, *(about(name) for name in names)] * 5
+        return await asyncio.gather(*(service.server.answer(question) for question in questions))
+
+    answers = run(crowd())
+    assert len(answers) == 20 and {answer.completion_tokens for answer in answers} == {12}
+    assert len({answer.opened.digest for answer in answers}) == 4
+
+
+def test_gauges_are_set_again_before_ray_forgets_them(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray drops one that was not set for 20 s, so a server without work must go on setting its zeros."""
+    assert decode_loop._IDLE_SECONDS + ray_metrics._GAUGE_SECONDS <= 10
+    monkeypatch.setattr(decode_loop, "_IDLE_SECONDS", 0.02)
+    monkeypatch.setattr(ray_metrics, "_GAUGE_SECONDS", 0.01)
+    gauges = ray_metrics.QueueGauges("tiny")
+    values: list[float] = []
+    for gauge in gauges._gauges:
+        monkeypatch.setattr(gauge, "set", lambda value, tags: values.append(value))
+    loop = DecodeLoop(Generator(service.trained, service.bank, slots=1, max_len=64), threads=1, observe=gauges.show)
+    assert run(loop.call(lambda: 5)) == 5
+    run(until(lambda: len(values) >= 8))
+    assert set(values) == {0}
+
+
+def test_a_failed_step_fails_the_requests_and_the_health_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Service(tmp_path)
+    service.server.check_health()
+
+    def broken() -> list[Any]:
+        raise RuntimeError("out of memory")
+
+    async def ask() -> list[Any]:
+        task = asyncio.create_task(service.server.answer(ENDLESS))
+        await until(lambda: not service.idle)
+        monkeypatch.setattr(service.server._loop._generator, "step", broken)
+        return [await task, await service.server.answer(QUESTION)]
+
+    for answer in run(ask()):
+        assert isinstance(answer, Refusal) and (answer.status, answer.code) == (503, "server_restarting")
+        assert "out of memory" in answer.message
+    with pytest.raises(RuntimeError, match="out of memory"):
+        service.server.check_health()

@@ -1,0 +1,78 @@
+"""Following a job that waits: whoever does is told why within seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs.__main__ import PATIENCE_SECONDS, WATCH_SECONDS, follow
+from jobs.job import JobStatus, lease_name
+from jobs.job_queue import JobQueue
+from jobs.launcher import RayUnreachableError
+from tests.support.queue_kit import submit
+
+
+class Follower:
+    """Follows a waiting job on a clock of its own, which goes on by half a second a look."""
+
+    def __init__(self, queue: JobQueue, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.queue, self.now, self._capsys = queue, 0.0, capsys
+        self.job_id = submit(queue)[0].id
+        monkeypatch.setattr("jobs.__main__.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("jobs.__main__.time.sleep", self._sleep)
+        self.at: dict[float, object] = {}
+
+    def _sleep(self, seconds: float) -> None:
+        self.now += seconds
+        action = self.at.pop(self.now, None)
+        if callable(action):
+            action()
+
+    def end(self) -> None:
+        self.queue.move(self.job_id, JobStatus.QUEUED, JobStatus.CANCELLED, message="ended")
+
+    def lines(self, watch: object = None) -> list[str]:
+        """What it printed, without the times and the job's own history."""
+        assert watch is None or callable(watch)
+        assert follow(self.queue, self.job_id, watch) == 1
+        return [text for line in self._capsys.readouterr().out.splitlines() if (text := line[9:]).startswith("waits")]
+
+
+@pytest.fixture
+def follower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Follower]:
+    queue = JobQueue(f"sqlite:///{tmp_path / 'lora.db'}")
+    yield Follower(queue, monkeypatch, capsys)
+    queue.close()
+
+
+def test_without_a_scheduler_that_is_said_once(follower: Follower) -> None:
+    follower.at = {PATIENCE_SECONDS + 20: follower.end}
+    assert follower.lines() == [
+        "waits: no scheduler is at work on c: `python -m jobs submit` with the same job starts one"
+    ]
+    assert follower.queue.get(follower.job_id).status is JobStatus.CANCELLED
+
+
+def test_a_scheduler_that_is_started_says_where_it_writes_if_it_cannot(follower: Follower) -> None:
+    calls: list[float] = []
+    follower.at = {2 * WATCH_SECONDS + 3: follower.end}
+    (line,) = follower.lines(lambda: calls.append(follower.now))
+    assert line.endswith("one is being started (if it does not come up, see logs/scheduler.log below LORA_HOME)")
+    assert len(calls) == 2
+
+
+def test_a_scheduler_at_work_needs_no_word_and_one_that_dies_does(follower: Follower) -> None:
+    lease = follower.queue.acquire_lease(lease_name("c"), "somebody", 1e9)
+    assert lease is not None
+    follower.at = {20.0: lambda: follower.queue.release_lease(lease), 30.0: follower.end}
+    assert len(follower.lines()) == 1
+
+
+def test_what_keeps_a_scheduler_from_being_started_is_said(follower: Follower) -> None:
+    def away() -> None:
+        raise RayUnreachableError("Ray's API does not answer: no route")
+
+    follower.at = {WATCH_SECONDS + 1: follower.end}
+    assert follower.lines(away)[-1] == "waits: Ray's API does not answer: no route"

@@ -1,0 +1,220 @@
+"""The scheduler against a Ray that answers as a test says, on a real queue; on a real Ray in test_service.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.settings import Settings
+from jobs.job import JobStatus, Session, SessionState
+from jobs.job_queue import JobQueue
+from jobs.launcher import ClusterSize, Launcher, RayUnreachableError, Run, RunState
+from jobs.scheduler import MAX_ATTEMPTS, NOT_STARTED, SLOW_SECONDS, Scheduler, run_step
+from jobs.spec import JobSpec
+
+GONE = "failed: Job entrypoint command failed\nTraceback (most recent call last):\n  ...\nOSError: no disk\n\n"
+
+
+class AnsweringRay(Launcher):
+    """Answers `run` for every submission, and remembers what was launched."""
+
+    def __init__(self) -> None:
+        self.run = Run(RunState.RUNNING)
+        self.launched: list[str] = []
+        self.away: Exception | None = None
+
+    def launch_session(self, submission_id: str, session_id: str, fence: int) -> None:
+        self.launched.append(submission_id)
+
+    def state(self, submission_id: str) -> Run:
+        return self.run
+
+    def size(self) -> ClusterSize:
+        if self.away is not None:
+            raise self.away
+        return ClusterSize(workers=2, nodes=1)
+
+
+class World:
+    """A queue with one job in it, its scheduler, and the clock of both."""
+
+    def __init__(self, home: Path) -> None:
+        self.now = 1000.0
+        self.queue = JobQueue(f"sqlite:///{home / 'lora.db'}", lambda: self.now)
+        self.ray = AnsweringRay()
+        lease = self.queue.acquire_lease("scheduler:c", "me", 1e9)
+        assert lease is not None
+        self.scheduler = Scheduler(Settings(home=home), self.queue, self.ray, "c", lease)
+        spec = JobSpec(base_model="base", dataset="/rows.jsonl", adapter="a")
+        job, _ = self.queue.submit(spec, cluster="c", base="base", dataset_sha="d", code_version="v")
+        self.job_id = job.id
+
+    @property
+    def status(self) -> JobStatus:
+        return self.queue.get(self.job_id).status
+
+    @property
+    def session(self) -> Session:
+        (session,) = self.queue.sessions("c")
+        return session
+
+    @property
+    def waits(self) -> list[str]:
+        """Why it waits, as its history has it."""
+        told = [event.message for event in self.queue.events(self.job_id)]
+        return [message.removeprefix("waits: ") for message in told if message.startswith("waits: ")]
+
+    def come_up(self) -> None:
+        """The session's driver starts, and the job goes to it."""
+        assert self.queue.session_move(
+            self.session.id, SessionState.LAUNCHING, SessionState.RUNNING, reason="up", fence=self.session.fence
+        )
+        self.scheduler.step()
+        assert self.status is JobStatus.RUNNING
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    world = World(tmp_path)
+    world.scheduler.step()
+    yield world
+    world.queue.close()
+
+
+def test_a_job_gets_a_session_and_then_goes_to_it(world: World) -> None:
+    assert world.ray.launched == [f"{world.session.id}-a1"]
+    assert world.status is JobStatus.QUEUED
+    world.come_up()
+    assert len(world.ray.launched) == 1
+
+
+def test_a_launch_that_ray_never_heard_of_is_made_again(world: World) -> None:
+    world.ray.run = Run(RunState.ABSENT)
+    world.scheduler.step()
+    assert world.ray.launched == [f"{world.session.id}-a1"] * 2
+
+
+@pytest.mark.parametrize("state", [RunState.UNKNOWN, RunState.STARTING, RunState.RUNNING])
+def test_what_ray_does_not_call_ended_is_left_alone(world: World, state: RunState) -> None:
+    world.come_up()
+    before = world.session
+    world.ray.run = Run(state)
+    for _ in range(5):
+        world.scheduler.step()
+    assert world.session == before
+    assert world.status is JobStatus.RUNNING
+
+
+def test_a_driver_that_ray_forgot_lives_as_long_as_its_lease(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.come_up()
+    assert world.queue.renew_session(world.session.id, world.session.fence, 15.0)
+    world.ray.run = Run(RunState.ABSENT)
+    monkeypatch.setattr("jobs.scheduler.time.time", lambda: world.now)
+    world.scheduler.step()
+    assert world.status is JobStatus.RUNNING
+    world.now += 16.0
+    world.scheduler.step()
+    assert world.status is JobStatus.QUEUED
+
+
+def test_a_job_goes_back_to_the_queue_and_fails_with_the_last_line_when_it_has_ended_enough_sessions(
+    world: World,
+) -> None:
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        world.come_up()
+        assert world.queue.get(world.job_id).attempt == attempt
+        world.ray.run = Run(RunState.ENDED, GONE)
+        world.scheduler.step()
+        world.ray.run = Run(RunState.RUNNING)
+        company = world.queue.get(world.job_id).company
+        assert company == (0 if attempt >= MAX_ATTEMPTS - 1 else None)  # the last one is by itself
+    job = world.queue.get(world.job_id)
+    assert job.status is JobStatus.FAILED
+    assert job.error is not None
+    assert job.error.endswith("OSError: no disk")
+    assert "Traceback" not in job.error
+
+
+def test_a_job_that_waited_for_room_has_its_three_sessions_all_the_same(world: World) -> None:
+    for _ in range(MAX_ATTEMPTS):
+        world.come_up() if world.session.state is SessionState.LAUNCHING else world.scheduler.step()
+        fence = world.session.id, world.session.fence
+        assert world.queue.move(
+            world.job_id, JobStatus.RUNNING, JobStatus.QUEUED, message="waits: no room", fence=fence, company=3
+        )
+    assert world.queue.get(world.job_id).company == 3
+    world.scheduler.step()
+    world.ray.run = Run(RunState.ENDED, GONE)
+    world.scheduler.step()
+    assert world.status is JobStatus.QUEUED
+
+
+def test_sessions_that_never_come_up_fail_the_job_that_waits_for_them(world: World) -> None:
+    world.ray.run = Run(RunState.ENDED, GONE)
+    for death in range(1, MAX_ATTEMPTS + 1):
+        assert world.status is JobStatus.QUEUED
+        world.scheduler.step()
+        told = [event.message for event in world.queue.events(world.job_id) if event.message.startswith(NOT_STARTED)]
+        assert len(told) == (death if death < MAX_ATTEMPTS else death + 1)  # and what failed it
+        assert all(message.endswith(": OSError: no disk") for message in told)
+    assert world.status is JobStatus.FAILED
+    assert len(world.ray.launched) == MAX_ATTEMPTS
+
+
+def test_a_scheduler_that_was_replaced_changes_nothing(world: World) -> None:
+    world.queue.release_lease(world.scheduler.lease)
+    before = world.session
+    world.ray.run = Run(RunState.ENDED, GONE)
+    world.scheduler.step()
+    assert world.session == before
+    assert world.status is JobStatus.QUEUED
+    assert len(world.ray.launched) == 1
+
+
+def test_why_a_job_waits_is_in_its_history_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a scheduler alone knows, for those who follow the job elsewhere."""
+    monkeypatch.setattr("jobs.scheduler.time.time", lambda: world.now)
+    started = "its session is being started"
+    for _ in range(2):
+        assert run_step(world.scheduler)
+    assert world.waits == [started]
+    world.now += SLOW_SECONDS
+    world.ray.run = Run(RunState.STARTING, "Job has not started yet.\n  It may wait\tfor resources.")
+    world.scheduler.step()
+    slow = "Ray has not started its session for 30 s (Job has not started yet. It may wait for resources.)"
+    assert world.waits == [started, slow]
+    world.come_up()
+    assert world.waits == [started, slow]
+    world.ray.run = Run(RunState.ENDED, GONE)
+    world.scheduler.step()  # back to the queue, and for it another session
+    assert world.waits == [started, slow, started]
+
+
+@pytest.mark.parametrize(
+    ("away", "told"),
+    [
+        (
+            RayUnreachableError("Ray's API does not answer: at\nhttp://10.0.0.9"),
+            "Ray's API does not answer: at http://10",
+        ),
+        (RuntimeError("No available agent"), "the scheduler cannot go on: No available agent"),
+    ],
+)
+def test_a_ray_that_cannot_be_reached_is_told_to_those_who_wait(
+    world: World, monkeypatch: pytest.MonkeyPatch, away: Exception, told: str
+) -> None:
+    monkeypatch.setattr("jobs.scheduler.time.time", lambda: world.now)
+    world.ray.away = away
+    for _ in range(3):
+        assert run_step(world.scheduler)
+    assert len(world.waits) == 2
+    assert world.waits[-1].startswith(told)
+    world.ray.away = None
+    run_step(world.scheduler)
+    assert world.waits[-1] == "its session is being started"
+    world.queue.release_lease(world.scheduler.lease)
+    world.ray.away = away
+    run_step(world.scheduler)
+    assert len(world.waits) == 3  # another one schedules now
