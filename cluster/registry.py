@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.storage import (
+from cluster.storage.directory import (
     Storage,
     StorageCorrupt,
     StorageNotFound,

@@ -10,8 +10,8 @@ from ray import serve
 from ray.serve import Application, Deployment
 
 from cluster.settings import Settings, load_settings
-from deploy.adapter_server import AdapterServer
-from deploy.gateway import Gateway
+from deploy.api.gateway import Gateway
+from deploy.serving.server import AdapterServer
 
 _ONGOING = 64  # a replica decodes 8 of them at a time; the others wait in its line
 _QUEUED = 256  # more than that and callers are told to come back (429)

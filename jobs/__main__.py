@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from cluster.proxies import reach_this_machine_directly
-from cluster.runtime import (
+from cluster.ray_runtime import (
     cluster_name,
     code_version,
     embedded_environment,
@@ -28,11 +28,11 @@ from cluster.runtime import (
     use_own_ray,
 )
 from cluster.settings import Settings, SettingsError, load_settings
-from jobs.database import check_database
 from jobs.job import TERMINAL, Job, JobError, JobStatus, Wish, lease_name
-from jobs.job_queue import JobQueue
 from jobs.job_report import progress_line, report
 from jobs.spec import SpecError, load_spec
+from jobs.store.database import check_database
+from jobs.store.jobs import JobQueue
 
 POLL_SECONDS = 0.5
 WATCH_SECONDS = 10.0
@@ -89,8 +89,8 @@ def _submit(settings: Settings, arguments: argparse.Namespace) -> int:
     spec = spec.model_copy(update={"base_model": settings.locate_base(spec.base_model)})
     # Late: these import torch and Ray, which `list` and `show` can do without.
     from jobs.admission import admit
-    from jobs.launcher import Launcher
-    from jobs.scheduler import ensure_scheduler
+    from jobs.scheduling.launcher import Launcher
+    from jobs.scheduling.scheduler import ensure_scheduler
 
     queue = JobQueue(settings.database_url)
     if on_a_cluster():
@@ -204,7 +204,7 @@ def _cancel(settings: Settings, arguments: argparse.Namespace) -> int:
 def _scheduler(settings: Settings, _: argparse.Namespace) -> int:
     if not on_a_cluster():
         os.environ.update(embedded_environment(settings))
-    from jobs.scheduler import run_scheduler
+    from jobs.scheduling.scheduler import run_scheduler
 
     run_scheduler(settings)
     return 0

@@ -17,20 +17,20 @@ from typing import TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cluster.bases import fetch_url, listed_files, local_source
 from cluster.settings import ALIAS, Settings
-from cluster.storage import Storage, StorageError, dataset_key, job_spec_key, open_storage
+from cluster.sources import fetch_url, listed_files, local_source
+from cluster.storage.directory import Storage, StorageError, dataset_key, job_spec_key, open_storage
 from jobs.initial_adapter import fetch_initial, store_initial
 from jobs.job import Job
 from jobs.spec import JobSpec, SpecError
 from jobs.stored_examples import examples_of, store_examples
-from lora_core.adapter import Adapter
-from lora_core.adapter_bank import AdapterBank
-from lora_core.adapter_init import LoraConfigError, adapted_modules, check_without_dense_weights, continued_adapter
-from lora_core.base_checks import BaseModelError
-from lora_core.base_model import QUANTISED, describe_base, not_quantised, too_long
-from lora_core.dataset import DatasetError
-from lora_core.peft_format import read_adapter
+from lora_core.adapters.adapter import Adapter
+from lora_core.adapters.init import LoraConfigError, adapted_modules, check_without_dense_weights, continued_adapter
+from lora_core.adapters.peft_format import read_adapter
+from lora_core.data.dataset import DatasetError
+from lora_core.models.base import QUANTISED, describe_base, not_quantised, too_long
+from lora_core.models.checks import BaseModelError
+from lora_core.models.hooks.bank import AdapterBank
 
 T = TypeVar("T")
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.proxies import reach_this_machine_directly
-from cluster.runtime import WHICH_RAY, NoClusterError, find_embedded, record_process
+from cluster.ray_runtime import WHICH_RAY, NoClusterError, find_embedded, record_process
 from cluster.settings import Settings, load_settings
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from cluster.registry import LATEST, AdapterNotFound, AdapterRegistry, content_digest
 from cluster.settings import Settings
-from cluster.storage import Storage, StorageCorrupt, StorageNotFound, init_adapter_key, open_storage
+from cluster.storage.directory import Storage, StorageCorrupt, StorageNotFound, init_adapter_key, open_storage
 from jobs.spec import is_published_adapter
-from lora_core.adapter import Adapter
-from lora_core.adapter_bank import AdapterBank
-from lora_core.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from lora_core.adapters.adapter import Adapter
+from lora_core.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from lora_core.models.hooks.bank import AdapterBank
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
 FINGERPRINT_FILE = "base_fingerprint"

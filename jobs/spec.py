@@ -23,7 +23,7 @@ from pydantic_core import ErrorDetails
 
 from jobs.spec_text import parse
 from lora_core.config import LoraConfig, TrainConfig
-from lora_core.json_values import shown, unusable
+from lora_core.data.json_values import shown, unusable
 
 ADAPTER_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from lora_core.json_values import shown, whole_number
+from lora_core.data.json_values import shown, whole_number
 
 MOST_NESTED = 20
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cluster.storage import Storage, examples_key
+from cluster.storage.directory import Storage, examples_key
 from jobs.spec import JobSpec
-from lora_core.base_files import chat_template_hash
-from lora_core.base_model import token_rows
-from lora_core.dataset import build_datasets
-from lora_core.encoded_datasets import Datasets, read_datasets, write_datasets
+from lora_core.data.dataset import build_datasets
+from lora_core.data.encoded_datasets import Datasets, read_datasets, write_datasets
+from lora_core.models.base import token_rows
+from lora_core.models.files import chat_template_hash
 
 
 def examples_of(

@@ -12,12 +12,12 @@ from typing import Any
 _HOMES = {
     "LoraConfig": "config",
     "TrainConfig": "config",
-    "load_base": "base_model",
+    "load_base": "models.base",
     "TrainJob": "library",
     "TrainJobsError": "library",
     "TrainResult": "library",
     "train": "library",
-    "write_merged": "merge",
+    "write_merged": "models.merge",
 }
 __all__ = list(_HOMES)
 

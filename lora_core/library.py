@@ -22,16 +22,16 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from lora_core.adapter_init import LoraConfigError
-from lora_core.base_model import BaseModel, token_rows, too_long
+from lora_core.adapters.init import LoraConfigError
+from lora_core.adapters.peft_format import AdapterFormatError, adapter_files, read_adapter
 from lora_core.config import LoraConfig, TrainConfig
-from lora_core.dataset import DatasetError, DatasetReport, build_datasets
-from lora_core.encoded_datasets import Datasets, read_datasets, write_datasets
-from lora_core.engine_job import EngineJob, JobDiverged
-from lora_core.live_job import CheckpointMismatchError, LiveJob
-from lora_core.optim import Evaluation, Snapshot
-from lora_core.peft_format import AdapterFormatError, adapter_files, read_adapter
-from lora_core.trainer import TrainEngine
+from lora_core.data.dataset import DatasetError, DatasetReport, build_datasets
+from lora_core.data.encoded_datasets import Datasets, read_datasets, write_datasets
+from lora_core.models.base import BaseModel, token_rows, too_long
+from lora_core.training.active_job import CheckpointMismatchError, LiveJob
+from lora_core.training.engine import TrainEngine
+from lora_core.training.job import EngineJob, JobDiverged
+from lora_core.training.optimizer import Evaluation, Snapshot
 
 log = logging.getLogger("lora.library")
 
@@ -159,7 +159,7 @@ def train(
 
 class _Checkpoints:
     """The states of jobs, a file each, and what their rows became beside. They are written on a thread, one at a time:
-    in host memory there is room for one (see `memory.py`).
+    in host memory there is room for one (see `training/memory/predictor.py`).
     """
 
     def __init__(self, folder: Path, base: BaseModel, seconds: float | None) -> None:

@@ -12,7 +12,7 @@ and makes A
 equals
   PEFT's `lora_alpha / r`, so an old run with `alpha` is continued in PEFT with `lora_alpha = alpha * r`.
 
-This file is the definition that everything faster is tested against. The service trains through `adapter_bank.py`,
+This file is the definition that everything faster is tested against. The service trains through `models/hooks/bank.py`,
 where many adapters share one base; one step of both is the same (`tests/core/test_lora.py`).
 """
 

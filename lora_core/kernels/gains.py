@@ -1,4 +1,4 @@
-"""DoRA's part of a layer (`lora_core/dora.py`): y = gain v, v = x W^T + h B^T, row by row of W, for the adapters of a
+"""DoRA's part of a layer (`adapters/dora.py`): y = gain v, v = x W^T + h B^T, row by row of W, for the adapters of a
 batch that have magnitudes; other rows stay as they are.
 
     apply_gains_      v -> y, after `expand_`; on CUDA the kernels that add h B^T do it

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_core.dropout import threshold
+from lora_core.adapters.dropout import threshold
 from lora_core.kernels.operands import TILE_ROWS, GroupAdapter, LinearGroup, LowRank, Norm
 
 FIELDS = 32

@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_core.dropout import dropout_mask, kept_share
+from lora_core.adapters.dropout import dropout_mask, kept_share
 from lora_core.kernels import dispatch
 from lora_core.kernels import low_rank as plain
 from lora_core.kernels.operands import GroupAdapter, LowRank, Norm, Part

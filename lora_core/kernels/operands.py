@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_core.transfer import to_device
+from lora_core.kernels.transfer import to_device
 
 TILE_ROWS = 64
 """Rows that one program takes of one adapter: 16 for each of four warps. With fewer, warps compute the same twice."""

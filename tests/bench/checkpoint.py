@@ -20,13 +20,13 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from lora_core.attention import ATTENTION_NAME
-from lora_core.base_files import DTYPES
-from lora_core.base_model import BaseModel
 from lora_core.config import LoraConfig, TrainConfig
-from lora_core.engine_job import EngineJob
-from lora_core.fastest_precision import fastest_precision
-from lora_core.trainer import TrainEngine
+from lora_core.models.attention import ATTENTION_NAME
+from lora_core.models.base import BaseModel
+from lora_core.models.fastest_precision import fastest_precision
+from lora_core.models.files import DTYPES
+from lora_core.training.engine import TrainEngine
+from lora_core.training.job import EngineJob
 from tests.bench.engines import random_documents
 
 SHAPE = {

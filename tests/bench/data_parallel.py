@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 
-from lora_core.attention import ATTENTION_NAME
-from lora_core.base_model import BaseModel
-from lora_core.optim import StepOutcome
-from lora_core.trainer import TrainEngine
+from lora_core.models.attention import ATTENTION_NAME
+from lora_core.models.base import BaseModel
+from lora_core.training.engine import TrainEngine
+from lora_core.training.optimizer import StepOutcome
 from tests.bench.engines import base_of, bench_job, session_step
 from tests.bench.peers import SHAPES, empty_llama, random_llama, stock_step, with_peft
 from tests.bench.report import OURS, PEFT, Conditions, Report, Row, Step, free_memory, peak_gib, time_steps

@@ -8,14 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_core.base_model import BaseModel, placed
 from lora_core.config import LoraConfig, TrainConfig
-from lora_core.dataset import Example
-from lora_core.engine_job import EngineJob, JobDiverged
-from lora_core.optim import StepOutcome
-from lora_core.packing import ROW_MULTIPLE
-from lora_core.ready_batch import ReadyBatch
-from lora_core.trainer import TrainEngine
+from lora_core.data.dataset import Example
+from lora_core.data.packing import ROW_MULTIPLE
+from lora_core.models.base import BaseModel, placed
+from lora_core.training.engine import TrainEngine
+from lora_core.training.job import EngineJob, JobDiverged
+from lora_core.training.micro_batch import ReadyBatch
+from lora_core.training.optimizer import StepOutcome
 from tests.bench.report import Step
 
 PLAIN = LoraConfig()

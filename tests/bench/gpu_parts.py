@@ -20,17 +20,17 @@ from pathlib import Path
 import torch
 from torch._dynamo.utils import counters
 
-from lora_core.attention import ATTENTION_NAME
+from lora_core.adapters.peft_format import adapter_files
 from lora_core.config import LoraConfig
-from lora_core.engine_job import EngineJob, JobDiverged
+from lora_core.data.packing import pack
 from lora_core.kernels.operands import NO_ADAPTER
-from lora_core.live_job import LiveJob, PreparedJob
-from lora_core.optim import StepOutcome
-from lora_core.packing import pack
-from lora_core.peft_format import adapter_files
-from lora_core.ready_batch import decoder_rows
-from lora_core.trainer import TrainEngine, probe_losses
-from lora_core.transfer import arrival
+from lora_core.kernels.transfer import arrival
+from lora_core.models.attention import ATTENTION_NAME
+from lora_core.training.active_job import LiveJob, PreparedJob
+from lora_core.training.engine import TrainEngine, probe_losses
+from lora_core.training.job import EngineJob, JobDiverged
+from lora_core.training.micro_batch import decoder_rows
+from lora_core.training.optimizer import StepOutcome
 from tests.bench.engines import CountingEngine, base_of, bench_job, checked_step, session_step, set_jobs
 from tests.bench.peers import SHAPES, random_llama
 from tests.bench.report import (

@@ -8,8 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lora_core.decoder_head import HEAD_ROWS
-from lora_core.dora import RowNorms
+from lora_core.adapters.dora import RowNorms
 from lora_core.kernels import (
     cross_entropy,
     cross_entropy_triton,
@@ -27,6 +26,7 @@ from lora_core.kernels import (
     swiglu_triton,
 )
 from lora_core.kernels.operands import LowRank, Norm
+from lora_core.models.llama.head import HEAD_ROWS
 from tests.bench.kernel_operands import (
     RANK,
     Case,

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from lora_core.dropout import key_of
+from lora_core.adapters.dropout import key_of
 from lora_core.kernels import cross_entropy, dispatch, low_rank_triton, masked_low_rank
 from lora_core.kernels.operands import GroupAdapter, LinearGroup, LowRank, Magnitude, Part, Rope, Segments
 from tests.bench.peers import SHAPES

@@ -10,7 +10,7 @@ import functools
 import torch
 
 from lora_core.config import LoraConfig, TrainConfig
-from lora_core.engine_job import EngineJob
+from lora_core.training.job import EngineJob
 from tests.bench.engines import CountingEngine, raise_failed, random_documents, replace_jobs, session_step
 from tests.bench.gpu_parts import STEP_TOKENS, fresh_engine
 from tests.bench.peers import SHAPES, padded_steps, random_llama, settings, stock_step, with_peft

@@ -18,12 +18,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from lora_core.attention import ATTENTION_NAME
-from lora_core.base_model import QUANTISED
 from lora_core.config import LoraConfig
-from lora_core.decoder import Checkpointing
-from lora_core.memory import CONTEXT, Predictor, predictor
-from lora_core.trainer import TrainEngine
+from lora_core.models.attention import ATTENTION_NAME
+from lora_core.models.base import QUANTISED
+from lora_core.models.llama.decoder import Checkpointing
+from lora_core.training.engine import TrainEngine
+from lora_core.training.memory.predictor import CONTEXT, Predictor, predictor
 from tests.bench.engines import base_of, checked_step, set_jobs
 from tests.bench.peers import random_llama
 from tests.bench.report import free_memory, synchronize

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
-from lora_core.adapter_bank import AdapterBank
-from lora_core.base_model import BaseModel, load_base, placed
 from lora_core.config import LoraConfig, TrainConfig
-from lora_core.dataset import Example, build_examples, read_rows
-from lora_core.dataset_encoding import TrainOn
-from lora_core.engine_job import EngineJob
-from lora_core.trainer import TrainEngine, probe_losses
+from lora_core.data.dataset import Example, build_examples, read_rows
+from lora_core.data.encoding import TrainOn
+from lora_core.models.base import BaseModel, load_base, placed
+from lora_core.models.hooks.bank import AdapterBank
+from lora_core.training.engine import TrainEngine, probe_losses
+from lora_core.training.job import EngineJob
 from tests.support.tiny_models import smollm2_gguf
 
 PRECISIONS = ("fp32", "bf16", "fp8", "nf4")

@@ -57,8 +57,8 @@ def child(source: str, precision: str, cache: str) -> None:
     """Load, touch, say so, and wait for the end."""
     import torch
 
-    from lora_core.attention import PackedAttention
-    from lora_core.base_model import load_base
+    from lora_core.models.attention import PackedAttention
+    from lora_core.models.base import load_base
 
     before = _memory(os.getpid())["total_pss"]
     base = load_base(source, precision=precision, cache_dir=Path(cache), device=torch.device("cpu"))  # type: ignore[arg-type]

@@ -21,9 +21,9 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from lora_core.base_files import local_folder
-from lora_core.base_model import BaseModel, load_base
-from lora_core.trainer import TrainEngine
+from lora_core.models.base import BaseModel, load_base
+from lora_core.models.files import local_folder
+from lora_core.training.engine import TrainEngine
 from tests.bench.engines import session_step
 from tests.bench.peers import compiled_step, stock_step, with_peft
 from tests.bench.report import COMPILED, MANY_JOBS, ONE_JOB, OURS, PEFT, Report, Row, Step, time_steps

@@ -15,7 +15,7 @@ from botocore.utils import get_environ_proxies
 from openai import DefaultHttpxClient
 
 from cluster.proxies import reach_this_machine_directly
-from cluster.storage import open_storage
+from cluster.storage.directory import open_storage
 
 NOBODY = "http://127.0.0.1:9"
 

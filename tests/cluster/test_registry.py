@@ -19,14 +19,7 @@ from typing import Any
 import pytest
 
 from cluster.registry import MANIFEST, AdapterNotFound, AdapterRegistry, AdapterVersion, content_digest
-from cluster.storage import (
-    Storage,
-    StorageCorrupt,
-    StorageNotFound,
-    adapter_prefix,
-    alias_key,
-    open_storage,
-)
+from cluster.storage.directory import Storage, StorageCorrupt, StorageNotFound, adapter_prefix, alias_key, open_storage
 
 FILES = {"adapter_config.json": b'{"r": 16}', "adapter_model.safetensors": bytes(range(256)) * 400}
 OTHER = {"x": {"sha256": "0" * 64, "size": 1}}
@@ -149,7 +142,7 @@ def test_readers_never_see_part_of_a_version(storage: Storage, tmp_path: Path) -
 KILLED_PUBLISHER = """
 import os, sys
 from cluster.registry import AdapterRegistry
-from cluster.storage import open_storage
+from cluster.storage.directory import open_storage
 from tests.cluster.test_registry import BASE, FILES, NAME
 
 storage, left = open_storage(sys.argv[1]), int(sys.argv[2])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.runtime import (
+from cluster.ray_runtime import (
     EmbeddedRay,
     cluster_name,
     embedded_environment,
@@ -27,7 +27,7 @@ OTHER = {"RAY_ADDRESS": "10.0.0.9:6379", "RAY_API_SERVER_ADDRESS": "http://10.0.
 
 def test_inside_a_ray_job_the_ray_that_runs_it_counts(tmp_path: Path) -> None:
     """Two processes below a raylet, as a job's are, in an environment that names another Ray."""
-    say = "from cluster.runtime import *; use_own_ray(); print(json.dumps({n: os.environ[n] for n in WHICH_RAY}))"
+    say = "from cluster.ray_runtime import *; use_own_ray(); print(json.dumps({n: os.environ[n] for n in WHICH_RAY}))"
     job = [sys.executable, "-c", say]
     between = f"import subprocess; subprocess.run({job!r}, check=True)"
     below = f"import subprocess; subprocess.run({[sys.executable, '-c', between]!r}, check=True)"

@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from cluster.settings import DEMO_MODEL, Settings, SettingsError, load_settings
-from cluster.storage import DirectoryStorage, open_storage
+from cluster.storage.directory import DirectoryStorage, open_storage
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster import storage_s3
-from cluster.storage import (
+from cluster.storage import s3 as storage_s3
+from cluster.storage.directory import (
     DirectoryStorage,
     S3Storage,
     Storage,
@@ -210,13 +210,13 @@ def test_readers_see_whole_objects_while_they_are_replaced(storage: Storage, tmp
 
 KILLED_WRITER = """
 import os, sys
-from cluster import storage as directory, storage_s3
-from cluster.storage import open_storage
+from cluster.storage import directory, s3
+from cluster.storage.directory import open_storage
 
 def die(*_, **__):
     os.kill(os.getpid(), 9)
 
-storage_s3.MULTIPART_BYTES = storage_s3.PART_BYTES = 5 * 2**20
+s3.MULTIPART_BYTES = s3.PART_BYTES = 5 * 2**20
 storage = open_storage(sys.argv[1])
 if sys.argv[1].startswith("s3"):
     storage.client.meta.events.register("before-send.s3.CompleteMultipartUpload", die)

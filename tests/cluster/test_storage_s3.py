@@ -16,8 +16,8 @@ from botocore.awsrequest import AWSRequest, AWSResponse, HeadersDict
 from botocore.exceptions import ReadTimeoutError
 from botocore.httpsession import URLLib3Session
 
-from cluster import storage_s3
-from cluster.storage import (
+from cluster.storage import s3 as storage_s3
+from cluster.storage.directory import (
     S3Storage,
     Storage,
     StorageConfigError,

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lora_core.adapter_bank import AdapterBank, Run
-from lora_core.adapter_init import init_adapter
-from lora_core.attention import PackedAttention
-from lora_core.base_model import BaseModel
+from lora_core.adapters.init import init_adapter
 from lora_core.config import LoraConfig, TrainConfig
-from lora_core.engine_job import EngineJob
-from lora_core.live_job import LiveJob
-from lora_core.trainer import TrainEngine
+from lora_core.models.attention import PackedAttention
+from lora_core.models.base import BaseModel
+from lora_core.models.hooks.bank import AdapterBank, Run
+from lora_core.training.active_job import LiveJob
+from lora_core.training.engine import TrainEngine
+from lora_core.training.job import EngineJob
 from tests.support.models import VOCABULARY, documents, random_adapter, threads, tiny_base, tiny_model
 
 DOWN = "model.layers.1.mlp.down_proj"

@@ -14,14 +14,14 @@ import torch
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor
 
-from lora_core.adapter import Adapter
-from lora_core.adapter_bank import AdapterBank, Run
-from lora_core.adapter_init import LoraConfigError, adapted_modules, continued_adapter, init_adapter
+from lora_core.adapters.adapter import Adapter
+from lora_core.adapters.init import LoraConfigError, adapted_modules, continued_adapter, init_adapter
+from lora_core.adapters.peft_format import adapter_files, read_adapter
 from lora_core.config import LoraConfig, TrainConfig
-from lora_core.engine_job import EngineJob
-from lora_core.live_job import LiveJob
-from lora_core.peft_format import adapter_files, read_adapter
-from lora_core.trainer import TrainEngine, probe_losses
+from lora_core.models.hooks.bank import AdapterBank, Run
+from lora_core.training.active_job import LiveJob
+from lora_core.training.engine import TrainEngine, probe_losses
+from lora_core.training.job import EngineJob
 from tests.core.test_trainer import exact_clip, padded_loss
 from tests.support.models import (
     InDouble,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_core import cpu_attention
-from lora_core.attention import AttentionSpec, DocumentAttention, PackedAttention, scaled_dot_product
-from lora_core.base_model import BaseModel
+from lora_core.models import attention_cpu as cpu_attention
+from lora_core.models.attention import AttentionSpec, DocumentAttention, PackedAttention, scaled_dot_product
+from lora_core.models.base import BaseModel
 from tests.support.models import CONFIGS, VOCABULARY, relative, tiny_base, tiny_model
 
 LENGTHS = [1, 5, 17, 2, 30]

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lora_core.base_checks import BaseModelError, weight_files
-from lora_core.base_files import local_folder
-from lora_core.base_model import describe_base
+from lora_core.models.base import describe_base
+from lora_core.models.checks import BaseModelError, weight_files
+from lora_core.models.files import local_folder
 from tests.support.models import tiny_model
 from tests.support.tiny_models import byte_tokenizer, load_on_cpu, save_random, weights
 
@@ -111,7 +111,7 @@ def test_what_cannot_be_a_base_is_refused_by_its_files(
     folder = save_random(tmp_path / "model")
     change, message = UNUSABLE[kind]
     change(folder)
-    monkeypatch.setattr("lora_core.base_model.open_model", lambda *_: pytest.fail("it reads weights"))
+    monkeypatch.setattr("lora_core.models.base.open_model", lambda *_: pytest.fail("it reads weights"))
     told = set()
     for use in (lambda: describe_base(str(folder), tmp_path), lambda: load_on_cpu(folder, tmp_path / "cache")):
         with pytest.raises(BaseModelError, match=message) as caught:

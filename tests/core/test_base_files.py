@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from lora_core import base_files
-from lora_core.attention import PackedAttention
-from lora_core.base_checks import BaseModelError
-from lora_core.base_files import chat_template_hash
-from lora_core.base_model import describe_base
+from lora_core.models import files as base_files
+from lora_core.models.attention import PackedAttention
+from lora_core.models.base import describe_base
+from lora_core.models.checks import BaseModelError
+from lora_core.models.files import chat_template_hash
 from tests.support.models import tiny_model
 from tests.support.tiny_models import byte_tokenizer, load_on_cpu, save_random, smollm2_gguf, weights
 
@@ -193,18 +193,18 @@ LOADER = """
 import sys, time
 from pathlib import Path
 import torch
-from lora_core import base_files, base_model
-write = base_files.write_dense
+from lora_core.models import base, files
+write = files.write_dense
 def slow_write(model, folder):
     with open(sys.argv[3], "a") as log:
         log.write("built\\n")
     time.sleep(1.5)
     write(model, folder)
-base_files.write_dense = slow_write
+files.write_dense = slow_write
 print("ready", flush=True)
 sys.stdin.readline()
-base = base_model.load_base(sys.argv[1], precision="bf16", cache_dir=Path(sys.argv[2]), device=torch.device("cpu"))
-print(base.fingerprint, float(sum(p.double().sum() for p in base.model.parameters())), flush=True)
+loaded = base.load_base(sys.argv[1], precision="bf16", cache_dir=Path(sys.argv[2]), device=torch.device("cpu"))
+print(loaded.fingerprint, float(sum(p.double().sum() for p in loaded.model.parameters())), flush=True)
 """
 
 

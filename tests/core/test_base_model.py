@@ -11,12 +11,12 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from lora_core import fastest_precision
-from lora_core.adapter_bank import AdapterBank
-from lora_core.base_checks import BaseModelError
-from lora_core.base_files import chat_template_hash
-from lora_core.base_model import Precision, describe_base, load_base, placed, resolve_precision
-from lora_core.fastest_precision import Shape, row_seconds
+from lora_core.models import fastest_precision
+from lora_core.models.base import Precision, describe_base, load_base, placed, resolve_precision
+from lora_core.models.checks import BaseModelError
+from lora_core.models.fastest_precision import Shape, row_seconds
+from lora_core.models.files import chat_template_hash
+from lora_core.models.hooks.bank import AdapterBank
 from tests.support.models import CONFIGS, CPU, threads, tiny_base, tiny_model
 from tests.support.tiny_models import byte_tokenizer, load_on_cpu, save_random, weights
 

@@ -7,7 +7,7 @@ from itertools import groupby
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_core.batching import Batcher, Waiting
+from lora_core.inference.scheduler import Batcher, Waiting
 
 
 def test_first_come_first_served_into_free_slots() -> None:

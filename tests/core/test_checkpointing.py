@@ -6,11 +6,11 @@ import pytest
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from lora_core.checkpointing import decoder_layers
 from lora_core.config import LoraConfig, TrainConfig
-from lora_core.decoder import Checkpointing
-from lora_core.engine_job import EngineJob
-from lora_core.trainer import TrainEngine
+from lora_core.models.hooks.checkpointing import decoder_layers
+from lora_core.models.llama.decoder import Checkpointing
+from lora_core.training.engine import TrainEngine
+from lora_core.training.job import EngineJob
 from tests.support.models import CONFIGS, documents, next_chunks, threads, tiny_base
 
 CAPACITY = 256

@@ -27,14 +27,14 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from lora_core.config import LoraConfig, TrainConfig
-from lora_core.decoder import Checkpointing, Decoder, Rows
-from lora_core.engine_job import EngineJob
+from lora_core.data.packing import pack
 from lora_core.kernels import gains_triton
-from lora_core.live_job import LiveJob
-from lora_core.packing import pack
-from lora_core.ready_batch import joined_dropout_keys
-from lora_core.rehearsal import Rehearsals
-from lora_core.trainer import TrainEngine
+from lora_core.models.llama.decoder import Checkpointing, Decoder, Rows
+from lora_core.training.active_job import LiveJob
+from lora_core.training.engine import TrainEngine
+from lora_core.training.job import EngineJob
+from lora_core.training.micro_batch import joined_dropout_keys
+from lora_core.training.warmup import Rehearsals
 from tests.support.models import CPU, decode_with_triton, documents, next_chunks, tiny_base
 
 BATCHES = ([4], [4, 4], [4, 5, 3], [2] * 16)

@@ -10,9 +10,9 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lora_core.base_files import load_tokenizer, local_folder
-from lora_core.dataset import Dataset, DatasetError, Example, build_examples, check_rows, split
-from lora_core.dataset_format import RowNumber
+from lora_core.data.dataset import Dataset, DatasetError, Example, build_examples, check_rows, split
+from lora_core.data.format import RowNumber
+from lora_core.models.files import load_tokenizer, local_folder
 from tests.support.rows import chat, message, numbered
 from tests.support.tiny_models import smollm2_gguf
 

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from lora_core.config import TrainConfig
-from lora_core.dataset import DatasetError, build_datasets, build_examples, check_rows, read_rows
+from lora_core.data.dataset import DatasetError, build_datasets, build_examples, check_rows, read_rows
 from tests.support.rows import message
 from tests.support.tiny_models import byte_tokenizer
 

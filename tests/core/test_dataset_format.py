@@ -11,9 +11,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lora_core.dataset import DatasetError, build_examples, check_rows, read_rows
-from lora_core.messages import for_template
-from lora_core.sharegpt import conversation
+from lora_core.data.dataset import DatasetError, build_examples, check_rows, read_rows
+from lora_core.data.messages import for_template
+from lora_core.data.sharegpt import conversation
 from tests.support.rows import chat, message, numbered, problems
 from tests.support.tiny_models import CHAT_TEMPLATE, byte_tokenizer
 

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from lora_core import decoder_head
 from lora_core.config import LoraConfig, TrainConfig
-from lora_core.decoder import Checkpointing, Decoder, Rows
-from lora_core.engine_job import EngineJob
+from lora_core.data.packing import PackedBatch, pack
 from lora_core.kernels import cross_entropy
 from lora_core.kernels.operands import NO_ADAPTER
-from lora_core.live_job import LiveJob
-from lora_core.optim import StepOutcome
-from lora_core.packing import PackedBatch, pack
-from lora_core.precision import DenseWeight, Fp8Weight, Nf4Weight, stacked_dense
-from lora_core.ready_batch import joined_dropout_keys
-from lora_core.trainer import TrainEngine
+from lora_core.models.llama import head as decoder_head
+from lora_core.models.llama.decoder import Checkpointing, Decoder, Rows
+from lora_core.models.precision import DenseWeight, Fp8Weight, Nf4Weight, stacked_dense
+from lora_core.training.active_job import LiveJob
+from lora_core.training.engine import TrainEngine
+from lora_core.training.job import EngineJob
+from lora_core.training.micro_batch import joined_dropout_keys
+from lora_core.training.optimizer import StepOutcome
 from tests.support.models import CPU, decode_with_triton, documents, job, next_chunks, tiny_base
 
 CONFIGS = [

@@ -11,19 +11,20 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase, Qwen3Config
 
-from lora_core import decoder, kernel_memory
-from lora_core.attention import ATTENTION_NAME
-from lora_core.base_model import BaseModel, placed
 from lora_core.config import LoraConfig, TrainConfig
-from lora_core.dataset import Example
-from lora_core.decoder import Checkpointing
-from lora_core.decoder_head import Labels
-from lora_core.decoder_memory import DecoderActivations, linear_bytes
-from lora_core.engine_job import EngineJob
-from lora_core.hook_memory import Meter
-from lora_core.memory import CONTEXT, HOLES, EngineActivations, Predictor, predictor
-from lora_core.precision import Nf4Weight
-from lora_core.trainer import TrainEngine
+from lora_core.data.dataset import Example
+from lora_core.models.attention import ATTENTION_NAME
+from lora_core.models.base import BaseModel, placed
+from lora_core.models.llama import decoder
+from lora_core.models.llama.decoder import Checkpointing
+from lora_core.models.llama.head import Labels
+from lora_core.models.precision import Nf4Weight
+from lora_core.training.engine import TrainEngine
+from lora_core.training.job import EngineJob
+from lora_core.training.memory import kernels as kernel_memory
+from lora_core.training.memory.decoder import DecoderActivations, linear_bytes
+from lora_core.training.memory.hooks import Meter
+from lora_core.training.memory.predictor import CONTEXT, HOLES, EngineActivations, Predictor, predictor
 from tests.bench.peers import SHAPES
 from tests.support.models import CPU, next_chunks
 

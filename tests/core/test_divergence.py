@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from lora_core.attention import PackedAttention
-from lora_core.base_model import BaseModel
-from lora_core.dataset import Example
-from lora_core.engine_job import GUESSING_STEPS, JobDiverged
-from lora_core.optim import StepOutcome
-from lora_core.trainer import TrainEngine
+from lora_core.data.dataset import Example
+from lora_core.models.attention import PackedAttention
+from lora_core.models.base import BaseModel
+from lora_core.training.engine import TrainEngine
+from lora_core.training.job import GUESSING_STEPS, JobDiverged
+from lora_core.training.optimizer import StepOutcome
 from tests.support.models import VOCABULARY, documents, job, outcome_of, state, tiny_base
 
 

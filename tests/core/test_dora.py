@@ -14,18 +14,19 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lora_core import dora, engine_job
-from lora_core.adapter import Adapter
-from lora_core.adapter_bank import AdapterBank, Run
-from lora_core.adapter_init import LoraConfigError, init_adapter
-from lora_core.attention import PackedAttention
+from lora_core.adapters import dora
+from lora_core.adapters.adapter import Adapter
+from lora_core.adapters.dora import weight_of
+from lora_core.adapters.init import LoraConfigError, init_adapter
+from lora_core.adapters.peft_format import adapter_files, read_adapter
 from lora_core.config import LoraConfig
-from lora_core.dora import weight_of
-from lora_core.engine_job import EngineJob, JobDiverged
-from lora_core.live_job import LiveJob
-from lora_core.merge import write_merged
-from lora_core.peft_format import adapter_files, read_adapter
-from lora_core.trainer import TrainEngine, probe_losses
+from lora_core.models.attention import PackedAttention
+from lora_core.models.hooks.bank import AdapterBank, Run
+from lora_core.models.merge import write_merged
+from lora_core.training import job as engine_job
+from lora_core.training.active_job import LiveJob
+from lora_core.training.engine import TrainEngine, probe_losses
+from lora_core.training.job import EngineJob, JobDiverged
 from tests.core.test_trainer import gradient, padded_loss, reference_training
 from tests.support.models import (
     CONFIGS,
@@ -267,7 +268,7 @@ def test_one_micro_batch_or_many_same_gradient(lora: dict[str, Any], monkeypatch
     wanted, base = job(batch_size=8, lora=lora), tiny_base("llama", dtype=torch.float64)
     whole = gradient(base, wanted, capacity=4096)
     monkeypatch.setattr(engine_job, "CHUNK_TOKENS", 32)
-    monkeypatch.setattr("lora_core.loss.SLICE_ROWS", 7)
+    monkeypatch.setattr("lora_core.models.hooks.loss.SLICE_ROWS", 7)
     assert relative(gradient(base, wanted, capacity=64), whole) < 1e-12
     monkeypatch.setattr(engine_job, "CHUNK_TOKENS", 1)
     assert relative(gradient(base, wanted, capacity=4096), whole) < 1e-12

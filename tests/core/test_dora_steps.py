@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_core.base_model import BaseModel
-from lora_core.trainer import TrainEngine
+from lora_core.models.base import BaseModel
+from lora_core.training.engine import TrainEngine
 from tests.support.models import decode_with_triton, decoder_base, documents, job, relative, tiny_base
 
 SOME = {"use_dora": True, "target_modules": ["q_proj", "v_proj", "down_proj"]}

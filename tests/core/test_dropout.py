@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_core.adapter_bank import AdapterBank, Run
+from lora_core.adapters.dropout import dropout_mask
 from lora_core.config import LoraConfig, TrainConfig
-from lora_core.dropout import dropout_mask
-from lora_core.engine_job import EngineJob
-from lora_core.packing import Chunk, pack
-from lora_core.trainer import TrainEngine
+from lora_core.data.packing import Chunk, pack
+from lora_core.models.hooks.bank import AdapterBank, Run
+from lora_core.training.engine import TrainEngine
+from lora_core.training.job import EngineJob
 from tests.support.models import documents, random_adapter, tiny_base, tiny_model
 
 DOWN = "model.layers.1.mlp.down_proj"

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-from lora_core.dataset import Dataset, build_examples
-from lora_core.dataset_format import RowNumber
-from lora_core.encoded_datasets import read_datasets, write_datasets
+from lora_core.data.dataset import Dataset, build_examples
+from lora_core.data.encoded_datasets import read_datasets, write_datasets
+from lora_core.data.format import RowNumber
 from tests.support.rows import chat, numbered
 from tests.support.tiny_models import byte_tokenizer
 

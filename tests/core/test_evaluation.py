@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_core import engine_job
-from lora_core.adapter_bank import Run
-from lora_core.attention import PackedAttention
-from lora_core.dataset import Example
-from lora_core.engine_job import JobDiverged, Progress
-from lora_core.live_job import LiveJob
-from lora_core.optim import Evaluation, StepOutcome
-from lora_core.trainer import TrainEngine
+from lora_core.data.dataset import Example
+from lora_core.models.attention import PackedAttention
+from lora_core.models.hooks.bank import Run
+from lora_core.training import job as engine_job
+from lora_core.training.active_job import LiveJob
+from lora_core.training.engine import TrainEngine
+from lora_core.training.job import JobDiverged, Progress
+from lora_core.training.optimizer import Evaluation, StepOutcome
 from tests.support.models import RanksInThreads, documents, job, outcome_of, state, tiny_base, train_to_the_end
 
 HELD_OUT = documents(9, seed=50)

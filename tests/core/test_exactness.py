@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_core.base_model import BaseModel, load_base
-from lora_core.engine_job import EngineJob
-from lora_core.exactness import EXACT_DTYPES, Exactness, exactness_of
-from lora_core.trainer import TrainEngine
+from lora_core.models.base import BaseModel, load_base
+from lora_core.models.exactness import EXACT_DTYPES, Exactness, exactness_of
+from lora_core.training.engine import TrainEngine
+from lora_core.training.job import EngineJob
 from tests.support.models import CPU, documents, job, state, threads, tiny_base
 from tests.support.tiny_models import save_random
 

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_core import engine_job
-from lora_core.dataset import Example
-from lora_core.engine_job import EngineJob, JobDiverged
-from lora_core.fair_queue import FairQueue
-from lora_core.packing import Chunk
-from lora_core.trainer import TrainEngine
+from lora_core.data.dataset import Example
+from lora_core.data.packing import Chunk
+from lora_core.training import job as engine_job
+from lora_core.training.engine import TrainEngine
+from lora_core.training.fair_queue import FairQueue
+from lora_core.training.job import EngineJob, JobDiverged
 from tests.support.models import (
     RanksInThreads,
     documents,

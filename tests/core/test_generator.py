@@ -16,14 +16,14 @@ from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lora_core.adapter import Adapter
-from lora_core.adapter_bank import AdapterBank
-from lora_core.base_files import local_folder
-from lora_core.base_model import BaseModel, load_base
-from lora_core.detokenizer import TextStream
-from lora_core.generator import GenerationRequest, Generator, PromptTooLongError, for_inference
-from lora_core.peft_format import read_adapter
-from lora_core.sampling import SamplingParams
+from lora_core.adapters.adapter import Adapter
+from lora_core.adapters.peft_format import read_adapter
+from lora_core.inference.detokenizer import TextStream
+from lora_core.inference.engine import GenerationRequest, Generator, PromptTooLongError, for_inference
+from lora_core.inference.sampling import SamplingParams
+from lora_core.models.base import BaseModel, load_base
+from lora_core.models.files import local_folder
+from lora_core.models.hooks.bank import AdapterBank
 from tests.support.models import random_adapter
 from tests.support.tiny_models import byte_tokenizer, save_tiny_model, smollm2_gguf, write_adapter
 

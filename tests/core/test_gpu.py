@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_core.base_model import BaseModel, load_base
+from lora_core.adapters.dropout import dropout_mask
 from lora_core.config import LoraConfig, TrainConfig
-from lora_core.dataset import Example
-from lora_core.dropout import dropout_mask
-from lora_core.engine_job import EngineJob, JobDiverged
-from lora_core.trainer import TrainEngine, probe_losses
-from lora_core.transfer import arrival
+from lora_core.data.dataset import Example
+from lora_core.kernels.transfer import arrival
+from lora_core.models.base import BaseModel, load_base
+from lora_core.training.engine import TrainEngine, probe_losses
+from lora_core.training.job import EngineJob, JobDiverged
 from tests.support.models import outcome_of
 from tests.support.tiny_models import save_tiny_model
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton has no build for this system")
 
-from lora_core.dropout import dropout_mask, key_of
+from lora_core.adapters.dropout import dropout_mask, key_of
 from lora_core.kernels import (
     batch_low_rank,
     cross_entropy,

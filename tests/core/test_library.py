@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 
 import lora_core
 from lora_core import LoraConfig, TrainConfig, TrainJob, TrainJobsError
-from lora_core.base_model import BaseModel, load_base
-from lora_core.dataset import split
-from lora_core.live_job import LiveJob, PreparedJob
-from lora_core.trainer import TrainEngine
+from lora_core.data.dataset import split
+from lora_core.models.base import BaseModel, load_base
+from lora_core.training.active_job import LiveJob, PreparedJob
+from lora_core.training.engine import TrainEngine
 from tests.support.rows import chat, clock_says
 from tests.support.tiny_models import DATED_TEMPLATE, save_tiny_model, with_more_tokens
 
@@ -174,7 +174,7 @@ def test_every_mistake_is_told_before_anything_trains(
     def no_step(_: object) -> Tensor:
         raise AssertionError("it trained")
 
-    monkeypatch.setattr("lora_core.trainer.TrainEngine.step", no_step)
+    monkeypatch.setattr("lora_core.training.engine.TrainEngine.step", no_step)
     (tmp_path / "bad.jsonl").write_text('{"prompt": 1, "completion": "x"}\nno json\n')
     (tmp_path / "file").write_text("")
     jobs = [
@@ -482,7 +482,7 @@ def test_how_often_checkpoints_are_written_is_what_is_asked_for(
     base: BaseModel, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[str] = []
-    monkeypatch.setattr("lora_core.optim.Snapshot.write", lambda _, path: written.append(path.stem))
+    monkeypatch.setattr("lora_core.training.optimizer.Snapshot.write", lambda _, path: written.append(path.stem))
     jobs = [TrainJob(name, dataset, train=SHORT.model_copy(update={"epochs": 10})) for name in "ab"]
     for seconds, fewest, most in ((None, 0, 0), (3600.0, 2, 2), (0.0, 10, 62)):
         written.clear()

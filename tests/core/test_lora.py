@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora_core.config import LoraConfig, TrainConfig
-from lora_core.engine_job import EngineJob
 from lora_core.lora import LinearWithLoRA, LoRALayer, replace_linear_with_lora
-from lora_core.optim import StepOutcome
-from lora_core.trainer import TrainEngine
+from lora_core.training.engine import TrainEngine
+from lora_core.training.job import EngineJob
+from lora_core.training.optimizer import StepOutcome
 from tests.support.models import documents, tiny_base, tiny_model
 
 

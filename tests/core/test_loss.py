@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_core import loss
-from lora_core.loss import chunk_losses
+from lora_core.models.hooks import loss
+from lora_core.models.hooks.loss import chunk_losses
 
 WEIGHT = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
 

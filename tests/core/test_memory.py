@@ -16,16 +16,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase
 
-from lora_core import footprint, hook_memory, memory, trainer
-from lora_core.attention import ATTENTION_NAME
-from lora_core.base_files import local_folder
-from lora_core.base_model import BaseModel
+from lora_core.adapters.peft_format import adapter_files
 from lora_core.config import LoraConfig, TrainConfig
-from lora_core.dataset import Example
-from lora_core.decoder import Checkpointing
-from lora_core.engine_job import EngineJob
-from lora_core.hook_memory import Meter, frozen
-from lora_core.memory import (
+from lora_core.data.dataset import Example
+from lora_core.models.attention import ATTENTION_NAME
+from lora_core.models.base import BaseModel
+from lora_core.models.files import local_folder
+from lora_core.models.llama.decoder import Checkpointing
+from lora_core.training import engine as trainer
+from lora_core.training.engine import TrainEngine
+from lora_core.training.job import EngineJob
+from lora_core.training.memory import footprint
+from lora_core.training.memory import hooks as hook_memory
+from lora_core.training.memory import predictor as memory
+from lora_core.training.memory.hooks import Meter, frozen
+from lora_core.training.memory.predictor import (
     DoesNotFitError,
     NoRoomBesideError,
     Plan,
@@ -34,9 +39,7 @@ from lora_core.memory import (
     predictor,
     vector_bytes,
 )
-from lora_core.optim import FlatAdamW
-from lora_core.peft_format import adapter_files
-from lora_core.trainer import TrainEngine
+from lora_core.training.optimizer import FlatAdamW
 from tests.support.models import CONFIGS, CPU, documents, next_chunks, tiny_base
 from tests.support.tiny_models import byte_tokenizer, smollm2_gguf
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_core.dataset import Example
-from lora_core.engine_job import JobDiverged
-from lora_core.live_job import LiveJob
-from lora_core.trainer import TrainEngine
+from lora_core.data.dataset import Example
+from lora_core.training.active_job import LiveJob
+from lora_core.training.engine import TrainEngine
+from lora_core.training.job import JobDiverged
 from tests.support.models import documents, job, tiny_base
 
 

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_core.dataset import Example
-from lora_core.packing import ROW_MULTIPLE, Chunk, PackedBatch, cut_into_chunks, pack
+from lora_core.data.dataset import Example
+from lora_core.data.packing import ROW_MULTIPLE, Chunk, PackedBatch, cut_into_chunks, pack
 from tests.support.models import micro_batches
 
 CPU = torch.device("cpu")

@@ -17,13 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_core.adapter import Adapter
-from lora_core.adapter_bank import AdapterBank, Run
-from lora_core.adapter_init import init_adapter
-from lora_core.attention import PackedAttention
-from lora_core.base_model import BaseModel
+from lora_core.adapters.adapter import Adapter
+from lora_core.adapters.init import init_adapter
+from lora_core.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, AdapterFormatError, adapter_files, read_adapter
 from lora_core.config import LoraConfig
-from lora_core.peft_format import CONFIG_FILE, WEIGHTS_FILE, AdapterFormatError, adapter_files, read_adapter
+from lora_core.models.attention import PackedAttention
+from lora_core.models.base import BaseModel
+from lora_core.models.hooks.bank import AdapterBank, Run
 from tests.support.models import VOCABULARY, adapter_in_double, tiny_base, tiny_model
 
 IDS = torch.randint(3, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(0))

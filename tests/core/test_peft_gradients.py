@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_core.base_model import BaseModel
-from lora_core.engine_job import EngineJob
-from lora_core.live_job import LiveJob
-from lora_core.trainer import TrainEngine
+from lora_core.models.base import BaseModel
+from lora_core.training.active_job import LiveJob
+from lora_core.training.engine import TrainEngine
+from lora_core.training.job import EngineJob
 from tests.core.test_trainer import padded_loss
 from tests.support.models import decoder_base, documents, job, next_chunks, relative, tiny_base, tiny_model
 

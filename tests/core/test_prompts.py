@@ -10,12 +10,12 @@ import pytest
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from deploy.adapter_server import AdapterServer
-from deploy.api_requests import ApiError, ChatRequest, TextRequest, parse_request
-from lora_core.dataset import DatasetError, Example, build_examples
-from lora_core.dataset_format import Row
-from lora_core.detokenizer import end_tokens
-from lora_core.prompts import PromptError, prompt_ids, rendered
+from deploy.api.schemas import ApiError, ChatRequest, TextRequest, parse_request
+from deploy.serving.server import AdapterServer
+from lora_core.data.dataset import DatasetError, Example, build_examples
+from lora_core.data.format import Row
+from lora_core.data.prompts import PromptError, prompt_ids, rendered
+from lora_core.inference.detokenizer import end_tokens
 from tests.support.models import tiny_base
 from tests.support.rows import chat, clock_says, message, numbered
 from tests.support.tiny_models import CHAT_TEMPLATE, DATED_TEMPLATE, SPECIALS, byte_tokenizer

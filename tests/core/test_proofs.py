@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_core import engine_job
-from lora_core.decoder import Checkpointing
-from lora_core.engine_job import EngineJob, JobDiverged
-from lora_core.trainer import TrainEngine
+from lora_core.models.llama.decoder import Checkpointing
+from lora_core.training import job as engine_job
+from lora_core.training.engine import TrainEngine
+from lora_core.training.job import EngineJob, JobDiverged
 from tests.support.models import (
     RanksInThreads,
     decoder_base,

@@ -13,18 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lora_core.adapter_bank import AdapterBank
-from lora_core.adapter_init import init_adapter
-from lora_core.attention import ATTENTION_NAME, PackedAttention
-from lora_core.base_model import BaseModel, load_base, placed
+from lora_core.adapters.init import init_adapter
 from lora_core.config import LoraConfig, TrainConfig
-from lora_core.dataset import Example
-from lora_core.decoder import Checkpointing, Decoder
-from lora_core.engine_job import EngineJob, JobDiverged
+from lora_core.data.dataset import Example
 from lora_core.kernels.operands import NF4_BLOCK, NF4_LEVELS
 from lora_core.kernels.quantize import dequantize_nf4, quantize_nf4, quantize_rows
-from lora_core.precision import DenseWeight, Fp8Weight, Nf4Weight
-from lora_core.trainer import TrainEngine
+from lora_core.models.attention import ATTENTION_NAME, PackedAttention
+from lora_core.models.base import BaseModel, load_base, placed
+from lora_core.models.hooks.bank import AdapterBank
+from lora_core.models.llama.decoder import Checkpointing, Decoder
+from lora_core.models.precision import DenseWeight, Fp8Weight, Nf4Weight
+from lora_core.training.engine import TrainEngine
+from lora_core.training.job import EngineJob, JobDiverged
 from tests.support.models import CPU, VOCABULARY, documents, job, outcome_of, relative, state, tiny_base
 from tests.support.tiny_models import save_tiny_model
 

@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_core import engine_job, trainer
-from lora_core.engine_job import EngineJob, JobDiverged
-from lora_core.optim import StepOutcome
-from lora_core.trainer import TrainEngine
+from lora_core.training import engine as trainer
+from lora_core.training import job as engine_job
+from lora_core.training.engine import TrainEngine
+from lora_core.training.job import EngineJob, JobDiverged
+from lora_core.training.optimizer import StepOutcome
 from tests.support.models import RanksInThreads, decoder_base, documents, job, state, tiny_base
 
 WAYS = pytest.mark.parametrize("way", ["hooks", "decoder"])

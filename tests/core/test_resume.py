@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lora_core import engine_job
-from lora_core.dataset import Example
-from lora_core.optim import StepOutcome
-from lora_core.trainer import TrainEngine
+from lora_core.data.dataset import Example
+from lora_core.training import job as engine_job
+from lora_core.training.engine import TrainEngine
+from lora_core.training.optimizer import StepOutcome
 from tests.support.models import documents, job, outcome_of, state, tiny_base, train_to_the_end, train_until
 
 

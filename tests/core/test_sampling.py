@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_core.sampling import Sampler, SamplingParams, sample
+from lora_core.inference.sampling import Sampler, SamplingParams, sample
 
 GREEDY = SamplingParams(temperature=0.0)
 

@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_core import engine_job
-from lora_core.base_model import BaseModel
 from lora_core.config import TrainConfig
-from lora_core.dataset import Example
-from lora_core.engine_job import EngineJob
-from lora_core.live_job import LiveJob
+from lora_core.data.dataset import Example
 from lora_core.lora import LinearWithLoRA, replace_linear_with_lora
-from lora_core.optim import learning_rate
-from lora_core.trainer import TrainEngine, probe_losses
+from lora_core.models.base import BaseModel
+from lora_core.training import job as engine_job
+from lora_core.training.active_job import LiveJob
+from lora_core.training.engine import TrainEngine, probe_losses
+from lora_core.training.job import EngineJob
+from lora_core.training.optimizer import learning_rate
 from tests.support.models import (
     RanksInThreads,
     chunks_of,

@@ -13,18 +13,19 @@ import pytest
 
 from cluster.registry import AdapterRegistry, AdapterVersion
 from cluster.settings import Settings
-from cluster.storage import StorageUnavailable, open_storage
-from deploy import adapter_cache, decode_loop, ray_metrics
-from deploy.adapter_server import AdapterServer
-from deploy.decode_loop import DecodeLoop
-from deploy.protocol import Answer, Opened, Piece, Question, Refusal
-from lora_core.adapter_bank import AdapterBank
-from lora_core.base_files import chat_template_hash
-from lora_core.base_model import BaseModel, load_base
-from lora_core.dataset import Example
-from lora_core.generator import Generator
-from lora_core.peft_format import adapter_files
-from lora_core.trainer import probe_losses
+from cluster.storage.directory import StorageUnavailable, open_storage
+from deploy.serving import adapter_cache, decode_loop
+from deploy.serving import metrics as ray_metrics
+from deploy.serving.decode_loop import DecodeLoop
+from deploy.serving.protocol import Answer, Opened, Piece, Question, Refusal
+from deploy.serving.server import AdapterServer
+from lora_core.adapters.peft_format import adapter_files
+from lora_core.data.dataset import Example
+from lora_core.inference.engine import Generator
+from lora_core.models.base import BaseModel, load_base
+from lora_core.models.files import chat_template_hash
+from lora_core.models.hooks.bank import AdapterBank
+from lora_core.training.engine import probe_losses
 from tests.support.models import random_adapter
 from tests.support.tiny_models import save_tiny_model, with_more_tokens
 

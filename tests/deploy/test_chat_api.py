@@ -26,17 +26,17 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from cluster.metrics import METRICS
 from cluster.registry import AdapterRegistry, AdapterVersion
 from cluster.settings import Settings
-from cluster.storage import open_storage
+from cluster.storage.directory import open_storage
 from deploy import app as application
-from deploy import gateway
-from deploy.api_requests import ApiError, ChatRequest, TextRequest, parse_request
-from deploy.chat_api import ChatResponse, ModelName, TextResponse, parse_model
-from deploy.protocol import Answer, Opened, Piece
-from lora_core.adapter import Adapter
-from lora_core.adapter_bank import AdapterBank, Run
-from lora_core.attention import PackedAttention
-from lora_core.base_model import BaseModel, load_base
-from lora_core.peft_format import adapter_files
+from deploy.api import gateway
+from deploy.api.responses import ChatResponse, ModelName, TextResponse, parse_model
+from deploy.api.schemas import ApiError, ChatRequest, TextRequest, parse_request
+from deploy.serving.protocol import Answer, Opened, Piece
+from lora_core.adapters.adapter import Adapter
+from lora_core.adapters.peft_format import adapter_files
+from lora_core.models.attention import PackedAttention
+from lora_core.models.base import BaseModel, load_base
+from lora_core.models.hooks.bank import AdapterBank, Run
 from tests.support.models import random_adapter
 from tests.support.tiny_models import save_tiny_model
 

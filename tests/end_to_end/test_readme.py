@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from cluster.registry import AdapterRegistry
-from cluster.storage import open_storage
+from cluster.storage.directory import open_storage
 from jobs.spec import load_spec
 from tests.support.s3_server import S3Server
 

@@ -24,13 +24,13 @@ import psutil
 import pytest
 
 from cluster.settings import Settings
-from cluster.storage import checkpoints_prefix, examples_key, open_storage
+from cluster.storage.directory import checkpoints_prefix, examples_key, open_storage
 from jobs.__main__ import follow, main
 from jobs.admission import admit
 from jobs.job import Job, JobStatus, Wish
-from jobs.job_queue import JobQueue
-from jobs.launcher import RayUnreachableError
+from jobs.scheduling.launcher import RayUnreachableError
 from jobs.spec import load_spec
+from jobs.store.jobs import JobQueue
 from tests.support.another_ray import another_ray
 from tests.support.queue_kit import submit
 from tests.support.tiny_models import save_tiny_model

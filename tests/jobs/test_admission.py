@@ -15,17 +15,17 @@ from transformers import AutoModelForCausalLM
 
 from cluster.registry import AdapterRegistry
 from cluster.settings import Settings
-from cluster.storage import StorageCorrupt, StorageNotFound, dataset_key, init_adapter_key, open_storage
+from cluster.storage.directory import StorageCorrupt, StorageNotFound, dataset_key, init_adapter_key, open_storage
 from jobs.admission import admit
 from jobs.initial_adapter import load_initial
-from jobs.job_reader import JobReader
-from jobs.orders import Assignment
+from jobs.session.loader import JobReader
+from jobs.session.messages import Assignment
 from jobs.spec import JobSpec, SpecError
 from jobs.stored_examples import examples_of
-from lora_core.adapter_bank import AdapterBank
-from lora_core.base_files import chat_template_hash, load_tokenizer
-from lora_core.base_model import describe_base, load_base
-from lora_core.trainer import TrainEngine
+from lora_core.models.base import describe_base, load_base
+from lora_core.models.files import chat_template_hash, load_tokenizer
+from lora_core.models.hooks.bank import AdapterBank
+from lora_core.training.engine import TrainEngine
 from tests.support.models import random_adapter
 from tests.support.rows import chat, clock_says
 from tests.support.s3_server import S3Server

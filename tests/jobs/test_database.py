@@ -19,14 +19,14 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from jobs.database import check_database, jobs
 from jobs.job import (
     DatabaseSettingError,
     DatabaseUnavailableError,
     IllegalTransitionError,
     JobNotFoundError,
 )
-from jobs.job_queue import JobQueue
+from jobs.store.database import check_database, jobs
+from jobs.store.jobs import JobQueue
 from tests.support.queue_kit import (
     CANCELLED,
     QUEUED,
@@ -83,7 +83,7 @@ def live(url: str, number: int, ready: Any, answers: Any) -> None:
 
 def test_processes_that_share_a_new_database_lose_nothing(url: str) -> None:
     context = multiprocessing.get_context("forkserver")  # its server is a fresh process, without this one's threads
-    context.set_forkserver_preload(["pytest", "jobs.job_queue", "psycopg", "sqlalchemy.dialects.postgresql"])
+    context.set_forkserver_preload(["pytest", "jobs.store.jobs", "psycopg", "sqlalchemy.dialects.postgresql"])
     ready, answers = context.Barrier(PROCESSES), context.Queue()
     workers = [context.Process(target=live, args=(url, n, ready, answers), daemon=True) for n in range(PROCESSES)]
     for worker in workers:

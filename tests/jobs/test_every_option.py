@@ -16,9 +16,9 @@ from torch import Tensor
 import lora_core
 from jobs.spec import JobSpec
 from lora_core import LoraConfig, TrainConfig, TrainJob
-from lora_core.base_model import load_base
-from lora_core.optim import Evaluation
-from lora_core.trainer import TrainEngine
+from lora_core.models.base import load_base
+from lora_core.training.engine import TrainEngine
+from lora_core.training.optimizer import Evaluation
 from tests.support.tiny_models import save_tiny_model
 
 CPU = torch.device("cpu")

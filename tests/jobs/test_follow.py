@@ -9,8 +9,8 @@ import pytest
 
 from jobs.__main__ import PATIENCE_SECONDS, WATCH_SECONDS, follow
 from jobs.job import JobStatus, lease_name
-from jobs.job_queue import JobQueue
-from jobs.launcher import RayUnreachableError
+from jobs.scheduling.launcher import RayUnreachableError
+from jobs.store.jobs import JobQueue
 from tests.support.queue_kit import submit
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import pytest
 import sqlalchemy as sa
 
-from jobs.database import jobs, sessions
 from jobs.job import (
     SESSION_TRANSITIONS,
     TERMINAL,
@@ -24,8 +23,9 @@ from jobs.job import (
     SessionState,
     Wish,
 )
-from jobs.job_queue import JobQueue
-from jobs.policy import Action, Assign, Cluster, Launch, Stop, plan, snapshot
+from jobs.scheduling.policy import Action, Assign, Cluster, Launch, Stop, plan, snapshot
+from jobs.store.database import jobs, sessions
+from jobs.store.jobs import JobQueue
 from tests.support.queue_kit import (
     CANCELLED,
     FAILED,

@@ -10,8 +10,8 @@ import pytest
 
 from jobs.__main__ import main
 from jobs.job import JobStatus, SessionState, Wish
-from jobs.job_queue import JobQueue
 from jobs.spec import JobSpec
+from jobs.store.jobs import JobQueue
 
 PROGRESS = {
     "step": 30, "steps": 40, "loss": 0.21422954039140182, "first_loss": 2.5, "tokens": 3000, "supervised_tokens": 900,

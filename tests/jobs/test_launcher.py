@@ -8,8 +8,8 @@ import pytest
 from ray.exceptions import RpcError
 from ray.util.state.exception import ServerUnavailable
 
-from jobs import launcher
-from jobs.launcher import Launcher, RayUnreachableError, RunState
+from jobs.scheduling import launcher
+from jobs.scheduling.launcher import Launcher, RayUnreachableError, RunState
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.orders import Assignment, JobFailed, Mailbox, NoRoom, Orders, Progressed, RankBroke, Report, Trained
+from jobs.session.messages import Assignment, JobFailed, Mailbox, NoRoom, Orders, Progressed, RankBroke, Report, Trained
 
 FIRST, SECOND = Assignment("a", 1, "{}", "datasets/1"), Assignment("b", 1, "{}", "datasets/2")
 

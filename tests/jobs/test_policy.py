@@ -11,7 +11,18 @@ from typing import TypeVar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.policy import Action, Assign, Cluster, Launch, LiveSession, RunningJob, Stop, WaitingJob, plan, reasons
+from jobs.scheduling.policy import (
+    Action,
+    Assign,
+    Cluster,
+    Launch,
+    LiveSession,
+    RunningJob,
+    Stop,
+    WaitingJob,
+    plan,
+    reasons,
+)
 
 T = TypeVar("T")
 WIDTH = {"a": 1, "b": 1, "c": 2, "d": 3, "e": 5}  # a session key stands for its number of workers too

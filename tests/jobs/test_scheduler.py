@@ -9,10 +9,10 @@ import pytest
 
 from cluster.settings import Settings
 from jobs.job import JobStatus, Session, SessionState
-from jobs.job_queue import JobQueue
-from jobs.launcher import ClusterSize, Launcher, RayUnreachableError, Run, RunState
-from jobs.scheduler import MAX_ATTEMPTS, NOT_STARTED, SLOW_SECONDS, Scheduler, run_step
+from jobs.scheduling.launcher import ClusterSize, Launcher, RayUnreachableError, Run, RunState
+from jobs.scheduling.scheduler import MAX_ATTEMPTS, NOT_STARTED, SLOW_SECONDS, Scheduler, run_step
 from jobs.spec import JobSpec
+from jobs.store.jobs import JobQueue
 
 GONE = "failed: Job entrypoint command failed\nTraceback (most recent call last):\n  ...\nOSError: no disk\n\n"
 
@@ -111,7 +111,7 @@ def test_a_driver_that_ray_forgot_lives_as_long_as_its_lease(world: World, monke
     world.come_up()
     assert world.queue.renew_session(world.session.id, world.session.fence, 15.0)
     world.ray.run = Run(RunState.ABSENT)
-    monkeypatch.setattr("jobs.scheduler.time.time", lambda: world.now)
+    monkeypatch.setattr("jobs.scheduling.scheduler.time.time", lambda: world.now)
     world.scheduler.step()
     assert world.status is JobStatus.RUNNING
     world.now += 16.0
@@ -175,7 +175,7 @@ def test_a_scheduler_that_was_replaced_changes_nothing(world: World) -> None:
 
 def test_why_a_job_waits_is_in_its_history_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a scheduler alone knows, for those who follow the job elsewhere."""
-    monkeypatch.setattr("jobs.scheduler.time.time", lambda: world.now)
+    monkeypatch.setattr("jobs.scheduling.scheduler.time.time", lambda: world.now)
     started = "its session is being started"
     for _ in range(2):
         assert run_step(world.scheduler)
@@ -205,7 +205,7 @@ def test_why_a_job_waits_is_in_its_history_once(world: World, monkeypatch: pytes
 def test_a_ray_that_cannot_be_reached_is_told_to_those_who_wait(
     world: World, monkeypatch: pytest.MonkeyPatch, away: Exception, told: str
 ) -> None:
-    monkeypatch.setattr("jobs.scheduler.time.time", lambda: world.now)
+    monkeypatch.setattr("jobs.scheduling.scheduler.time.time", lambda: world.now)
     world.ray.away = away
     for _ in range(3):
         assert run_step(world.scheduler)

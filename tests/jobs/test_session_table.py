@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import sqlalchemy as sa
 
-from jobs.database import jobs, sessions
 from jobs.job import (
     SESSION_TRANSITIONS,
     TRANSITIONS,
@@ -17,7 +16,8 @@ from jobs.job import (
     Lease,
     SessionState,
 )
-from jobs.job_queue import JobQueue
+from jobs.store.database import jobs, sessions
+from jobs.store.jobs import JobQueue
 from tests.support.queue_kit import FAILED, KEY, QUEUED, RUNNING, SUCCEEDED, Clock, bring_to, running_session, submit
 
 pytest_plugins = ["tests.support.queue_kit"]

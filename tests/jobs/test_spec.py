@@ -371,6 +371,8 @@ def test_errors_survive_the_way_between_processes() -> None:
 
 
 def test_the_queue_can_be_used_without_torch_or_ray() -> None:
-    code = "import jobs.job_queue, jobs.policy, sys; print([m for m in ('torch', 'ray') if m in sys.modules])"
+    code = (
+        "import jobs.store.jobs, jobs.scheduling.policy, sys; print([m for m in ('torch', 'ray') if m in sys.modules])"
+    )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"

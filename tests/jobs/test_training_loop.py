@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
-from cluster.storage import StorageCorrupt, StorageUnavailable
-from jobs import job_reader
-from jobs.held_job import OF_PRODUCTS, Held
-from jobs.job_reader import JobReader
-from jobs.orders import Assignment, JobFailed, NoRoom, Orders, RankBroke, Trained
-from jobs.training_loop import Rank, train_loop
+from cluster.storage.directory import StorageCorrupt, StorageUnavailable
+from jobs.session import loader as job_reader
+from jobs.session.loader import JobReader
+from jobs.session.messages import Assignment, JobFailed, NoRoom, Orders, RankBroke, Trained
+from jobs.session.rank import Rank, train_loop
+from jobs.session.report import OF_PRODUCTS, Held
+from lora_core.adapters.peft_format import adapter_files
 from lora_core.config import LoraConfig, TrainConfig
-from lora_core.memory import DoesNotFitError, NoRoomBesideError
-from lora_core.peft_format import adapter_files
-from lora_core.trainer import TrainEngine, probe_losses
+from lora_core.training.engine import TrainEngine, probe_losses
+from lora_core.training.memory.predictor import DoesNotFitError, NoRoomBesideError
 from tests.support.models import documents, job, tiny_base
 
 ASSIGNMENT = Assignment("job-1", 2, "{}", "datasets/x", checkpoint_key="checkpoints/1-500")
@@ -91,7 +91,7 @@ def test_a_job_without_room_beside_others_waits_and_one_that_never_fits_fails() 
         rank._gather = lambda answer, said=said: said.append(answer) or [*said]  # type: ignore[method-assign, misc]
         rank.mailbox = SimpleNamespace(report=SimpleNamespace(remote=reports.append))
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("jobs.training_loop.ray.get", lambda reference: reference)
+            patched.setattr("jobs.session.rank.ray.get", lambda reference: reference)
             rank.rank = 1
             rank._join(Assignment(name, 1, "{}", ""), read(of_ranks[1]))  # the other rank answers first
             rank.rank = 0
@@ -136,8 +136,8 @@ def test_what_broke_a_rank_is_told_after_what_had_ended_and_of_what_had_not(monk
         raise RuntimeError("out of luck")
 
     rank.run = run  # type: ignore[method-assign]
-    monkeypatch.setattr("jobs.training_loop.Rank", lambda *_: rank)
-    monkeypatch.setattr("jobs.training_loop.ray.get", lambda reference: reference)
+    monkeypatch.setattr("jobs.session.rank.Rank", lambda *_: rank)
+    monkeypatch.setattr("jobs.session.rank.ray.get", lambda reference: reference)
     config = dict.fromkeys(("settings", "mailbox", "base_model", "precision"))
     with pytest.raises(RuntimeError, match="out of luck"):
         train_loop(config)
@@ -177,7 +177,7 @@ def rank_with_a_job_that_ends(report: Callable[[Any], None], monkeypatch: pytest
     rank.settings, rank._upload = SimpleNamespace(checkpoint_seconds=math.inf), None  # type: ignore[assignment]
     rank.handing_over, rank._hand_overs, rank._publisher = {}, {}, ThreadPoolExecutor(1)
     rank.mailbox = SimpleNamespace(report=SimpleNamespace(remote=report))
-    monkeypatch.setattr("jobs.training_loop.ray.get", lambda reference: reference)
+    monkeypatch.setattr("jobs.session.rank.ray.get", lambda reference: reference)
     jobs = [job("short", examples=documents(3, 1), epochs=1, batch_size=3), job("long", epochs=1000)]
     spec: Any = SimpleNamespace(lora=LoraConfig(), train=TrainConfig())
     rank.held = {

@@ -281,7 +281,7 @@ CODE_FAULTS: dict[str, tuple[Fault, str]] = {
         "starts no module",
     ),
     "script instead of a module": (
-        lambda m: scheduler(m)["containers"][0].update(command=["python", "jobs/scheduler.py"]),
+        lambda m: scheduler(m)["containers"][0].update(command=["python", "jobs/scheduling/scheduler.py"]),
         "starts no module",
     ),
     "import path to no file": (

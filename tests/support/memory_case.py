@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-from lora_core.base_files import DTYPES
-from lora_core.base_model import describe_base, load_base, resolve_precision
 from lora_core.config import LoraConfig, TrainConfig
-from lora_core.dataset import Example
-from lora_core.decoder import Checkpointing
-from lora_core.engine_job import EngineJob
-from lora_core.memory import HAND_OVER_COPIES, predictor, resident_bytes, return_freed_memory
-from lora_core.trainer import TrainEngine
+from lora_core.data.dataset import Example
+from lora_core.models.base import describe_base, load_base, resolve_precision
+from lora_core.models.files import DTYPES
+from lora_core.models.llama.decoder import Checkpointing
+from lora_core.training.engine import TrainEngine
+from lora_core.training.job import EngineJob
+from lora_core.training.memory.predictor import HAND_OVER_COPIES, predictor, resident_bytes, return_freed_memory
 
 DOCUMENT = 128
 

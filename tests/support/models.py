@@ -15,22 +15,22 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_core.adapter import Adapter
-from lora_core.adapter_bank import AdapterBank
-from lora_core.adapter_init import init_adapter
-from lora_core.adapter_view import AdapterView
-from lora_core.attention import ATTENTION_NAME
-from lora_core.base_model import BaseModel
+from lora_core.adapters.adapter import Adapter
+from lora_core.adapters.init import init_adapter
 from lora_core.config import LoraConfig, TrainConfig
-from lora_core.dataset import Example
-from lora_core.decoder import Batch, Checkpointing, Decoder, Rows
-from lora_core.engine_job import EngineJob, JobDiverged
-from lora_core.fair_queue import FairQueue
+from lora_core.data.dataset import Example
+from lora_core.data.packing import Chunk
 from lora_core.kernels import dispatch
-from lora_core.live_job import LiveJob
-from lora_core.optim import StepOutcome
-from lora_core.packing import Chunk
-from lora_core.trainer import TrainEngine
+from lora_core.models.attention import ATTENTION_NAME
+from lora_core.models.base import BaseModel
+from lora_core.models.hooks.bank import AdapterBank
+from lora_core.models.llama.adapters import AdapterView
+from lora_core.models.llama.decoder import Batch, Checkpointing, Decoder, Rows
+from lora_core.training.active_job import LiveJob
+from lora_core.training.engine import TrainEngine
+from lora_core.training.fair_queue import FairQueue
+from lora_core.training.job import EngineJob, JobDiverged
+from lora_core.training.optimizer import StepOutcome
 
 VOCABULARY = 96
 CPU = torch.device("cpu")

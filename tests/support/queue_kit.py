@@ -16,8 +16,8 @@ from jobs.job import (
     Session,
     SessionState,
 )
-from jobs.job_queue import JobQueue
 from jobs.spec import JobSpec
+from jobs.store.jobs import JobQueue
 
 pytest_plugins = ["tests.support.postgres_server"]
 

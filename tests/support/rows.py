@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lora_core.dataset import DatasetError, check_rows
+from lora_core.data.dataset import DatasetError, check_rows
 
 
 def message(role: str, content: str, **more: Any) -> dict[str, Any]:

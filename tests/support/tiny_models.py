@@ -20,10 +20,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from lora_core.adapter import Adapter
-from lora_core.adapter_bank import AdapterBank
-from lora_core.base_model import BaseModel, load_base
-from lora_core.peft_format import adapter_files
+from lora_core.adapters.adapter import Adapter
+from lora_core.adapters.peft_format import adapter_files
+from lora_core.models.base import BaseModel, load_base
+from lora_core.models.hooks.bank import AdapterBank
 from tests.support.models import CPU, tiny_model
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

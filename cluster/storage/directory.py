@@ -1,0 +1,231 @@
+"""Where datasets, job records, checkpoints and adapters lie: a directory or an S3 bucket, behind the same few verbs.
+
+    storage = open_storage("file:///data/lora")        # or "s3://bucket/prefix"
+    storage.put(dataset_key(sha256), Path("rows.jsonl"))
+
+A reader sees an object whole or not at all, also when its writer is killed. What is read is checked against a sha256.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit
+
+from cluster.storage.base import (
+    TEMPORARY,
+    Keys,
+    Storage,
+    StorageConfigError,
+    StorageCorrupt,
+    StorageError,
+    StorageNotFound,
+    StorageUnavailable,
+    checked_key,
+    checked_prefix,
+    opened,
+    sha256_of,
+    sync_file,
+    sync_folder,
+    temporary_file,
+    verify,
+)
+from cluster.storage.s3 import S3Storage
+
+__all__ = [
+    "DirectoryStorage",
+    "S3Storage",
+    "Storage",
+    "StorageConfigError",
+    "StorageCorrupt",
+    "StorageError",
+    "StorageNotFound",
+    "StorageUnavailable",
+    "adapter_of_alias",
+    "adapter_prefix",
+    "adapter_versions_prefix",
+    "alias_key",
+    "aliases_prefix",
+    "checkpoint_marker_key",
+    "checkpoint_state_key",
+    "checkpoints_prefix",
+    "committed_checkpoint",
+    "dataset_key",
+    "examples_key",
+    "init_adapter_key",
+    "job_result_key",
+    "job_spec_key",
+    "open_storage",
+]
+
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+
+
+# The key layout: every path is spelled here and nowhere else. Names that users choose (tenant, base, adapter) are
+# percent-encoded, so that any name is one part of a key, on any file system.
+
+
+def dataset_key(sha256: str) -> str:
+    return f"datasets/{sha256}"
+
+
+def examples_key(sha256: str) -> str:
+    """Of what the rows of a job became."""
+    return f"examples/{sha256}"
+
+
+def init_adapter_key(digest: str, file: str) -> str:
+    return f"init_adapters/{digest}/{file}"
+
+
+def job_spec_key(job_id: str) -> str:
+    return f"jobs/{job_id}/spec.json"
+
+
+def job_result_key(job_id: str) -> str:
+    return f"jobs/{job_id}/result.json"
+
+
+def checkpoints_prefix(job_id: str) -> str:
+    return f"jobs/{job_id}/checkpoints/"
+
+
+def checkpoint_state_key(job_id: str, attempt: int, step: int) -> str:
+    return f"{checkpoints_prefix(job_id)}{attempt}-{step}/state"
+
+
+def checkpoint_marker_key(job_id: str, attempt: int, step: int) -> str:
+    """Written last: a checkpoint counts once this exists."""
+    return f"{checkpoints_prefix(job_id)}{attempt}-{step}/COMMITTED"
+
+
+def committed_checkpoint(key: str) -> tuple[int, int] | None:
+    """(attempt, step) if the key is a checkpoint's marker, else None: the inverse of `checkpoint_marker_key`."""
+    match = re.fullmatch(r"jobs/[^/]+/checkpoints/(\d+)-(\d+)/COMMITTED", key)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def adapter_versions_prefix(tenant: str, base: str, name: str) -> str:
+    return f"adapters/{_part(tenant)}/{_part(base)}/{_part(name)}/"
+
+
+def adapter_prefix(tenant: str, base: str, name: str, version: str) -> str:
+    return f"{adapter_versions_prefix(tenant, base, name)}{_part(version)}/"
+
+
+def aliases_prefix(tenant: str) -> str:
+    """Aliases lie beside the adapters: listing a tenant's adapters does not list the files of every version."""
+    return f"aliases/{_part(tenant)}/"
+
+
+def alias_key(tenant: str, base: str, name: str, alias: str) -> str:
+    return f"{aliases_prefix(tenant)}{_part(base)}/{_part(name)}/{_part(alias)}.json"
+
+
+def adapter_of_alias(key: str) -> tuple[str, str, str]:
+    """(base, name, alias): the inverse of `alias_key`."""
+    _, _, base, name, file = key.split("/")
+    return _name(base), _name(name), _name(file.removesuffix(".json"))
+
+
+def _part(name: str) -> str:
+    quoted = quote(name, safe="", errors="surrogatepass")  # JSON can hold half a surrogate pair
+    return f"%2E{quoted[1:]}" if quoted.startswith(".") else quoted
+
+
+def _name(part: str) -> str:
+    return unquote(part, errors="surrogatepass")
+
+
+def open_storage(url: str) -> Storage:
+    """`file:///absolute/path` or `s3://bucket/prefix`. Nothing is connected to yet (see `Storage.check`).
+
+    Raises:
+        StorageConfigError: the URL is of neither form.
+    """
+    if url.startswith("file://"):
+        return DirectoryStorage(url)
+    if url.startswith("s3://"):
+        return S3Storage(url)
+    raise StorageConfigError(f"the storage URL {url!r} must be file:///absolute/path or s3://bucket/prefix")
+
+
+class DirectoryStorage(Storage):
+    """Files below one folder: a laptop's, or of a shared file system with POSIX rename and hard links."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        parts = urlsplit(url)
+        if parts.netloc not in ("", "localhost") or not parts.path or parts.query or parts.fragment:
+            raise StorageConfigError(f"the storage URL {url!r} must be file:///absolute/path, with three slashes")
+        self.root = Path(unquote(parts.path))
+
+    def put(self, key: str, content: bytes | Path, *, if_absent: bool = False) -> bool:
+        target = self.root / checked_key(key)
+        with opened(content) as source, self._explained("write", key), temporary_file(target) as file:
+            shutil.copyfileobj(source, file, 2**20)
+            written = sync_file(file)
+            if if_absent:
+                try:
+                    os.link(written, target)  # a rename would replace
+                except FileExistsError:
+                    return False
+            else:
+                written.replace(target)
+            sync_folder(target.parent)
+        return True
+
+    def get(self, key: str, *, sha256: str | None = None) -> bytes:
+        path = self.root / checked_key(key)
+        with self._explained("read", key):
+            content = path.read_bytes()
+        if sha256 is not None:
+            verify(f"{self.url}/{key}", hashlib.sha256(content).hexdigest(), sha256)
+        return content
+
+    def fetch(self, key: str, path: Path, *, sha256: str | None = None) -> None:
+        stored = self.root / checked_key(key)
+        with self._explained("read", key):
+            source = stored.open("rb")
+        with source, temporary_file(path) as file:
+            shutil.copyfileobj(source, file, 2**20)
+            if sha256 is not None:
+                verify(f"{self.url}/{key}", sha256_of(file), sha256)
+            sync_file(file).replace(path)
+
+    def exists(self, key: str) -> bool:
+        return (self.root / checked_key(key)).is_file()
+
+    def list(self, prefix: str = "") -> Keys:
+        top = self.root / checked_prefix(prefix).rpartition("/")[0]
+        keys = [
+            (Path(folder) / name).relative_to(self.root).as_posix()
+            for folder, _, names in os.walk(top)
+            for name in names
+            if not name.startswith(TEMPORARY)
+        ]
+        return sorted(key for key in keys if key.startswith(prefix))
+
+    def delete(self, key: str) -> None:
+        path = self.root / checked_key(key)
+        with self._explained("delete", key):
+            path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _explained(self, verb: str, key: str) -> Iterator[None]:
+        try:
+            yield
+        except PermissionError as error:
+            raise StorageConfigError(
+                f"this process may not {verb} {error.filename}; change its permissions, or the storage URL {self.url}"
+            ) from error
+        except OSError as error:
+            if error.errno in ABSENT and verb == "read":
+                raise StorageNotFound(f"{self.url} has no {key}") from error
+            raise StorageError(f"{self.url} cannot {verb} {key}: {error.strerror}") from error

@@ -1,0 +1,245 @@
+"""What clients of OpenAI's completions send: supported parameters, and every mistake in a request at once."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from deploy.serving.protocol import Question
+from lora_core.data.json_values import shown, unusable, whole_number
+from lora_core.data.messages import for_template, message_problems
+
+# Parameters that would change the answer and are not implemented, with the values at which they change nothing.
+_NEUTRAL_SAMPLING: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "n": (1,),
+    "presence_penalty": (0,),
+}
+_NEUTRAL_CHAT: dict[str, tuple[Any, ...]] = {
+    **_NEUTRAL_SAMPLING,
+    "audio": (),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+_NEUTRAL_TEXT: dict[str, tuple[Any, ...]] = {
+    **_NEUTRAL_SAMPLING,
+    "best_of": (1,),
+    "echo": (False,),
+    "logprobs": (),
+    "suffix": ("",),
+}
+# Parameters that change nothing about the answer.
+_HARMLESS = (
+    "metadata",
+    "parallel_tool_calls",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+)
+
+_SAID = 30  # problems of a request that are told
+
+Problem = tuple[str, str, str]
+"""parameter, OpenAI's code, one sentence"""
+
+
+class ApiError(Exception):
+    """An error answer, in OpenAI's envelope. `retry` False tells the client that trying again is of no use."""
+
+    def __init__(self, status: int, message: str, code: str, param: str | None = None, *, retry: bool = False) -> None:
+        super().__init__(status, message, code, param)
+        self.status, self.message, self.code, self.param, self.retry = status, message, code, param, retry
+
+    def body(self) -> dict[str, Any]:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        # Whatever a request's words are, they can be sent back.
+        message, param = (
+            text and text.encode(errors="backslashreplace").decode() for text in (self.message, self.param)
+        )
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
+
+
+class _Strict(BaseModel):
+    """No conversions ("1" is no number); what a model does not name is judged by `_unsupported`."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+
+
+class CompletionRequest(_Strict):
+    """What both kinds of completion share. Null counts as not given; the defaults are OpenAI's."""
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = _NEUTRAL_SAMPLING
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    stop: list[Annotated[str, Field(min_length=1)]] | None = Field(default=None, max_length=16)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, stop: Any) -> Any:
+        return [stop] if isinstance(stop, str) else stop
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def contradictions(self) -> list[Problem]:
+        """Parameters that do not go together."""
+        if self.stream_options is not None and not self.stream:
+            return [("stream_options", "invalid_value", "stream_options is only allowed when stream is true")]
+        return []
+
+    def question(self, adapter: str | None, version: str) -> Question:
+        """What an adapter server is asked."""
+        return Question(
+            prompt=self._prompt(),
+            adapter=adapter,
+            version=version,
+            max_tokens=self._max_tokens(),
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            seed=self.seed,
+            stop=tuple(self.stop or ()),
+        )
+
+    @abstractmethod
+    def _prompt(self) -> str | tuple[dict[str, Any], ...]:
+        """Plain text, or the messages of a conversation."""
+
+    def _max_tokens(self) -> int | None:
+        return self.max_tokens
+
+
+class TextRequest(CompletionRequest):
+    """`POST /v1/completions`: how an adapter is asked that was trained on plain prompts and completions."""
+
+    neutral = _NEUTRAL_TEXT
+
+    prompt: str
+
+    def _prompt(self) -> str:
+        return self.prompt
+
+    def _max_tokens(self) -> int:
+        return self.max_tokens or 16
+
+
+class ChatRequest(CompletionRequest):
+    """`POST /v1/chat/completions`. Its messages are judged as those of training are (`lora_core/data/messages.py`)."""
+
+    neutral = _NEUTRAL_CHAT
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+
+    def contradictions(self) -> list[Problem]:
+        problems = super().contradictions()
+        if len({self.max_tokens, self.max_completion_tokens} - {None}) > 1:
+            sentence = "max_tokens and max_completion_tokens differ; give one of them"
+            problems.append(("max_tokens", "invalid_value", sentence))
+        return problems
+
+    def _prompt(self) -> tuple[dict[str, Any], ...]:
+        return tuple(for_template(message) for message in self.messages)
+
+    def _max_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+R = TypeVar("R", bound=CompletionRequest)
+
+
+def parse_request(body: bytes, kind: type[R]) -> R:
+    """Raises ApiError (400) with everything that is wrong; its `param` is the first of it."""
+    document = _document(body)
+    request: R | None = None
+    problems: list[Problem] = []
+    try:
+        request = kind.model_validate(document)
+    except ValidationError as error:
+        problems += [_invalid(problem["loc"], problem["msg"]) for problem in error.errors()]
+    problems += _unsupported(document, kind)
+    if request is not None:
+        problems += request.contradictions()
+    if problems or request is None:
+        raise _refused(problems)
+    return request
+
+
+def _document(body: bytes) -> dict[str, Any]:
+    """The values of a request; ApiError also for those that JSON can spell and nothing can use."""
+    try:
+        document = json.loads(body, parse_int=whole_number)
+    except ValueError as error:
+        raise ApiError(400, f"the body is no JSON: {error}", "invalid_json") from error
+    except RecursionError as error:
+        raise ApiError(400, "the body is no JSON that can be read: it nests too deep", "invalid_json") from error
+    if not isinstance(document, dict):
+        raise ApiError(400, "the body must be a JSON object", "invalid_json")
+    if problems := [(place, "invalid_value", f"{place} {what}") for place, what in unusable(document)]:
+        raise _refused(problems)
+    return document
+
+
+def _refused(problems: Sequence[Problem]) -> ApiError:
+    rest = [f"and {len(problems) - _SAID} more"] if len(problems) > _SAID else []
+    message = "; ".join([sentence for _, _, sentence in problems[:_SAID]] + rest)
+    return ApiError(400, message, problems[0][1], problems[0][0])
+
+
+def _invalid(location: tuple[int | str, ...], message: str) -> Problem:
+    name = ".".join(map(str, location))
+    if message == "Field required":
+        return name, "missing_parameter", f"{name} is missing"
+    text = message.removeprefix("Value error, ").removeprefix("Input ")
+    return name, "invalid_value", f"{name} {text[0].lower()}{text[1:]}"
+
+
+def _unsupported(document: Mapping[str, Any], kind: type[CompletionRequest]) -> list[Problem]:
+    """Parameters that are not supported, and what is wrong with messages; null passes, and a value without effect."""
+    problems = []
+    for name, value in document.items():
+        if name in kind.model_fields or name in _HARMLESS or value is None:
+            continue
+        if name in kind.neutral:
+            if value not in kind.neutral[name]:
+                problems.append((name, "unsupported_parameter", f"{name} is not supported here; leave it out"))
+        else:
+            known = [*kind.model_fields, *kind.neutral, *_HARMLESS] if len(problems) < _SAID else []
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "leave it out"
+            problems.append((shown(name), "unknown_parameter", f"{shown(name)} is no parameter here; {hint}"))
+    messages = document.get("messages")
+    for place, message in enumerate(messages if isinstance(messages, list) else []):
+        for key, advice in message_problems(message) if isinstance(message, dict) else ():
+            name = f"messages.{place}{key}"
+            problems.append((name, "invalid_value", f"{name}: {advice}"))
+    return problems

@@ -1,0 +1,170 @@
+"""One base model, its generator and its adapters, as a Serve deployment.
+
+    stream(question)      Opened, then Pieces as they come; or one Refusal
+    answer(question)      the same, whole
+
+A question pins the digest that its model's name meant when it came; a new version is served from the next question on.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
+
+from cluster.registry import AdapterNotFound, AdapterRegistry
+from cluster.settings import Settings
+from cluster.sources import local_source
+from cluster.storage.directory import StorageCorrupt, StorageError, open_storage
+from deploy.serving.protocol import Answer, FinishReason, Opened, Piece, Question, Refusal
+
+if TYPE_CHECKING:  # torch takes seconds to import, and the driver that deploys this class has no use for it
+    from deploy.serving.metrics import ServingMetrics
+    from lora_core.inference.engine import Event, GenerationRequest
+
+log = logging.getLogger("ray.serve.lora")
+
+
+class AdapterServer:
+    """Serves the base that `settings.base_models` calls `name`, and every adapter that is published on it."""
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        # Before torch is imported, as OpenMP reads it once. By default its threads spin while they wait for each other,
+        # and a neighbour on the same cores (a training rank, even the gateway) then costs most of the speed: 8 requests
+        # over HTTP, 2 threads, 2 busy cores: 18 to 43 tokens/s spinning, 150 to 195 sleeping.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        from deploy.serving.adapter_cache import AdapterCache
+        from deploy.serving.decode_loop import DecodeLoop
+        from deploy.serving.metrics import QueueGauges, ServingMetrics
+        from lora_core.inference.engine import Generator
+        from lora_core.models.base import load_base
+        from lora_core.models.hooks.bank import AdapterBank
+
+        began = time.monotonic()
+        source = local_source(settings.resolve_base(name), settings.cache_dir)
+        self._base = load_base(source, precision="auto", cache_dir=settings.cache_dir, for_training=False)
+        self._tokenizer = copy.deepcopy(self._base.tokenizer)  # the decode loop uses the other in its thread
+        bank = AdapterBank(self._base.model)
+        self._metrics = ServingMetrics(name)
+        self._loop = DecodeLoop(
+            Generator(self._base, bank),
+            threads=settings.threads or len(os.sched_getaffinity(0)),
+            observe=QueueGauges(name).show,
+        )
+        registry = AdapterRegistry(open_storage(settings.storage_url), settings.tenant)
+        self._adapters = AdapterCache(registry, name, self._base, bank, self._loop, self._metrics)
+        log.info(
+            "event=base_loaded base=%s fingerprint=%s precision=%s device=%s seconds=%.1f",
+            name, self._base.fingerprint[:16], self._base.precision, self._base.device, time.monotonic() - began,
+        )  # fmt: skip
+
+    def check_health(self) -> None:
+        """Serve asks every few seconds, and replaces the replica when this raises."""
+        if self._loop.error is not None:
+            raise self._loop.error
+
+    async def answer(self, question: Question) -> Answer | Refusal:
+        """The whole answer."""
+        items = [item async for item in self.stream(question)]
+        opened, *pieces = items
+        last = items[-1]
+        if isinstance(last, Refusal):
+            return last
+        assert isinstance(opened, Opened) and isinstance(last, Piece) and last.finish_reason is not None
+        text = "".join(piece.text for piece in pieces if isinstance(piece, Piece))
+        return Answer(opened, text, last.finish_reason, last.completion_tokens)
+
+    async def stream(self, question: Question) -> AsyncGenerator[Opened | Piece | Refusal]:
+        """The answer as it comes. A caller who stops listening gives the request up."""
+        account = _Account(self._metrics, question.adapter or "")
+        async with AsyncExitStack() as stack:
+            try:
+                digest, request = await self._request(question, stack)
+                batches = await stack.enter_async_context(self._loop.answering(request))
+                stack.callback(account.close, len(request.prompt))
+                yield Opened(digest, len(request.prompt))
+                async for batch in batches:
+                    account.took(batch)
+                    text = "".join(event.text for event in batch)
+                    if text or account.finish_reason is not None:
+                        yield Piece(text, account.finish_reason, account.tokens)
+            except Exception as error:
+                account.failed = True
+                yield _refusal(error)
+
+    async def _request(self, question: Question, stack: AsyncExitStack) -> tuple[str, GenerationRequest]:
+        """Digest and request; the adapter stays in memory as long as the stack is open."""
+        from lora_core.inference.engine import GenerationRequest
+        from lora_core.inference.sampling import SamplingParams
+
+        prompt, digest, adapter = self._prompt(question), self._base.fingerprint, None
+        if question.adapter is not None:
+            version = await self._adapters.resolve(question.adapter, question.version)
+            digest, adapter = version.digest, await stack.enter_async_context(self._adapters.use(version))
+        return digest, GenerationRequest(
+            prompt=prompt,
+            adapter=adapter,
+            sampling=SamplingParams(temperature=question.temperature, top_p=question.top_p, seed=question.seed),
+            max_tokens=question.max_tokens,
+            stop=question.stop,
+        )
+
+    def _prompt(self, question: Question) -> list[int]:
+        """Tokens that the answer follows, made as in training."""
+        from lora_core.data.prompts import prompt_ids
+
+        return prompt_ids(self._tokenizer, question.prompt)
+
+
+class _Account:
+    """What one request comes to in the metrics."""
+
+    def __init__(self, metrics: ServingMetrics, adapter: str) -> None:
+        self._metrics, self._adapter, self._arrived = metrics, adapter, time.monotonic()
+        self.tokens = 0
+        self.finish_reason: FinishReason | None = None
+        self.failed = False
+
+    def took(self, batch: list[Event]) -> None:
+        if self.tokens == 0:
+            self._metrics.first_token(time.monotonic() - self._arrived)
+        self.tokens, self.finish_reason = batch[-1].completion_tokens, batch[-1].finish_reason
+
+    def close(self, prompt_tokens: int) -> None:
+        reason = self.finish_reason or ("error" if self.failed else "abort")
+        seconds = time.monotonic() - self._arrived
+        self._metrics.answered(self._adapter, reason, seconds, prompt_tokens, self.tokens)
+        log.info(
+            "event=answered adapter=%s reason=%s prompt_tokens=%d tokens=%d seconds=%.3f",
+            self._adapter or "-", reason, prompt_tokens, self.tokens, seconds,
+        )  # fmt: skip
+
+
+def _refusal(error: Exception) -> Refusal:
+    """What went wrong, for the one who asked. Anything unforeseen is a bug: it is raised, and logged with its stack."""
+    from deploy.serving.adapter_cache import AdapterRefusedError
+    from deploy.serving.decode_loop import DecodeLoopError
+    from lora_core.adapters.peft_format import AdapterFormatError
+    from lora_core.data.prompts import NoTemplateError, PromptError
+    from lora_core.inference.engine import PromptTooLongError, UnknownTokenError
+
+    kinds: list[tuple[type[Exception], int, str, str | None]] = [
+        (PromptError, 400, "invalid_prompt", None),
+        (NoTemplateError, 400, "invalid_prompt", None),
+        (PromptTooLongError, 400, "context_length_exceeded", None),
+        (UnknownTokenError, 400, "invalid_prompt", None),
+        (AdapterNotFound, 404, "model_not_found", "model"),
+        (AdapterRefusedError, 409, "adapter_refused", "model"),
+        (AdapterFormatError, 409, "adapter_refused", "model"),
+        (StorageCorrupt, 409, "adapter_damaged", "model"),
+        (StorageError, 503, "storage_unavailable", None),
+        (DecodeLoopError, 503, "server_restarting", None),
+    ]
+    for kind, status, code, param in kinds:
+        if isinstance(error, kind):
+            return Refusal(status, str(error), code, param)
+    raise error

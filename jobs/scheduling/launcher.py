@@ -1,0 +1,184 @@
+"""Sessions and schedulers as Ray jobs: launch, look, stop. The only file that speaks Ray Jobs' words.
+
+A submission id is deterministic (`<session>-a<attempt>`), so that after a crash the scheduler asks Ray whether it
+exists instead of guessing. "Cannot reach Ray" is its own answer: it never means that a job is dead.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import requests
+from ray.exceptions import RayError
+from ray.job_submission import JobStatus as RayStatus
+from ray.job_submission import JobSubmissionClient
+from ray.util.state import list_nodes
+from ray.util.state.exception import RayStateApiException
+
+from cluster.ray_runtime import job_runtime_env
+from jobs.job import JobError
+
+NO_ANSWER = (RuntimeError, RayError, RayStateApiException, requests.RequestException, ConnectionError)
+KNOCK_SECONDS = 5.0
+AGENT_SECONDS = 30.0
+"""A node takes jobs only some seconds after it joined; until then Ray answers that it has no agent."""
+
+
+class RunState(StrEnum):
+    """What Ray knows of one submission."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    ENDED = "ended"
+    ABSENT = "absent"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A submission's state, and what Ray said when it ended, or why it has not started."""
+
+    state: RunState
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class ClusterSize:
+    """Data-parallel ranks that the nodes alive now can hold, one a GPU (or a CPU where there is no GPU), and their
+    number."""
+
+    workers: int
+    nodes: int
+
+
+class RayUnreachableError(JobError, RuntimeError):
+    """Ray's API does not answer."""
+
+
+class Launcher:
+    """Ray Jobs behind four verbs. Sessions run the code and variables of the Ray job that this process is part of."""
+
+    def __init__(self, driver_labels: dict[str, str], api_url: str | None = None) -> None:
+        self._api_url = api_url
+        self._driver_labels = driver_labels
+        self._connected: JobSubmissionClient | None = None
+
+    def launch_session(self, submission_id: str, session_id: str, fence: int) -> None:
+        """Start the driver of a session; starting it a second time under the same id changes nothing."""
+        command = [sys.executable, "-m", "jobs.session", "--id", session_id, "--fence", str(fence)]
+        # SIGINT lets `fit()` take its worker group down; SIGTERM was seen to leave a 200 MB helper actor behind.
+        self._submit(submission_id, command, {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "15"})
+
+    def launch_scheduler(self, submission_id: str) -> None:
+        """Start a scheduler as a Ray job of its own, which outlives whoever asked for it."""
+        self._submit(submission_id, [sys.executable, "-m", "jobs", "scheduler"], {})
+
+    def state(self, submission_id: str) -> Run:
+        """What Ray knows of a submission."""
+        try:
+            info = self._client().get_job_info(submission_id)
+        except RuntimeError as error:
+            return Run(RunState.ABSENT) if "does not exist" in str(error) else Run(RunState.UNKNOWN, str(error))
+        except NO_ANSWER as error:
+            return Run(RunState.UNKNOWN, str(error))
+        if info.status == RayStatus.PENDING:
+            return Run(RunState.STARTING, info.message or "")
+        if info.status == RayStatus.RUNNING:
+            return Run(RunState.RUNNING)
+        return Run(RunState.ENDED, f"{info.status.lower()}: {info.message or ''}")
+
+    def stop(self, submission_id: str) -> None:
+        """Ask Ray to stop a submission; without an answer the caller sees it in `state`."""
+        try:
+            self._client().stop_job(submission_id)
+        except NO_ANSWER:
+            return
+
+    def logs(self, submission_id: str) -> str:
+        """The log of a submission, as long as the node that holds it lives."""
+        try:
+            return self._client().get_job_logs(submission_id)
+        except NO_ANSWER as error:
+            return f"(the log of {submission_id} is not to be had: {error})"
+
+    def size(self) -> ClusterSize:
+        """What the cluster holds now.
+
+        Raises:
+            RayUnreachableError: Ray does not answer.
+        """
+        client = self._client()
+        try:
+            nodes = [node for node in list_nodes(client.get_address(), detail=True) if node.state == "ALIVE"]
+        except NO_ANSWER as error:
+            raise RayUnreachableError(f"Ray's API does not answer: {error}") from error
+        gpus = int(sum((node.resources_total or {}).get("GPU", 0) for node in nodes))
+        cpus = int(sum((node.resources_total or {}).get("CPU", 0) for node in nodes))
+        return ClusterSize(workers=gpus or cpus, nodes=len(nodes))
+
+    def others_running(self) -> bool:
+        """Whether anything but schedulers uses this cluster: a session, a Serve application, somebody's driver.
+
+        Raises:
+            RayUnreachableError: Ray does not answer.
+        """
+        client = self._client()
+        try:
+            jobs = client.list_jobs()
+        except NO_ANSWER as error:
+            raise RayUnreachableError(f"Ray's API does not answer: {error}") from error
+        return any(
+            job.status in (RayStatus.PENDING, RayStatus.RUNNING)
+            for job in jobs
+            if not (job.submission_id or "").startswith("lora-scheduler-")
+            and "jobs scheduler" not in (job.entrypoint or "")
+        )
+
+    def _client(self) -> JobSubmissionClient:
+        if self._connected is None:
+            try:
+                _knock(self._api_url or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS", ""))
+                self._connected = JobSubmissionClient(self._api_url)
+            except (*NO_ANSWER, OSError) as error:
+                raise RayUnreachableError(f"Ray's API does not answer: {error}") from error
+        return self._connected
+
+    def _submit(self, submission_id: str, command: list[str], env_vars: dict[str, str]) -> None:
+        runtime_env: dict[str, Any] = job_runtime_env()
+        runtime_env["env_vars"] = {**runtime_env.get("env_vars", {}), **env_vars}
+        deadline = time.monotonic() + AGENT_SECONDS
+        while True:
+            try:
+                self._client().submit_job(
+                    entrypoint=shlex.join(command),
+                    submission_id=submission_id,
+                    runtime_env=runtime_env,
+                    entrypoint_label_selector=self._driver_labels or None,
+                )
+                return
+            except RuntimeError as error:
+                # Ray answers a known id with HTTP 500 and a traceback; the id is ours: it is the launch we asked for.
+                if "already exists" in str(error):
+                    return
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+            except (requests.RequestException, ConnectionError) as error:
+                raise RayUnreachableError(f"Ray's API does not answer: {error}") from error
+            time.sleep(0.5)
+
+
+def _knock(address: str) -> None:
+    """See that somebody listens at `host:port`: Ray itself takes 40 s to notice that nobody does. Raises OSError."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "/" not in host:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
+        except OSError as error:
+            raise OSError(f"nothing listens at {address} ({error}); is RAY_ADDRESS of a cluster that runs?") from error

@@ -1,0 +1,284 @@
+"""The scheduler: a loop over SQL and Ray that anyone may kill at any moment.
+
+    reconcile()     what the rows say against what Ray runs: end sessions that are gone, take their jobs back
+    plan(...)       pure: which session to launch, which job goes where, which session has to make room (policy.py)
+    act(...)        one guarded statement each; a launch is recorded before Ray is asked
+
+Whoever holds the lease row of a cluster runs it; every write carries the lease, so a scheduler that was replaced
+while it slept changes nothing. `submit` makes sure that there is one (`ensure_scheduler`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry, start_http_server
+
+from cluster.ray_runtime import OwnerLock, cluster_name, has_owner, on_a_cluster, start_embedded, stop_embedded
+from cluster.settings import Settings
+from jobs.job import TAKEN_BACK, Job, JobError, JobStatus, Lease, Session, SessionState, lease_name
+from jobs.scheduling.launcher import Launcher, RayUnreachableError, RunState
+from jobs.scheduling.metrics import QueueCollector
+from jobs.scheduling.policy import Assign, Cluster, Launch, Stop, plan, reasons, snapshot
+from jobs.store.jobs import JobQueue
+
+log = logging.getLogger("lora.scheduler")
+
+STEP_SECONDS = 0.5
+MAX_ATTEMPTS = 3  # at starting sessions for a job, or at training it in one
+NOT_STARTED = "its session could not start"
+SLOW_SECONDS = 30.0
+"""A session's driver that is not up after this long is told of: on two busy cores it took 24 s."""
+
+
+@dataclass
+class Scheduler:
+    """One cluster's scheduler while it holds the lease."""
+
+    settings: Settings
+    queue: JobQueue
+    launcher: Launcher
+    cluster: str
+    lease: Lease
+    told: dict[str, str] = field(default_factory=dict)
+    """What the waiting jobs' histories say of why they wait: a reason is recorded once."""
+
+    def step(self) -> bool:
+        """One round; returns whether there is anything to do, now or soon."""
+        self._reconcile()
+        queued = self.queue.list(self.cluster, {JobStatus.QUEUED})
+        running = self.queue.list(self.cluster, {JobStatus.RUNNING})
+        sessions = self.queue.sessions(self.cluster)
+        why: dict[str, str] = {}
+        if queued:
+            size = self.launcher.size()
+            workers = max(size.workers, self.settings.max_workers or 0)
+            cluster = Cluster(workers=workers, jobs_per_session=self.settings.jobs_per_session)
+            rows = snapshot(queued, running, sessions)
+            for action in plan(*rows, cluster):
+                self._act(action)
+            slow = {session.session_key: reason for session in sessions if (reason := self._slow_start(session))}
+            why = reasons(*rows, cluster)
+            why |= {job.id: slow[job.session_key] for job in queued if job.id in why and job.session_key in slow}
+        self._tell(why)
+        return bool(queued or running or sessions)
+
+    def tell_of_trouble(self, reason: str) -> None:
+        """Let whoever follows a waiting job know what keeps it from being started."""
+        self._tell({job.id: f"waits: {reason}" for job in self.queue.list(self.cluster, {JobStatus.QUEUED})})
+
+    def _tell(self, why: dict[str, str]) -> None:
+        for job_id, reason in why.items():
+            if self.told.get(job_id) != reason:
+                self.queue.log(job_id, reason, lease=self.lease)
+        self.told.clear()
+        self.told.update(why)
+
+    def _slow_start(self, session: Session) -> str | None:
+        """What Ray says of a session that it should have started by now."""
+        if session.state is not SessionState.LAUNCHING or time.time() - session.created_at < SLOW_SECONDS:
+            return None
+        said = self.launcher.state(session.ray_submission_id).message
+        return f"waits: Ray has not started its session for {SLOW_SECONDS:.0f} s{f' ({_brief(said)})' if said else ''}"
+
+    def _reconcile(self) -> None:
+        for session in self.queue.sessions(self.cluster):
+            run = self.launcher.state(session.ray_submission_id)
+            if run.state is RunState.ABSENT and session.state is SessionState.LAUNCHING:
+                self._launch(session)  # the row was written, then somebody died before Ray was asked
+            elif run.state is RunState.ENDED or (run.state is RunState.ABSENT and self._lease_ran_out(session)):
+                # Ray's message ends with the driver's log; its last line is the error, the rest stays in Ray's log.
+                last = [line for line in run.message.splitlines() if line.strip()][-1:]
+                self._bury(session, last[0].strip() if last else "Ray does not know it any more")
+        alive = {session.id for session in self.queue.sessions(self.cluster)}
+        for job in self.queue.list(self.cluster, {JobStatus.RUNNING}):
+            if job.session_id not in alive:
+                self._take_back(job)
+
+    @staticmethod
+    def _lease_ran_out(session: Session) -> bool:
+        """A driver outlives a lost head, so that Ray does not know it is not enough: its own sign of life must be old
+        too."""
+        return session.lease_until is None or session.lease_until < time.time()
+
+    def _bury(self, session: Session, reason: str) -> None:
+        """End a session that is gone. One that never came up is on the record of the jobs that wait for it: the third
+        is the last."""
+        log.warning("session=%s event=gone state=%s reason=%s", session.id, session.state, reason)
+        ended = self.queue.session_move(session.id, session.state, SessionState.ENDED, reason=reason, lease=self.lease)
+        if not ended or session.state is not SessionState.LAUNCHING:
+            return
+        for job in self.queue.list(self.cluster, {JobStatus.QUEUED}):
+            if job.session_key != session.session_key:
+                continue
+            self.queue.log(job.id, f"{NOT_STARTED}: {reason}", level="warning")
+            deaths = sum(event.message.startswith(NOT_STARTED) for event in self.queue.events(job.id))
+            if deaths >= MAX_ATTEMPTS:
+                message = f"its session could not start, {deaths} times: {reason}"
+                self.queue.move(
+                    job.id, JobStatus.QUEUED, JobStatus.FAILED, message=message, error=message, lease=self.lease
+                )
+
+    def _take_back(self, job: Job) -> None:
+        """A running job whose session has ended: back to the queue, or failed when that was the third. The third is its
+        own: of several jobs it would not be known whose fault it was.
+        """
+        session = self.queue.session(job.session_id) if job.session_id else None
+        reason = (session.reason if session else None) or "its session ended"
+        ends = 1 + sum(event.message.startswith(TAKEN_BACK) for event in self.queue.events(job.id))
+        if ends >= MAX_ATTEMPTS:
+            message = f"failed after {ends} sessions ended under it; the last one: {reason}"
+            moved = self.queue.move(
+                job.id, JobStatus.RUNNING, JobStatus.FAILED, message=message, error=message, lease=self.lease
+            )
+        else:
+            moved = self.queue.move(
+                job.id,
+                JobStatus.RUNNING,
+                JobStatus.QUEUED,
+                message=f"{TAKEN_BACK}: {reason}",
+                lease=self.lease,
+                company=0 if ends == MAX_ATTEMPTS - 1 else None,
+            )
+        log.warning("job=%s event=taken_back ends=%d moved=%s reason=%s", job.id, ends, moved, reason)
+
+    def _act(self, action: Launch | Assign | Stop) -> None:
+        match action:
+            case Launch(session_key, num_workers):
+                session = self.queue.create_session(session_key, self.cluster, num_workers, lease=self.lease)
+                if session is not None:
+                    self._launch(session)
+            case Assign(job_id, session_id):
+                assigned = self.queue.assign(job_id, session_id, lease=self.lease)
+                log.info("job=%s event=assigned session=%s done=%s", job_id, session_id, assigned)
+            case Stop(session_id, reason):
+                self.queue.stop_session(session_id, reason, lease=self.lease)
+                log.info("session=%s event=asked_to_stop reason=%s", session_id, reason)
+
+    def _launch(self, session: Session) -> None:
+        log.info("session=%s event=launch key=%s workers=%d", session.id, session.session_key, session.num_workers)
+        self.launcher.launch_session(session.ray_submission_id, session.id, session.fence)
+
+
+def run_scheduler(settings: Settings) -> None:
+    """Schedule until there has been nothing to do for a while (`scheduler_idle_seconds`), or until told to stop.
+
+    Off a cluster this process starts the embedded Ray and owns it: both end together.
+    """
+    stopped = threading.Event()
+    owner = None if on_a_cluster() else OwnerLock(settings)
+    if owner is not None:
+        if not owner.acquire():
+            log.info("event=not_needed reason=another process owns the embedded Ray of %s", settings.home)
+            return
+        stop_embedded(settings)  # what a killed owner left behind
+    name = cluster_name(settings)
+    if owner is not None:
+        start_embedded(settings)
+    # After ray.init(), which sets handlers of its own.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+    log.info("event=started cluster=%s", name)
+    try:
+        _schedule(settings, name, owner, stopped)
+    finally:
+        if owner is not None:
+            import ray
+
+            ray.shutdown()
+        log.info("event=ended cluster=%s", name)
+
+
+def _schedule(settings: Settings, cluster: str, owner: OwnerLock | None, stopped: threading.Event) -> None:
+    queue, launcher = JobQueue(settings.database_url), Launcher(settings.driver_labels)
+    holder = f"{os.uname().nodename}:{os.getpid()}:{secrets.token_hex(4)}"
+    if settings.metrics_port:
+        registry = CollectorRegistry()
+        registry.register(QueueCollector(queue, cluster))
+        start_http_server(settings.metrics_port, registry=registry)
+    busy, told = time.monotonic(), dict[str, str]()
+    while not stopped.wait(STEP_SECONDS):
+        try:
+            lease = queue.acquire_lease(lease_name(cluster), holder, settings.lease_seconds)
+            if lease is None:  # somebody else schedules; stay as the one that takes over
+                continue
+            scheduler = Scheduler(settings, queue, launcher, cluster, lease, told)
+            if run_step(scheduler) or (owner is not None and launcher.others_running()):
+                busy = time.monotonic()
+            if time.monotonic() - busy > settings.scheduler_idle_seconds:
+                # First let go, then look once more: a submit in between sees that nobody schedules and starts a
+                # scheduler.
+                queue.release_lease(lease)
+                if owner is not None:
+                    owner.release()
+                if not queue.list(cluster, {JobStatus.QUEUED, JobStatus.RUNNING}) or (owner and not owner.acquire()):
+                    return
+                busy = time.monotonic()
+        except RayUnreachableError as error:
+            log.warning("event=ray_unreachable reason=%s", error)
+        except Exception:
+            log.exception("event=round_failed")  # the database, most likely; the rows are as they were
+
+
+def run_step(scheduler: Scheduler) -> bool:
+    """`Scheduler.step`, and its failure told to those who wait. Ray that does not answer is unknown, and not dead: the
+    rows stay as they are."""
+    try:
+        return scheduler.step()
+    except RayUnreachableError as error:
+        log.warning("event=ray_unreachable reason=%s", error)
+        reason = str(error)
+    except Exception as error:
+        log.exception("event=step_failed")
+        reason = f"the scheduler cannot go on: {error}"
+    with contextlib.suppress(JobError):  # the database may be what has failed
+        scheduler.tell_of_trouble(_brief(reason))
+    return True
+
+
+def _brief(text: str) -> str:
+    """The beginning of what somebody else said, on one line."""
+    return " ".join(text.split())[:300]
+
+
+def ensure_scheduler(settings: Settings, queue: JobQueue) -> None:
+    """Make sure that somebody schedules this cluster: a Ray job on a cluster, a detached process with its own Ray on a
+    laptop.
+
+    Two callers at once start one: on a cluster by the submission id, on a laptop by the owner's lock.
+    """
+    if on_a_cluster():
+        held = queue.lease(lease_name(cluster_name(settings)))
+        if held is None or not held.valid:
+            launcher, number = Launcher(settings.driver_labels), held.token + 1 if held else 1
+            while (
+                launcher.state(f"lora-scheduler-{number}").state is RunState.ENDED
+            ):  # it died before it took the lease
+                number += 1
+            launcher.launch_scheduler(f"lora-scheduler-{number}")
+        return
+    if has_owner(settings):
+        return
+    logs = settings.home / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    # What is relative to this directory, as paths of bases may be, must mean the same there.
+    environment = {**os.environ, "LORA_BASE_MODELS": json.dumps(settings.base_models)}
+    with (logs / "scheduler.log").open("ab") as output:
+        subprocess.Popen(
+            [sys.executable, "-m", "jobs", "scheduler"],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # Ctrl-C in the shell that submits is not meant for it
+        )

@@ -1,0 +1,88 @@
+"""What a job needs to join a rank, read and prepared on a thread beside the steps of those that train."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from cluster.storage.directory import Storage, StorageUnavailable
+from jobs.initial_adapter import load_initial
+from jobs.session.messages import Assignment
+from jobs.spec import JobSpec
+from jobs.stored_examples import examples_of, load_examples
+from lora_core.data.encoded_datasets import Datasets
+from lora_core.training.active_job import PreparedJob
+from lora_core.training.engine import TrainEngine
+from lora_core.training.job import EngineJob
+
+log = logging.getLogger("lora.rank")
+
+STORAGE_PATIENCE, STORAGE_PAUSE = 600.0, 5.0
+
+Read = Future[tuple[JobSpec, PreparedJob, str | None]]
+"""What a job needs to join: its spec, itself with its rows, its adapter and the state of its optimizer, and the hash of
+the tokenizer that read its rows, where that was not this rank's."""
+
+
+class JobReader:
+    """One rank's reading. `reading` holds every job that is wanted and has not joined, in the order of the orders."""
+
+    def __init__(self, storage: Storage, engine: TrainEngine, rank: int) -> None:
+        self.reading: dict[str, tuple[Assignment, Read]] = {}
+        self._storage, self._engine, self._rank = storage, engine, rank
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reader")
+
+    def prepare(self, assignments: Sequence[Assignment], held: Collection[str]) -> None:
+        """Read what new jobs need beside the steps of those that train; forget those no longer wanted."""
+        wanted = {assignment.job_id for assignment in assignments}
+        self.reading = {job_id: one for job_id, one in self.reading.items() if job_id in wanted}
+        for assignment in assignments:
+            if assignment.job_id not in held and assignment.job_id not in self.reading:
+                work = self._thread.submit(self._read, assignment)
+                self.reading[assignment.job_id] = assignment, work
+
+    def _read(self, assignment: Assignment) -> tuple[JobSpec, PreparedJob, str | None]:
+        """With patience while the storage does not answer: what a job has reached is worth more than a few minutes."""
+        deadline = time.monotonic() + STORAGE_PATIENCE
+        while True:
+            try:
+                return self._read_now(assignment)
+            except StorageUnavailable as error:
+                log.warning("job=%s rank=%d event=storage_away error=%r", assignment.job_id, self._rank, str(error))
+                time.sleep(STORAGE_PAUSE)
+                if assignment.job_id not in self.reading or time.monotonic() > deadline:
+                    raise
+
+    def _read_now(self, assignment: Assignment) -> tuple[JobSpec, PreparedJob, str | None]:
+        spec = JobSpec.model_validate_json(assignment.spec)
+        tokenizer = None
+        if assignment.examples_sha is not None:
+            (train, held_out), tokenizer = load_examples(self._storage, assignment.examples_sha)
+        else:  # queued by an earlier version
+            train, held_out = self._encoded(assignment, spec)
+        validation = held_out.examples if held_out else []
+        checkpoint, start = None, None
+        if assignment.checkpoint_key is not None:
+            checkpoint = self._storage.get(assignment.checkpoint_key, sha256=assignment.checkpoint_sha256)
+        if assignment.init_adapter_sha is not None:
+            base = self._engine.base
+            start = load_initial(self._storage, assignment.init_adapter_sha, self._engine.bank, base.fingerprint)
+        job = EngineJob(assignment.job_id, spec.lora, spec.train, train.examples, validation, start)
+        return spec, self._engine.prepare(job, checkpoint), tokenizer
+
+    def _encoded(self, assignment: Assignment, spec: JobSpec) -> Datasets:
+        with tempfile.TemporaryDirectory() as folder:
+
+            def fetched(key: str, name: str) -> Path:
+                path = Path(folder) / f"{Path(key).name}{Path(name).suffix}"
+                self._storage.fetch(key, path, sha256=Path(key).name)
+                return path
+
+            dataset = fetched(assignment.dataset_key, spec.dataset)
+            validation = fetched(assignment.validation_key, str(spec.validation)) if assignment.validation_key else None
+            base = self._engine.base
+            return examples_of(spec, dataset, validation, base.model, base.tokenizer)

@@ -1,0 +1,167 @@
+"""What the driver of a session and its ranks say to each other: a small actor between them.
+
+The driver posts what should run (`Orders`) and takes `Report`s; rank 0 does the opposite. Orders are a state, not a
+stream: ranks say which jobs they hold and read which they should hold, so a worker group that was restarted needs no
+history.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import ray
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One job to train: its spec as JSON, where its rows are and the sha256 of what they became, the digest of the
+    adapter to start from, and the committed checkpoint to continue from.
+
+    `attempt` counts how often the job was started; it is part of its checkpoints' names.
+    """
+
+    job_id: str
+    attempt: int
+    spec: str
+    dataset_key: str
+    validation_key: str | None = None
+    examples_sha: str | None = None
+    init_adapter_sha: str | None = None
+    checkpoint_key: str | None = None
+    checkpoint_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Orders:
+    """The jobs that the ranks should hold now; `stop` ends the training run."""
+
+    assignments: tuple[Assignment, ...] = ()
+    stop: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """Base of what ranks report. `job_id` names the job it is about."""
+
+    job_id: str
+
+
+@dataclass(frozen=True)
+class Progressed(Report):
+    """The numbers a user follows: step, steps, loss, tokens and so on."""
+
+    progress: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Expected(Report):
+    """How long a job that has just joined will about take, if it trains by itself."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluated(Report):
+    """The held-out rows after some step (`lora_core.training.optimizer.Evaluation`), and why training ends with it, if
+    it does.
+    """
+
+    evaluation: dict[str, Any]
+    stopped: str | None
+
+
+@dataclass(frozen=True)
+class CheckpointWritten(Report):
+    """A checkpoint is in storage and waits for its commit marker."""
+
+    step: int
+    key: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Trained(Report):
+    """A finished adapter: its files and what the manifest says of it."""
+
+    files: dict[str, bytes]
+    manifest: dict[str, Any]
+    progress: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class JobFailed(Report):
+    """A job cannot go on, for a reason of its own; its session can."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class NoRoom(Report):
+    """A job does not fit into memory beside the `others` that train, though it would by itself."""
+
+    others: int
+
+
+@dataclass(frozen=True)
+class RankBroke:
+    """A rank's training code raised; the worker group will be restarted. The jobs it held are suspects."""
+
+    rank: int
+    reason: str
+    held: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RanksStarted:
+    """The ranks are up, with nothing in memory: at the start of a session, and after one of them died. What they
+    compute in, why it is that, and how exact training is (`lora_core.models.exactness`).
+    """
+
+    precision: str
+    why: str
+    exactness: str
+
+
+@dataclass
+class _State:
+    orders: Orders = field(default_factory=Orders)
+    held: frozenset[str] = frozenset()
+    over: set[tuple[str, int]] = field(default_factory=set)
+    reports: list[Report | RankBroke | RanksStarted] = field(default_factory=list)
+
+
+class Mailbox:
+    """Lives with the driver, survives restarts of the worker group."""
+
+    def __init__(self) -> None:
+        self._state = _State()
+
+    def orders(self, held: tuple[str, ...]) -> Orders:
+        """Rank 0: these jobs I hold; what should I hold?
+
+        Not what is over: until the driver has taken the report of an end, its orders still name the job, and ranks that
+        believed them would train it once more.
+        """
+        state = self._state
+        state.held = frozenset(held)
+        wanted = tuple(job for job in state.orders.assignments if (job.job_id, job.attempt) not in state.over)
+        return replace(state.orders, assignments=wanted)
+
+    def report(self, report: Report | RankBroke | RanksStarted) -> None:
+        """Any rank: this happened."""
+        state = self._state
+        if isinstance(report, (Trained, JobFailed, NoRoom)):
+            state.over |= {(job.job_id, job.attempt) for job in state.orders.assignments if job.job_id == report.job_id}
+        state.reports.append(report)
+
+    def exchange(self, orders: Orders) -> tuple[frozenset[str], list[Report | RankBroke | RanksStarted]]:
+        """The driver: post orders, take what was reported since the last time and which jobs the ranks hold."""
+        reports, self._state.reports = self._state.reports, []
+        self._state.orders = orders
+        return self._state.held, reports
+
+
+def start_mailbox() -> Any:
+    """A handle of a mailbox that ends with this process."""
+    return ray.remote(Mailbox).options(num_cpus=0, max_concurrency=8).remote()

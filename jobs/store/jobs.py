@@ -1,0 +1,279 @@
+"""The queue: jobs and their history.
+
+Rules that hold for all of them:
+
+- A state changes only by `UPDATE ... WHERE id = ? AND status = ?` whose row count is checked, with its event in the
+  same transaction: of two racing movers one wins and the other is told. A final state is never overwritten.
+- A write may carry the scheduler's `lease` or a session's `fence` (`sessions.py`): an outdated one changes nothing.
+- No method tells the time by itself: the clock is given.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from jobs.job import (
+    TERMINAL,
+    TRANSITIONS,
+    Event,
+    IllegalTransitionError,
+    Job,
+    JobNotFoundError,
+    JobStatus,
+    Lease,
+    SessionState,
+    Wish,
+)
+from jobs.spec import JobSpec
+from jobs.store.database import events, jobs
+from jobs.store.sessions import Fence, SessionTable, fence_holds, lease_holds, locked_session
+
+
+class JobQueue(SessionTable):
+    """The queue in one database. Any number of processes and threads may use it at once; each process opens its own.
+
+    Methods that write raise DatabaseUnavailableError when the outcome is unknown. Where they answer with a bool,
+    False means that the row was not as expected, or that the lease or fence was no longer valid: then nothing was
+    changed.
+    """
+
+    def __init__(self, database_url: str, clock: Callable[[], float] = time.time) -> None:
+        """Open the database, and create what it lacks. Raises DatabaseSettingError, DatabaseUnavailableError."""
+        super().__init__(database_url, clock)
+
+    def submit(
+        self,
+        spec: JobSpec,
+        *,
+        cluster: str,
+        base: str,
+        dataset_sha: str,
+        code_version: str,
+        validation_sha: str | None = None,
+        examples_sha: str | None = None,
+        init_adapter_sha: str | None = None,
+        tenant: str = "default",
+        status: JobStatus = JobStatus.QUEUED,
+        again: bool = False,
+    ) -> tuple[Job, bool]:
+        """A job for `spec`, and whether it is new. The same content gives the same job, however often and from
+        however many processes it is sent, unless that job failed or was cancelled, or `again` asks for another one. A
+        waiting job takes the priority of its newest submission. `base` is the short name in "<base>:<adapter>"."""
+        assert status in (JobStatus.QUEUED, JobStatus.VALIDATING_FILES)
+        now, job_id = self._clock(), f"job-{secrets.token_hex(6)}"
+        row = {
+            "id": job_id,
+            "tenant": tenant,
+            "cluster": cluster,
+            "status": status,
+            "priority": spec.priority,
+            "spec_json": spec.canonical_json(),
+            "base": base,
+            "session_key": spec.session_key,
+            "num_workers": spec.num_workers,
+            "content_key": spec.content_key(dataset_sha, validation_sha, init_adapter_sha),
+            "copy": job_id if again else "",
+            "code_version": code_version,
+            "dataset_sha": dataset_sha,
+            "validation_sha": validation_sha,
+            "examples_sha": examples_sha,
+            "init_adapter_sha": init_adapter_sha,
+            "created_at": now,
+            "updated_at": now,
+            "attempt": 0,
+        }
+        try:
+            return self._insert_or_find(row, spec, again)
+        except sa.exc.IntegrityError:
+            # Another process inserted the same content after our look: now it is there to be seen.
+            return self._insert_or_find(row, spec, again)
+
+    def get(self, id_or_prefix: str) -> Job:
+        """The job with this id, or the only one whose id starts so, with or without "job-". Raises JobNotFoundError."""
+        digits = id_or_prefix.removeprefix("job-")
+        query = sa.select(jobs).where(jobs.c.id.startswith(f"job-{digits}", autoescape=True))
+        with self._db.read() as conn:
+            found = [_job(row) for row in conn.execute(query.order_by(jobs.c.id).limit(6))]
+        if len(found) != 1:
+            raise JobNotFoundError(id_or_prefix, [job.id for job in found])
+        return found[0]
+
+    def list(self, cluster: str | None = None, statuses: Collection[JobStatus] | None = None) -> Sequence[Job]:
+        """Jobs, oldest first."""
+        query = sa.select(jobs).order_by(jobs.c.created_at, jobs.c.id)
+        if cluster is not None:
+            query = query.where(jobs.c.cluster == cluster)
+        if statuses is not None:
+            query = query.where(jobs.c.status.in_(sorted(statuses)))
+        with self._db.read() as conn:
+            return [_job(row) for row in conn.execute(query)]
+
+    def counts(self, cluster: str) -> dict[JobStatus, int]:
+        """How many jobs of a cluster are in each state, zeros included."""
+        query = sa.select(jobs.c.status, sa.func.count()).where(jobs.c.cluster == cluster).group_by(jobs.c.status)
+        with self._db.read() as conn:
+            found = {JobStatus(status): int(number) for status, number in conn.execute(query)}
+        return {status: found.get(status, 0) for status in JobStatus}
+
+    def events(self, subject: str, after: int = 0) -> Sequence[Event]:
+        """The history of a job or session from the event `after` on, oldest first. Within a subject ids grow in the
+        order in which events become visible, so that a reader who remembers the last one misses none."""
+        query = sa.select(events).where(events.c.subject == subject, events.c.id > after).order_by(events.c.id)
+        with self._db.read() as conn:
+            return [Event(**row._mapping) for row in conn.execute(query)]
+
+    def log(
+        self,
+        job_id: str,
+        message: str,
+        *,
+        level: str = "info",
+        data: dict[str, Any] | None = None,
+        lease: Lease | None = None,
+    ) -> None:
+        """Add a line to a job's history without changing the job."""
+        with self._db.write() as conn:
+            if lease_holds(conn, lease):
+                self._locked_job(conn, job_id)
+                self._event(conn, job_id, message, level, data)
+
+    def assign(self, job_id: str, session_id: str, *, lease: Lease | None = None) -> bool:
+        """queued -> running in a session that is running and not asked to stop. This begins the job's next attempt."""
+        with self._db.write() as conn:
+            if not lease_holds(conn, lease):
+                return False
+            session = locked_session(conn, session_id)
+            if session is None or session.state is not SessionState.RUNNING or session.wish is not None:
+                return False
+            values = {"session_id": session_id}
+            if session.resolved_key is not None:
+                values["session_key"] = session.resolved_key
+            return self._move(conn, job_id, JobStatus.QUEUED, JobStatus.RUNNING, f"assigned to {session_id}", values)
+
+    def move(
+        self,
+        job_id: str,
+        from_: JobStatus,
+        to: JobStatus,
+        *,
+        message: str,
+        fence: Fence | None = None,
+        lease: Lease | None = None,
+        error: str | None = None,
+        result: dict[str, Any] | None = None,
+        company: int | None = None,
+        data: dict[str, Any] | None = None,
+    ) -> bool:
+        """Change a job's state, if it still is `from_`, and record its `error`, `result` or `company` with it. `to`
+        is any state but running (see `assign`); a running job that is put back to queued while a wish stands goes where
+        the wish leads instead. Raises IllegalTransitionError."""
+        assert to is not JobStatus.RUNNING, "assign() names the session that runs the job"
+        with self._db.write() as conn:
+            if not lease_holds(conn, lease) or not fence_holds(conn, fence):
+                return False
+            if (from_, to) == (JobStatus.RUNNING, JobStatus.QUEUED):
+                job = self._locked_job(conn, job_id)
+                if job.wish is not None:
+                    to, message = job.wish.status, f"{message}; {job.wish.status} as wished"
+            given = {"error": error, "result": result, "company": company}
+            values = {column: value for column, value in given.items() if value is not None}
+            return self._move(conn, job_id, from_, to, message, values, fence, data)
+
+    def progress(self, job_id: str, session_id: str, fence: int, progress: dict[str, Any]) -> bool:
+        """Replace the figures of a running job."""
+        change = (
+            sa.update(jobs)
+            .where(jobs.c.id == job_id, jobs.c.status == JobStatus.RUNNING, jobs.c.session_id == session_id)
+            .values(progress=progress, updated_at=self._clock())
+        )
+        with self._db.write() as conn:
+            return fence_holds(conn, (session_id, fence)) and conn.execute(change).rowcount == 1
+
+    def wish(self, job_id: str, wish: Wish) -> Job:
+        """Cancel or pause a job: at once where it waits, else as a wish that its session reads between two steps.
+        Wishing to cancel replaces wishing to pause, never the other way. Raises IllegalTransitionError for a job that
+        has ended."""
+        with self._db.write() as conn:
+            job = self._locked_job(conn, job_id)
+            if job.status is not JobStatus.RUNNING:
+                if job.status is not wish.status:
+                    self._move(conn, job_id, job.status, wish.status, f"{wish.status} on request", {})
+            elif job.wish is None or wish is Wish.CANCEL:
+                conn.execute(sa.update(jobs).where(jobs.c.id == job_id).values(wish=wish, updated_at=self._clock()))
+                self._event(conn, job_id, f"asked to {wish}")
+            return self._locked_job(conn, job_id)
+
+    def assigned(self, session_id: str) -> Sequence[Job]:
+        """The jobs that run in a session, in the order of their submission."""
+        query = sa.select(jobs).where(jobs.c.session_id == session_id, jobs.c.status == JobStatus.RUNNING)
+        with self._db.read() as conn:
+            return [_job(row) for row in conn.execute(query.order_by(jobs.c.created_at, jobs.c.id))]
+
+    def _move(
+        self,
+        conn: sa.Connection,
+        job_id: str,
+        from_: JobStatus,
+        to: JobStatus,
+        message: str,
+        values: dict[str, Any],
+        fence: Fence | None = None,
+        data: dict[str, Any] | None = None,
+    ) -> bool:
+        """The one statement that changes a job's status."""
+        if to not in TRANSITIONS[from_]:
+            raise IllegalTransitionError(job_id, from_, to)
+        now = self._clock()
+        values = values | {"status": to, "updated_at": now, "wish": None}
+        if to is JobStatus.RUNNING:
+            values |= {"attempt": jobs.c.attempt + 1, "started_at": sa.func.coalesce(jobs.c.started_at, now)}
+        elif to in TERMINAL:
+            values |= {"finished_at": now}
+        else:
+            values |= {"session_id": None}
+        change = sa.update(jobs).where(jobs.c.id == job_id, jobs.c.status == from_)
+        if fence is not None:
+            change = change.where(jobs.c.session_id == fence[0])
+        if conn.execute(change.values(values)).rowcount != 1:
+            return False
+        level = "error" if to is JobStatus.FAILED else "info"
+        self._event(conn, job_id, message, level, {"from": from_, "to": to} | (data or {}))
+        return True
+
+    def _locked_job(self, conn: sa.Connection, job_id: str) -> Job:
+        row = conn.execute(sa.select(jobs).where(jobs.c.id == job_id).with_for_update()).one_or_none()
+        if row is None:
+            raise JobNotFoundError(job_id, [])
+        return _job(row)
+
+    def _insert_or_find(self, row: dict[str, Any], spec: JobSpec, again: bool) -> tuple[Job, bool]:
+        """The newest job with the content of `row` that has not failed or been cancelled, else `row` as a new one."""
+        same = [jobs.c[name] == row[name] for name in ("tenant", "cluster", "content_key")]
+        twins = sa.select(jobs).where(*same, jobs.c.status.not_in([JobStatus.FAILED, JobStatus.CANCELLED]))
+        with self._db.write() as conn:
+            twin = conn.execute(twins.order_by(jobs.c.created_at.desc(), jobs.c.id).limit(1).with_for_update()).first()
+            if twin is not None and not again:
+                return self._with_priority(conn, _job(twin), spec), False
+            conn.execute(sa.insert(jobs).values(row))
+            self._event(conn, row["id"], "submitted", data={"adapter": f"{row['base']}:{spec.adapter}"})
+            return self._locked_job(conn, row["id"]), True
+
+    def _with_priority(self, conn: sa.Connection, job: Job, spec: JobSpec) -> Job:
+        if job.priority == spec.priority or job.status is JobStatus.RUNNING or job.status in TERMINAL:
+            return job
+        values = {"priority": spec.priority, "spec_json": spec.canonical_json(), "updated_at": self._clock()}
+        conn.execute(sa.update(jobs).where(jobs.c.id == job.id).values(values))
+        self._event(conn, job.id, f"priority {job.priority} -> {spec.priority}")
+        return self._locked_job(conn, job.id)
+
+
+def _job(row: sa.Row[Any]) -> Job:
+    values = dict(row._mapping)
+    del values["copy"]
+    wish = None if values["wish"] is None else Wish(values["wish"])
+    return Job(**values | {"status": JobStatus(values["status"]), "wish": wish})

@@ -1,0 +1,259 @@
+"""A data set, ready for training: examples no longer than allowed, and a report of what they come to.
+
+    rows = read_rows(path)                                              files.py: lines, or numbers of rows
+    check_rows(rows)                                                    format.py: columns, mistakes
+    train, validation = split(len(rows), fraction, seed)
+    dataset = build_examples([rows[i] for i in train], tokenizer, ...)  encoding.py: ids and loss mask
+    build_datasets(path, fraction_or_path, tokenizer, config)           all of it
+
+A row too long for `max_seq_len` is cut or left out and counted. A row that has no supervised token then is named, and a
+data set that has none is refused: its loss would be 0 / 0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from lora_core.config import TrainConfig
+from lora_core.data.encoding import Example, TrainOn, encode_rows
+from lora_core.data.files import read_rows
+from lora_core.data.format import DatasetError, NumberedRow, RowFormat, RowNumber, check_rows, ignored_columns, place
+from lora_core.data.json_values import shown
+
+__all__ = [
+    "Dataset",
+    "DatasetError",
+    "DatasetReport",
+    "Example",
+    "build_datasets",
+    "build_examples",
+    "check_rows",
+    "read_rows",
+    "split",
+]
+
+Overlong = Literal["truncate", "drop"]
+
+NAMED_ROWS = 100
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """What a data set comes to in tokens of this tokenizer, before anything is trained.
+
+    `lengths` are the examples' tokens, in order; `longest` is the longest one's before truncation. `overlong` counts
+    the rows with an example longer than `max_seq_len`, which `overlong_rule` truncated or dropped. `unlabelled` are the
+    lines, or numbers, of rows that train nothing.
+    """
+
+    format: RowFormat
+    rows: int
+    lengths: tuple[int, ...]
+    supervised_tokens: int
+    longest: int
+    max_seq_len: int
+    overlong: int
+    overlong_rule: Overlong
+    unlabelled: tuple[int, ...]
+    ignored_columns: tuple[str, ...]
+
+    @property
+    def examples(self) -> int:
+        """Documents to train on: one a row, or one an answer where the template rewrites history."""
+        return len(self.lengths)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one epoch."""
+        return sum(self.lengths)
+
+    def packing_efficiency(self, capacity: int) -> float:
+        """Share of the tokens in micro-batches of `capacity` that are no padding, the examples laid in file order."""
+        laid = batch = 0
+        for length in self.lengths:
+            if batch + length > capacity:
+                laid += max(batch, capacity) if batch else 0
+                batch = 0
+            batch += length
+        return self.tokens / (laid + max(batch, capacity))
+
+    def lines(self, capacity: int | None = None) -> list[str]:
+        """The report for people, packing for micro-batches of `capacity` tokens (`max_seq_len` if not given)."""
+        return self.contents(capacity) + self.losses()
+
+    def contents(self, capacity: int | None = None) -> list[str]:
+        """What there is to train on."""
+        capacity = capacity or self.max_seq_len
+        share = self.supervised_tokens / self.tokens
+        packing = f"{self.packing_efficiency(capacity):.1%} at {capacity:,} tokens"
+        return [
+            f"{self.rows:,} rows of {self.format}, {self.examples:,} examples",
+            f"{self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised ({share:.1%})",
+            f"longest row {self.longest:,} tokens, packing efficiency {packing}",
+        ]
+
+    def losses(self) -> list[str]:
+        """What of the file is not trained, or not whole."""
+        lines = []
+        if self.overlong:
+            done = "truncated" if self.overlong_rule == "truncate" else "dropped"
+            lines.append(f"{self.overlong:,} rows longer than max_seq_len={self.max_seq_len:,} tokens: {done}")
+        if self.unlabelled:
+            lines.append(f"{len(self.unlabelled):,} rows without a supervised token: {_named(self.unlabelled)}")
+        if self.ignored_columns:
+            lines.append(f"ignored columns: {', '.join(shown(name) or '(no name)' for name in self.ignored_columns)}")
+        return lines
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Examples in the order of the file, and what they come to."""
+
+    examples: list[Example]
+    report: DatasetReport
+
+
+def build_examples(
+    rows: Sequence[NumberedRow],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_seq_len: int,
+    train_on: TrainOn,
+    overlong: Overlong,
+    token_rows: int | None = None,
+) -> Dataset:
+    """Token ids and loss masks of all rows, none longer than `max_seq_len`, each ending with a label.
+
+    Over-long examples lose their end, or are left out, as `overlong` says. `token_rows` is what the base model has of
+    them (None: not known): ids from there on are refused.
+
+    Raises:
+        DatasetError: what `check_rows` and `encode_rows` find, tokens that the model has no row for, or no supervised
+            token in any row.
+    """
+    row_format = check_rows(rows)
+    problems: list[str] = []
+    examples: list[Example] = []
+    labelled: set[int] = set()
+    overlong_lines: set[int] = set()
+    longest = 0
+    for line, example in encode_rows(rows, row_format, tokenizer, train_on):
+        longest = max(longest, len(example.ids))
+        if len(example.ids) > max_seq_len:
+            overlong_lines.add(line)
+            if overlong == "drop":
+                continue
+            example = _cut(example, max_seq_len)
+        if token_rows is not None and (beyond := [token for token in example.ids if token >= token_rows]):
+            problems.append(f"{place(line)}: {_rowless(tokenizer, beyond[0], token_rows)}")
+        if example.ids:
+            examples.append(example)
+            labelled.add(line)
+    if problems:
+        raise DatasetError(problems)
+    report = DatasetReport(
+        format=row_format,
+        rows=len(rows),
+        lengths=tuple(len(example.ids) for example in examples),
+        supervised_tokens=sum(sum(example.labels_mask) for example in examples),
+        longest=longest,
+        max_seq_len=max_seq_len,
+        overlong=len(overlong_lines),
+        overlong_rule=overlong,
+        unlabelled=tuple(line for line, _ in rows if line not in labelled),
+        ignored_columns=ignored_columns(rows, row_format),
+    )
+    if not examples:
+        raise DatasetError([_nothing_to_learn(report)])
+    return Dataset(examples, report)
+
+
+def build_datasets(
+    dataset: str | Path,
+    validation: float | str | Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainConfig,
+    token_rows: int | None = None,
+) -> tuple[Dataset, Dataset | None]:
+    """Examples to train on, and those held out: a second file, or a fraction of the rows. `token_rows` is what the base
+    model has of them, where that is known.
+
+    Raises:
+        DatasetError: what `read_rows`, `build_examples` and `split` find.
+    """
+
+    def build(rows: Sequence[NumberedRow]) -> Dataset:
+        return build_examples(
+            rows,
+            tokenizer,
+            max_seq_len=config.max_seq_len,
+            train_on=config.train_on,
+            overlong=config.overlong,
+            token_rows=token_rows,
+        )
+
+    if isinstance(validation, float):
+        rows = read_rows(dataset)
+        check_rows(rows)  # before the cut, so that mistakes on either side come together
+        kept, held_out = split(len(rows), validation, config.seed)
+        return build(rows.part(kept)), build(rows.part(held_out))
+    built: list[Dataset] = []
+    problems: list[str] = []
+    for path, prefix in ((dataset, ""), (validation, "validation: ")):
+        try:
+            built += [] if path is None else [build(read_rows(path))]
+        except DatasetError as error:
+            problems += [prefix + problem for problem in error.problems]
+    if problems:
+        raise DatasetError(problems)
+    return built[0], built[1] if validation is not None else None
+
+
+def split(rows_count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """(training, validation) indices of rows, each ascending; the same for the same arguments everywhere and always.
+
+    Split rows, not examples: turns of one conversation on both sides would flatter the validation loss.
+
+    Raises:
+        DatasetError: fewer than two rows.
+    """
+    if rows_count < 2:
+        raise DatasetError(["a validation fraction needs at least two rows; add rows, or leave `validation` out"])
+    order = sorted(range(rows_count), key=lambda index: hashlib.sha256(f"{seed}:{index}".encode()).digest())
+    held_out = min(max(1, round(rows_count * fraction)), rows_count - 1)
+    return sorted(order[held_out:]), sorted(order[:held_out])
+
+
+def _cut(example: Example, tokens: int) -> Example:
+    """The first tokens, up to the last label among them, since nothing learns from the rest; empty if there is none."""
+    end = tokens
+    while end > 0 and not example.labels_mask[end - 1]:
+        end -= 1
+    return Example(example.ids[:end], example.labels_mask[:end])
+
+
+def _rowless(tokenizer: PreTrainedTokenizerBase, token: int, token_rows: int) -> str:
+    return (
+        f"the token `{tokenizer.convert_ids_to_tokens(token)}` has the id {token}, and the base model's embedding"
+        f" {token_rows} rows; change or leave out the row, or choose a base that knows the token"
+    )
+
+
+def _named(lines: Sequence[int]) -> str:
+    rest = f" and {len(lines) - NAMED_ROWS:,} more" if len(lines) > NAMED_ROWS else ""
+    word = "rows" if isinstance(lines[0], RowNumber) else "lines"
+    return f"{word} {', '.join(map(str, lines[:NAMED_ROWS]))}{rest}"
+
+
+def _nothing_to_learn(report: DatasetReport) -> str:
+    reason = "every answer has weight 0; give those to learn weight 1"
+    if report.overlong:
+        limit = f"raise max_seq_len={report.max_seq_len:,} or shorten the prompts"
+        reason = f"the longest has {report.longest:,} tokens; {limit}"
+    return f"no supervised token is left in {_named(report.unlabelled)}: {reason}"

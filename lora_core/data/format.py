@@ -1,0 +1,231 @@
+"""Rows of a data set: recognised by their columns, and checked without a tokenizer.
+
+    messages              [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]
+    conversations         [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}, ...], and `system`, a
+                          string, where there is one (ShareGPT)
+    prompt, completion    two strings, or two lists of messages
+    instruction, output   two strings, and `input`, a third one, where there is one (Alpaca)
+    text                  a string
+
+One data set has one of them; other columns are ignored. Every mistake is reported at once, each with its line (or the
+number of the row, from 1, where rows have no lines), the column and what to change.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from lora_core.data.json_values import shown
+from lora_core.data.messages import for_template, kind, message_problems, text_problem
+from lora_core.data.sharegpt import conversation, turn_problems, unused_keys
+
+Row = dict[str, Any]
+NumberedRow = tuple[int, Row]
+RowFormat = Literal["messages", "conversations (ShareGPT)", "prompt/completion", "instruction/output", "text"]
+
+# The first that fits counts: Alpaca's own file has a rendered `text` as well, UltraChat's a `prompt` beside `messages`.
+REQUIRED_COLUMNS: dict[RowFormat, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "conversations (ShareGPT)": ("conversations",),
+    "prompt/completion": ("prompt", "completion"),
+    "instruction/output": ("instruction", "output"),
+    "text": ("text",),
+}
+OPTIONAL_COLUMNS: dict[RowFormat, tuple[str, ...]] = {
+    "conversations (ShareGPT)": ("system",),
+    "instruction/output": ("input",),
+}
+KNOWN_FORMATS = "`messages`, or `conversations`, or `prompt` and `completion`, or `instruction` and `output`, or `text`"
+REPORTED_PROBLEMS = 100
+NAMED_COLUMNS = 10
+EMPTY = "empty; write the text, or leave the row out"
+
+Problem = tuple[int, str]
+"""(number of the row, what to say about it)"""
+
+
+class RowNumber(int):
+    """The number of a row that has no line of its own: in Parquet, or in one JSON array."""
+
+
+class Rows(list[NumberedRow]):
+    """The rows of a file; `unread` are the columns that it has besides and that are in none of them."""
+
+    def __init__(self, rows: Iterable[NumberedRow] = (), unread: Iterable[str] = ()) -> None:
+        super().__init__(rows)
+        self.unread = tuple(unread)
+
+    def part(self, indices: Iterable[int]) -> Rows:
+        """Some of them."""
+        return Rows((self[index] for index in indices), self.unread)
+
+
+def place(number: int) -> str:
+    """Where a user finds a row."""
+    return f"{'row' if isinstance(number, RowNumber) else 'line'} {number}"
+
+
+class DatasetError(ValueError):
+    """What a user has to change in a data set: the first hundred `problems` and the number of the others."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems[:REPORTED_PROBLEMS])
+        self.more = len(problems) - len(self.problems)
+        super().__init__(self.problems)  # what pickle hands to __init__ again, before it restores `more`
+
+    def __str__(self) -> str:
+        rest = [f"and {self.more} more"] if self.more else []
+        return "\n".join([*self.problems, *rest])
+
+
+def check_rows(rows: Sequence[NumberedRow]) -> RowFormat:
+    """The format that the rows have in common.
+
+    Raises:
+        DatasetError: rows of no known format or of another one than most, wrong types, nothing to learn in a row.
+    """
+    problems = problems_of(rows)
+    if problems:
+        raise DatasetError([text for _, text in problems])
+    row_format = _common_format(rows)
+    assert row_format is not None, "read_rows gives at least one row"
+    return row_format
+
+
+def ignored_columns(rows: Sequence[NumberedRow], row_format: RowFormat) -> tuple[str, ...]:
+    """Columns that the format does not use, and what turns of ShareGPT have besides, sorted."""
+    ignored = {column for _, row in rows for column in row} - {*used_columns(row_format)}
+    if isinstance(rows, Rows):
+        ignored |= {*rows.unread}
+    if row_format == "conversations (ShareGPT)":
+        ignored |= {f"conversations.{key}" for _, row in rows for key in unused_keys(row["conversations"])}
+    return tuple(sorted(ignored))
+
+
+def used_columns(row_format: RowFormat) -> tuple[str, ...]:
+    """Those that rows of the format must have, and those that they may."""
+    return (*REQUIRED_COLUMNS[row_format], *OPTIONAL_COLUMNS.get(row_format, ()))
+
+
+def without_nulls(row: Row) -> Row:
+    """Parquet has a null where JSON has no key: here both are the same."""
+    return {column: value for column, value in row.items() if value is not None}
+
+
+def format_of(row: Mapping[str, Any]) -> RowFormat | None:
+    """The first one that a row has all columns of."""
+    return next((name for name, columns in REQUIRED_COLUMNS.items() if all(c in row for c in columns)), None)
+
+
+def _common_format(rows: Sequence[NumberedRow]) -> RowFormat | None:
+    """What most rows are; where no row is complete, what most have a column of."""
+    complete = Counter(row_format for _, row in rows if (row_format := format_of(row)))
+    partial = Counter(
+        row_format
+        for _, row in rows
+        for row_format, columns in REQUIRED_COLUMNS.items()
+        if not row.keys().isdisjoint(columns)
+    )
+    counts = complete or partial
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def no_known_format(columns: Collection[str]) -> str:
+    """What to say of rows with other columns than a format has."""
+    names = ", ".join(f"`{shown(column)}`" for column in list(columns)[:NAMED_COLUMNS]) or "none"
+    rest = f" and {len(columns) - NAMED_COLUMNS} more" if len(columns) > NAMED_COLUMNS else ""
+    return f"column {names}{rest}: no known format; use {KNOWN_FORMATS}"
+
+
+def problems_of(rows: Sequence[NumberedRow]) -> list[Problem]:
+    """Every mistake in the rows."""
+    row_format = _common_format(rows)
+    if row_format is None:
+        return [(number, f"{place(number)}: {no_known_format(row)}") for number, row in rows]
+    problems = []
+    for number, row in rows:
+        for column, advice in _row_problems(row, row_format):
+            problems.append((number, f"{place(number)}: column {column}: {advice}"))
+    return problems
+
+
+def _row_problems(row: Row, row_format: RowFormat) -> Iterator[tuple[str, str]]:
+    """(column, what to change)"""
+    missing = [column for column in REQUIRED_COLUMNS[row_format] if column not in row]
+    for column in missing:
+        own = format_of(row)
+        mixed = f": this row is {own}, most are {row_format}, and a data set has one format" if own else "; add it"
+        yield f"`{column}`", f"missing{mixed}"
+    if missing:
+        return
+    if row_format == "messages":
+        yield from _message_problems("messages", row["messages"], answer_from=1)
+    elif row_format == "conversations (ShareGPT)":
+        yield from _conversation_problems(row)
+    elif row_format == "prompt/completion":
+        yield from _prompt_completion_problems(row)
+    elif row_format == "instruction/output":
+        yield from _text_problems("instruction", row["instruction"])
+        yield from _text_problems("input", row.get("input", ""), may_be_empty=True)
+        yield from _text_problems("output", row["output"])
+    else:
+        yield from _text_problems("text", row["text"])
+
+
+def _conversation_problems(row: Row) -> Iterator[tuple[str, str]]:
+    turns, system = row["conversations"], row.get("system", "")
+    yield from _text_problems("system", system, may_be_empty=True)
+    yield from _message_problems("conversations", turns, answer_from=0 if system else 1)
+    first = turns[0] if isinstance(turns, list) and turns else None
+    if system and isinstance(first, dict) and "system" in (first.get("from"), first.get("role")):
+        yield "`system`", "the conversation begins with a system turn of its own; leave one of the two out"
+
+
+def _prompt_completion_problems(row: Row) -> Iterator[tuple[str, str]]:
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        yield from _message_problems("prompt", prompt, answer_from=None)
+        yield from _message_problems("completion", completion, answer_from=0)
+    elif isinstance(prompt, list) or isinstance(completion, list):
+        kinds = f"`prompt` is {kind(prompt)} and `completion` {kind(completion)}"
+        yield "`completion`", f"{kinds}; make both strings or both lists of messages"
+    else:
+        yield from _text_problems("prompt", prompt, may_be_empty=True)
+        yield from _text_problems("completion", completion)
+
+
+def _message_problems(column: str, messages: Any, *, answer_from: int | None) -> Iterator[tuple[str, str]]:
+    """`answer_from`: the first index at which an assistant's message is an answer; None where none is needed."""
+    of_sharegpt = column == "conversations"
+    if not isinstance(messages, list) or not messages:
+        found = "an empty list" if messages == [] else kind(messages)
+        keys = "`from` and `value`" if of_sharegpt else "`role` and `content`"
+        yield f"`{column}`", f"{found}; write a list of messages with {keys}"
+        return
+    check = turn_problems if of_sharegpt else message_problems
+    wrong = [
+        (f"`{column}[{index}]{key}`", advice)
+        for index, message in enumerate(messages)
+        for key, advice in check(message)
+    ]
+    yield from wrong
+    if answer_from is None or wrong:
+        return
+    content = ["value" if "value" in message else "content" for message in messages]
+    messages = conversation(messages) if of_sharegpt else messages
+    answers = [index for index in range(answer_from, len(messages)) if messages[index]["role"] == "assistant"]
+    if not answers:
+        after = " that follows another one" if answer_from else ""
+        yield f"`{column}`", f"no message of the assistant{after}; add the answer to learn"
+    for index in answers:
+        if messages[index].get("weight") != 0 and not for_template(messages[index])["content"].strip():
+            yield f"`{column}[{index}].{content[index]}`", EMPTY
+
+
+def _text_problems(column: str, value: Any, *, may_be_empty: bool = False) -> Iterator[tuple[str, str]]:
+    if problem := text_problem(value):
+        yield f"`{column}`", problem
+    elif not may_be_empty and not value.strip():
+        yield f"`{column}`", EMPTY

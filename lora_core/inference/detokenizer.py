@@ -1,0 +1,92 @@
+"""From generated tokens to text: what can be shown already, and where an answer ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from lora_core.data.prompts import NoTemplateError, PromptError, rendered
+from lora_core.models.base import BaseModel
+
+_INCOMPLETE = "\ufffd"  # what bytes decode to as long as their character is not whole
+
+
+class TextStream:
+    """The text of one answer, token by token; joined, it is `tokenizer.decode(tokens)` up to the first stop string.
+
+    Held back: the bytes of an incomplete character, and an end of the text with which a stop string may begin. Each
+    piece is decoded together with the one before it, since SentencePiece's spaces depend on what stands to the left.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
+        assert all(stop)
+        self._tokenizer, self._stop = tokenizer, stop
+        self._tokens: list[int] = []
+        self._before = 0  # start of the piece that was shown last
+        self._shown = 0  # end of it
+        self._piece = ""  # its text
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """Text that is certain now; after a stop string (`stopped`) there is no more."""
+        self._tokens.append(token)
+        text = self._decode(self._before)
+        if text.endswith(_INCOMPLETE) or len(text) <= len(self._piece):
+            return ""
+        new = text[len(self._piece) :]
+        self._before, self._shown = self._shown, len(self._tokens)
+        self._piece = self._decode(self._before)
+        return self._release(new)
+
+    def finish(self) -> str:
+        """The rest, when the answer ended without a stop string."""
+        rest = self._release(self._decode(self._before)[len(self._piece) :])
+        if self.stopped:
+            return rest
+        return rest + self._held
+
+    def _decode(self, start: int) -> str:
+        tokens = self._tokens[start:]
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _release(self, new: str) -> str:
+        held = self._held + new
+        matches = [(held.find(stop) + len(stop), held.find(stop)) for stop in self._stop if stop in held]
+        if matches:  # the stop string that was complete first, however the text was cut into tokens
+            self.stopped, self._held = True, ""
+            return held[: min(matches)[1]]
+        keep = max((_overlap(held, stop) for stop in self._stop), default=0)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    return next(n for n in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:n]))
+
+
+def end_tokens(base: BaseModel) -> frozenset[int]:
+    """Tokens that end an answer: the generation config's, the tokenizer's, and the one that closes a turn of a chat."""
+    tokenizer = base.tokenizer
+    config = base.model.generation_config
+    configured = config.eos_token_id if config is not None else None
+    listed = configured if isinstance(configured, list) else [configured]
+    ends = {*listed, tokenizer.eos_token_id, _end_of_turn(tokenizer)}
+    return frozenset(token for token in ends if isinstance(token, int))
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template puts behind an answer; many bases name only another one as EOS."""
+    said = "What the assistant says."
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": said}]
+    try:
+        _, found, after = rendered(tokenizer, messages, generation_prompt=False).rpartition(said)
+    except (NoTemplateError, PromptError):  # plain prompts can be served all the same
+        return None
+    if not found:
+        return None
+    after = after.lstrip()
+    specials = {token: content for token, content in tokenizer.added_tokens_decoder.items() if content.special}
+    return next((token for token, content in specials.items() if after.startswith(content.content)), None)

@@ -1,0 +1,192 @@
+"""Whether a job in company computes the same bits as alone on this CPU, asked of its products rather than of its name.
+
+Jobs share frozen products, whose rows do not touch. Whether a row has the same bits whatever rows are beside it is up
+to the library that multiplies: it may split the inner dimension where rows are few, take another kernel for the last
+ones, or round by where a row lies in memory. MKL does the first on Intel unless it is asked not to, and the others on
+AMD. What was seen of all these depends on sizes, threads and the library's version, so each base's own products decide:
+
+    rows alone are rows in company                         chunks lie end to end as they are
+    they are where chunks begin and end at eights          chunks are padded to `ROW_MULTIPLE` rows
+    they are not, but a product repeats itself             every chunk is a batch of its own
+    it does not                                            training is not exact here, and says so
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_core.adapters.dora import weight_of
+from lora_core.adapters.targets import in_and_out
+from lora_core.data.packing import ROW_MULTIPLE
+
+log = logging.getLogger("lora.engine")
+
+EXACT_DTYPES = (torch.float32, torch.float64)
+PRODUCT_ROWS = 384
+"""Rows of the product that others are compared with, or 128 for each thread: seen with two threads on Intel, MKL splits
+the inner dimension of products of up to 256.
+"""
+
+_PADDED = ((0, 8), (8, 16), (24, 24), (16, 72), (8, 136))
+_AS_THEY_ARE = ((0, 1), (3, 1), (5, 2), (0, 3), (8, 5), (1, 6), (13, 7), (2, 9), (0, 11), (7, 13), (29, 27), (5, 131))
+"""(first row, rows) of chunks in that product."""
+
+_RANK = 16  # of the adapter whose products are compared
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """How chunks are laid out so that a job in company equals the same job alone bit for bit.
+
+    Chunks are padded to a multiple of `row_multiple` rows; they share a batch if `joined`. `promised` is False where
+    nobody promises bits (bf16, GPUs); `problem` says why the promise cannot be kept.
+    """
+
+    row_multiple: int = ROW_MULTIPLE
+    joined: bool = True
+    promised: bool = False
+    problem: str | None = None
+
+    def __str__(self) -> str:
+        if self.problem is not None:
+            return f"not exact on this CPU: {self.problem}"
+        if not self.promised:
+            return "by formula: bits are promised in fp32 on CPU alone"
+        if not self.joined:
+            return "bit for bit, a chunk at a time"
+        return "bit for bit"
+
+    def values(self) -> dict[str, object]:
+        """Its fields, as `Exactness(**values)` takes them."""
+        return asdict(self)
+
+    @staticmethod
+    def of_all(ranks: Iterable[Exactness]) -> Exactness:
+        """What keeps the promise on every rank; all must lay out alike to stay in step."""
+        ranks = list(ranks)
+        return Exactness(
+            row_multiple=max(rank.row_multiple for rank in ranks),
+            joined=all(rank.joined for rank in ranks),
+            promised=all(rank.promised for rank in ranks),
+            problem=next((rank.problem for rank in ranks if rank.problem is not None), None),
+        )
+
+
+def ask_for_exact_products() -> None:
+    """Have MKL compute a row alike whatever rows are beside it: its strict mode, with the widest vectors there are.
+
+    It counts if it is in the environment before MKL's first product in this process, also after `import torch`; later
+    it is ignored without a word, and so would be a mode that this CPU has not. Measured on Intel (AVX-512, two
+    threads): nothing from 64 rows on, up to 1.5 times as long at 8 rows of small matrices, 2 to 3 times at one row; so
+    it is for training, not for serving. Whoever has set MKL_CBWR keeps what he chose.
+    """
+    vectors = "AVX512" if torch.cpu.get_capabilities().get("avx512_f") else "AVX2"
+    os.environ.setdefault("MKL_CBWR", f"{vectors},STRICT")
+
+
+def exactness_of(linears: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> Exactness:
+    """How a base with these linears keeps the promise with as many threads as there are now: measured once a process.
+
+    It multiplies about 850 rows with each kind of linear and back: 8 GFLOP for a model of 135 M parameters.
+    """
+    if device.type != "cpu" or dtype not in EXACT_DTYPES:
+        return Exactness()
+    kinds = {_kind(linear): linear for linear in linears}
+    answers = [_remembered(kind, torch.get_num_threads(), linear) for kind, linear in kinds.items()]
+    found = Exactness.of_all([*answers, Exactness(row_multiple=1, promised=True)])
+    log.log(
+        logging.INFO if found.joined and found.problem is None else logging.WARNING,
+        "event=exactness answer=%r row_multiple=%d joined=%s threads=%d mkl_cbwr=%s%s",
+        str(found), found.row_multiple, found.joined, torch.get_num_threads(), os.environ.get("MKL_CBWR"),
+        "" if found.joined else " advice='set MKL_CBWR before the first product to train jobs side by side'",
+    )  # fmt: skip
+    return found
+
+
+_Kind = tuple[type[nn.Module], int, int, bool, torch.dtype]
+_answers: dict[tuple[_Kind, int], Exactness] = {}
+
+
+def _kind(linear: nn.Module) -> _Kind:
+    assert isinstance(linear.weight, Tensor)
+    return type(linear), *in_and_out(linear), getattr(linear, "bias", None) is not None, linear.weight.dtype
+
+
+def _remembered(kind: _Kind, threads: int, linear: nn.Module) -> Exactness:
+    if (kind, threads) not in _answers:
+        _answers[kind, threads] = _measured(linear, threads)
+    return _answers[kind, threads]
+
+
+def _measured(linear: nn.Module, threads: int) -> Exactness:
+    """Compared in its own products: the output, and the gradient of its input."""
+    inputs, outputs = in_and_out(linear)
+    rows = max(PRODUCT_ROWS, 128 * threads)
+    assert isinstance(linear.weight, Tensor)
+    stream = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(rows, features, dtype=linear.weight.dtype, generator=stream) for features in (inputs, outputs))
+    products = list(_products(linear, x, dy))
+    if all(_rows_are_theirs(product, _PADDED) for product in products):
+        as_they_are = all(_rows_are_theirs(product, _AS_THEY_ARE) for product in products) and _slices_are_alike(x, dy)
+        return Exactness(row_multiple=1 if as_they_are else ROW_MULTIPLE, promised=True)
+    if all(_repeats(product) for product in products):
+        return Exactness(joined=False, promised=True)
+    size = f"{inputs} x {outputs}"
+    return Exactness(joined=False, problem=f"a product of its {size} linears comes out otherwise each time")
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A function of rows, each of which should depend on that row of `source` alone."""
+
+    source: Tensor
+    of: Callable[[Tensor], Tensor]
+
+
+def _products(linear: nn.Module, x: Tensor, dy: Tensor) -> Iterator[_Product]:
+    def forward(rows: Tensor) -> Tensor:
+        with torch.no_grad():
+            output: Tensor = linear.forward(rows[None])[0]
+        return output
+
+    yield _Product(x, forward)
+    yield _Product(dy, lambda rows: rows @ weight_of(linear).detach())
+
+
+def _rows_are_theirs(product: _Product, chunks: Iterable[tuple[int, int]]) -> bool:
+    together = product.of(product.source)
+    return all(
+        torch.equal(product.of(product.source[first : first + rows].clone()), together[first : first + rows])
+        for first, rows in chunks
+    )
+
+
+def _repeats(product: _Product) -> bool:
+    """Whether the same chunk alone has the same bits again."""
+    for _, rows in (*_PADDED, *_AS_THEY_ARE):
+        chunk = product.source[:rows]
+        if not torch.equal(product.of(chunk.clone()), product.of(chunk.clone())):
+            return False
+    return True
+
+
+@torch.no_grad()
+def _slices_are_alike(x: Tensor, dy: Tensor) -> bool:
+    """Whether an adapter's own products, which are of one chunk's rows alone, are the same wherever the chunk lies."""
+    stream = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(_RANK, wide.shape[1], dtype=x.dtype, generator=stream) for wide in (x, dy))
+    for first, rows in (*_PADDED, *_AS_THEY_ARE):
+        for source, narrow in ((x, a), (dy, b)):
+            here = source[first : first + rows]
+            there = here.clone()
+            h = F.linear(there, narrow)
+            if not torch.equal(F.linear(here, narrow), h) or not torch.equal(h.t() @ here, h.t() @ there):
+                return False
+    return True

@@ -1,0 +1,241 @@
+"""Many adapters on one frozen base: `y = x W^T + scale * (x A^T) B^T`, where every row of x names its own A and B.
+
+    x       [1, tokens, in]     rows of several jobs or requests, each job's rows contiguous (a `Run`)
+    A       [r, in]   fp32      B [out, r]   fp32        PEFT's layout; cast down to the dtype of x for the product
+    y       [1, tokens, out]
+
+The base is shared and never changes: an adapter is added by a forward hook on the linear, so names, weights and state
+dict of the model stay those of the checkpoint. Each run is computed on its own slice of rows. On CPU in eager fp32 that
+makes an adapter trained in company equal, bit for bit, to the same adapter trained alone, and it is the wall against a
+neighbour's NaN: a mask is not one, since 0 x NaN is NaN.
+
+Backward, for each run, with h = dropout(x) A^T:
+
+    dh = scale * dy B        dx += dropout(dh A)        A.grad += dh^T dropout(x)        B.grad += scale * dy^T h
+
+With DoRA (`dora.py`), v = x W^T + scale * h B^T and y = g * v + bias: dy is g * dy in the line above and for the base's
+own output, and m.grad += sum over rows of dy * v / ||W + scale B A||.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lora_core.adapters.adapter import Adapter
+from lora_core.adapters.dora import RowNorms
+from lora_core.adapters.dropout import dropout_mask, kept_share
+from lora_core.adapters.targets import AdaptableModules
+
+
+@dataclass(frozen=True)
+class Run:
+    """`rows` consecutive rows that belong to `adapter` (None: the base alone).
+
+    `dropout_keys` is int64 `[rows]`, one number for each (job seed, optimizer step, example in the step, token in the
+    document); None outside training.
+    """
+
+    adapter: Adapter | None
+    rows: int
+    dropout_keys: Tensor | None = None
+
+
+class AdapterBank(AdaptableModules):
+    """Hooks on a frozen model's linears, through which the rows of `routed` runs get their own adapter's update."""
+
+    def __init__(self, model: PreTrainedModel, row_norms: RowNorms | None = None) -> None:
+        super().__init__(model, row_norms)
+        self.runs: Sequence[Run] = ()
+        self._residual_runs: Sequence[Run] = ()  # the same rows, by the residuals of their adapters
+        self._hooks = [module.register_forward_hook(self._hook_for(name)) for name, module in self.modules.items()]
+        self._hooks += [
+            module.register_forward_hook(self._activate_by_run) for module in model.modules() if _is_activation(module)
+        ]
+
+    @contextmanager
+    def routed(self, runs: Sequence[Run]) -> Iterator[None]:
+        """Within it, forward passes over `[1, sum of rows]` tokens add each run's adapter to its rows."""
+        before = self.runs, self._residual_runs
+        self.runs, self._residual_runs = [run for run in runs if run.rows], ()
+        residuals = [run.adapter and run.adapter.residual for run in self.runs]
+        if any(residuals):
+            self._residual_runs = [Run(one, run.rows) for one, run in zip(residuals, self.runs, strict=True)]
+        try:
+            yield
+        finally:
+            self.runs, self._residual_runs = before
+
+    def head_weights(self, runs: Sequence[Run]) -> list[Tensor]:
+        """The trained A and B that `runs` have on the output head."""
+        heads = self.modules.keys() - self.linears.keys()
+        return [weight for name in heads for weight in _trained(name, runs)]
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _hook_for(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
+        def add_updates(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            for runs in filter(None, (self._residual_runs, self.runs)):
+                output = added(runs, args[0], output)
+            return output
+
+        def added(runs: Sequence[Run], x: Tensor, output: Tensor) -> Tensor:
+            adapters = [run.adapter for run in runs if run.adapter is not None and name in run.adapter.a]
+            if not adapters:
+                return output
+            for adapter in adapters:
+                self.add_norms(adapter, [name])
+            # The trained weights are named as inputs so that a graph grows from the first adapted linear on.
+            trained = _trained(name, runs)
+            x = x.reshape(-1, x.shape[-1])
+            rows = output.reshape(-1, output.shape[-1])
+            bias = getattr(self.modules[name], "bias", None)
+            updated: Tensor = _AddUpdates.apply(rows, x, name, bias, runs, *trained)  # type: ignore[no-untyped-call]
+            return updated.view_as(output)
+
+        return add_updates
+
+    def _activate_by_run(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        """The activation function once more, run by run, where several runs of fp32 or fp64 share a row.
+
+        torch computes SiLU and GELU in vectors, and the last few elements of each thread's share one at a time with
+        another rounding. In one call over all rows it depends on the neighbours which elements those are (seen with two
+        threads at 172 features, with three at 11,008).
+        """
+        (x,) = args
+        if len(self.runs) < 2 or x.shape[0] != 1 or x.dtype not in (torch.float32, torch.float64):
+            return None
+        return torch.cat([module.forward(part) for part in x.split([run.rows for run in self.runs], dim=1)], dim=1)
+
+
+def _trained(name: str, runs: Sequence[Run]) -> list[Tensor]:
+    adapters = [run.adapter for run in runs if run.adapter is not None and name in run.adapter.a]
+    return [weight for adapter in adapters for weight in (adapter.a[name], adapter.b[name]) if weight.requires_grad]
+
+
+class _AddUpdates(torch.autograd.Function):
+    """output `[tokens, out]` and x `[tokens, in]` -> output plus each run's update.
+
+    The gradients of A and B are added to their `.grad` here, run after run, and never pass through autograd: it would
+    first add up the runs of one micro-batch, so that a job's sum depended on which of its chunks happened to share one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, x: Tensor, module: str, bias: Tensor | None, runs: Sequence[Run], *trained: Tensor
+    ) -> Tensor:
+        updated = torch.empty_like(output)
+        rows = [run.rows for run in runs]
+        kept: list[Tensor | None] = []
+        for run, x_rows, out_rows, target in zip(
+            runs, x.split(rows), output.split(rows), updated.split(rows), strict=True
+        ):
+            adapter = run.adapter
+            if adapter is None or module not in adapter.a:
+                target.copy_(out_rows)
+                continue
+            a, b = adapter.weights(module, x.dtype)
+            keep = None
+            if run.dropout_keys is not None and adapter.dropout > 0:
+                mask = dropout_mask(x.shape[1], adapter.dropout, run.dropout_keys, adapter.module_keys[module])
+                keep = mask.view(torch.uint8).to(x.dtype)  # from bool it would take eight times as long
+                x_rows = _dropped(x_rows, keep, adapter.dropout)
+            h = F.linear(x_rows, a)
+            v = None
+            if module in adapter.magnitude:
+                v = _add_dora(adapter, module, F.linear(h, b), out_rows, bias, target).to(x.dtype)
+            else:
+                torch.addmm(out_rows, h, b.t(), alpha=adapter.scale[module], out=target)
+            kept += [h, keep, v]
+        ctx.save_for_backward(x, *kept)
+        ctx.module, ctx.runs, ctx.trained = module, runs, len(trained)
+        return updated
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        x, *kept = ctx.saved_tensors
+        module, rows = ctx.module, [run.rows for run in ctx.runs]
+        doutput = dy.clone() if any(v is not None for v in kept[2::3]) else dy
+        dx = torch.empty_like(x) if ctx.needs_input_grad[1] else None
+        dx_parts = [None] * len(rows) if dx is None else dx.split(rows)
+        for run, x_rows, dy_rows, dx_rows in zip(ctx.runs, x.split(rows), doutput.split(rows), dx_parts, strict=True):
+            adapter = run.adapter
+            if adapter is None or module not in adapter.a:
+                if dx_rows is not None:
+                    dx_rows.zero_()
+                continue
+            (h, keep, v), kept = kept[:3], kept[3:]
+            if v is not None:
+                _add_magnitude_gradient(adapter, module, dy_rows, v)
+                dy_rows.copy_(dy_rows * adapter.gain(module))
+            a, b = adapter.weights(module, x.dtype)
+            dh = dy_rows @ b
+            if keep is not None:
+                x_rows = _dropped(x_rows, keep, adapter.dropout)
+            _add_product(adapter.b[module], dy_rows.t(), h, adapter.scale[module])
+            _add_product(adapter.a[module], dh.t(), x_rows, adapter.scale[module])
+            if dx_rows is not None:
+                torch.addmm(dx_rows, dh, a, beta=0, alpha=adapter.scale[module], out=dx_rows)
+                if keep is not None:
+                    dx_rows.copy_(_dropped(dx_rows, keep, adapter.dropout))
+        return (doutput, dx, None, None, None, *[None] * ctx.trained)
+
+
+def _add_dora(
+    adapter: Adapter, module: str, update: Tensor, output: Tensor, bias: Tensor | None, target: Tensor
+) -> Tensor:
+    """Write y into `target`, rounded once to its dtype; returns v. One product or sum at a time, which round alike
+    wherever a row lies; a fused one need not.
+    """
+    gain = adapter.gain(module)
+    v = update.to(gain.dtype).mul_(adapter.scale[module]).add_(output)
+    if bias is None:
+        target.copy_(v * gain)
+        return v
+    v.sub_(bias)
+    target.copy_((v * gain).add_(bias))
+    return v
+
+
+def _add_magnitude_gradient(adapter: Adapter, module: str, dy: Tensor, v: Tensor) -> None:
+    m = adapter.magnitude[module]
+    if m.requires_grad:
+        if m.grad is None:
+            m.grad = torch.zeros_like(m)
+        m.grad.add_((dy.to(m.dtype) * v).sum(0).div_(adapter.norm[module]))
+
+
+def _add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """`weight.grad += scale * left @ right`, in the precision of `weight` from the product on."""
+    if not weight.requires_grad:
+        return
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    if weight.dtype == left.dtype:
+        weight.grad.addmm_(left, right, alpha=scale)
+    else:
+        weight.grad.add_(left @ right, alpha=scale)
+
+
+def _dropped(x: Tensor, keep: Tensor, p: float) -> Tensor:
+    """x divided by the share that is kept (a number, since a bf16 tensor of it would be 0.16 % off), times a mask of 0
+    and 1.
+    """
+    return (x * (1.0 / kept_share(p))).mul_(keep)
+
+
+def _is_activation(module: nn.Module) -> bool:
+    """SiLU, GELU and their like, by where torch and transformers keep them (torch keeps its attention there too)."""
+    kept_in = type(module).__module__
+    return kept_in in ("torch.nn.modules.activation", "transformers.activations") and not any(module.children())

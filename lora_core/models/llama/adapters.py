@@ -1,0 +1,114 @@
+"""An adapter as the decoder's kernels take it: views of its memory, group by group, and a table of their addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lora_core.adapters.adapter import Adapter
+from lora_core.adapters.dora import RowNorms
+from lora_core.kernels.operands import GroupAdapter, LinearGroup, Magnitude, Part
+
+
+class AdapterView:
+    """An adapter's weights and gradients as the kernels take them, group by group: the same memory. With DoRA, norms
+    and gains of its own; `stale` says that they are not of the weights as they are.
+    """
+
+    def __init__(self, adapter: Adapter, groups: Sequence[LinearGroup], device: torch.device) -> None:
+        self._adapter = adapter
+        self.magnitudes = _magnitudes(adapter)
+        scales = _scales(adapter, groups, device)
+        self.groups = [_group_adapter(adapter, group, scales[group.index], self.magnitudes) for group in groups]
+        self.widths = [0 if group is None else group.width for group in self.groups]
+        self.ranks = [0 if group is None else group.largest_rank for group in self.groups]
+        self.dora = [group is not None and group.dora for group in self.groups]
+        self.table: Tensor | None = None
+        if device.type == "cuda":
+            from lora_core.kernels.low_rank_triton import table_row
+
+            rows = [table_row(adapter, group) for adapter, group in zip(self.groups, groups, strict=True)]
+            self.table = torch.tensor([number for row in rows for number in row], dtype=torch.int64, device=device)
+
+    @property
+    def stale(self) -> bool:
+        first = next(iter(self.magnitudes), None)  # whoever changes weights forgets all norms together
+        return first is not None and self._adapter.norm.get(first) is not self.magnitudes[first].norm
+
+    def settle(self) -> None:
+        """Norms and gains are now those of the weights."""
+        self._adapter.norm.update({name: magnitude.norm for name, magnitude in self.magnitudes.items()})
+
+    def measure(self, norms: RowNorms) -> None:
+        """Compute norms and gains, on CPU."""
+        for name, magnitude in self.magnitudes.items():
+            magnitude.norm.copy_(norms.of(name, *self._adapter.folded(name)))
+            torch.div(magnitude.m, magnitude.norm, out=magnitude.gain)
+
+
+def _magnitudes(adapter: Adapter) -> dict[str, Magnitude]:
+    """With room for norms and gains in one piece."""
+    if not adapter.magnitude:
+        return {}
+    sizes = [len(m) for m in adapter.magnitude.values()]
+    joined = next(iter(adapter.magnitude.values())).new_empty(2, sum(sizes), requires_grad=False)
+    parts = zip(adapter.magnitude.items(), *(row.split(sizes) for row in joined), strict=True)
+    return {name: Magnitude(m.detach(), _gradient(m), norm, gain) for (name, m), norm, gain in parts}
+
+
+def _scales(adapter: Adapter, groups: Sequence[LinearGroup], device: torch.device) -> Sequence[Tensor]:
+    """The scale of each rank on each group, in one piece on the device."""
+    ranks = [[(adapter.scale[n], len(adapter.a[n])) for n in group.names if n in adapter.a] for group in groups]
+    values = [[scale for scale, rank in of_group for _ in range(rank)] for of_group in ranks]
+    wide = torch.promote_types(next(iter(adapter.a.values())).dtype, torch.float32)
+    joined = torch.tensor([scale for of_group in values for scale in of_group], dtype=wide).to(device)
+    parts: Sequence[Tensor] = joined.split([len(of_group) for of_group in values])
+    return parts
+
+
+def _group_adapter(
+    adapter: Adapter, group: LinearGroup, scales: Tensor, magnitudes: Mapping[str, Magnitude]
+) -> GroupAdapter | None:
+    """None where the adapter has nothing on this group."""
+    present = [name for name in group.names if name in adapter.a]
+    if not present:
+        return None
+    assert adapter.cast is not None
+    a = _stacked([adapter.cast[name][0] for name in present])
+    a_gradient = _stacked([_gradient(adapter.a[name]) for name in present])
+    parts: list[Part | None] = []
+    offset = 0
+    for name in group.names:
+        if name not in adapter.a:
+            parts.append(None)
+            continue
+        b, gradient, key = adapter.cast[name][1], _gradient(adapter.b[name]), adapter.module_keys[name]
+        parts.append(Part(b, gradient, offset, key, magnitudes.get(name)))
+        offset += adapter.a[name].shape[0]
+    return GroupAdapter(a, a_gradient, scales, tuple(parts), adapter.dropout)
+
+
+def _gradient(weight: Tensor) -> Tensor:
+    assert weight.grad is not None
+    return weight.grad
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """`[sum of r, in]` over matrices that lie end to end in memory: a view of all of them."""
+    first = parts[0]
+    end = first.data_ptr()
+    for part in parts:
+        assert part.data_ptr() == end and part.is_contiguous(), "the A of a group lie end to end"
+        end += part.nbytes
+    return first.as_strided((sum(part.shape[0] for part in parts), first.shape[1]), (first.shape[1], 1))
+
+
+def stacked_tables(adapters: Sequence[AdapterView], groups: int) -> Tensor:
+    """int64 `[adapters + 1, groups * FIELDS]`; the last row is that of no adapter."""
+    from lora_core.kernels.low_rank_triton import FIELDS
+
+    tables = [adapter.table for adapter in adapters if adapter.table is not None]
+    none = torch.zeros(groups * FIELDS, dtype=torch.int64, device="cuda")
+    return torch.stack([*tables, none])

@@ -1,0 +1,327 @@
+"""A decoder of the Llama family with many adapters on it, its forward and backward passes written out.
+
+    for layer in layers:                                        saved for the backward pass
+        x  += down-projection of the layer before               x
+        qkv = frozen(norm(x)) + h B^T, turned by positions      qkv, h
+              (Qwen3: each head of q and k is normed before)    q and k before that
+        x  += output projection of attention(q, k, v)           attention, h, x
+        act = silu(gate) * up  of  frozen(norm(x)) + h B^T      gate and up, h
+    losses = cross entropy of the head's logits, slice by slice
+
+With DoRA in a batch, `frozen(n) + h B^T` is multiplied by the gains of its rows' adapter, and what the projections add
+to x is kept, too, for the gradients of their magnitudes (`kernels/gains.py`).
+
+There is no autograd in it but for attention: what is kept, what is computed again and where memory is reused is on
+this page, and the same on each step, so that the peak is known before a base is loaded. Linears that share an input
+are one frozen product and one low-rank one. Rows of different adapters meet only in frozen products, whose rows do not
+touch; every sum over tokens runs over one adapter's own (`kernels/low_rank.py`).
+
+Only the weights come from transformers: this file computes what its Llama, Mistral, Qwen2 and Qwen3 do
+(https://github.com/huggingface/transformers), and `BaseModel` compares the two when a base is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_core.adapters.adapter import Adapter
+from lora_core.kernels import dispatch
+from lora_core.kernels.batch_low_rank import add_a_gradients, expand_gradient_, shrink
+from lora_core.kernels.gains import gains_backward
+from lora_core.kernels.layer_ops import (
+    gate_up_again,
+    norm_backward,
+    norm_forward,
+    rope_backward,
+    rope_forward_,
+    swiglu_backward_,
+    swiglu_forward,
+)
+from lora_core.kernels.low_rank import add_b_gradients, shrink_gradient
+from lora_core.kernels.operands import LowRank, Norm, Rope, Segments
+from lora_core.kernels.transfer import to_device
+from lora_core.models.attention import Backward, DocumentAttention
+from lora_core.models.llama.adapters import AdapterView, stacked_tables
+from lora_core.models.llama.head import Labels, head_losses
+from lora_core.models.llama.weights import DOWN, GATE_UP, QKV, DecoderWeights, Layer, O
+
+Checkpointing = Literal["none", "selective", "full"]
+"""What is computed again in the backward pass: the norms alone, gate and up as well, or the whole layer."""
+
+Pending = tuple[Tensor, Tensor | None, LowRank]
+"""A frozen product, its h, and the adapters to go with it: added to x by the norm that comes next."""
+
+Gradient = tuple[Tensor, Tensor | None]
+"""Of what a layer returns, `[T, H]`, and its shrink for the down-projection that ends the layer."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a batch is to the decoder: ids and positions int64 `[T]`, lengths of its documents, and stretches of rows as
+    (place of their adapter or `NO_ADAPTER`, rows).
+
+    `dropout_keys` int64 `[T]`, of the rows whose adapters have dropout, as `Run` has them (of others, any numbers);
+    None outside training, and where no adapter has dropout.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    lengths: Sequence[int]
+    runs: Sequence[tuple[int, int]]
+    dropout_keys: Tensor | None = None
+
+
+@dataclass
+class _Saved:
+    """What the backward pass of one layer needs; of a layer that is computed again, x alone. With DoRA on the
+    down-projection also what that adds to x.
+    """
+
+    x: Tensor
+    down: Tensor | None
+    kept: _Kept | None = None
+
+
+@dataclass
+class _Kept:
+    rstd: Tensor
+    h: list[Tensor | None]
+    qkv: Tensor
+    unnormed: Tensor | None
+    attended: Tensor
+    attention_backward: Backward
+    o: Tensor | None
+    middle: Tensor
+    middle_rstd: Tensor
+    gate_up: Tensor | None
+
+
+def rounded_width(widths: Iterable[int]) -> int:
+    """Columns of h for adapters of these widths: a multiple of 16, as Triton compiles once more for other numbers."""
+    return -(-max(widths) // 16) * 16
+
+
+class Decoder(DecoderWeights):
+    """A base with its passes over many adapters."""
+
+    @staticmethod
+    def adapts(adapter: Adapter) -> bool:
+        """Whether this adapter is computed here: A, B and m on the layers' linears, without PiSSA."""
+        return adapter.residual is None and all(name.startswith("model.layers.") for name in adapter.a)
+
+    def view(self, adapter: Adapter) -> AdapterView:
+        """The adapter as `forward_backward` takes it; it follows every change of the weights."""
+        return AdapterView(adapter, self.groups, self.embedding.device)
+
+    @torch.no_grad()
+    def batch(self, rows: Rows, adapters: Sequence[AdapterView]) -> Batch:
+        """What the passes take, with all of it on the device: it can be made while another one is computed."""
+        return Batch(self, rows, adapters)
+
+    @torch.no_grad()
+    def forward_backward(self, batch: Batch, labels: Labels, checkpointing: Checkpointing = "none") -> Tensor:
+        """Add the gradients of every adapter; returns the summed token loss of each chunk of `labels`."""
+        batch.measure_gains()
+        x, pending, saved = F.embedding(batch.ids, self.embedding), None, []
+        for place in range(len(self.layers)):
+            layer, x, pending = batch.forward(place, x, pending, checkpointing)
+            saved.append(layer)
+        x, normed, rstd = batch.add_and_norm(x, pending, self.final_norm)
+        losses, _, dn = head_losses(self.head, normed, labels, with_gradient=True)
+        assert dn is not None
+        below = batch.low_rank(len(self.groups) - 1)
+        gradient: Gradient | None = norm_backward(
+            dn, None, batch.low_rank(0), x, rstd, self.final_norm, None, None, below
+        )
+        for place in reversed(range(len(self.layers))):
+            assert gradient is not None
+            gradient = batch.backward(place, saved.pop(), *gradient)
+        return losses
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, labels: Labels) -> tuple[Tensor, Tensor]:
+        """(summed token loss, number of labels that have the largest logit) of each chunk of `labels`."""
+        losses, correct, _ = head_losses(self.head, self.hidden(batch), labels, with_gradient=False)
+        return losses, correct
+
+    @torch.no_grad()
+    def hidden(self, batch: Batch) -> Tensor:
+        """Last hidden states `[T, H]`, normed."""
+        batch.measure_gains()
+        x, pending = F.embedding(batch.ids, self.embedding), None
+        for place in range(len(self.layers)):
+            _, x, pending = batch.forward(place, x, pending, "full")
+        return batch.add_and_norm(x, pending, self.final_norm)[1]
+
+
+class Batch:
+    """The layers on one batch."""
+
+    def __init__(self, decoder: Decoder, rows: Rows, adapters: Sequence[AdapterView]) -> None:
+        self._decoder, self._adapters = decoder, adapters
+        self.ids, device = rows.ids, rows.ids.device
+        self._segments = Segments(rows.runs, device)
+        if device.type == "cuda" and adapters:  # made here, and not between the first kernels
+            _ = self._segments.tiles, self._segments.narrow_tiles, self._segments.spans
+        self._dropout_keys = rows.dropout_keys
+        self._table = stacked_tables(adapters, len(decoder.groups)) if device.type == "cuda" else None
+        self._widths = [rounded_width(widths) for widths in zip(*(a.widths for a in adapters), strict=True)]
+        self._ranks = [max(ranks) for ranks in zip(*(a.ranks for a in adapters), strict=True)]
+        self._dora = [any(dora) for dora in zip(*(a.dora for a in adapters), strict=True)]
+        cos, sin = decoder.rotary(decoder.embedding[:1], rows.positions[None])
+        half = decoder.head_size // 2
+        self._cos, self._sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+        self._attention = DocumentAttention(rows.lengths, decoder.head_size**-0.5, device)
+
+    def low_rank(self, index: int) -> LowRank:
+        """The adapters on group `index`."""
+        group = self._decoder.groups[index]
+        adapters = [adapter.groups[index] for adapter in self._adapters]
+        width, rank, dora = (self._widths[index], self._ranks[index], self._dora[index]) if adapters else (0, 0, False)
+        drops = any(adapter is not None and adapter.dropout > 0 for adapter in adapters)
+        keys = self._dropout_keys if drops else None
+        return LowRank(group, adapters, self._segments, width, rank, self._table, keys, dora)
+
+    def measure_gains(self) -> None:
+        """DoRA's norms change with A and B, and so with each optimizer step; until the next they are what they are."""
+        stale = {place: adapter for place, adapter in enumerate(self._adapters) if adapter.stale}
+        if stale and dispatch.runs_in_triton(self._decoder.embedding):
+            self._measure_in_triton(stale)
+        else:
+            for adapter in stale.values():
+                adapter.measure(self._decoder.row_norms)
+        for adapter in stale.values():
+            adapter.settle()
+
+    def _measure_in_triton(self, stale: Mapping[int, AdapterView]) -> None:
+        from lora_core.kernels.gains_triton import rows_in_stack, update_gains
+
+        decoder = self._decoder
+        groups = [group for group in decoder.groups if any(view.dora[group.index] for view in stale.values())]
+        low_ranks = [self.low_rank(group.index) for group in groups]
+        starts = torch.tensor([rows_in_stack(low_rank.adapters, stale) for low_rank in low_ranks], dtype=torch.int32)
+        for group, low_rank, of_group in zip(groups, low_ranks, to_device(starts, self.ids.device), strict=True):
+            weights = decoder.weights_of(group)
+            named = zip(group.names, weights, strict=True)
+            squares = [decoder.row_norms.squares(name, torch.float32, weight) for name, weight in named]
+            update_gains(weights, squares, low_rank, stale, of_group)
+
+    def add_and_norm(self, x: Tensor, pending: Pending | None, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(x + pending, its norm, its reciprocal root mean squares)."""
+        y, h, low_rank = pending or (None, None, self.low_rank(0))
+        return norm_forward(x, y, h, low_rank, weight, self._decoder.eps)
+
+    def forward(
+        self, place: int, x: Tensor, pending: Pending | None, checkpointing: Checkpointing
+    ) -> tuple[_Saved, Tensor, Pending]:
+        """One layer: (what its backward pass needs, x, what is to be added to it)."""
+        layer = self._decoder.layers[place]
+        x, normed, rstd = self.add_and_norm(x, pending, layer.norms[0])
+        kept, activation = self._activation(place, x, normed, rstd, with_backward=checkpointing != "full")
+        if checkpointing == "selective":
+            kept.gate_up = None
+        down, low_rank = layer.weights[DOWN].forward(activation), self.low_rank(4 * place + DOWN)
+        saved = _Saved(x, down if low_rank.dora else None, None if checkpointing == "full" else kept)
+        return saved, kept.middle, (down, kept.h[DOWN], low_rank)
+
+    def _activation(
+        self, place: int, x: Tensor, normed: Tensor, rstd: Tensor, with_backward: bool
+    ) -> tuple[_Kept, Tensor]:
+        """A layer from its normed input up to what the down-projection takes: all that its backward pass needs."""
+        layer = self._decoder.layers[place]
+        low_ranks = [self.low_rank(4 * place + kind) for kind in range(4)]
+        h: list[Tensor | None] = []
+
+        def product(kind: int, source: Tensor) -> Tensor:
+            h.append(shrink(source, low_ranks[kind]) if low_ranks[kind].width else None)
+            return layer.weights[kind].forward(source)
+
+        qkv, unnormed = rope_forward_(
+            product(QKV, normed), h[QKV], low_ranks[QKV], self._rope(layer), with_backward=with_backward
+        )
+        attended, attention_backward = self._attention(*self._split(qkv), with_backward=with_backward)
+        o = product(O, attended)
+        middle, middle_normed, middle_rstd = norm_forward(x, o, h[O], low_ranks[O], layer.norms[1], self._decoder.eps)
+        gate_up = product(GATE_UP, middle_normed)
+        activation, h_down = swiglu_forward(gate_up, h[GATE_UP], low_ranks[GATE_UP], low_ranks[DOWN])
+        h.append(h_down)
+        o_kept = o if low_ranks[O].dora else None
+        kept = _Kept(rstd, h, qkv, unnormed, attended, attention_backward, o_kept, middle, middle_rstd, gate_up)
+        return kept, activation
+
+    def backward(self, place: int, saved: _Saved, dx: Tensor, dh: Tensor | None) -> Gradient | None:
+        """The `Gradient` of a layer's output -> of its input (None for the first), adding to the adapters'."""
+        kept, layer = saved.kept, self._decoder.layers[place]
+        if kept is None:
+            _, normed, rstd = self.add_and_norm(saved.x, None, layer.norms[0])
+            kept = self._activation(place, saved.x, normed, rstd, with_backward=True)[0]
+            del normed
+        low_ranks = [self.low_rank(4 * place + kind) for kind in range(4)]
+
+        def add_gradients(kind: int, source: Tensor, dy: Tensor, dh: Tensor | None, norm: Norm | None = None) -> None:
+            h = kept.h[kind]
+            if dh is not None and h is not None:
+                add_a_gradients(source, dh, low_ranks[kind], norm)
+                add_b_gradients(dy, h, low_ranks[kind])
+
+        def of_product(kind: int, dy: Tensor, dh: Tensor | None, y: Tensor | None) -> Gradient:
+            if y is None:
+                return dy, dh
+            dv = gains_backward(dy, y, low_ranks[kind])
+            return dv, shrink_gradient(dv, low_ranks[kind])
+
+        ddown, dh = of_product(DOWN, dx, dh, saved.down)
+        gate_up, h = kept.gate_up, kept.h[GATE_UP]
+        norm = Norm(kept.middle_rstd, layer.norms[1])
+        if gate_up is None:
+            again = layer.weights[GATE_UP].forward
+            gate_up = gate_up_again(again(norm.of(kept.middle)), h, low_ranks[GATE_UP])
+        activation = layer.weights[DOWN].input_gradient(ddown)
+        gate_up_dh, products = swiglu_backward_(activation, dh, low_ranks[DOWN], gate_up, h, low_ranks[GATE_UP])
+        add_gradients(DOWN, activation, ddown, dh)
+        del activation, ddown
+
+        dh = gate_up_dh
+        add_gradients(GATE_UP, kept.middle, gate_up, dh, norm)
+        dn = layer.weights[GATE_UP].input_gradient(gate_up)
+        del gate_up
+        dmiddle, dh = norm_backward(
+            dn, dh, low_ranks[GATE_UP], kept.middle, norm.rstd, norm.weight, dx, products, low_ranks[O]
+        )
+
+        do, dh = of_product(O, dmiddle, dh, kept.o)
+        dattended = layer.weights[O].input_gradient(do)
+        if dh is not None:
+            expand_gradient_(dattended, dh, low_ranks[O])
+        add_gradients(O, kept.attended, do, dh)
+        del do
+
+        dqkv, products = rope_backward(
+            *kept.attention_backward(dattended), kept.qkv, kept.unnormed, low_ranks[QKV], self._rope(layer)
+        )
+        dh = shrink_gradient(dqkv, low_ranks[QKV]) if low_ranks[QKV].width else None
+        norm = Norm(kept.rstd, layer.norms[0])
+        add_gradients(QKV, saved.x, dqkv, dh, norm)
+        if place == 0:
+            return None
+        dn = layer.weights[QKV].input_gradient(dqkv)
+        below = self.low_rank(4 * place - 4 + DOWN)
+        return norm_backward(dn, dh, low_ranks[QKV], saved.x, norm.rstd, norm.weight, dmiddle, products, below)
+
+    def _rope(self, layer: Layer) -> Rope:
+        decoder = self._decoder
+        turned = decoder.heads + decoder.kv_heads
+        return Rope(self._cos, self._sin, decoder.head_size, turned, layer.bias, layer.head_norm)
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v `[T, heads, d]` of rows that hold them side by side."""
+        decoder = self._decoder
+        sizes = [heads * decoder.head_size for heads in (decoder.heads, decoder.kv_heads, decoder.kv_heads)]
+        q, k, v = (part.unflatten(1, (-1, decoder.head_size)) for part in qkv.split(sizes, dim=1))
+        return q, k, v

@@ -1,0 +1,122 @@
+"""A job on one rank: prepared beside the steps of others, then live, until it is done.
+
+EngineJob  ->  PreparedJob, in host memory  ->  LiveJob, with its optimizer on the device
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_core.adapters.adapter import Adapter
+from lora_core.adapters.dropout import mix64
+from lora_core.data.packing import ROW_MULTIPLE, Chunk, PackedChunk, cut_into_chunks
+from lora_core.models.llama.adapters import AdapterView
+from lora_core.training.job import EngineJob, Progress
+from lora_core.training.optimizer import FlatAdamW, HostState, Snapshot
+
+
+class CheckpointMismatchError(ValueError):
+    """A checkpoint that cannot be continued with what the job is now."""
+
+
+class PreparedJob:
+    """A job that is ready to be admitted, in host memory."""
+
+    def __init__(self, job: EngineJob, state: HostState) -> None:
+        self.job, self.state = job, state
+        self.progress = Progress()
+        self.digest = job.digest()  # of all its rows: it is known from here on
+
+    def restore(self, checkpoint: bytes) -> None:
+        """Continue from `checkpoint` of the same job.
+
+        Raises:
+            CheckpointMismatchError: it is another job's, or of other settings or rows.
+        """
+        snapshot = Snapshot.load(checkpoint)
+        if snapshot.counters["job"] != self.digest:
+            raise CheckpointMismatchError(
+                f"the checkpoint is not one of {self.job.name}: its lora or train settings, or its rows, are others"
+            )
+        self.state.restore(snapshot)
+        self.progress = Progress.from_json(str(snapshot.counters["progress"]))
+
+
+class Standing(NamedTuple):
+    """Where a job that is not done stands: its next optimizer step is `step` (from 0), and the held-out examples may be
+    due before it.
+    """
+
+    step: int
+    evaluation_due: bool
+
+
+class LiveJob:
+    """A job in training: its optimizer, its adapter's weights and its progress."""
+
+    def __init__(self, job: EngineJob, optimizer: FlatAdamW) -> None:
+        self.job = job
+        self.optimizer = optimizer
+        self.progress = Progress()
+        self.view: AdapterView | None = None  # of the adapter, where the decoder computes it
+        # Of the evaluation that is under way: sum of token losses, tokens that the model would have written, tokens.
+        self.scores = torch.zeros(3, dtype=torch.float64, device=optimizer.flat.device)
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.optimizer.adapter
+
+    @property
+    def done(self) -> bool:
+        progress = self.progress
+        return (progress.step >= self.job.steps or progress.stopped is not None) and not self.evaluation_due
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether the held-out examples come before the next step. It follows from the progress alone, so that a
+        checkpoint taken before, during or after an evaluation continues alike.
+        """
+        step, last = self.progress.step, self.progress.evaluation
+        return self.job.evaluates_after(step) and (last is None or last.step != step)
+
+    @property
+    def standing(self) -> Standing | None:
+        """None: it is done."""
+        return None if self.done else Standing(self.progress.step, self.evaluation_due)
+
+    @property
+    def standing_after(self) -> Standing | None:
+        """What `standing` will be if the step that is under way succeeds."""
+        step = self.progress.step + 1
+        due = self.job.evaluates_after(step)
+        return Standing(step, due) if due or step < self.job.steps else None
+
+    def chunks(self, standing: Standing, rank: int, ranks: int, row_multiple: int = ROW_MULTIPLE) -> list[Chunk]:
+        """A rank's share of what comes next there, the held-out examples or those of the step: every `ranks`-th."""
+        job, step = self.job, None if standing.evaluation_due else standing.step
+        examples = job.validation if step is None else [job.examples[index] for index in job.examples_of(step)]
+        own = list(enumerate(examples))[rank::ranks]
+        return cut_into_chunks(job.name, own, job.chunk_limit, step, row_multiple)
+
+    def dropout_keys(self, chunk: PackedChunk) -> Tensor | None:
+        """int64 [rows]: a hash of (job seed, step, example in the step, token in the document); None without dropout or
+        training.
+        """
+        if self.job.lora.lora_dropout == 0 or chunk.step is None:
+            return None
+        # Not a tensor of a list, whose way to the device would be waited for.
+        seed = torch.full((1,), self.job.train.seed, dtype=torch.int64, device=chunk.row_tokens.device)
+        return mix64(mix64(mix64(mix64(seed) + chunk.step) + chunk.row_examples) + chunk.row_tokens)
+
+    def snapshot(self) -> Snapshot:
+        """Everything that `TrainEngine.add` needs to continue exactly, as of the last step: of the next one's
+        gradient, what is there already is computed again.
+        """
+        return self.optimizer.snapshot({"job": self.job.digest(), "progress": self.progress.to_json()})
+
+    def checkpoint(self) -> bytes:
+        """`snapshot`, written."""
+        return self.snapshot().dump()

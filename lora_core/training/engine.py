@@ -1,0 +1,350 @@
+"""Train many adapters on one frozen base. `TrainEngine.micro_batch` is what all ranks do together, again and again.
+
+    for job between steps:             its next step's examples, or held-out ones: each rank's share, cut into chunks
+    batch = a fair share of every job  chunks of several jobs side by side, at most `capacity` rows
+                                       (both made while the device still computes what came before, where it can be)
+    forward_backward(batch)            gradients by job
+    for job that is complete:          optim_step: one all-reduce of (gradient, loss, tokens), divide, clip, AdamW
+
+A job steps when its own batch is complete and begins its next one at once: it waits for no neighbour's. Each has its
+own step count, data order, schedule, clipping, dropout stream, evaluations and optimizer; a neighbour that joins,
+leaves or diverges changes nothing (DESIGN rule 4).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from lora_core.adapters.adapter import Adapter
+from lora_core.adapters.init import check_without_dense_weights, continued_adapter, init_adapter
+from lora_core.data.dataset import Example
+from lora_core.data.packing import Chunk, pack
+from lora_core.kernels.operands import NO_ADAPTER
+from lora_core.models.base import BaseModel
+from lora_core.models.exactness import Exactness
+from lora_core.models.hooks.bank import AdapterBank, Run
+from lora_core.models.hooks.checkpointing import recomputed_layers
+from lora_core.models.hooks.loss import batch_losses, batch_scores
+from lora_core.models.llama.decoder import Checkpointing, Decoder
+from lora_core.training.active_job import LiveJob, PreparedJob, Standing
+from lora_core.training.fair_queue import FairQueue
+from lora_core.training.job import VALIDATION_NOT_FINITE, EngineJob, JobDiverged
+from lora_core.training.memory.predictor import DoesNotFitError, NoRoomBesideError
+from lora_core.training.micro_batch import ReadyBatch, decoder_rows, make_ready
+from lora_core.training.optimizer import (
+    AllReduce,
+    Evaluation,
+    FlatAdamW,
+    HostState,
+    NoGradientError,
+    StepOutcome,
+    learning_rate,
+)
+from lora_core.training.room import Room
+from lora_core.training.warmup import Rehearsals
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """The next micro-batch, if its jobs stand as `standings` say: what each rank has waiting after it, and what this
+    rank computes. All ranks foresee alike, so all of them take it or none.
+    """
+
+    standings: dict[str, Standing]
+    queues: list[FairQueue]
+    batches: list[ReadyBatch]
+    training: bool
+
+
+class TrainEngine:
+    """One rank's training of any number of jobs on one base.
+
+    `all_reduce` sums a tensor over the ranks in place (None: one rank). `capacity` is the rows of one micro-batch.
+    `checkpointing` "full" keeps little but the inputs of the model's layers and computes the rest twice; "selective"
+    computes gate and up twice, of adapters that the decoder computes, and nothing of others. Where `capacity` is None,
+    both are chosen whenever a job joins or leaves, so that training fits into `budget_bytes` (None: what this machine
+    can give now). `exactness` says how chunks are laid out (None: what this machine's products ask for). Ranks stay in
+    step as long as their budgets and exactness are equal and they add and remove the same jobs in the same order
+    between the same micro-batches.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        *,
+        capacity: int | None = 2048,
+        checkpointing: Checkpointing = "none",
+        budget_bytes: int | None = None,
+        exactness: Exactness | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+        all_reduce: AllReduce | None = None,
+    ) -> None:
+        assert ranks == 1 or all_reduce is not None
+        self.base = base
+        self.bank = AdapterBank(base.model, base.decoder.row_norms if base.decoder and base.is_quantised else None)
+        self.live: dict[str, LiveJob] = {}
+        self.room = Room(base, capacity, checkpointing, budget_bytes)
+        self.exactness = exactness or base.exactness()
+        self._rank, self._ranks, self._all_reduce = rank, ranks, all_reduce
+        # Every rank's, so that this one knows when a job is complete.
+        self._queues = [FairQueue() for _ in range(ranks)]
+        self._ahead: _Turn | None = None  # of the next micro-batch
+        self._prepared = WeakSet[PreparedJob]()  # and not admitted, as far as somebody still wants to
+        self._rehearsals = Rehearsals(base.decoder) if base.decoder and base.device.type == "cuda" else None
+
+    def add(self, job: EngineJob, checkpoint: bytes | None = None) -> LiveJob:
+        """Take a job in, from the start or from `LiveJob.checkpoint`: `prepare` and `admit` in one."""
+        return self.admit(self.prepare(job, checkpoint))
+
+    def prepare(self, job: EngineJob, checkpoint: bytes | None = None) -> PreparedJob:
+        """Everything that a job needs to be taken in. It may be done on a thread of its own, so that those who train
+        are held up by `admit` alone. Their plan is one without it, so nothing of it lies on the device yet; on a GPU,
+        its kernels are compiled (`warmup.py`). Where the device is the host, its weights and what it has of a
+        checkpoint do, in the room for one that is written.
+
+        Raises:
+            ValueError: the target modules match nothing, the job lacks examples, the checkpoint is another job's, or a
+                base in fp8 or nf4 cannot have such an adapter.
+            DoesNotFitError: training does not fit into memory with it; NoRoomBesideError: but would without the others.
+        """
+        if problems := job.problems():
+            raise ValueError("; ".join(problems))
+        if self.base.is_quantised:
+            check_without_dense_weights(self.bank, job.lora, self.base.precision)
+        beside = [live.job for live in list(self.live.values())]
+        try:
+            plan = self.room.plan([*beside, job])
+        except DoesNotFitError as error:
+            self.room.plan([job])
+            raise NoRoomBesideError(*error.args) from error
+        if job.init_adapter is None:
+            start = init_adapter(self.bank, job.lora, job.train.seed)
+        else:
+            start = continued_adapter(self.bank, job.lora, job.init_adapter)
+        waiting = {prepared.job.name: prepared.job for prepared in self._prepared}
+        self.room.plan_ahead([*({other.name: other for other in beside} | waiting | {job.name: job}).values()])
+        prepared = PreparedJob(job, HostState(start, self.base.model.dtype, pinned=self.base.device.type == "cuda"))
+        if checkpoint is not None:
+            prepared.restore(checkpoint)
+        if self._rehearsals is not None and Decoder.adapts(start):
+            others = [live.adapter for live in list(self.live.values())]
+            others += [other.state.trained.adapter for other in self._prepared if other.state.residual is None]
+            plays = [other for other in others if Decoder.adapts(other)]
+            self._rehearsals.before(start, plays, (plan or self.room).checkpointing)
+        self._prepared.add(prepared)
+        return prepared
+
+    def admit(self, prepared: PreparedJob) -> LiveJob:
+        """Let a prepared job train from the next micro-batch on: first there is room for its vectors, then they are.
+
+        Raises:
+            NoRoomBesideError: it does not fit into memory beside those that came in meanwhile.
+        """
+        job, base = prepared.job, self.base
+        self._ahead = None  # capacity may change even where the job does not come in
+        try:
+            self.room.fit([*(live.job for live in self.live.values()), job])
+        except DoesNotFitError as error:
+            if not self.live:
+                raise
+            raise NoRoomBesideError(*error.args) from error
+        try:
+            live = LiveJob(job, FlatAdamW(prepared.state, job.train, base.device, base.model.dtype))
+            if base.decoder is not None and Decoder.adapts(live.adapter):
+                live.view = base.decoder.view(live.adapter)
+        except Exception:  # as the other ranks will, that let the job go again
+            self._fit_again()
+            raise
+        live.progress = prepared.progress
+        self.live[job.name] = live
+        return live
+
+    def remove(self, name: str) -> None:
+        """Let a job go; its memory is free once the caller drops its `LiveJob`.
+
+        Those that stay fitted in beside it. Should the prediction for them alone come out higher, as the dry runs
+        differ, they go on as they did: a job that leaves is never a reason for the others to stop.
+        """
+        del self.live[name]
+        self._ahead = None  # which holds the job's memory, too
+        for queue in self._queues:
+            queue.drop(name)
+        self._fit_again()
+
+    def _fit_again(self) -> None:
+        with suppress(DoesNotFitError):
+            self.room.fit([live.job for live in self.live.values()])
+
+    def step(self) -> dict[str, StepOutcome | JobDiverged]:
+        """Micro-batches until some job has completed an optimizer step: the outcomes of those that have (none where
+        all are done).
+        """
+        while any(not live.done for live in self.live.values()):
+            if outcomes := self.micro_batch():
+                return outcomes
+        return {}
+
+    def micro_batch(self) -> dict[str, StepOutcome | JobDiverged]:
+        """One micro-batch on every rank, and the outcomes of the jobs that completed an optimizer step with it (and the
+        evaluation after it, where one was due). A job that cannot go on is returned as its error; the others went on.
+        """
+        jobs = [live for live in self.live.values() if not live.done]
+        self._compute_turn()
+        complete = [live for live in jobs if not self._waits(live)]
+        evaluated = [live for live in complete if live.evaluation_due]
+        found: dict[str, StepOutcome | JobDiverged | None] = {
+            live.job.name: self._evaluated(live) for live in evaluated
+        }
+        found |= self.optim_step([live for live in complete if live.job.name not in found])
+        outcomes = ((live, found[live.job.name]) for live in complete)
+        return {
+            live.job.name: outcome
+            for live, outcome in outcomes
+            if isinstance(outcome, JobDiverged) or (outcome is not None and not live.evaluation_due)
+        }
+
+    def _waits(self, live: LiveJob) -> bool:
+        return any(live.job.name in queue for queue in self._queues)
+
+    def _standings(self, stepping: Collection[str] = ()) -> dict[str, Standing]:
+        """Where the jobs that are not done stand; those of `stepping` once the step that is under way succeeds."""
+        jobs = self.live.items()
+        found = {name: live.standing_after if name in stepping else live.standing for name, live in jobs}
+        return {name: standing for name, standing in found.items() if standing is not None}
+
+    def _turn(self, standings: dict[str, Standing]) -> _Turn:
+        """What all ranks do next where jobs stand so. It changes nothing of what this engine is."""
+        queues = [queue.copy() for queue in self._queues]
+        for name, standing in standings.items():
+            if not any(name in queue for queue in queues):
+                for rank, queue in enumerate(queues):
+                    chunks = self.live[name].chunks(standing, rank, self._ranks, self.exactness.row_multiple)
+                    queue.put(name, chunks, training=not standing.evaluation_due)
+        taken = [queue.take(self.room.capacity) for queue in queues]
+        chunks, training = taken[self._rank]  # the other ranks may have some where this one has none
+        in_decoder = [chunk for chunk in chunks if self.live[chunk.job].view is not None]
+        in_hooks = [chunk for chunk in chunks if self.live[chunk.job].view is None]
+        in_decoder.sort(key=lambda chunk: chunk.job)  # chunks of one job lie side by side there
+        parts = [part for part in (in_decoder, in_hooks) if part]
+        if not self.exactness.joined:
+            parts = [[chunk] for part in parts for chunk in part]
+        return _Turn(standings, queues, [self.ready(part) for part in parts], training)
+
+    def _compute_turn(self) -> None:
+        """This rank's share of the next micro-batch: what was made ready, if all came as it was foreseen."""
+        standings, turn, self._ahead = self._standings(), self._ahead, None
+        if turn is None or turn.standings != standings:
+            turn = self._turn(standings)
+        self._queues = turn.queues
+        for batch in turn.batches:
+            (self.forward_backward if turn.training else self.evaluate)(batch)
+
+    def ready(self, chunks: Sequence[Chunk]) -> ReadyBatch:
+        """Make all that `forward_backward` or `evaluate` takes of chunks whose jobs have a view all, or none."""
+        return make_ready(self.base, self.live, chunks)
+
+    def forward_backward(self, batch: ReadyBatch) -> None:
+        """Add every chunk's loss and gradient to its job."""
+        chunks = batch.packed.chunks
+        assert all(chunk.step is not None for chunk in chunks)
+        if batch.in_decoder is not None:
+            assert self.base.decoder is not None
+            losses = self.base.decoder.forward_backward(batch.in_decoder, batch.packed.labels, self.room.checkpointing)
+        else:
+            with recomputed_layers(self.base.model, self.bank) if self.room.checkpointing == "full" else nullcontext():
+                losses = batch_losses(self.base, self.bank, batch.runs, batch.packed)
+            losses.sum().backward()
+        for chunk, loss in zip(chunks, losses.detach(), strict=True):
+            self.live[chunk.job].optimizer.add_loss(loss, chunk.labels.numel())
+
+    @torch.no_grad()
+    def evaluate(self, batch: ReadyBatch) -> None:
+        """Add every chunk's loss and number of hits to its job's evaluation."""
+        chunks = batch.packed.chunks
+        assert all(chunk.step is None for chunk in chunks)
+        if batch.in_decoder is not None:
+            assert self.base.decoder is not None
+            scores = torch.stack(self.base.decoder.evaluate(batch.in_decoder, batch.packed.labels), dim=1)
+        else:
+            scores = batch_scores(self.base, self.bank, batch.runs, batch.packed)
+        for chunk, score in zip(chunks, scores, strict=True):
+            self.live[chunk.job].scores[:2] += score
+            self.live[chunk.job].scores[2] += chunk.labels.numel()
+
+    def optim_step(self, complete: Sequence[LiveJob]) -> dict[str, StepOutcome | JobDiverged]:
+        """One optimizer step of each, by all ranks together. The device answers once for all of them; while it still
+        computes, the next micro-batch is made ready as if all go on: it takes none of the time after the answer, when
+        a GPU has nothing to do. If that fails or a rank is lost meanwhile, some have stepped and are not counted: the
+        engine is then of no more use.
+        """
+        outcomes: dict[str, StepOutcome | JobDiverged] = {}
+        queued: dict[str, Tensor] = {}
+        for live in complete:
+            job, step = live.job, live.progress.step
+            try:
+                rate = learning_rate(job.train, step, job.steps)
+                queued[job.name] = live.optimizer.queue_step(rate, self._all_reduce, step == job.judged_step)
+            except NoGradientError as error:
+                outcomes[job.name] = JobDiverged(job.name, step + 1, str(error))
+        if not queued:
+            return outcomes
+        sums = torch.stack([*queued.values()])
+        self._ahead = self._turn(self._standings(queued))
+        for name, of_job in zip(queued, sums.tolist(), strict=True):
+            outcomes[name] = self._stepped(self.live[name], *of_job)
+        return outcomes
+
+    def _stepped(self, live: LiveJob, loss_sum: float, tokens: float, norm: float) -> StepOutcome | JobDiverged:
+        job, progress = live.job, live.progress
+        outcome = live.optimizer.outcome(loss_sum, tokens, norm)
+        if not outcome.is_finite:
+            return JobDiverged(job.name, progress.step + 1)
+        indices = job.examples_of(progress.step)
+        vocabulary = self.base.model.config.get_text_config().vocab_size
+        progress.stepped(outcome, sum(len(job.examples[index].ids) for index in indices), vocabulary)
+        return outcome if progress.diverged is None else JobDiverged(job.name, progress.step, progress.diverged)
+
+    def _evaluated(self, live: LiveJob) -> StepOutcome | JobDiverged | None:
+        """The end of an evaluation, by all ranks together: the outcome of the step before it, if there was one."""
+        if self._all_reduce is not None:
+            self._all_reduce(live.scores)
+        loss, hits, tokens = live.scores.tolist()
+        live.scores.zero_()
+        progress, train = live.progress, live.job.train
+        if not math.isfinite(loss):
+            return JobDiverged(live.job.name, progress.step, VALIDATION_NOT_FINITE)
+        evaluation = Evaluation(progress.step, loss / tokens, hits / tokens, int(tokens))
+        patience = train.early_stopping_patience if progress.step < live.job.steps else None
+        if progress.evaluated(evaluation, patience) and train.keeps_best:
+            live.optimizer.keep_best()
+        if live.done and train.keeps_best:
+            live.optimizer.load_best()
+        return progress.outcome
+
+
+@torch.no_grad()
+def probe_losses(
+    base: BaseModel, bank: AdapterBank, adapter: Adapter | None, examples: Iterable[Example]
+) -> list[float]:
+    """Summed loss of each example's labels under `adapter` (no dropout), each run alone: what training leaves for
+    serving to check. So it goes the way that serving does, where the base has it.
+    """
+    losses = []
+    for place, example in enumerate(examples):
+        batch = pack([Chunk("probe", ((place, example),), None)], base.device)
+        if base.decoder is not None and base.is_quantised:
+            rows = decoder_rows(batch, [NO_ADAPTER if adapter is None else 0])
+            views = [] if adapter is None else [base.decoder.view(adapter)]
+            loss, _ = base.decoder.evaluate(base.decoder.batch(rows, views), batch.labels)
+        else:
+            loss = batch_losses(base, bank, [Run(adapter, batch.chunks[0].rows)], batch)
+        losses.append(float(loss[0]))
+    return losses

@@ -1,0 +1,283 @@
+"""How much memory training will take, before the base is loaded; and what fits into what there is.
+
+    predicted = context + weights + vectors of every adapter + the peak of one micro-batch
+                + on a CPU what is kept in host memory: best weights, and one checkpoint while it is written
+
+Adapters that the decoder computes and those that the hooks do come in micro-batches of their own, so the peak is the
+larger of the two: of the decoder from its shapes (`decoder.py` here), of the hooks from a run without numbers
+(`hooks.py`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from lora_core.config import LoraConfig, TrainConfig
+from lora_core.models.attention import ATTENTION_NAME
+from lora_core.models.llama.decoder import Checkpointing, Decoder
+from lora_core.training.memory.decoder import DecoderActivations, linear_bytes
+from lora_core.training.memory.footprint import META, Footprint, Footprints
+from lora_core.training.memory.hooks import HookActivations, Meter, frozen
+from lora_core.training.optimizer import FlatAdamW, HostState
+
+LARGEST_CAPACITY = {"cpu": 2048, "cuda": 8192}
+"""Tokens of a micro-batch beyond which nothing is won: products are as fast as they get."""
+
+CONTEXT = {"cpu": 40_000_000, "cuda": 740_000_000}
+"""What torch's libraries take when they are first used: on a CPU scratch memory and threads; on a GPU CUDA's context
+and the code of all kernels, outside of torch's allocator (0.69 GiB were seen on an H100).
+"""
+
+HOLES = {"cpu": 1.0, "cuda": 1.04}
+"""What torch's allocator reserves for each byte in tensors. 2.2 to 6.2 % more were seen on an H100 over 17 cases in
+which the tensors themselves were predicted within 0.5 % (`tests/bench/memory_gpu.py`).
+"""
+
+HAND_OVER_COPIES = 4
+"""Of an adapter's weights and residual, while it is handed over beside the steps of others: the copy of them, what is
+to be written, its bytes, the files. A checkpoint that is written meanwhile is one copy.
+"""
+
+EXACT_HEAP_BYTES = 2**20
+_M_MMAP_THRESHOLD = -3  # malloc.h
+
+
+class DoesNotFitError(ValueError):
+    """Training that needs more memory than there is; the sentence says what to change."""
+
+
+class NoRoomBesideError(DoesNotFitError):
+    """Training that fits by itself, and not beside the jobs that are there."""
+
+
+class Activations(Protocol):
+    """What one micro-batch takes beside weights and adapters. Each way through the base is one."""
+
+    def peak_bytes(self, kinds: Sequence[Footprint], tokens: int, longest: int, checkpointing: Checkpointing) -> int:
+        """At most, while `tokens` of any of these adapters, in documents up to `longest`, go forward and backward."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tokens of a micro-batch, what is computed twice, and what training takes with them.
+
+    `exact_heap`: it only fits where freed memory goes back at once (see `return_freed_memory`).
+    """
+
+    capacity: int
+    checkpointing: Checkpointing
+    predicted_bytes: int
+    exact_heap: bool
+
+
+@dataclass
+class EngineActivations:
+    """Of `TrainEngine`, which sends an adapter through the decoder if that can compute it."""
+
+    hooks: HookActivations
+    decoder: DecoderActivations | None
+    _adapts: dict[Footprint, bool] = field(default_factory=dict)
+
+    def peak_bytes(self, kinds: Sequence[Footprint], tokens: int, longest: int, checkpointing: Checkpointing) -> int:
+        """The larger of the two, where there are adapters of both kinds."""
+        peak, in_hooks = 0, [footprint for footprint in kinds if not self._in_decoder(footprint)]
+        in_decoder = [footprint for footprint in kinds if self._in_decoder(footprint)]
+        if in_decoder and self.decoder is not None:
+            peak = self.decoder.peak_bytes(in_decoder, tokens, longest, checkpointing)
+        if in_hooks:
+            peak = max(peak, self.hooks.peak_bytes(in_hooks, tokens, longest, checkpointing))
+        return peak
+
+    def _in_decoder(self, footprint: Footprint) -> bool:
+        if self.decoder is None:
+            return False
+        if footprint not in self._adapts:
+            self._adapts[footprint] = Decoder.adapts(self.decoder.footprints.adapter(footprint))
+        return self._adapts[footprint]
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Bytes of training any adapters on one base of `weights` bytes: `footprints` are of the base on the meta device,
+    `device` is the type of what it will train on.
+
+    `longest` is everywhere the most tokens of one document. Any threads may ask at once.
+    """
+
+    footprints: Footprints
+    device: str
+    weights: int
+    activations: Activations
+    _vectors: dict[Footprint, int] = field(default_factory=dict)
+    _states: dict[Footprint, tuple[int, int, int]] = field(default_factory=dict)
+
+    def predict(
+        self,
+        loras: Sequence[LoraConfig],
+        capacity: int,
+        longest: int,
+        checkpointing: Checkpointing,
+        kept: Sequence[LoraConfig] = (),
+    ) -> int:
+        """What training adds at its peak to what the process held before the base was loaded; `kept` are those of
+        `loras` whose best weights are kept.
+        """
+        adapters, best = self._of(loras), self._of(kept)
+        peak = self.activations.peak_bytes(adapters, capacity, longest, checkpointing)
+        return self._without_activations(adapters, best) + int(HOLES[self.device] * peak)
+
+    def _of(self, loras: Sequence[LoraConfig]) -> list[Footprint]:
+        return [self.footprints.of(lora) for lora in loras]
+
+    def _without_activations(self, adapters: Sequence[Footprint], kept: Sequence[Footprint]) -> int:
+        held = self.weights + sum(map(self._vector_bytes, adapters))
+        if self.device == "cpu":
+            parts = {footprint: self._state_bytes(footprint) for footprint in adapters}
+            best = {footprint: parts[footprint][0] for footprint in kept}
+            held += sum(best[footprint] for footprint in kept)
+            held += max(sum(of) + best.get(footprint, 0) for footprint, of in parts.items())
+            held += HAND_OVER_COPIES * max(weights + residual for weights, _, residual in parts.values())
+        return CONTEXT[self.device] + int(HOLES[self.device] * held)
+
+    def _vector_bytes(self, footprint: Footprint) -> int:
+        if footprint not in self._vectors:
+            self._vectors[footprint] = vector_bytes(self.footprints, footprint)
+        return self._vectors[footprint]
+
+    def _state_bytes(self, footprint: Footprint) -> tuple[int, int, int]:
+        if footprint not in self._states:
+            self._states[footprint] = state_bytes(self.footprints, footprint)
+        return self._states[footprint]
+
+    def fit(
+        self,
+        budget_bytes: int,
+        loras: Sequence[LoraConfig],
+        longest: int,
+        smallest: int,
+        kept: Sequence[LoraConfig] = (),
+    ) -> Plan:
+        """The largest capacity from `smallest` on that fits, with as little computed twice as lets any fit.
+
+        Raises:
+            DoesNotFitError: `smallest` tokens do not fit even with full checkpointing.
+        """
+        capacities = range(smallest, max(smallest, LARGEST_CAPACITY[self.device]) + 1)
+        adapters = self._of(loras)
+        without, kinds = self._without_activations(adapters, self._of(kept)), list(dict.fromkeys(adapters))
+        ways: tuple[Checkpointing, ...] = ("none", "selective", "full")
+        for checkpointing in ways:
+
+            def needed(capacity: int, checkpointing: Checkpointing = checkpointing) -> int:
+                peak = self.activations.peak_bytes(kinds, capacity, longest, checkpointing)
+                return without + int(HOLES[self.device] * peak)
+
+            if needed(capacities[-1]) <= budget_bytes:
+                capacity = capacities[-1]
+            elif (least := needed(smallest)) <= budget_bytes:
+                capacity = capacities[bisect_right(capacities, budget_bytes, key=needed) - 1]
+            else:
+                continue
+            predicted = needed(capacity)
+            heap = self.activations.peak_bytes(kinds, capacity, longest, "none")  # holes came to half of it
+            exact_heap = self.device == "cpu" and predicted + heap > budget_bytes
+            return Plan(capacity, checkpointing, predicted, exact_heap)
+        raise DoesNotFitError(
+            f"training needs {_gb(least)} of memory even with micro-batches of {smallest:,} tokens and activation"
+            f" checkpointing ({_gb(self.weights)} of it for the base), but {_gb(budget_bytes)} are there: lower"
+            f" max_seq_len or r, train fewer adapters at once (these are {len(loras)}), or use a smaller base or a"
+            " lower precision"
+        )
+
+
+def predictor(
+    config: PretrainedConfig, dtype: torch.dtype, device: str = "cpu", quantised: str | None = None
+) -> Predictor:
+    """For a base of this config that computes in `dtype`; `device` is a torch device's type, `quantised` fp8 or nf4
+    where the linears are.
+    """
+    with META:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, attn_implementation=ATTENTION_NAME, dtype=dtype
+        )
+    model.requires_grad_(False)
+    model.eval()
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    decoder, footprints = None, Footprints(model)
+    in_decoder = quantised or device == "cuda" or dtype == torch.bfloat16  # as `placed` gives one
+    if in_decoder and Decoder.misfit(config) is None:
+        decoder = DecoderActivations(footprints, device, quantised)
+        groups = decoder.decoder.groups
+        weights += linear_bytes(groups, dtype.itemsize, quantised) - linear_bytes(groups, dtype.itemsize, None)
+    hooks = HookActivations(footprints, device, LARGEST_CAPACITY[device])
+    return Predictor(footprints, device, weights, EngineActivations(hooks, decoder))
+
+
+def vector_bytes(footprints: Footprints, footprint: Footprint) -> int:
+    """Of one adapter: its master weights, their gradient, two moments, the copy that products use; with DoRA norms and
+    gains.
+    """
+    adapter, dtype = footprints.adapter(footprint), footprints.model.dtype
+    meter = Meter([*adapter.trained, *frozen(adapter)])
+    with meter:
+        FlatAdamW(HostState(adapter, dtype), TrainConfig(), META, dtype)
+    return meter.peak + 2 * sum(m.nbytes for m in adapter.magnitude.values())
+
+
+def state_bytes(footprints: Footprints, footprint: Footprint) -> tuple[int, int, int]:
+    """Of one adapter's weights, and of what a checkpoint has besides: both moments, and PiSSA's residual."""
+    state = HostState(footprints.adapter(footprint), footprints.model.dtype)
+    weights = state.trained.vector.nbytes
+    return weights, 2 * weights, state.residual.vector.nbytes if state.residual is not None else 0
+
+
+def available_bytes(device: torch.device) -> int:
+    """What training may take in all: on a GPU with the weights that lie there, on a CPU, where they are mapped, too.
+
+    On a GPU the context is gone from it, and is predicted nevertheless: so much is left for holes between tensors.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    available = int(psutil.virtual_memory().available)
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()) != "max":
+        stat = dict(line.split() for line in (limit.parent / "memory.stat").read_text().splitlines())
+        available = min(available, int(text) - int(stat["anon"]))  # what is mapped from files can be dropped
+    return available
+
+
+def resident_bytes() -> int:
+    """What this process holds now, with its share of what it shares with others."""
+    smaps = Path("/proc/self/smaps_rollup")
+    if not smaps.exists():
+        return int(psutil.Process().memory_info().rss)
+    (line,) = [line for line in smaps.read_text().splitlines() if line.startswith("Pss:")]
+    return int(line.split()[1]) * 1024
+
+
+def return_freed_memory() -> None:
+    """From now on every tensor of 1 MiB or more is memory of its own, which goes back to the system with it.
+
+    Else glibc keeps them in one heap with holes that it cannot use (2.36: up to 0.7 GB more at 1,024 tokens of
+    SmolLM2-135M than the tensors come to, half of what checkpointing saves). The price is time in the kernel.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none, and no such heap
+        if mallopt is not None:
+            mallopt(_M_MMAP_THRESHOLD, EXACT_HEAP_BYTES)
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"
