@@ -24,6 +24,7 @@ from cluster.settings import Settings, load_settings
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 BASE, ADAPTER = "smollm2-135m", "smollm2-135m:triage"
+LONGEST = 20  # the held-out answers have 18 tokens and an end; the base would go on for ever
 QUESTION = (
     "Hi, I was charged twice for my Pawtrail subscription this month and I need the money back today, my rent is due!"
 )
@@ -66,7 +67,7 @@ def _answers(client: Any, model: str, rows: list[dict[str, Any]]) -> list[bool]:
 
     def right(row: dict[str, Any]) -> bool:
         *prompt, answer = row["messages"]
-        return _ask(client, model, prompt, max_tokens=48) == str(answer["content"]).strip()
+        return _ask(client, model, prompt, max_tokens=LONGEST) == str(answer["content"]).strip()
 
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(right, rows))
