@@ -28,7 +28,7 @@ from cluster.ray_runtime import (
     use_own_ray,
 )
 from cluster.settings import Settings, SettingsError, load_settings
-from jobs.job import TERMINAL, Job, JobError, JobStatus, Wish, lease_name
+from jobs.job import TERMINAL, Job, JobError, JobStatus, RequestedAction, lease_name
 from jobs.job_report import progress_line, report
 from jobs.spec import SpecError, load_spec
 from jobs.store.database import check_database
@@ -196,7 +196,7 @@ def _logs(settings: Settings, arguments: argparse.Namespace) -> int:
 
 def _cancel(settings: Settings, arguments: argparse.Namespace) -> int:
     queue = JobQueue(settings.database_url)
-    job = queue.wish(queue.get(arguments.job).id, Wish.CANCEL)
+    job = queue.request(queue.get(arguments.job).id, RequestedAction.CANCEL)
     print(f"{job.id} {job.status if job.status in TERMINAL else 'is asked to stop after its current step'}")
     return 0
 

@@ -6,7 +6,7 @@ A move that is not listed here cannot be made by any method of the queue, and a 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -39,20 +39,16 @@ TRANSITIONS: Mapping[JobStatus, frozenset[JobStatus]] = {
 TERMINAL = frozenset(status for status, moves in TRANSITIONS.items() if not moves)
 
 
-TAKEN_BACK = "back to the queue"
-"""How the event begins that tells of a job whose session or rank has ended under it."""
-
-
-class Wish(StrEnum):
-    """What a user wants of a job. A running one reads it between two steps; any other is moved at once."""
+class RequestedAction(StrEnum):
+    """What a user asks of a job. A running one reads it between two steps; any other is moved at once."""
 
     CANCEL = "cancel"
     PAUSE = "pause"
 
     @property
     def status(self) -> JobStatus:
-        """The state of a job whose wish came true."""
-        return JobStatus.CANCELLED if self is Wish.CANCEL else JobStatus.PAUSED
+        """The state that the job is in once it is done."""
+        return JobStatus.CANCELLED if self is RequestedAction.CANCEL else JobStatus.PAUSED
 
 
 class SessionState(StrEnum):
@@ -73,11 +69,22 @@ SESSION_TRANSITIONS: Mapping[SessionState, frozenset[SessionState]] = {
 ALIVE = frozenset(state for state, moves in SESSION_TRANSITIONS.items() if moves)
 
 
+@dataclass(frozen=True)
+class SessionKey:
+    """What the jobs of one session share: one loaded base in one precision, one way through it, one number of ranks."""
+
+    base_model: str
+    precision: str
+    num_workers: int
+    forward_path: str | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One row of `jobs`, as it was read. Times are seconds since 1970, `attempt` counts how often the job was
-    started. `company` is the most other jobs that it may train beside: None is any number; 0 is none, as it may be what
-    ended a session."""
+    """One row of `jobs`, as it was read. Times are seconds since 1970. `attempt` counts how often the job was started,
+    `lost_attempts` how often its session or a rank ended under it, `failed_launches` how often no session could be
+    started for it. `max_colocated` is the most other jobs that it may train beside: None is any number; 0 is none, as
+    it may be what ended a session."""
 
     id: str
     tenant: str
@@ -86,7 +93,9 @@ class Job:
     priority: int
     spec_json: str
     base: str
-    session_key: str
+    base_model: str
+    precision: str
+    forward_path: str | None
     num_workers: int
     content_key: str
     code_version: str
@@ -100,11 +109,18 @@ class Job:
     finished_at: float | None
     session_id: str | None
     attempt: int
-    company: int | None
-    wish: Wish | None
+    lost_attempts: int
+    failed_launches: int
+    max_colocated: int | None
+    requested: RequestedAction | None
     error: str | None
     progress: dict[str, Any] | None
     result: dict[str, Any] | None
+
+    @property
+    def session_key(self) -> SessionKey:
+        """The sessions that it may train in have this key."""
+        return SessionKey(self.base_model, self.precision, self.num_workers, self.forward_path)
 
     @property
     def spec(self) -> JobSpec:
@@ -115,23 +131,46 @@ class Job:
 @dataclass(frozen=True, kw_only=True)
 class Session:
     """One row of `sessions`. Writes of a driver that carry another `fence` than the row change nothing. Once its ranks
-    have loaded the base, `resolved_key` is `session_key` with the precision that `auto` turned out to be, and `facts`
-    say why it is that one, and how exact training is there."""
+    have loaded the base, `resolved_precision` is what `auto` turned out to be, and `facts` say why it is that one, and
+    how exact training is there. `requested` is what it was asked to do: "stop"."""
 
     id: str
     cluster: str
-    session_key: str
+    base_model: str
+    precision: str
+    forward_path: str | None
     num_workers: int
     state: SessionState
     attempt: int
     fence: int
-    resolved_key: str | None
+    resolved_precision: str | None
     facts: dict[str, Any] | None
     lease_until: float | None
-    wish: str | None
+    requested: str | None
     reason: str | None
     created_at: float
     updated_at: float
+
+    @property
+    def session_key(self) -> SessionKey:
+        """What it was launched for."""
+        return SessionKey(self.base_model, self.precision, self.num_workers, self.forward_path)
+
+    @property
+    def launching(self) -> bool:
+        """Whether its driver is not up yet."""
+        return self.state is SessionState.LAUNCHING
+
+    @property
+    def leaving(self) -> bool:
+        """Whether it is stopping, or was asked to: it takes no job."""
+        return self.state is SessionState.STOPPING or self.requested is not None
+
+    @property
+    def session_keys(self) -> tuple[SessionKey, ...]:
+        """Those of the jobs that it takes: also with the precision that `auto` turned out to be."""
+        key = self.session_key
+        return (key,) if self.resolved_precision is None else (key, replace(key, precision=self.resolved_precision))
 
     @property
     def ray_submission_id(self) -> str:
@@ -162,6 +201,13 @@ class HeldLease:
     valid: bool
 
 
+class EventKind(StrEnum):
+    """What an event is, where more than people read it: `WAITS` says why a job waits."""
+
+    NOTE = "note"
+    WAITS = "waits"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Event:
     """One line of the history of a job or session, whose id is `subject`."""
@@ -170,6 +216,7 @@ class Event:
     subject: str
     at: float
     level: str
+    kind: EventKind
     message: str
     data: dict[str, Any] | None
 

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from cluster.settings import Settings
-from jobs.job import TERMINAL, Event, Job, JobStatus, Session
+from jobs.job import TERMINAL, Event, EventKind, Job, JobStatus, Session
 from jobs.spec import JobSpec
 
 
@@ -54,10 +54,10 @@ def _why(job: Job, events: Sequence[Event], since: float) -> str | None:
     """Its error and what to do about it, or what it waits for."""
     if job.error:
         return f"{job.error.rstrip('.')}. Change that, and submit it again: a job that failed is in nobody's way"
-    waits = [event.message for event in events if event.at >= since and event.message.startswith("waits: ")]
+    waits = [event.message for event in events if event.at >= since and event.kind is EventKind.WAITS]
     if job.status is JobStatus.QUEUED and waits:
         return waits[-1]
-    return f"it is asked to {job.wish}, after its current step" if job.wish else None
+    return f"it is asked to {job.requested}, after its current step" if job.requested else None
 
 
 def _progress(job: Job) -> str | None:

@@ -94,11 +94,6 @@ class JobSpec(BaseModel):
             )
         return train
 
-    @property
-    def session_key(self) -> str:
-        """Jobs with the same key can share a session: one loaded base, one precision, one number of ranks."""
-        return f"{self.base_model}|{self.precision}|{self.num_workers}"
-
     def canonical_json(self) -> str:
         """The spec as one line in which equal specs are equal bytes; `JobSpec.model_validate_json` reads it back."""
         return _canonical(self.model_dump(mode="json"))

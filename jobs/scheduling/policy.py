@@ -9,49 +9,13 @@ it is served until it is: whatever overtakes the first job in line could delay i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jobs.job import Job, Session, SessionState
+from jobs.job import Job, Session, SessionKey
 
 MOST_TOLD = 10
 """A place in line beyond this one is not told of, so that a long queue is not written anew with each job that ends."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WaitingJob:
-    """A queued job. `company`, as in its row, is the most others that it may train beside; None is any number."""
-
-    id: str
-    session_key: str
-    num_workers: int
-    priority: int
-    created_at: float
-    company: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunningJob:
-    """A job that a session works on."""
-
-    id: str
-    session_id: str
-    company: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class LiveSession:
-    """A session that has not ended and so holds its workers. It takes jobs of either key: the one that it was launched
-    for, and that with the precision which `auto` turned out to be. `leaving`: it is stopping, or was asked to.
-    """
-
-    id: str
-    session_key: str
-    resolved_key: str | None = None
-    num_workers: int
-    launching: bool
-    leaving: bool
-    created_at: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +32,7 @@ class Cluster:
 class Launch:
     """Launch a session, because `job_id` has none to go to."""
 
-    session_key: str
-    num_workers: int
+    session_key: SessionKey
     job_id: str
 
 
@@ -92,60 +55,22 @@ class Stop:
 Action = Launch | Assign | Stop
 
 
-def snapshot(
-    queued: Iterable[Job], running: Iterable[Job], sessions: Iterable[Session]
-) -> tuple[list[WaitingJob], list[RunningJob], list[LiveSession]]:
-    """What `plan` needs of the rows."""
-    waiting = [
-        WaitingJob(
-            id=job.id,
-            session_key=job.session_key,
-            num_workers=job.num_workers,
-            priority=job.priority,
-            created_at=job.created_at,
-            company=job.company,
-        )
-        for job in queued
-    ]
-    at_work = [
-        RunningJob(id=job.id, session_id=job.session_id, company=job.company)
-        for job in running
-        if job.session_id is not None
-    ]
-    live = [
-        LiveSession(
-            id=session.id,
-            session_key=session.session_key,
-            resolved_key=session.resolved_key,
-            num_workers=session.num_workers,
-            launching=session.state is SessionState.LAUNCHING,
-            leaving=session.state is SessionState.STOPPING or session.wish is not None,
-            created_at=session.created_at,
-        )
-        for session in sessions
-        if session.state is not SessionState.ENDED
-    ]
-    return waiting, at_work, live
-
-
-def plan(
-    queued: Sequence[WaitingJob], running: Sequence[RunningJob], sessions: Sequence[LiveSession], cluster: Cluster
-) -> list[Action]:
-    """The next actions. They depend on nothing but the arguments, and not on the order in which those are listed. A
-    job that needs more workers than the cluster will ever have is left out (`submit` refuses it; the cluster may have
-    shrunk)."""
+def plan(queued: Sequence[Job], running: Sequence[Job], sessions: Sequence[Session], cluster: Cluster) -> list[Action]:
+    """The next actions, from the jobs that wait, those that run and the sessions that have not ended. They depend on
+    nothing but the arguments, and not on the order in which those are listed. A job that needs more workers than the
+    cluster will ever have is left out (`submit` refuses it; the cluster may have shrunk)."""
     return _planned(queued, running, sessions, cluster)[0]
 
 
 def reasons(
-    queued: Sequence[WaitingJob], running: Sequence[RunningJob], sessions: Sequence[LiveSession], cluster: Cluster
+    queued: Sequence[Job], running: Sequence[Job], sessions: Sequence[Session], cluster: Cluster
 ) -> dict[str, str]:
     """Why each job that still waits when the plan is carried out does, in a sentence for whoever follows it."""
     return _planned(queued, running, sessions, cluster)[1]
 
 
 def _planned(
-    queued: Sequence[WaitingJob], running: Sequence[RunningJob], sessions: Sequence[LiveSession], cluster: Cluster
+    queued: Sequence[Job], running: Sequence[Job], sessions: Sequence[Session], cluster: Cluster
 ) -> tuple[list[Action], dict[str, str]]:
     places = _Places(running, sessions, cluster.jobs_per_session)
     free = cluster.workers - sum(session.num_workers for session in sessions)
@@ -163,7 +88,7 @@ def _planned(
         place = places.idle_for(job)
         if place is None and job.num_workers <= free:
             free -= job.num_workers
-            actions.append(Launch(job.session_key, job.num_workers, job.id))
+            actions.append(Launch(job.session_key, job.id))
             place = places.launched(job)
         place = place or places.beside_others(job)
         if place is None:
@@ -171,7 +96,7 @@ def _planned(
             reason = f"its workers are needed by {job.id}"
             actions += [Stop(session.id, reason) for session in _to_stop(places.idle(), missing)]
             return actions, why | _in_line(in_order[number:], cluster)
-        place.companies.append(job.company)
+        place.colocated.append(job.max_colocated)
         if place.session is not None and not place.session.launching:
             actions.append(Assign(job.id, place.session.id))
         else:
@@ -179,7 +104,7 @@ def _planned(
     return actions, why
 
 
-def _in_line(waiting: Sequence[WaitingJob], cluster: Cluster) -> dict[str, str]:
+def _in_line(waiting: Sequence[Job], cluster: Cluster) -> dict[str, str]:
     """Of jobs for which there is no place, the first in line first. No number grows without end: each is recorded."""
     first, *others = waiting
     why = {
@@ -194,13 +119,13 @@ def _in_line(waiting: Sequence[WaitingJob], cluster: Cluster) -> dict[str, str]:
 
 @dataclass
 class _Place:
-    """A session that stays, or that is to be launched (`session` None), for jobs of these keys; and the `company` of
+    """A session that stays, or that is to be launched (`session` None), for jobs of these keys; and `max_colocated` of
     each job in it.
     """
 
-    keys: tuple[str | None, ...]
-    session: LiveSession | None
-    companies: list[int | None]
+    keys: tuple[SessionKey, ...]
+    session: Session | None
+    colocated: list[int | None]
 
     @property
     def comes_later(self) -> bool:
@@ -211,44 +136,44 @@ class _Place:
 class _Places:
     """Where jobs can go, as one after the other is given a place."""
 
-    def __init__(self, running: Sequence[RunningJob], sessions: Sequence[LiveSession], jobs_per_session: int) -> None:
+    def __init__(self, running: Sequence[Job], sessions: Sequence[Session], jobs_per_session: int) -> None:
         self._most = jobs_per_session - 1  # others
         oldest_first = sorted(sessions, key=lambda session: (session.created_at, session.id))
         self._places = [
             _Place(
-                (session.session_key, session.resolved_key),
+                session.session_keys,
                 session,
-                [job.company for job in running if job.session_id == session.id],
+                [job.max_colocated for job in running if job.session_id == session.id],
             )
             for session in oldest_first
             if not session.leaving
         ]
 
-    def idle(self) -> list[LiveSession]:
+    def idle(self) -> list[Session]:
         """Sessions without a job."""
-        return [place.session for place in self._places if place.session is not None and not place.companies]
+        return [place.session for place in self._places if place.session is not None and not place.colocated]
 
-    def idle_for(self, job: WaitingJob) -> _Place | None:
+    def idle_for(self, job: Job) -> _Place | None:
         """One without a job, and one that runs before one that is still being launched."""
-        same = [place for place in self._places if job.session_key in place.keys and not place.companies]
+        same = [place for place in self._places if job.session_key in place.keys and not place.colocated]
         return min(same, key=lambda place: place.comes_later, default=None)
 
-    def launched(self, job: WaitingJob) -> _Place:
+    def launched(self, job: Job) -> _Place:
         """A session that is to be launched for it."""
         self._places.append(_Place((job.session_key,), None, []))
         return self._places[-1]
 
-    def beside_others(self, job: WaitingJob) -> _Place | None:
+    def beside_others(self, job: Job) -> _Place | None:
         """The one with the fewest jobs, of those where everybody agrees to one more; it runs if one of them does."""
         room = [place for place in self._places if job.session_key in place.keys and self._has_room(place, job)]
-        return min(room, key=lambda place: (place.comes_later, len(place.companies)), default=None)
+        return min(room, key=lambda place: (place.comes_later, len(place.colocated)), default=None)
 
-    def _has_room(self, place: _Place, job: WaitingJob) -> bool:
-        limits = [company for company in (*place.companies, job.company) if company is not None]
-        return len(place.companies) <= min([self._most, *limits])
+    def _has_room(self, place: _Place, job: Job) -> bool:
+        limits = [most for most in (*place.colocated, job.max_colocated) if most is not None]
+        return len(place.colocated) <= min([self._most, *limits])
 
 
-def _to_stop(idle: Sequence[LiveSession], missing: int) -> list[LiveSession]:
+def _to_stop(idle: Sequence[Session], missing: int) -> list[Session]:
     """Sessions that together hold `missing` workers, none more than needed; none at all where all of them are not
     enough."""
     if sum(session.num_workers for session in idle) < missing:

@@ -1,6 +1,6 @@
 """The scheduler: a loop over SQL and Ray that anyone may kill at any moment.
 
-    reconcile()     what the rows say against what Ray runs: end sessions that are gone, take their jobs back
+    reconcile()     what the rows say against what Ray runs: end sessions that are gone, requeue their jobs
     plan(...)       pure: which session to launch, which job goes where, which session has to make room (policy.py)
     act(...)        one guarded statement each; a launch is recorded before Ray is asked
 
@@ -26,17 +26,16 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from cluster.ray_runtime import OwnerLock, cluster_name, has_owner, on_a_cluster, start_embedded, stop_embedded
 from cluster.settings import Settings
-from jobs.job import TAKEN_BACK, Job, JobError, JobStatus, Lease, Session, SessionState, lease_name
+from jobs.job import EventKind, Job, JobError, JobStatus, Lease, Session, SessionState, lease_name
 from jobs.scheduling.launcher import Launcher, RayUnreachableError, RunState
 from jobs.scheduling.metrics import QueueCollector
-from jobs.scheduling.policy import Assign, Cluster, Launch, Stop, plan, reasons, snapshot
+from jobs.scheduling.policy import Assign, Cluster, Launch, Stop, plan, reasons
 from jobs.store.jobs import JobQueue
 
 log = logging.getLogger("lora.scheduler")
 
 STEP_SECONDS = 0.5
 MAX_ATTEMPTS = 3  # at starting sessions for a job, or at training it in one
-NOT_STARTED = "its session could not start"
 SLOW_SECONDS = 30.0
 """A session's driver that is not up after this long is told of: on two busy cores it took 24 s."""
 
@@ -64,11 +63,10 @@ class Scheduler:
             size = self.launcher.size()
             workers = max(size.workers, self.settings.max_workers or 0)
             cluster = Cluster(workers=workers, jobs_per_session=self.settings.jobs_per_session)
-            rows = snapshot(queued, running, sessions)
-            for action in plan(*rows, cluster):
+            for action in plan(queued, running, sessions, cluster):
                 self._act(action)
             slow = {session.session_key: reason for session in sessions if (reason := self._slow_start(session))}
-            why = reasons(*rows, cluster)
+            why = reasons(queued, running, sessions, cluster)
             why |= {job.id: slow[job.session_key] for job in queued if job.id in why and job.session_key in slow}
         self._tell(why)
         return bool(queued or running or sessions)
@@ -80,7 +78,7 @@ class Scheduler:
     def _tell(self, why: dict[str, str]) -> None:
         for job_id, reason in why.items():
             if self.told.get(job_id) != reason:
-                self.queue.log(job_id, reason, lease=self.lease)
+                self.queue.log(job_id, reason, kind=EventKind.WAITS, lease=self.lease)
         self.told.clear()
         self.told.update(why)
 
@@ -99,11 +97,11 @@ class Scheduler:
             elif run.state is RunState.ENDED or (run.state is RunState.ABSENT and self._lease_ran_out(session)):
                 # Ray's message ends with the driver's log; its last line is the error, the rest stays in Ray's log.
                 last = [line for line in run.message.splitlines() if line.strip()][-1:]
-                self._bury(session, last[0].strip() if last else "Ray does not know it any more")
+                self._mark_ended(session, last[0].strip() if last else "Ray does not know it any more")
         alive = {session.id for session in self.queue.sessions(self.cluster)}
         for job in self.queue.list(self.cluster, {JobStatus.RUNNING}):
             if job.session_id not in alive:
-                self._take_back(job)
+                self._requeue(job)
 
     @staticmethod
     def _lease_ran_out(session: Session) -> bool:
@@ -111,7 +109,7 @@ class Scheduler:
         too."""
         return session.lease_until is None or session.lease_until < time.time()
 
-    def _bury(self, session: Session, reason: str) -> None:
+    def _mark_ended(self, session: Session, reason: str) -> None:
         """End a session that is gone. One that never came up is on the record of the jobs that wait for it: the third
         is the last."""
         log.warning("session=%s event=gone state=%s reason=%s", session.id, session.state, reason)
@@ -121,23 +119,22 @@ class Scheduler:
         for job in self.queue.list(self.cluster, {JobStatus.QUEUED}):
             if job.session_key != session.session_key:
                 continue
-            self.queue.log(job.id, f"{NOT_STARTED}: {reason}", level="warning")
-            deaths = sum(event.message.startswith(NOT_STARTED) for event in self.queue.events(job.id))
-            if deaths >= MAX_ATTEMPTS:
-                message = f"its session could not start, {deaths} times: {reason}"
+            count = self.queue.launch_failed(job.id, f"its session could not start: {reason}", lease=self.lease)
+            if count >= MAX_ATTEMPTS:
+                message = f"its session could not start, {count} times: {reason}"
                 self.queue.move(
                     job.id, JobStatus.QUEUED, JobStatus.FAILED, message=message, error=message, lease=self.lease
                 )
 
-    def _take_back(self, job: Job) -> None:
+    def _requeue(self, job: Job) -> None:
         """A running job whose session has ended: back to the queue, or failed when that was the third. The third is its
         own: of several jobs it would not be known whose fault it was.
         """
         session = self.queue.session(job.session_id) if job.session_id else None
         reason = (session.reason if session else None) or "its session ended"
-        ends = 1 + sum(event.message.startswith(TAKEN_BACK) for event in self.queue.events(job.id))
-        if ends >= MAX_ATTEMPTS:
-            message = f"failed after {ends} sessions ended under it; the last one: {reason}"
+        lost = job.lost_attempts + 1
+        if lost >= MAX_ATTEMPTS:
+            message = f"failed after {lost} sessions ended under it; the last one: {reason}"
             moved = self.queue.move(
                 job.id, JobStatus.RUNNING, JobStatus.FAILED, message=message, error=message, lease=self.lease
             )
@@ -146,16 +143,17 @@ class Scheduler:
                 job.id,
                 JobStatus.RUNNING,
                 JobStatus.QUEUED,
-                message=f"{TAKEN_BACK}: {reason}",
+                message=f"back to the queue: {reason}",
                 lease=self.lease,
-                company=0 if ends == MAX_ATTEMPTS - 1 else None,
+                lost_attempt=True,
+                max_colocated=0 if lost == MAX_ATTEMPTS - 1 else None,
             )
-        log.warning("job=%s event=taken_back ends=%d moved=%s reason=%s", job.id, ends, moved, reason)
+        log.warning("job=%s event=requeued lost_attempts=%d moved=%s reason=%s", job.id, lost, moved, reason)
 
     def _act(self, action: Launch | Assign | Stop) -> None:
         match action:
-            case Launch(session_key, num_workers):
-                session = self.queue.create_session(session_key, self.cluster, num_workers, lease=self.lease)
+            case Launch(session_key):
+                session = self.queue.create_session(session_key, self.cluster, lease=self.lease)
                 if session is not None:
                     self._launch(session)
             case Assign(job_id, session_id):
@@ -166,7 +164,7 @@ class Scheduler:
                 log.info("session=%s event=asked_to_stop reason=%s", session_id, reason)
 
     def _launch(self, session: Session) -> None:
-        log.info("session=%s event=launch key=%s workers=%d", session.id, session.session_key, session.num_workers)
+        log.info("session=%s event=launch key=%s", session.id, session.session_key)
         self.launcher.launch_session(session.ray_submission_id, session.id, session.fence)
 
 

@@ -33,7 +33,7 @@ from cluster.storage.directory import (
     job_result_key,
     open_storage,
 )
-from jobs.job import TAKEN_BACK, TERMINAL, Job, JobStatus, SessionState, Wish
+from jobs.job import TERMINAL, EventKind, Job, JobStatus, RequestedAction, SessionState
 from jobs.session.messages import (
     Assignment,
     CheckpointWritten,
@@ -102,7 +102,7 @@ class Keeper:
         """One round; returns whether the ranks should end."""
         self._renew()
         jobs = {job.id: job for job in self._queue.assigned(self._session_id)}
-        wanted = [self._assignment(job) for job in jobs.values() if job.wish is not Wish.CANCEL]
+        wanted = [self._assignment(job) for job in jobs.values() if job.requested is not RequestedAction.CANCEL]
         held, reports = ray.get(self.mailbox.exchange.remote(Orders(tuple(wanted), stop)))
         self._pending += reports
         while self._pending:  # one that cannot be recorded now, since SQL or storage is away, is tried again next time
@@ -111,12 +111,12 @@ class Keeper:
         if self._starts == 0 and time.monotonic() - self._began > SLOW_SECONDS:
             self._tell_of_slow_start(jobs)
         for job in jobs.values():
-            if job.wish is Wish.CANCEL and job.id not in held:
+            if job.requested is RequestedAction.CANCEL and job.id not in held:
                 self._move(job.id, JobStatus.CANCELLED, "cancelled while running")
         if jobs:
             self._busy = time.monotonic()
         elif not stop and (
-            self._wished_to_stop() or time.monotonic() - self._busy > self._settings.session_idle_seconds
+            self._asked_to_stop() or time.monotonic() - self._busy > self._settings.session_idle_seconds
         ):
             # In one transaction with the look for jobs: one that is just being assigned keeps the session.
             stop = self._queue.session_move(
@@ -138,9 +138,9 @@ class Keeper:
             self._ended.set()
         self._renewed = time.monotonic()
 
-    def _wished_to_stop(self) -> bool:
+    def _asked_to_stop(self) -> bool:
         session = self._queue.session(self._session_id)
-        return session is not None and session.wish == "stop"
+        return session is not None and session.requested == "stop"
 
     def _assignment(self, job: Job) -> Assignment:
         """What the ranks need; the checkpoint is looked up once, and known from reports afterwards."""
@@ -190,7 +190,7 @@ class Keeper:
                 self._move(job_id, JobStatus.FAILED, reason, error=reason)
             case NoRoom(job_id, others):
                 message = f"waits: it does not fit into memory beside {others} other{'s' * (others > 1)}"
-                self._move(job_id, JobStatus.QUEUED, message, company=others - 1)
+                self._move(job_id, JobStatus.QUEUED, message, kind=EventKind.WAITS, max_colocated=others - 1)
             case RankBroke(rank, reason, held):
                 self._blame(held or tuple(self._known), f"rank {rank}: {reason}")
 
@@ -262,8 +262,8 @@ class Keeper:
             if len(suspects) == 1:
                 self._move(job_id, JobStatus.FAILED, reason, error=reason)
             else:
-                message = f"{TAKEN_BACK}, to be tried by itself: {reason}"
-                self._move(job_id, JobStatus.QUEUED, message, company=0)
+                message = f"back to the queue, to be tried by itself: {reason}"
+                self._move(job_id, JobStatus.QUEUED, message, lost_attempt=True, max_colocated=0)
 
     def _runs_here(self, job_id: str) -> bool:
         """Whether the job is still ours: asked right before something that others will see is written."""
@@ -293,7 +293,6 @@ def run_session(settings: Settings, session_id: str, fence: int) -> int:
     ):
         log.error("session=%s event=not_ours fence=%d", session_id, fence)
         return 1
-    base_model, precision, _ = session.session_key.rsplit("|", 2)
     keeper = Keeper(settings, queue, session_id, fence)
     # Set, it also says that GPU nodes will come, which an autoscaled cluster may not have up yet.
     gpus = "gpus_per_rank" in settings.model_fields_set or ray.cluster_resources().get("GPU", 0) > 0
@@ -303,8 +302,8 @@ def run_session(settings: Settings, session_id: str, fence: int) -> int:
             # Ranks have no use for the database, and what they do not know they cannot leak.
             "settings": settings.model_copy(update={"database_url": ""}),
             "mailbox": keeper.mailbox,
-            "base_model": base_model,
-            "precision": precision,
+            "base_model": session.base_model,
+            "precision": session.precision,
         },
         scaling_config=ScalingConfig(
             num_workers=session.num_workers,

@@ -1,4 +1,4 @@
-"""Where the queue lives: tables, engines and transactions, on SQLite (one machine) and PostgreSQL (a cluster).
+"""Where the queue lives: engines and transactions, on SQLite (one machine) and PostgreSQL (a cluster).
 
 Every write runs in `Database.write()`. On SQLite that is one writer at a time, kept apart by a file lock beside the
 database: SQLite's own waiting is a poll that starves (eight writers: longest wait 4.84 s without the lock, 0.15 s
@@ -10,145 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
 
-from jobs.job import TERMINAL, DatabaseSettingError, DatabaseUnavailableError, JobStatus, SessionState
+from jobs.job import DatabaseSettingError, DatabaseUnavailableError
+from jobs.store.schema import create_or_upgrade
 
 SCHEMA_LOCK = 0x4C6F5241  # any number that no other user of the same PostgreSQL database takes for its advisory lock
 BUSY_SECONDS = 30.0  # SQLite's own wait, for readers that meet a checkpoint: writers wait for the file lock instead
 EXAMPLE = "LORA_DATABASE_URL=postgresql+psycopg://user:password@host/database"
-
-
-class _Json(sa.TypeDecorator[dict[str, Any]]):
-    """A dictionary as text. Not the database's JSON: PostgreSQL's refuses NaN, which is a loss that must be shown."""
-
-    impl = sa.Text
-    cache_ok = True
-
-    def process_bind_param(self, value: dict[str, Any] | None, dialect: sa.Dialect) -> str | None:
-        return None if value is None else json.dumps(value)
-
-    def process_result_value(self, value: str | None, dialect: sa.Dialect) -> dict[str, Any] | None:
-        loaded: dict[str, Any] | None = None if value is None else json.loads(value)
-        return loaded
-
-
-class _Text(sa.TypeDecorator[str]):
-    """Text that others wrote, such as an error of a rank: what no database stores is replaced, so that the write
-    succeeds."""
-
-    impl = sa.Text
-    cache_ok = True
-
-    def process_bind_param(self, value: str | None, dialect: sa.Dialect) -> str | None:
-        if value is None:
-            return None
-        return value.encode("utf-8", "replace").decode().replace("\x00", "\N{REPLACEMENT CHARACTER}")
-
-
-def _one_of(column: str, values: type[JobStatus] | type[SessionState]) -> sa.CheckConstraint:
-    return sa.CheckConstraint(f"{column} IN ({', '.join(repr(value.value) for value in values)})")
-
-
-metadata = sa.MetaData()
-
-jobs = sa.Table(
-    "jobs",
-    metadata,
-    sa.Column("id", sa.Text, primary_key=True),
-    sa.Column("tenant", sa.Text, nullable=False),
-    sa.Column("cluster", sa.Text, nullable=False),
-    sa.Column("status", sa.Text, nullable=False),
-    sa.Column("priority", sa.Integer, nullable=False),
-    sa.Column("spec_json", sa.Text, nullable=False),
-    sa.Column("base", sa.Text, nullable=False),
-    sa.Column("session_key", sa.Text, nullable=False),
-    sa.Column("num_workers", sa.Integer, nullable=False),
-    sa.Column("content_key", sa.Text, nullable=False),
-    sa.Column("copy", sa.Text, nullable=False),
-    sa.Column("code_version", sa.Text, nullable=False),
-    sa.Column("dataset_sha", sa.Text, nullable=False),
-    sa.Column("validation_sha", sa.Text),
-    sa.Column("examples_sha", sa.Text),
-    sa.Column("init_adapter_sha", sa.Text),
-    sa.Column("created_at", sa.Double, nullable=False),
-    sa.Column("updated_at", sa.Double, nullable=False),
-    sa.Column("started_at", sa.Double),
-    sa.Column("finished_at", sa.Double),
-    sa.Column("session_id", sa.Text),
-    sa.Column("attempt", sa.Integer, nullable=False),
-    sa.Column("company", sa.Integer),
-    sa.Column("wish", sa.Text),
-    sa.Column("error", _Text),
-    sa.Column("progress", _Json),
-    sa.Column("result", _Json),
-    _one_of("status", JobStatus),
-    sa.CheckConstraint("status <> 'running' OR session_id IS NOT NULL"),
-)
-sa.Index("jobs_by_status", jobs.c.cluster, jobs.c.status)
-sa.Index("jobs_by_session", jobs.c.session_id)
-# Two processes that submit the same content at once cannot both insert it. `copy` is empty, but for a job that was
-# wanted again.
-_unwanted = sorted(TERMINAL - {JobStatus.SUCCEEDED})
-sa.Index(
-    "jobs_by_content",
-    jobs.c.tenant,
-    jobs.c.cluster,
-    jobs.c.content_key,
-    jobs.c.copy,
-    unique=True,
-    sqlite_where=jobs.c.status.not_in(_unwanted),
-    postgresql_where=jobs.c.status.not_in(_unwanted),
-)
-
-events = sa.Table(
-    "events",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
-    sa.Column("subject", sa.Text, nullable=False),
-    sa.Column("at", sa.Double, nullable=False),
-    sa.Column("level", sa.Text, nullable=False),
-    sa.Column("message", _Text, nullable=False),
-    sa.Column("data", _Json),
-)
-sa.Index("events_by_subject", events.c.subject, events.c.id)
-
-sessions = sa.Table(
-    "sessions",
-    metadata,
-    sa.Column("id", sa.Text, primary_key=True),
-    sa.Column("cluster", sa.Text, nullable=False),
-    sa.Column("session_key", sa.Text, nullable=False),
-    sa.Column("num_workers", sa.Integer, nullable=False),
-    sa.Column("state", sa.Text, nullable=False),
-    sa.Column("attempt", sa.Integer, nullable=False),
-    sa.Column("fence", sa.Integer, nullable=False),
-    sa.Column("resolved_key", sa.Text),
-    sa.Column("facts", _Json),
-    sa.Column("lease_until", sa.Double),
-    sa.Column("wish", sa.Text),
-    sa.Column("reason", _Text),
-    sa.Column("created_at", sa.Double, nullable=False),
-    sa.Column("updated_at", sa.Double, nullable=False),
-    _one_of("state", SessionState),
-)
-sa.Index("sessions_by_state", sessions.c.cluster, sessions.c.state)
-
-leases = sa.Table(
-    "leases",
-    metadata,
-    sa.Column("name", sa.Text, primary_key=True),
-    sa.Column("holder", sa.Text, nullable=False),
-    sa.Column("token", sa.Integer, nullable=False),
-    sa.Column("until", sa.Double, nullable=False),
-)
 
 
 def check_database(url: str, nodes: int) -> None:
@@ -165,8 +39,8 @@ def check_database(url: str, nodes: int) -> None:
 
 
 class Database:
-    """One database and its connections. Opening it creates what is missing, also when several processes open it at
-    once."""
+    """One database and its connections. Opening it creates or upgrades its tables, also when several processes open it
+    at once."""
 
     def __init__(self, url: str) -> None:
         self._url = _parsed(url)
@@ -185,8 +59,7 @@ class Database:
                 # CREATE TABLE IF NOT EXISTS is not safe against itself: two at once end in a unique violation of
                 # pg_type.
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(SCHEMA_LOCK)))
-            metadata.create_all(connection)
-            _add_columns(connection)
+            create_or_upgrade(connection)
 
     @contextlib.contextmanager
     def read(self) -> Iterator[sa.Connection]:
@@ -233,19 +106,6 @@ class Database:
         except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
             reason = " ".join(str(error.orig).split())
             raise DatabaseUnavailableError(f"the database {self._shown} does not answer: {reason}") from error
-
-
-def _add_columns(connection: sa.Connection) -> None:
-    """What an earlier version's tables lack: every column that came later may be null, so rows stay as they are, and
-    processes of that version can go on writing theirs.
-    """
-    inspector = sa.inspect(connection)
-    for table in metadata.sorted_tables:
-        there = {column["name"] for column in inspector.get_columns(table.name)}
-        for column in table.columns:
-            if column.name not in there:
-                kind = column.type.compile(connection.dialect)
-                connection.execute(sa.text(f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}"))
 
 
 def _parsed(url: str) -> sa.URL:

@@ -21,16 +21,17 @@ from jobs.job import (
     TERMINAL,
     TRANSITIONS,
     Event,
+    EventKind,
     IllegalTransitionError,
     Job,
     JobNotFoundError,
     JobStatus,
     Lease,
+    RequestedAction,
     SessionState,
-    Wish,
 )
 from jobs.spec import JobSpec
-from jobs.store.database import events, jobs
+from jobs.store.schema import events, jobs
 from jobs.store.sessions import Fence, SessionTable, fence_holds, lease_holds, locked_session
 
 
@@ -74,7 +75,8 @@ class JobQueue(SessionTable):
             "priority": spec.priority,
             "spec_json": spec.canonical_json(),
             "base": base,
-            "session_key": spec.session_key,
+            "base_model": spec.base_model,
+            "precision": spec.precision,
             "num_workers": spec.num_workers,
             "content_key": spec.content_key(dataset_sha, validation_sha, init_adapter_sha),
             "copy": job_id if again else "",
@@ -125,7 +127,7 @@ class JobQueue(SessionTable):
         order in which events become visible, so that a reader who remembers the last one misses none."""
         query = sa.select(events).where(events.c.subject == subject, events.c.id > after).order_by(events.c.id)
         with self._db.read() as conn:
-            return [Event(**row._mapping) for row in conn.execute(query)]
+            return [Event(**dict(row._mapping) | {"kind": EventKind(row.kind)}) for row in conn.execute(query)]
 
     def log(
         self,
@@ -133,6 +135,7 @@ class JobQueue(SessionTable):
         message: str,
         *,
         level: str = "info",
+        kind: EventKind = EventKind.NOTE,
         data: dict[str, Any] | None = None,
         lease: Lease | None = None,
     ) -> None:
@@ -140,7 +143,18 @@ class JobQueue(SessionTable):
         with self._db.write() as conn:
             if lease_holds(conn, lease):
                 self._locked_job(conn, job_id)
-                self._event(conn, job_id, message, level, data)
+                self._event(conn, job_id, message, level, kind, data)
+
+    def launch_failed(self, job_id: str, message: str, *, lease: Lease | None = None) -> int:
+        """Count that a session for this job could not start; returns how many could not."""
+        with self._db.write() as conn:
+            job = self._locked_job(conn, job_id)
+            if not lease_holds(conn, lease):
+                return job.failed_launches
+            count = job.failed_launches + 1
+            conn.execute(sa.update(jobs).where(jobs.c.id == job_id).values(failed_launches=count))
+            self._event(conn, job_id, message, "warning")
+            return count
 
     def assign(self, job_id: str, session_id: str, *, lease: Lease | None = None) -> bool:
         """queued -> running in a session that is running and not asked to stop. This begins the job's next attempt."""
@@ -148,11 +162,11 @@ class JobQueue(SessionTable):
             if not lease_holds(conn, lease):
                 return False
             session = locked_session(conn, session_id)
-            if session is None or session.state is not SessionState.RUNNING or session.wish is not None:
+            if session is None or session.state is not SessionState.RUNNING or session.requested is not None:
                 return False
             values = {"session_id": session_id}
-            if session.resolved_key is not None:
-                values["session_key"] = session.resolved_key
+            if session.resolved_precision is not None:
+                values["precision"] = session.resolved_precision
             return self._move(conn, job_id, JobStatus.QUEUED, JobStatus.RUNNING, f"assigned to {session_id}", values)
 
     def move(
@@ -166,23 +180,27 @@ class JobQueue(SessionTable):
         lease: Lease | None = None,
         error: str | None = None,
         result: dict[str, Any] | None = None,
-        company: int | None = None,
+        max_colocated: int | None = None,
+        lost_attempt: bool = False,
+        kind: EventKind = EventKind.NOTE,
         data: dict[str, Any] | None = None,
     ) -> bool:
-        """Change a job's state, if it still is `from_`, and record its `error`, `result` or `company` with it. `to`
-        is any state but running (see `assign`); a running job that is put back to queued while a wish stands goes where
-        the wish leads instead. Raises IllegalTransitionError."""
+        """Change a job's state, if it still is `from_`, and record its `error`, `result` or `max_colocated` with it,
+        and whether the attempt that ends so was lost. `to` is any state but running (see `assign`); a running job that
+        is put back to queued, but is asked to be cancelled or paused, becomes that. Raises IllegalTransitionError."""
         assert to is not JobStatus.RUNNING, "assign() names the session that runs the job"
         with self._db.write() as conn:
             if not lease_holds(conn, lease) or not fence_holds(conn, fence):
                 return False
             if (from_, to) == (JobStatus.RUNNING, JobStatus.QUEUED):
                 job = self._locked_job(conn, job_id)
-                if job.wish is not None:
-                    to, message = job.wish.status, f"{message}; {job.wish.status} as wished"
-            given = {"error": error, "result": result, "company": company}
-            values = {column: value for column, value in given.items() if value is not None}
-            return self._move(conn, job_id, from_, to, message, values, fence, data)
+                if job.requested is not None:
+                    to, message = job.requested.status, f"{message}; {job.requested.status} as requested"
+            given = {"error": error, "result": result, "max_colocated": max_colocated}
+            values: dict[str, Any] = {column: value for column, value in given.items() if value is not None}
+            if lost_attempt:
+                values["lost_attempts"] = jobs.c.lost_attempts + 1
+            return self._move(conn, job_id, from_, to, message, values, fence, kind, data)
 
     def progress(self, job_id: str, session_id: str, fence: int, progress: dict[str, Any]) -> bool:
         """Replace the figures of a running job."""
@@ -194,18 +212,19 @@ class JobQueue(SessionTable):
         with self._db.write() as conn:
             return fence_holds(conn, (session_id, fence)) and conn.execute(change).rowcount == 1
 
-    def wish(self, job_id: str, wish: Wish) -> Job:
-        """Cancel or pause a job: at once where it waits, else as a wish that its session reads between two steps.
-        Wishing to cancel replaces wishing to pause, never the other way. Raises IllegalTransitionError for a job that
-        has ended."""
+    def request(self, job_id: str, action: RequestedAction) -> Job:
+        """Cancel or pause a job: at once where it waits, else by its session, which reads the request between two
+        steps. A request to cancel replaces one to pause, never the other way. Raises IllegalTransitionError for a job
+        that has ended."""
         with self._db.write() as conn:
             job = self._locked_job(conn, job_id)
             if job.status is not JobStatus.RUNNING:
-                if job.status is not wish.status:
-                    self._move(conn, job_id, job.status, wish.status, f"{wish.status} on request", {})
-            elif job.wish is None or wish is Wish.CANCEL:
-                conn.execute(sa.update(jobs).where(jobs.c.id == job_id).values(wish=wish, updated_at=self._clock()))
-                self._event(conn, job_id, f"asked to {wish}")
+                if job.status is not action.status:
+                    self._move(conn, job_id, job.status, action.status, f"{action.status} on request", {})
+            elif job.requested is None or action is RequestedAction.CANCEL:
+                values = {"requested": action, "updated_at": self._clock()}
+                conn.execute(sa.update(jobs).where(jobs.c.id == job_id).values(values))
+                self._event(conn, job_id, f"asked to {action}")
             return self._locked_job(conn, job_id)
 
     def assigned(self, session_id: str) -> Sequence[Job]:
@@ -223,13 +242,14 @@ class JobQueue(SessionTable):
         message: str,
         values: dict[str, Any],
         fence: Fence | None = None,
+        kind: EventKind = EventKind.NOTE,
         data: dict[str, Any] | None = None,
     ) -> bool:
         """The one statement that changes a job's status."""
         if to not in TRANSITIONS[from_]:
             raise IllegalTransitionError(job_id, from_, to)
         now = self._clock()
-        values = values | {"status": to, "updated_at": now, "wish": None}
+        values = values | {"status": to, "updated_at": now, "requested": None}
         if to is JobStatus.RUNNING:
             values |= {"attempt": jobs.c.attempt + 1, "started_at": sa.func.coalesce(jobs.c.started_at, now)}
         elif to in TERMINAL:
@@ -242,7 +262,7 @@ class JobQueue(SessionTable):
         if conn.execute(change.values(values)).rowcount != 1:
             return False
         level = "error" if to is JobStatus.FAILED else "info"
-        self._event(conn, job_id, message, level, {"from": from_, "to": to} | (data or {}))
+        self._event(conn, job_id, message, level, kind, {"from": from_, "to": to} | (data or {}))
         return True
 
     def _locked_job(self, conn: sa.Connection, job_id: str) -> Job:
@@ -275,5 +295,5 @@ class JobQueue(SessionTable):
 def _job(row: sa.Row[Any]) -> Job:
     values = dict(row._mapping)
     del values["copy"]
-    wish = None if values["wish"] is None else Wish(values["wish"])
-    return Job(**values | {"status": JobStatus(values["status"]), "wish": wish})
+    requested = None if values["requested"] is None else RequestedAction(values["requested"])
+    return Job(**values | {"status": JobStatus(values["status"]), "requested": requested})

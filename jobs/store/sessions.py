@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import sqlalchemy as sa
@@ -21,14 +22,17 @@ import sqlalchemy as sa
 from jobs.job import (
     ALIVE,
     SESSION_TRANSITIONS,
+    EventKind,
     HeldLease,
     IllegalTransitionError,
     JobStatus,
     Lease,
     Session,
+    SessionKey,
     SessionState,
 )
-from jobs.store.database import Database, events, jobs, leases, sessions
+from jobs.store.database import Database
+from jobs.store.schema import events, jobs, leases, sessions
 
 Fence = tuple[str, int]  # a session's id, and its fence as its driver knows it
 
@@ -44,16 +48,13 @@ class SessionTable:
         """Close this process's connections."""
         self._db.close()
 
-    def create_session(
-        self, session_key: str, cluster: str, num_workers: int, *, lease: Lease | None = None
-    ) -> Session | None:
+    def create_session(self, key: SessionKey, cluster: str, *, lease: Lease | None = None) -> Session | None:
         """Record that a session is going to be launched, before anything is started. None if the lease is lost."""
         now, session_id = self._clock(), f"session-{secrets.token_hex(4)}"
         row = {
             "id": session_id,
             "cluster": cluster,
-            "session_key": session_key,
-            "num_workers": num_workers,
+            **asdict(key),
             "state": SessionState.LAUNCHING,
             "attempt": 1,
             "fence": 1,
@@ -64,7 +65,7 @@ class SessionTable:
             if not lease_holds(conn, lease):
                 return None
             conn.execute(sa.insert(sessions).values(row))
-            self._event(conn, session_id, "launching", data={"session_key": session_key, "num_workers": num_workers})
+            self._event(conn, session_id, "launching", data=asdict(key))
             return locked_session(conn, session_id)
 
     def session(self, session_id: str) -> Session | None:
@@ -106,15 +107,15 @@ class SessionTable:
             return self._change_session(conn, session, reason, values, str(to))
 
     def stop_session(self, session_id: str, reason: str, *, lease: Lease | None = None) -> bool:
-        """Ask a session to stop. It reads the wish between two steps, and no job is assigned to it from now on."""
+        """Ask a session to stop. It reads that between two steps, and no job is assigned to it from now on."""
         with self._db.write() as conn:
             if not lease_holds(conn, lease):
                 return False
             session = locked_session(conn, session_id)
             if session is None or session.state not in (SessionState.LAUNCHING, SessionState.RUNNING):
                 return False
-            asked = session.wish is not None
-            return asked or self._change_session(conn, session, reason, {"wish": "stop"}, "asked to stop")
+            asked = session.requested is not None
+            return asked or self._change_session(conn, session, reason, {"requested": "stop"}, "asked to stop")
 
     def renew_session(self, session_id: str, fence: int, seconds: float) -> bool:
         """A session's driver says that it is alive, for `seconds` more. False: it was given up on, and must leave."""
@@ -130,15 +131,14 @@ class SessionTable:
             session = locked_session(conn, session_id)
             if session is None or session.fence != fence:
                 return False
-            base_model, _, num_workers = session.session_key.rsplit("|", 2)
-            resolved = f"{base_model}|{facts['precision']}|{num_workers}"
-            values = {"resolved_key": resolved, "facts": facts, "updated_at": self._clock()}
+            precision = facts["precision"]
+            values = {"resolved_precision": precision, "facts": facts, "updated_at": self._clock()}
             conn.execute(sa.update(sessions).where(sessions.c.id == session_id).values(values))
-            message = f"computes in {facts['precision']}, {facts['why']}; exact: {facts['exactness']}"
+            message = f"computes in {precision}, {facts['why']}; exact: {facts['exactness']}"
             level = "warning" if facts["exactness"].startswith("not exact") else "info"
             for subject in (session_id, *conn.execute(_running_in(session_id)).scalars()):
                 self._event(conn, subject, message, level)
-            conn.execute(sa.update(jobs).where(_runs_in(session_id)).values(session_key=resolved))
+            conn.execute(sa.update(jobs).where(_runs_in(session_id)).values(precision=precision))
             return True
 
     def acquire_lease(self, name: str, holder: str, seconds: float) -> Lease | None:
@@ -173,9 +173,15 @@ class SessionTable:
             conn.execute(sa.update(leases).where(*mine).values(token=leases.c.token + 1, until=float("-inf")))
 
     def _event(
-        self, conn: sa.Connection, subject: str, message: str, level: str = "info", data: dict[str, Any] | None = None
+        self,
+        conn: sa.Connection,
+        subject: str,
+        message: str,
+        level: str = "info",
+        kind: EventKind = EventKind.NOTE,
+        data: dict[str, Any] | None = None,
     ) -> None:
-        line = {"subject": subject, "at": self._clock(), "level": level, "message": message, "data": data}
+        line = {"subject": subject, "at": self._clock(), "level": level, "kind": kind, "message": message, "data": data}
         conn.execute(sa.insert(events).values(line))
 
     def _change_session(

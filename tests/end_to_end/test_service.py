@@ -27,7 +27,7 @@ from cluster.settings import Settings
 from cluster.storage.directory import checkpoints_prefix, examples_key, open_storage
 from jobs.__main__ import follow, main
 from jobs.admission import admit
-from jobs.job import Job, JobStatus, Wish
+from jobs.job import Job, JobStatus, RequestedAction
 from jobs.scheduling.launcher import RayUnreachableError
 from jobs.spec import load_spec
 from jobs.store.jobs import JobQueue
@@ -272,7 +272,7 @@ def test_a_follower_in_the_background_ignores_ctrl_c_and_waits_while_ray_is_away
         asked.append(signal.getsignal(signal.SIGINT))
         if len(asked) == 1:
             raise RayUnreachableError("Ray's API does not answer")
-        queue.wish(job.id, Wish.CANCEL)
+        queue.request(job.id, RequestedAction.CANCEL)
 
     clock = itertools.count(0.0, 11.0)
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
@@ -324,7 +324,7 @@ def test_a_job_that_dies_in_a_rank_fails_with_its_reason_and_the_one_beside_it_g
     assert failed.session_id == laptop.queue.get(beside).session_id
     step = (laptop.queue.get(beside).progress or {})["step"]
     laptop.wait(beside, lambda job: bool(job.progress and job.progress["step"] > step))
-    laptop.queue.wish(beside, Wish.CANCEL)
+    laptop.queue.request(beside, RequestedAction.CANCEL)
     assert laptop.finished(beside).status is JobStatus.CANCELLED
 
 

@@ -11,22 +11,27 @@ import sqlite3
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from alembic.script import ScriptDirectory
 
 from jobs.job import (
     DatabaseSettingError,
     DatabaseUnavailableError,
+    EventKind,
     IllegalTransitionError,
     JobNotFoundError,
+    RequestedAction,
+    SessionKey,
 )
-from jobs.store.database import check_database, jobs
+from jobs.store.database import check_database
 from jobs.store.jobs import JobQueue
+from jobs.store.schema import MIGRATIONS, REVISION, jobs, metadata, schema_version
 from tests.support.queue_kit import (
     CANCELLED,
     QUEUED,
@@ -111,20 +116,86 @@ def test_processes_that_share_a_new_database_lose_nothing(url: str) -> None:
 
 # ---- databases ----
 
+BEFORE_ALEMBIC = Path(__file__).with_name("before_alembic.sql")
+WAITING, AT_WORK, DONE, LEAVING = (f"job-{number:012}" for number in range(1, 5))
+SESSION, STOPPED = "session-00000005", "session-00000006"
 
-def test_a_database_of_an_earlier_version_gets_the_columns_that_it_lacks(queue: JobQueue, url: str) -> None:
-    """Its jobs stay, and later ones have all that is new; opening it again changes nothing."""
-    job = bring_to(queue, QUEUED, "old")
+
+@contextlib.contextmanager
+def connected(url: str) -> Iterator[sa.Connection]:
     engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
     with engine.begin() as connection:
-        for column in ("init_adapter_sha", "examples_sha", "result", "finished_at"):
-            connection.execute(sa.text(f"ALTER TABLE jobs DROP COLUMN {column}"))
+        yield connection
     engine.dispose()
-    for name in ("new", "newer"):
-        with contextlib.closing(JobQueue(url)) as later:
-            assert later.get(job.id) == job
-            new = bring_to(later, SUCCEEDED, name)
-            assert new.finished_at is not None and new.init_adapter_sha is None and new.examples_sha is None
+
+
+@pytest.fixture
+def old_url(url: str) -> str:
+    """A database that was written before alembic."""
+    script = BEFORE_ALEMBIC.read_text()
+    if url.startswith("sqlite"):
+        Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True)
+    else:
+        script = script.replace("id INTEGER NOT NULL", "id SERIAL NOT NULL")
+    with connected(url) as connection:
+        for statement in script.split(";\n"):
+            if statement.strip():
+                connection.exec_driver_sql(statement)
+    return url
+
+
+def test_a_database_from_before_alembic_opens_with_all_that_it_holds(old_url: str) -> None:
+    """Also by several at once."""
+    with ThreadPoolExecutor(4) as pool:
+        queues = list(pool.map(JobQueue, [old_url] * 4))
+    for queue in queues[1:]:
+        queue.close()
+    with contextlib.closing(queues[0]) as queue:
+        waiting, at_work, done, leaving = queue.list()
+        assert [job.id for job in queue.list()] == [WAITING, AT_WORK, DONE, LEAVING]
+        assert [job.status for job in queue.list()] == [QUEUED, RUNNING, SUCCEEDED, RUNNING]
+        assert waiting.session_key == done.session_key == SessionKey("base", "bf16", 1)
+        assert at_work.session_key == SessionKey("base", "fp32", 2)
+        counted = [(job.lost_attempts, job.failed_launches, job.max_colocated) for job in queue.list()]
+        assert counted == [(1, 2, None), (1, 0, 0), (0, 0, None), (0, 0, None)]
+        assert (leaving.requested, waiting.requested) == (RequestedAction.CANCEL, None)
+        assert done.result == {"model": "base:done", "version": "12", "metrics": {}} and done.spec.adapter == "done"
+        session, stopped = queue.sessions("c")
+        assert session.session_keys == (SessionKey("base", "auto", 1), SessionKey("base", "bf16", 1))
+        assert stopped.session_keys == (SessionKey("base", "fp32", 2),) and stopped.requested == "stop"
+        events = queue.events(WAITING)
+        assert [event.message for event in events if event.kind is EventKind.WAITS] == [
+            "waits: its session is being started"
+        ]
+        assert len(events) == 7 and len(queue.events(SESSION)) == 3
+        assert queue.assign(WAITING, SESSION)
+        assert queue.move(WAITING, RUNNING, SUCCEEDED, message="done", fence=(SESSION, 1))
+        assert bring_to(queue, SUCCEEDED, "new").finished_at is not None
+
+
+def test_an_upgraded_database_has_the_tables_of_a_new_one(old_url: str) -> None:
+    JobQueue(old_url).close()
+    with connected(old_url) as connection:
+        for table in metadata.sorted_tables:
+            columns = {column["name"]: column["nullable"] for column in sa.inspect(connection).get_columns(table.name)}
+            assert columns == {column.name: column.nullable for column in table.columns}, table.name
+    assert ScriptDirectory(str(MIGRATIONS)).get_heads() == [REVISION]
+
+
+def test_columns_that_a_still_older_database_lacks_are_added(old_url: str) -> None:
+    with connected(old_url) as connection:
+        for table, column in (("jobs", "init_adapter_sha"), ("jobs", "company"), ("sessions", "facts")):
+            connection.execute(sa.text(f"ALTER TABLE {table} DROP COLUMN {column}"))
+    with contextlib.closing(JobQueue(old_url)) as queue:
+        assert queue.get(AT_WORK).max_colocated is None and queue.sessions("c")[0].facts is None
+
+
+def test_a_database_of_a_newer_version_is_refused(url: str) -> None:
+    JobQueue(url).close()
+    with connected(url) as connection:
+        connection.execute(sa.update(schema_version).values(version_num="of_tomorrow"))
+    with pytest.raises(DatabaseSettingError, match=r"a newer version of this code .*'of_tomorrow'"):
+        JobQueue(url)
 
 
 def test_sqlite_readers_do_not_wait_for_a_writer_and_writers_take_turns(tmp_path: Path) -> None:

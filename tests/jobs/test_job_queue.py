@@ -20,12 +20,13 @@ from jobs.job import (
     Job,
     JobNotFoundError,
     JobStatus,
+    RequestedAction,
+    SessionKey,
     SessionState,
-    Wish,
 )
-from jobs.scheduling.policy import Action, Assign, Cluster, Launch, Stop, plan, snapshot
-from jobs.store.database import jobs, sessions
+from jobs.scheduling.policy import Action, Assign, Cluster, Launch, Stop, plan
 from jobs.store.jobs import JobQueue
+from jobs.store.schema import jobs, sessions
 from tests.support.queue_kit import (
     CANCELLED,
     FAILED,
@@ -62,11 +63,11 @@ def test_a_job_is_read_as_it_was_submitted(queue: JobQueue) -> None:
     assert created and job == queue.get(job.id) and job.spec == wanted
     assert job.id.startswith("job-") and len(job.id) == 16
     assert (job.tenant, job.cluster, job.status, job.priority, job.base) == ("t", "c", QUEUED, 3, "b")
-    assert (job.session_key, job.num_workers, job.code_version) == ("base|fp32|2", 2, "2")
+    assert (job.session_key, job.code_version) == (SessionKey("base", "fp32", 2), "2")
     assert {name: getattr(job, name) for name in shas} == shas and job.attempt == 0
     assert list(job.spec.lora.rank_pattern) == ["q_proj", ".*_proj"]
     assert job.created_at == job.updated_at > 1000.0
-    assert (job.started_at, job.finished_at, job.session_id, job.wish, job.error, job.progress, job.result) == (
+    assert (job.started_at, job.finished_at, job.session_id, job.requested, job.error, job.progress, job.result) == (
         None,
     ) * 7
     [event] = queue.events(job.id)
@@ -230,16 +231,16 @@ class Broken:
 
 def test_a_change_and_its_event_are_one_transaction(queue: JobQueue, url: str) -> None:
     waiting, at_work = bring_to(queue, QUEUED), bring_to(queue, RUNNING, "b")
-    session, launching = running_session(queue), queue.create_session(KEY, "c", 1)
+    session, launching = running_session(queue), queue.create_session(KEY, "c")
     assert launching is not None
     changes: list[Callable[[], object]] = [
         lambda: submit(queue, "new"),
         lambda: submit(queue, priority=3),
         lambda: queue.assign(waiting.id, session.id),
         lambda: queue.move(waiting.id, QUEUED, FAILED, message="m", error="e"),
-        lambda: queue.wish(waiting.id, Wish.CANCEL),
-        lambda: queue.wish(at_work.id, Wish.CANCEL),
-        lambda: queue.create_session(KEY, "c", 1),
+        lambda: queue.request(waiting.id, RequestedAction.CANCEL),
+        lambda: queue.request(at_work.id, RequestedAction.CANCEL),
+        lambda: queue.create_session(KEY, "c"),
         lambda: queue.session_move(launching.id, SessionState.LAUNCHING, SessionState.ENDED, reason="r"),
         lambda: queue.stop_session(session.id, "r"),
     ]
@@ -282,51 +283,53 @@ def test_the_database_refuses_states_that_do_not_exist(queue: JobQueue) -> None:
     assert queue.get(job.id) == job and queue.sessions("c")[-1].id == session.id
 
 
-# ---- wishes ----
+# ---- requests ----
 
 
 @pytest.mark.parametrize("status", [JobStatus.VALIDATING_FILES, QUEUED, PAUSED])
 def test_a_waiting_job_is_cancelled_at_once(queue: JobQueue, status: JobStatus) -> None:
     job = bring_to(queue, status)
-    after = queue.wish(job.id, Wish.CANCEL)
-    assert (after.status, after.wish) == (CANCELLED, None) and after.finished_at is not None
+    after = queue.request(job.id, RequestedAction.CANCEL)
+    assert (after.status, after.requested) == (CANCELLED, None) and after.finished_at is not None
     assert queue.events(job.id)[-1].message == "cancelled on request"
 
 
-def test_a_running_job_keeps_running_with_the_wish_until_its_session_acts(queue: JobQueue) -> None:
+def test_a_running_job_runs_on_until_its_session_does_what_is_requested(queue: JobQueue) -> None:
     job = bring_to(queue, RUNNING)
-    assert queue.wish(job.id, Wish.PAUSE).wish is Wish.PAUSE
-    assert queue.wish(job.id, Wish.CANCEL).wish is Wish.CANCEL
-    after = queue.wish(job.id, Wish.PAUSE)
-    assert (after.status, after.wish) == (RUNNING, Wish.CANCEL), "cancel is not taken back by pause"
+    assert queue.request(job.id, RequestedAction.PAUSE).requested is RequestedAction.PAUSE
+    assert queue.request(job.id, RequestedAction.CANCEL).requested is RequestedAction.CANCEL
+    after = queue.request(job.id, RequestedAction.PAUSE)
+    assert (after.status, after.requested) == (RUNNING, RequestedAction.CANCEL), "cancel is not taken back by pause"
     assert [job.id for job in queue.assigned(str(after.session_id))] == [job.id]
     assert queue.move(job.id, RUNNING, CANCELLED, message="left", fence=(str(after.session_id), 1))
-    assert queue.get(job.id).wish is None
+    assert queue.get(job.id).requested is None
     assert [event.message for event in queue.events(job.id)][2:] == ["asked to pause", "asked to cancel", "left"]
 
 
-@pytest.mark.parametrize(("wish", "status"), [(Wish.CANCEL, CANCELLED), (Wish.PAUSE, PAUSED)])
-def test_a_wish_outlives_the_session_it_was_meant_for(queue: JobQueue, wish: Wish, status: JobStatus) -> None:
+@pytest.mark.parametrize(("action", "status"), [(RequestedAction.CANCEL, CANCELLED), (RequestedAction.PAUSE, PAUSED)])
+def test_a_request_outlives_the_session_that_was_to_read_it(
+    queue: JobQueue, action: RequestedAction, status: JobStatus
+) -> None:
     job = bring_to(queue, RUNNING)
-    queue.wish(job.id, wish)
+    queue.request(job.id, action)
     assert queue.move(job.id, RUNNING, QUEUED, message="session lost")
     after = queue.get(job.id)
-    assert (after.status, after.wish, after.session_id is None) == (status, None, status is PAUSED)
-    assert queue.events(job.id)[-1].message == f"session lost; {status} as wished"
+    assert (after.status, after.requested, after.session_id is None) == (status, None, status is PAUSED)
+    assert queue.events(job.id)[-1].message == f"session lost; {status} as requested"
 
 
 def test_a_paused_job_waits_and_an_ended_one_is_left_alone(queue: JobQueue) -> None:
     job = bring_to(queue, QUEUED)
-    assert queue.wish(job.id, Wish.PAUSE).status is PAUSED
-    assert queue.wish(job.id, Wish.PAUSE).status is PAUSED
+    assert queue.request(job.id, RequestedAction.PAUSE).status is PAUSED
+    assert queue.request(job.id, RequestedAction.PAUSE).status is PAUSED
     assert queue.move(job.id, PAUSED, QUEUED, message="go on")
     for status in TERMINAL - {CANCELLED}:
         ended = bring_to(queue, status)
         with pytest.raises(IllegalTransitionError, match=f"is {status} and cannot become cancelled"):
-            queue.wish(ended.id, Wish.CANCEL)
+            queue.request(ended.id, RequestedAction.CANCEL)
         assert queue.get(ended.id) == ended
     with pytest.raises(JobNotFoundError, match="there is no job 'job-none'"):
-        queue.wish("job-none", Wish.CANCEL)
+        queue.request("job-none", RequestedAction.CANCEL)
 
 
 # ---- reading ----
@@ -393,7 +396,7 @@ def test_a_random_life_leaves_a_legal_history(queue: JobQueue) -> None:
                 case 2:
                     queue.progress(id_, session_id, 1, {"step": 1})
                 case 3 if dice.random() < 0.05:
-                    queue.wish(id_, dice.choice(list(Wish)))
+                    queue.request(id_, dice.choice(list(RequestedAction)))
         except IllegalTransitionError:
             pass
         job = queue.get(id_)
@@ -403,17 +406,20 @@ def test_a_random_life_leaves_a_legal_history(queue: JobQueue) -> None:
     assert {job.status for job in final.values()} >= {FAILED, CANCELLED}, "lives of several kinds ended"
 
 
+WIDE = SessionKey("base", "auto", 2)
+
+
 def test_the_policy_plans_from_rows(queue: JobQueue) -> None:
     def planned(workers: int) -> list[Action]:
         rows = queue.list("c", {QUEUED}), queue.list("c", {RUNNING}), queue.sessions("c")
-        return plan(*snapshot(*rows), Cluster(workers=workers, jobs_per_session=1))
+        return plan(*rows, Cluster(workers=workers, jobs_per_session=1))
 
     job, _ = submit(queue, priority=1)
     later, _ = submit(queue, "b", priority=2, num_workers=2)
-    assert planned(3) == [Launch("base|auto|2", 2, later.id), Launch(KEY, 1, job.id)]
-    session = queue.create_session(KEY, "c", 1)
+    assert planned(3) == [Launch(WIDE, later.id), Launch(KEY, job.id)]
+    session = queue.create_session(KEY, "c")
     assert session is not None
-    assert planned(3) == [Launch("base|auto|2", 2, later.id)]
+    assert planned(3) == [Launch(WIDE, later.id)]
     queue.session_move(session.id, SessionState.LAUNCHING, SessionState.RUNNING, reason="up")
     assert planned(2) == [Stop(session.id, f"its workers are needed by {later.id}")]
     assert planned(1) == [Assign(job.id, session.id)]
@@ -429,6 +435,4 @@ def test_the_policy_plans_from_rows(queue: JobQueue) -> None:
     for id_, state in ((session.id, SessionState.RUNNING), (other.id, SessionState.STOPPING)):
         assert planned(2) == [], "workers are held until the end"
         queue.session_move(id_, state, SessionState.ENDED, reason="over")
-    assert planned(2) == [Launch("base|auto|2", 2, later.id)]
-    ended = queue.sessions("c", list(SessionState))
-    assert len(ended) == 2 and snapshot([], [], ended) == ([], [], [])
+    assert planned(2) == [Launch(WIDE, later.id)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs.__main__ import main
-from jobs.job import JobStatus, SessionState, Wish
+from jobs.job import EventKind, JobStatus, RequestedAction, SessionKey, SessionState
 from jobs.spec import JobSpec
 from jobs.store.jobs import JobQueue
 
@@ -40,7 +40,7 @@ def submitted(queue: JobQueue, base: str = "tiny") -> str:
 
 
 def started(queue: JobQueue, job_id: str) -> str:
-    session = queue.create_session("tiny|fp32|2", "c", 2)
+    session = queue.create_session(SessionKey("tiny", "fp32", 2), "c")
     assert session is not None
     assert queue.session_move(session.id, SessionState.LAUNCHING, SessionState.RUNNING, reason="up", fence=1)
     assert queue.assign(job_id, session.id)
@@ -63,8 +63,8 @@ SETTINGS = (
 
 def test_a_job_that_waits(queue: JobQueue, capsys: pytest.CaptureFixture[str]) -> None:
     job_id = submitted(queue)
-    queue.log(job_id, "waits: 2 jobs before it in line")
-    queue.log(job_id, "waits: 1 job before it in line")
+    queue.log(job_id, "waits: 2 jobs before it in line", kind=EventKind.WAITS)
+    queue.log(job_id, "waits: 1 job before it in line", kind=EventKind.WAITS)
     assert shown(job_id, capsys) == [
         "JOB  queued since THEN  tiny:a",
         "  why        waits: 1 job before it in line",
@@ -92,7 +92,7 @@ def test_a_job_that_runs(queue: JobQueue, capsys: pytest.CaptureFixture[str]) ->
     ]
     queue.resolve_session(session_id, 1, {"precision": "fp32", "why": "as asked for", "exactness": "bit for bit"})
     assert shown(job_id, capsys)[3].endswith("attempt 1; it is fp32, as asked for; exact: bit for bit")
-    queue.wish(job_id, Wish.CANCEL)
+    queue.request(job_id, RequestedAction.CANCEL)
     assert shown(job_id, capsys)[1] == "  why        it is asked to cancel, after its current step"
 
 

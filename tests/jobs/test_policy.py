@@ -11,58 +11,56 @@ from typing import TypeVar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.scheduling.policy import (
-    Action,
-    Assign,
-    Cluster,
-    Launch,
-    LiveSession,
-    RunningJob,
-    Stop,
-    WaitingJob,
-    plan,
-    reasons,
-)
+from jobs.job import Job, JobStatus, Session, SessionKey, SessionState
+from jobs.scheduling.policy import Action, Assign, Cluster, Launch, Stop, plan, reasons
+from tests.support.queue_kit import job_row, session_row
 
 T = TypeVar("T")
-WIDTH = {"a": 1, "b": 1, "c": 2, "d": 3, "e": 5}  # a session key stands for its number of workers too
+WIDTH = {"a": 1, "b": 1, "c": 2, "d": 3, "e": 5}  # a base model stands for its number of workers too
 
 
-def waiting(id_: str, key: str, priority: int = 0, at: float = 0.0, company: int | None = None) -> WaitingJob:
-    return WaitingJob(
-        id=id_, session_key=key, num_workers=WIDTH[key], priority=priority, created_at=at, company=company
-    )
+def key(base_model: str) -> SessionKey:
+    return SessionKey(base_model, "auto", WIDTH[base_model])
 
 
-def at_work(id_: str, session_id: str, company: int | None = None) -> RunningJob:
-    return RunningJob(id=id_, session_id=session_id, company=company)
+def waiting(id_: str, base: str, priority: int = 0, at: float = 0.0, max_colocated: int | None = None) -> Job:
+    return job_row(id_, key(base), priority=priority, created_at=at, max_colocated=max_colocated)
+
+
+def at_work(id_: str, session_id: str, max_colocated: int | None = None) -> Job:
+    return job_row(id_, key("a"), status=JobStatus.RUNNING, session_id=session_id, max_colocated=max_colocated)
 
 
 def cluster(workers: int, jobs_per_session: int = 1) -> Cluster:
     return Cluster(workers=workers, jobs_per_session=jobs_per_session)
 
 
-def session(id_: str, key: str, launching: bool = False, leaving: bool = False, at: float = 0.0) -> LiveSession:
-    return LiveSession(
-        id=id_, session_key=key, num_workers=WIDTH[key], launching=launching, leaving=leaving, created_at=at
-    )
+def session(id_: str, base: str, launching: bool = False, leaving: bool = False, at: float = 0.0) -> Session:
+    state = SessionState.LAUNCHING if launching else SessionState.RUNNING
+    return session_row(id_, key(base), state=state, requested="stop" if leaving else None, created_at=at)
 
 
 def test_a_session_takes_jobs_of_the_precision_that_auto_was() -> None:
-    resolved = replace(session("s", "c"), session_key="auto", resolved_key="c")
-    for key, expected in (("c", [Assign("j", "s")]), ("auto", [Assign("j", "s")]), ("d", [])):
-        job = replace(waiting("j", "c"), session_key=key)
+    resolved = replace(session("s", "c"), resolved_precision="bf16")
+    for precision, expected in (("bf16", [Assign("j", "s")]), ("auto", [Assign("j", "s")]), ("fp32", [])):
+        job = replace(waiting("j", "c"), precision=precision)
         found = plan([job], [], [resolved], cluster(2))
         assert [action for action in found if isinstance(action, Assign)] == expected
+
+
+def test_jobs_of_two_forward_paths_never_share_a_session() -> None:
+    fused = replace(session("s", "c"), forward_path="llama")
+    job = replace(waiting("j", "c"), forward_path="hooks")
+    assert plan([job], [], [fused], cluster(4)) == [Launch(job.session_key, "j")]
 
 
 @dataclass(frozen=True)
 class Case:
     """A queue, its cluster, and what was planned."""
 
-    queued: list[WaitingJob]
-    running: list[RunningJob]
-    sessions: list[LiveSession]
+    queued: list[Job]
+    running: list[Job]
+    sessions: list[Session]
     cluster: Cluster
 
     @cached_property
@@ -73,7 +71,7 @@ class Case:
         return [action for action in self.actions if isinstance(action, kind)]
 
     @cached_property
-    def in_order(self) -> list[WaitingJob]:
+    def in_order(self) -> list[Job]:
         fitting = [job for job in self.queued if job.num_workers <= self.cluster.workers]
         return sorted(fitting, key=lambda job: (-job.priority, job.created_at, job.id))
 
@@ -82,20 +80,20 @@ class Case:
         return [action.job_id for action in self.of(Assign) + self.of(Launch)]
 
     @cached_property
-    def staying(self) -> dict[str, LiveSession]:
+    def staying(self) -> dict[str, Session]:
         return {session.id: session for session in self.sessions if not session.leaving}
 
-    def companies(self, session_id: str) -> list[int | None]:
+    def colocated(self, session_id: str) -> list[int | None]:
         """Of the jobs in a session before the plan."""
-        return [job.company for job in self.running if job.session_id == session_id]
+        return [job.max_colocated for job in self.running if job.session_id == session_id]
 
     @cached_property
-    def idle(self) -> list[LiveSession]:
+    def idle(self) -> list[Session]:
         """Sessions without a job that stay."""
-        return [session for session in self.staying.values() if not self.companies(session.id)]
+        return [session for session in self.staying.values() if not self.colocated(session.id)]
 
     @cached_property
-    def unserved(self) -> WaitingJob | None:
+    def unserved(self) -> Job | None:
         """The first job for which there is neither a session nor one to come, however full."""
         to_come = {session.session_key for session in self.staying.values() if session.launching}
         to_come |= {launch.session_key for launch in self.of(Launch)}
@@ -108,19 +106,19 @@ class Case:
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     """Any queue on any cluster, also on one that lost nodes since its sessions were launched."""
-    keys, companies = st.sampled_from(sorted(WIDTH)), st.sampled_from([None, None, 0, 1, 2])
-    jobs = draw(st.lists(st.tuples(keys, st.integers(-1, 1), st.integers(0, 3), companies), max_size=6))
+    bases, limits = st.sampled_from(sorted(WIDTH)), st.sampled_from([None, None, 0, 1, 2])
+    jobs = draw(st.lists(st.tuples(bases, st.integers(-1, 1), st.integers(0, 3), limits), max_size=6))
     states = st.sampled_from(["launching", "idle", "busy", "leaving"])
-    rows = draw(st.lists(st.tuples(keys, states, st.lists(companies, min_size=1, max_size=3)), max_size=5))
+    rows = draw(st.lists(st.tuples(bases, states, st.lists(limits, min_size=1, max_size=3)), max_size=5))
     queued = [waiting(f"job-{number}", *job) for number, job in enumerate(jobs)]
     sessions = [
-        session(f"s{n}", key, state == "launching", state == "leaving") for n, (key, state, _) in enumerate(rows)
+        session(f"s{n}", base, state == "launching", state == "leaving") for n, (base, state, _) in enumerate(rows)
     ]
     running = [
-        at_work(f"run-{n}-{m}", f"s{n}", company)
+        at_work(f"run-{n}-{m}", f"s{n}", limit)
         for n, (_, state, inside) in enumerate(rows)
         if state == "busy"
-        for m, company in enumerate(inside)
+        for m, limit in enumerate(inside)
     ]
     return Case(queued, running, sessions, cluster(draw(st.integers(0, 8)), draw(st.integers(1, 4))))
 
@@ -129,7 +127,7 @@ def cases(draw: st.DrawFn) -> Case:
 @given(cases())
 def test_every_plan_keeps_order_capacity_and_sessions(case: Case) -> None:
     check_each_once(case)
-    check_company(case)
+    check_colocated(case)
     check_launches(case)
     check_nobody_is_overtaken(case)
     check_stops(case)
@@ -150,32 +148,32 @@ def check_each_once(case: Case) -> None:
     assert set(stopped) <= {session.id for session in case.idle}
 
 
-def check_company(case: Case) -> None:
-    """Nobody has more company than it may have, nor joins others while a session of its key is idle."""
-    companies = {job.id: job.company for job in case.in_order}
+def check_colocated(case: Case) -> None:
+    """Nobody trains beside more than it may, nor joins others while a session of its key is idle."""
+    limits = {job.id: job.max_colocated for job in case.in_order}
     newcomers: dict[str, list[int | None]] = {}
     for assign in case.of(Assign):
-        newcomers.setdefault(assign.session_id, []).append(companies[assign.job_id])
+        newcomers.setdefault(assign.session_id, []).append(limits[assign.job_id])
     for session_id, joined in newcomers.items():
-        inside = case.companies(session_id) + joined
+        inside = case.colocated(session_id) + joined
         assert len(inside) <= case.cluster.jobs_per_session
-        assert all(company is None or len(inside) - 1 <= company for company in inside)
+        assert all(limit is None or len(inside) - 1 <= limit for limit in inside)
         if len(inside) > 1:
-            key = case.staying[session_id].session_key
-            assert all(s.id in newcomers or s.launching for s in case.idle if s.session_key == key)
+            same = case.staying[session_id].session_key
+            assert all(s.id in newcomers or s.launching for s in case.idle if s.session_key == same)
 
 
 def check_launches(case: Case) -> None:
     """A launch fits beside all sessions, those that leave included, and every idle one of its key has got a job."""
     launches = case.of(Launch)
     jobs = {job.id: job for job in case.in_order}
-    assert all((a.session_key, a.num_workers) == (jobs[a.job_id].session_key, WIDTH[a.session_key]) for a in launches)
+    assert all(launch.session_key == jobs[launch.job_id].session_key for launch in launches)
     held = sum(session.num_workers for session in case.sessions)
-    assert not launches or held + sum(launch.num_workers for launch in launches) <= case.cluster.workers
-    for key in {launch.session_key for launch in launches}:
-        mine = [launch.job_id for launch in launches if launch.session_key == key]
-        same = [job.id for job in case.in_order if job.session_key == key]
-        idle = [session for session in case.idle if session.session_key == key]
+    assert not launches or held + sum(launch.session_key.num_workers for launch in launches) <= case.cluster.workers
+    for of in {launch.session_key for launch in launches}:
+        mine = [launch.job_id for launch in launches if launch.session_key == of]
+        same = [job.id for job in case.in_order if job.session_key == of]
+        idle = [session for session in case.idle if session.session_key == of]
         assert same.index(mine[0]) >= len(idle)
 
 
@@ -195,7 +193,7 @@ def check_stops(case: Case) -> None:
         return
     blocked = next(job for job in case.in_order if case.of(Stop)[0].reason.endswith(f" {job.id}"))
     assert blocked.id not in case.served
-    launched = sum(launch.num_workers for launch in case.of(Launch))
+    launched = sum(launch.session_key.num_workers for launch in case.of(Launch))
     free = case.cluster.workers - sum(session.num_workers for session in case.sessions) - launched
     missing = blocked.num_workers - free - sum(s.num_workers for s in case.sessions if s.leaving)
     assert sum(stopped) >= missing > 0 and all(sum(stopped) - width < missing for width in stopped)
@@ -218,26 +216,26 @@ def test_every_job_ends_when_the_plans_are_carried_out(
     pending, done = list(jobs), 0
     left: dict[str, int] = {}  # job -> rounds to go
     place: dict[str, str] = {}  # job -> session
-    sessions: dict[str, LiveSession] = {}
+    sessions: dict[str, Session] = {}
     for now in range(400):
         here = [job for job in pending if job.created_at <= now]
         running = [at_work(job, place[job], alone[job]) for job in left]
         actions: list[Action] = plan(here, running, list(sessions.values()), cluster(workers, most))
-        sessions = {id_: replace(s, launching=False) for id_, s in sessions.items() if not s.leaving}
+        sessions = {id_: replace(s, state=SessionState.RUNNING) for id_, s in sessions.items() if not s.leaving}
         for job in [job for job in left if left[job] == 1]:
             del left[job]
             done += 1
         left = {job: rounds - 1 for job, rounds in left.items()}
         for action in actions:
             match action:
-                case Launch(key, _, _):
+                case Launch(SessionKey(base), _):
                     number = f"s{now}-{len(sessions)}"
-                    sessions[number] = session(number, key, launching=True, at=now)
+                    sessions[number] = session(number, base, launching=True, at=now)
                 case Assign(job_id, session_id):
                     pending = [job for job in pending if job.id != job_id]
                     left[job_id], place[job_id] = 3, session_id
                 case Stop(session_id, _):
-                    sessions[session_id] = replace(sessions[session_id], leaving=True)
+                    sessions[session_id] = replace(sessions[session_id], requested="stop")
         assert sum(s.num_workers for s in sessions.values()) <= workers
         inside = Counter(place[job] for job in left)
         assert all(count <= most for count in inside.values())
@@ -252,7 +250,7 @@ def test_priority_then_arrival() -> None:
     assert plan(queued, [], [session("s", "a")], cluster(1)) == [
         Assign("urgent", "s"),
     ]
-    assert plan(queued, [], [], cluster(2)) == [Launch("a", 1, "urgent"), Launch("a", 1, "early")]
+    assert plan(queued, [], [], cluster(2)) == [Launch(key("a"), "urgent"), Launch(key("a"), "early")]
 
 
 def test_an_idle_session_of_the_same_key_is_reused_before_one_is_launched() -> None:
@@ -260,15 +258,15 @@ def test_an_idle_session_of_the_same_key_is_reused_before_one_is_launched() -> N
     assert plan([waiting("j", "a")], [], sessions, cluster(8)) == [Assign("j", "same")]
     # The second waits for the one that is being launched; the third gets its own.
     three = [waiting("j1", "a", 0, 1), waiting("j2", "a", 0, 2), waiting("j3", "a", 0, 3)]
-    assert plan(three, [], sessions, cluster(8)) == [Assign("j1", "same"), Launch("a", 1, "j3")]
+    assert plan(three, [], sessions, cluster(8)) == [Assign("j1", "same"), Launch(key("a"), "j3")]
 
 
 def test_an_idle_session_of_another_key_makes_room_only_when_it_must() -> None:
     idle = session("idle", "b")
-    assert plan([waiting("j", "a")], [], [idle], cluster(2)) == [Launch("a", 1, "j")]
+    assert plan([waiting("j", "a")], [], [idle], cluster(2)) == [Launch(key("a"), "j")]
     [stop] = plan([waiting("j", "a")], [], [idle], cluster(1))
     assert stop == Stop("idle", "its workers are needed by j")
-    assert plan([waiting("j", "a")], [], [replace(idle, leaving=True)], cluster(1)) == []
+    assert plan([waiting("j", "a")], [], [replace(idle, requested="stop")], cluster(1)) == []
     busy = [at_work("r", "idle")]
     assert plan([waiting("j", "a")], busy, [idle], cluster(1)) == []
 
@@ -288,7 +286,7 @@ def test_a_job_trains_beside_others_where_no_worker_is_free() -> None:
     busy = [at_work("r1", "crowded"), at_work("r2", "crowded"), at_work("r3", "emptier"), at_work("r4", "other")]
     two = [waiting("j1", "a", 0, 1), waiting("j2", "a", 0, 2)]
     assert plan(two, busy, sessions, cluster(3, 3)) == [Assign("j1", "emptier"), Assign("j2", "crowded")]
-    assert plan(two, busy, sessions, cluster(4, 3)) == [Launch("a", 1, "j1"), Assign("j2", "emptier")]
+    assert plan(two, busy, sessions, cluster(4, 3)) == [Launch(key("a"), "j1"), Assign("j2", "emptier")]
     assert plan(two, busy, sessions, cluster(3, 2)) == [Assign("j1", "emptier")]
     # Nor does it wait for one that is being launched for another.
     sessions = [session("crowded", "a"), session("coming", "a", launching=True)]
@@ -297,11 +295,11 @@ def test_a_job_trains_beside_others_where_no_worker_is_free() -> None:
 
 def test_a_job_that_has_to_be_by_itself_is_left_alone() -> None:
     sessions = [session("s", "a")]
-    suspect, other = waiting("suspect", "a", 0, 1, company=0), waiting("other", "a", 0, 2)
+    suspect, other = waiting("suspect", "a", 0, 1, max_colocated=0), waiting("other", "a", 0, 2)
     assert plan([suspect, other], [at_work("r", "s")], sessions, cluster(1, 8)) == []
     assert plan([suspect, other], [], sessions, cluster(1, 8)) == [Assign("suspect", "s")]
-    assert plan([other], [at_work("suspect", "s", company=0)], sessions, cluster(1, 8)) == []
-    some = waiting("some", "a", company=1)
+    assert plan([other], [at_work("suspect", "s", max_colocated=0)], sessions, cluster(1, 8)) == []
+    some = waiting("some", "a", max_colocated=1)
     assert plan([some], [at_work("r1", "s"), at_work("r2", "s")], sessions, cluster(1, 8)) == []
     assert plan([some], [at_work("r1", "s")], sessions, cluster(1, 8)) == [Assign("some", "s")]
 
@@ -311,7 +309,7 @@ def test_several_jobs_wait_for_one_session_that_is_launching() -> None:
     three = [waiting(f"j{n}", "a", 0, n) for n in range(3)]
     sessions = [session("idle", "b"), session("starting", "a", launching=True)]
     assert plan(three, [], sessions, cluster(2, 8)) == []
-    assert plan(three, [], sessions[:1], cluster(2, 8)) == [Launch("a", 1, "j0")]
+    assert plan(three, [], sessions[:1], cluster(2, 8)) == [Launch(key("a"), "j0")]
 
 
 @settings(max_examples=50)

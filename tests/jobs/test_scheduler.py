@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from cluster.settings import Settings
-from jobs.job import JobStatus, Session, SessionState
+from jobs.job import EventKind, JobStatus, Session, SessionState
 from jobs.scheduling.launcher import ClusterSize, Launcher, RayUnreachableError, Run, RunState
-from jobs.scheduling.scheduler import MAX_ATTEMPTS, NOT_STARTED, SLOW_SECONDS, Scheduler, run_step
+from jobs.scheduling.scheduler import MAX_ATTEMPTS, SLOW_SECONDS, Scheduler, run_step
 from jobs.spec import JobSpec
 from jobs.store.jobs import JobQueue
 
@@ -63,8 +63,8 @@ class World:
     @property
     def waits(self) -> list[str]:
         """Why it waits, as its history has it."""
-        told = [event.message for event in self.queue.events(self.job_id)]
-        return [message.removeprefix("waits: ") for message in told if message.startswith("waits: ")]
+        told = [event.message for event in self.queue.events(self.job_id) if event.kind is EventKind.WAITS]
+        return [message.removeprefix("waits: ") for message in told]
 
     def come_up(self) -> None:
         """The session's driver starts, and the job goes to it."""
@@ -128,8 +128,8 @@ def test_a_job_goes_back_to_the_queue_and_fails_with_the_last_line_when_it_has_e
         world.ray.run = Run(RunState.ENDED, GONE)
         world.scheduler.step()
         world.ray.run = Run(RunState.RUNNING)
-        company = world.queue.get(world.job_id).company
-        assert company == (0 if attempt >= MAX_ATTEMPTS - 1 else None)  # the last one is by itself
+        max_colocated = world.queue.get(world.job_id).max_colocated
+        assert max_colocated == (0 if attempt >= MAX_ATTEMPTS - 1 else None)  # the last one is by itself
     job = world.queue.get(world.job_id)
     assert job.status is JobStatus.FAILED
     assert job.error is not None
@@ -142,9 +142,9 @@ def test_a_job_that_waited_for_room_has_its_three_sessions_all_the_same(world: W
         world.come_up() if world.session.state is SessionState.LAUNCHING else world.scheduler.step()
         fence = world.session.id, world.session.fence
         assert world.queue.move(
-            world.job_id, JobStatus.RUNNING, JobStatus.QUEUED, message="waits: no room", fence=fence, company=3
+            world.job_id, JobStatus.RUNNING, JobStatus.QUEUED, message="waits: no room", fence=fence, max_colocated=3
         )
-    assert world.queue.get(world.job_id).company == 3
+    assert world.queue.get(world.job_id).max_colocated == 3
     world.scheduler.step()
     world.ray.run = Run(RunState.ENDED, GONE)
     world.scheduler.step()
@@ -156,7 +156,8 @@ def test_sessions_that_never_come_up_fail_the_job_that_waits_for_them(world: Wor
     for death in range(1, MAX_ATTEMPTS + 1):
         assert world.status is JobStatus.QUEUED
         world.scheduler.step()
-        told = [event.message for event in world.queue.events(world.job_id) if event.message.startswith(NOT_STARTED)]
+        messages = [event.message for event in world.queue.events(world.job_id)]
+        told = [message for message in messages if message.startswith("its session could not start")]
         assert len(told) == (death if death < MAX_ATTEMPTS else death + 1)  # and what failed it
         assert all(message.endswith(": OSError: no disk") for message in told)
     assert world.status is JobStatus.FAILED

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import sqlalchemy as sa
@@ -14,10 +15,11 @@ from jobs.job import (
     TRANSITIONS,
     IllegalTransitionError,
     Lease,
+    SessionKey,
     SessionState,
 )
-from jobs.store.database import jobs, sessions
 from jobs.store.jobs import JobQueue
+from jobs.store.schema import jobs, sessions
 from tests.support.queue_kit import FAILED, KEY, QUEUED, RUNNING, SUCCEEDED, Clock, bring_to, running_session, submit
 
 pytest_plugins = ["tests.support.queue_kit"]
@@ -27,9 +29,9 @@ pytest_plugins = ["tests.support.queue_kit"]
 
 
 def test_a_session_is_launching_before_anything_is_started(queue: JobQueue) -> None:
-    session = queue.create_session(KEY, "c", 2)
+    session = queue.create_session(replace(KEY, num_workers=2), "c")
     assert session is not None and session == queue.session(session.id)
-    assert (session.state, session.num_workers, session.session_key) == (SessionState.LAUNCHING, 2, KEY)
+    assert (session.state, session.session_key) == (SessionState.LAUNCHING, SessionKey("base", "auto", 2))
     assert session.ray_submission_id == f"{session.id}-a1"
     assert queue.sessions("c") == [session] and queue.sessions("other") == [] and queue.session("none") is None
 
@@ -39,16 +41,17 @@ def test_a_jobs_precision_is_fixed_once_its_session_knows_it(queue: JobQueue) ->
     nothing."""
     facts = {"precision": "fp32", "why": "the faster one here", "exactness": "not exact on this CPU: it is random"}
     session = running_session(queue)
-    assert session.resolved_key is None
+    assert session.session_keys == (KEY,)
     first, later, waiting = (submit(queue, name)[0] for name in ("a", "b", "c"))
     assert queue.assign(first.id, session.id)
     assert not queue.resolve_session(session.id, session.fence + 1, facts)
     assert queue.resolve_session(session.id, session.fence, facts)
     assert queue.assign(later.id, session.id)
     keys = [queue.get(job.id).session_key for job in (first, later, waiting)]
-    assert keys == ["base|fp32|1", "base|fp32|1", KEY]
+    resolved = SessionKey("base", "fp32", 1)
+    assert keys == [resolved, resolved, KEY]
     known = queue.session(session.id)
-    assert known is not None and (known.session_key, known.resolved_key) == (KEY, "base|fp32|1")
+    assert known is not None and known.session_keys == (KEY, resolved)
     assert known.facts == facts
     (told,) = [event for event in queue.events(first.id) if "computes in fp32" in event.message]
     assert "the faster one here" in told.message and "not exact" in told.message and told.level == "warning"
@@ -57,7 +60,7 @@ def test_a_jobs_precision_is_fixed_once_its_session_knows_it(queue: JobQueue) ->
 @pytest.mark.parametrize("from_", list(SessionState))
 def test_only_listed_session_moves_are_possible(queue: JobQueue, from_: SessionState) -> None:
     for to in SessionState:
-        session = queue.create_session(KEY, "c", 1)
+        session = queue.create_session(KEY, "c")
         assert session is not None
         if from_ is not SessionState.LAUNCHING:
             assert queue.session_move(session.id, SessionState.LAUNCHING, from_, reason="there")
@@ -75,7 +78,7 @@ def test_only_listed_session_moves_are_possible(queue: JobQueue, from_: SessionS
 
 def test_jobs_go_only_to_a_running_session_that_stays(queue: JobQueue) -> None:
     job, _ = submit(queue)
-    launching, leaving, ended = queue.create_session(KEY, "c", 1), running_session(queue), running_session(queue)
+    launching, leaving, ended = queue.create_session(KEY, "c"), running_session(queue), running_session(queue)
     assert launching is not None
     assert queue.stop_session(leaving.id, "room") and queue.stop_session(leaving.id, "room")
     assert queue.session_move(ended.id, SessionState.RUNNING, SessionState.ENDED, reason="over")
@@ -84,7 +87,7 @@ def test_jobs_go_only_to_a_running_session_that_stays(queue: JobQueue) -> None:
         assert not queue.assign(job.id, session_id)
     assert queue.get(job.id).status is QUEUED
     asked = queue.session(leaving.id)
-    assert asked is not None and (asked.wish, asked.reason, asked.state) == ("stop", "room", SessionState.RUNNING)
+    assert asked is not None and (asked.requested, asked.reason, asked.state) == ("stop", "room", SessionState.RUNNING)
 
 
 def test_a_stale_fence_can_neither_move_nor_progress_nor_renew(queue: JobQueue) -> None:
@@ -205,7 +208,7 @@ def test_what_an_old_holder_writes_changes_nothing(queue: JobQueue, clock: Clock
     new = queue.acquire_lease("s", "two", 10_000)
     before = queue.list(), queue.sessions("c"), queue.events(waiting.id)
     for lease in (old, Lease("s", "two", 1), Lease("none", "one", 1)):
-        assert queue.create_session(KEY, "c", 1, lease=lease) is None
+        assert queue.create_session(KEY, "c", lease=lease) is None
         assert not queue.assign(waiting.id, session.id, lease=lease)
         assert not queue.move(waiting.id, QUEUED, FAILED, message="old", lease=lease)
         assert not queue.session_move(idle.id, SessionState.RUNNING, SessionState.ENDED, reason="old", lease=lease)
@@ -220,7 +223,7 @@ def test_a_lease_that_is_given_back_is_free_at_once(queue: JobQueue) -> None:
     queue.release_lease(first)
     held = queue.lease("s")
     assert held is not None and not held.valid
-    assert queue.create_session(KEY, "c", 1, lease=first) is None
+    assert queue.create_session(KEY, "c", lease=first) is None
     second = queue.acquire_lease("s", "two", 1000)
     assert second is not None and second.token > first.token
     queue.release_lease(first)

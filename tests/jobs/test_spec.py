@@ -41,7 +41,6 @@ priority: -1
     assert spec.lora.target_modules == ["q_proj", "v_proj"] and spec.lora.use_rslora
     assert (spec.train.epochs, spec.train.learning_rate, spec.train.batch_size) == (2, 2e-4, 8)
     assert (spec.validation, spec.precision, spec.num_workers, spec.priority) == (0.1, "fp32", 2, -1)
-    assert spec.session_key == "smollm2-135m|fp32|2"
     file = tmp_path / "job.yaml"
     file.write_text(text)
     assert load_spec(file) == load_spec(str(file)) == spec

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from jobs.job import (
     JobStatus,
     Lease,
     Session,
+    SessionKey,
     SessionState,
 )
 from jobs.spec import JobSpec
@@ -23,7 +25,7 @@ pytest_plugins = ["tests.support.postgres_server"]
 
 QUEUED, RUNNING, PAUSED = JobStatus.QUEUED, JobStatus.RUNNING, JobStatus.PAUSED
 SUCCEEDED, FAILED, CANCELLED = JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED
-KEY = "base|auto|1"
+KEY = SessionKey("base", "auto", 1)
 
 
 class Clock:
@@ -68,7 +70,7 @@ def submit(queue: JobQueue, adapter: str = "a", *, again: bool = False, **option
 
 
 def running_session(queue: JobQueue, lease: Lease | None = None) -> Session:
-    session = queue.create_session(KEY, "c", 1, lease=lease)
+    session = queue.create_session(KEY, "c", lease=lease)
     assert session is not None
     assert queue.session_move(session.id, SessionState.LAUNCHING, SessionState.RUNNING, reason="up", fence=1)
     return session
@@ -87,6 +89,19 @@ def bring_to(queue: JobQueue, status: JobStatus, adapter: str = "a") -> Job:
     if status is SUCCEEDED:
         assert queue.move(job.id, RUNNING, SUCCEEDED, message="there")
     return queue.get(job.id)
+
+
+def job_row(id_: str, key: SessionKey, **columns: Any) -> Job:
+    """A job as a row of the queue holds it; it waits, unless `columns` say otherwise."""
+    row: dict[str, Any] = dict.fromkeys(field.name for field in fields(Job))
+    row |= {"id": id_, "status": QUEUED, "priority": 0, "created_at": 0.0} | asdict(key)
+    return Job(**row | columns)
+
+
+def session_row(id_: str, key: SessionKey, **columns: Any) -> Session:
+    """A session as a row of the queue holds it; it runs, unless `columns` say otherwise."""
+    row: dict[str, Any] = dict.fromkeys(field.name for field in fields(Session))
+    return Session(**row | {"id": id_, "state": SessionState.RUNNING, "created_at": 0.0} | asdict(key) | columns)
 
 
 def assert_legal_history(queue: JobQueue, job: Job) -> None:

@@ -1,0 +1,189 @@
+"""The tables, and how a database that an earlier version wrote becomes one with these tables.
+
+A new database is created as it stands here. An older one goes through `migrations/` (alembic): whoever changes a table
+adds a file there and sets `REVISION` to its revision.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from jobs.job import TERMINAL, DatabaseSettingError, EventKind, JobStatus, SessionState
+
+REVISION = "meaning_in_columns"
+"""The newest migration's."""
+MIGRATIONS = Path(__file__).parent / "migrations"
+
+
+class _Json(sa.TypeDecorator[dict[str, Any]]):
+    """A dictionary as text. Not the database's JSON: PostgreSQL's refuses NaN, which is a loss that must be shown."""
+
+    impl = sa.Text
+    cache_ok = True
+
+    def process_bind_param(self, value: dict[str, Any] | None, dialect: sa.Dialect) -> str | None:
+        return None if value is None else json.dumps(value)
+
+    def process_result_value(self, value: str | None, dialect: sa.Dialect) -> dict[str, Any] | None:
+        loaded: dict[str, Any] | None = None if value is None else json.loads(value)
+        return loaded
+
+
+class _Text(sa.TypeDecorator[str]):
+    """Text that others wrote, such as an error of a rank: what no database stores is replaced, so that the write
+    succeeds."""
+
+    impl = sa.Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: sa.Dialect) -> str | None:
+        if value is None:
+            return None
+        return value.encode("utf-8", "replace").decode().replace("\x00", "\N{REPLACEMENT CHARACTER}")
+
+
+def _one_of(column: str, values: type[JobStatus] | type[SessionState]) -> sa.CheckConstraint:
+    return sa.CheckConstraint(f"{column} IN ({', '.join(repr(value.value) for value in values)})")
+
+
+metadata = sa.MetaData()
+
+jobs = sa.Table(
+    "jobs",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("tenant", sa.Text, nullable=False),
+    sa.Column("cluster", sa.Text, nullable=False),
+    sa.Column("status", sa.Text, nullable=False),
+    sa.Column("priority", sa.Integer, nullable=False),
+    sa.Column("spec_json", sa.Text, nullable=False),
+    sa.Column("base", sa.Text, nullable=False),
+    sa.Column("base_model", sa.Text, nullable=False),
+    sa.Column("precision", sa.Text, nullable=False, server_default="auto"),
+    sa.Column("forward_path", sa.Text),
+    sa.Column("num_workers", sa.Integer, nullable=False),
+    sa.Column("content_key", sa.Text, nullable=False),
+    sa.Column("copy", sa.Text, nullable=False),
+    sa.Column("code_version", sa.Text, nullable=False),
+    sa.Column("dataset_sha", sa.Text, nullable=False),
+    sa.Column("validation_sha", sa.Text),
+    sa.Column("examples_sha", sa.Text),
+    sa.Column("init_adapter_sha", sa.Text),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("updated_at", sa.Double, nullable=False),
+    sa.Column("started_at", sa.Double),
+    sa.Column("finished_at", sa.Double),
+    sa.Column("session_id", sa.Text),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("lost_attempts", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("failed_launches", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("max_colocated", sa.Integer),
+    sa.Column("requested", sa.Text),
+    sa.Column("error", _Text),
+    sa.Column("progress", _Json),
+    sa.Column("result", _Json),
+    _one_of("status", JobStatus),
+    sa.CheckConstraint("status <> 'running' OR session_id IS NOT NULL"),
+)
+sa.Index("jobs_by_status", jobs.c.cluster, jobs.c.status)
+sa.Index("jobs_by_session", jobs.c.session_id)
+# Two processes that submit the same content at once cannot both insert it. `copy` is empty, but for a job that was
+# wanted again.
+_unwanted = sorted(TERMINAL - {JobStatus.SUCCEEDED})
+sa.Index(
+    "jobs_by_content",
+    jobs.c.tenant,
+    jobs.c.cluster,
+    jobs.c.content_key,
+    jobs.c.copy,
+    unique=True,
+    sqlite_where=jobs.c.status.not_in(_unwanted),
+    postgresql_where=jobs.c.status.not_in(_unwanted),
+)
+
+events = sa.Table(
+    "events",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("subject", sa.Text, nullable=False),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Column("level", sa.Text, nullable=False),
+    sa.Column("kind", sa.Text, nullable=False, server_default=EventKind.NOTE),
+    sa.Column("message", _Text, nullable=False),
+    sa.Column("data", _Json),
+)
+sa.Index("events_by_subject", events.c.subject, events.c.id)
+
+sessions = sa.Table(
+    "sessions",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("cluster", sa.Text, nullable=False),
+    sa.Column("base_model", sa.Text, nullable=False),
+    sa.Column("precision", sa.Text, nullable=False, server_default="auto"),
+    sa.Column("forward_path", sa.Text),
+    sa.Column("num_workers", sa.Integer, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("fence", sa.Integer, nullable=False),
+    sa.Column("resolved_precision", sa.Text),
+    sa.Column("facts", _Json),
+    sa.Column("lease_until", sa.Double),
+    sa.Column("requested", sa.Text),
+    sa.Column("reason", _Text),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("updated_at", sa.Double, nullable=False),
+    _one_of("state", SessionState),
+)
+sa.Index("sessions_by_state", sessions.c.cluster, sessions.c.state)
+
+leases = sa.Table(
+    "leases",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("holder", sa.Text, nullable=False),
+    sa.Column("token", sa.Integer, nullable=False),
+    sa.Column("until", sa.Double, nullable=False),
+)
+
+schema_version = sa.Table("lora_schema_version", metadata, sa.Column("version_num", sa.String(32), primary_key=True))
+
+
+def create_or_upgrade(connection: sa.Connection) -> None:
+    """Bring a database, empty or an older one, to these tables, in the transaction of `connection`.
+
+    Raises:
+        DatabaseSettingError: a newer version of this code has written it.
+    """
+    inspector = sa.inspect(connection)
+    if not inspector.has_table(jobs.name):
+        metadata.create_all(connection)
+        connection.execute(sa.insert(schema_version).values(version_num=REVISION))
+    elif not inspector.has_table(schema_version.name) or _version(connection) != REVISION:
+        _upgrade(connection)
+
+
+def _version(connection: sa.Connection) -> str | None:
+    return connection.execute(sa.select(schema_version.c.version_num)).scalar_one_or_none()
+
+
+def _upgrade(connection: sa.Connection) -> None:
+    # Late: alembic takes half a second to import, and nearly always the tables are as they should be.
+    from alembic import command
+    from alembic.config import Config
+    from alembic.util import CommandError
+
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.attributes |= {"connection": connection, "version_table": schema_version.name}
+    try:
+        command.upgrade(config, "head")
+    except CommandError as error:
+        raise DatabaseSettingError(
+            f"a newer version of this code has written the database of LORA_DATABASE_URL ({error}): start that version,"
+            " or set another database"
+        ) from None
