@@ -165,3 +165,30 @@ class Mailbox:
 def start_mailbox() -> Any:
     """A handle of a mailbox that ends with this process."""
     return ray.remote(Mailbox).options(num_cpus=0, max_concurrency=8).remote()
+
+
+class RanksMailbox:
+    """The ranks' side of a mailbox, given its handle."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self._asked: ray.ObjectRef[Orders] | None = None
+
+    def orders(self, held: tuple[str, ...], *, wait: bool) -> Orders | None:
+        """See `Mailbox.orders`; None where the answer is not there yet and nobody wants to wait: ask again for it."""
+        if self._asked is None:
+            self._asked = self._handle.orders.remote(held)
+        answered, _ = ray.wait([self._asked], timeout=None if wait else 0)
+        if not answered:
+            return None
+        orders: Orders = ray.get(self._asked)
+        self._asked = None
+        return orders
+
+    def send(self, report: Report | RanksStarted) -> None:
+        """Report without waiting until it is there."""
+        self._handle.report.remote(report)
+
+    def deliver(self, report: Report | RankBroke) -> None:
+        """Report, and return when it is there."""
+        ray.get(self._handle.report.remote(report))

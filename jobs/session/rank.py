@@ -18,21 +18,18 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import ray
-import ray.train
 import torch
-import torch.distributed as dist
 
 from cluster.ray_runtime import log_to_stderr
 from cluster.settings import Settings
 from cluster.sources import local_source
 from cluster.storage.directory import Storage, checkpoint_state_key, open_storage
+from jobs.session.collectives import Collectives, PeerLostError
 from jobs.session.loader import JobReader, Read
 from jobs.session.messages import (
     Assignment,
@@ -44,8 +41,8 @@ from jobs.session.messages import (
     Orders,
     Progressed,
     RankBroke,
+    RanksMailbox,
     RanksStarted,
-    Report,
     Trained,
 )
 from jobs.session.report import Held
@@ -63,77 +60,77 @@ log = logging.getLogger("lora.rank")
 REPORT_SECONDS = 0.3
 IDLE_POLL_SECONDS = 0.1
 
-T = TypeVar("T")
-
-
-class PeerLostError(RuntimeError):
-    """A collective failed because another rank is gone; that rank's end is the cause, not this."""
-
 
 def train_loop(config: dict[str, Any]) -> None:
     """The function that Ray Train runs on every rank; see `Rank.run`."""
     log_to_stderr()
-    rank = Rank(config["settings"], config["mailbox"], config["base_model"], config["precision"])
-    try:
-        rank.run()
-    except PeerLostError:
-        rank.finish_hand_overs()
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        log.exception("rank=%d event=broke", rank.rank)
-        suspects = (*rank.held, *rank.finish_hand_overs())
-        ray.get(rank.mailbox.report.remote(RankBroke(rank.rank, reason, suspects)))
-        raise
+    settings: Settings = config["settings"]
+    mailbox, storage = RanksMailbox(config["mailbox"]), open_storage(settings.storage_url)
+    Rank(settings, mailbox, storage, Collectives(), config["base_model"], config["precision"]).run()
 
 
 class Rank:
     """One data-parallel rank: the engine, the jobs on it, and the collectives through which ranks stay in step."""
 
-    def __init__(self, settings: Settings, mailbox: Any, base_model: str, precision: Precision) -> None:
-        context = ray.train.get_context()
-        self.rank, self.ranks = context.get_world_rank(), context.get_world_size()
-        self.settings, self.mailbox = settings, mailbox
-        self.storage: Storage = open_storage(settings.storage_url)
+    def __init__(
+        self,
+        settings: Settings,
+        mailbox: RanksMailbox,
+        storage: Storage,
+        collectives: Collectives,
+        base_model: str,
+        precision: Precision,
+    ) -> None:
+        self.settings, self.mailbox, self.storage, self.collectives = settings, mailbox, storage, collectives
+        self.rank, self.ranks = collectives.rank, collectives.ranks
         self.held: dict[str, Held] = {}
         # Done, and named by the orders until these know it: what a rank did not hold then, it would train again.
         self.handing_over: dict[str, Assignment] = {}
-        self._base_model, self._precision, self._local_ranks = base_model, precision, context.get_local_world_size()
-        # Control messages go through gloo on GPU too: they are small Python objects, and NCCL would stall the stream.
-        self._control = dist.new_group(backend="gloo")
-        self._next_orders: ray.ObjectRef[Orders] | None = None
+        self._base_model, self._precision = base_model, precision
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._upload: Future[None] | None = None
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="hand-over")
         self._hand_overs: dict[str, Future[None]] = {}
         self._reported = 0.0
-        torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) // self._local_ranks))
+        torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) // collectives.local_ranks))
 
     def run(self) -> None:
-        """Until told to stop."""
+        """Until told to stop. What breaks it is told, with the jobs that it may be blamed on."""
+        try:
+            self._train()
+        except PeerLostError:
+            self._finish_hand_overs()
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            log.exception("rank=%d event=broke", self.rank)
+            self.mailbox.deliver(RankBroke(self.rank, reason, (*self.held, *self._finish_hand_overs())))
+            raise
+
+    def _train(self) -> None:
         self.base = self._load_base()
         self._tokenizer = chat_template_hash(self.base.tokenizer)  # once: it goes through a whole vocabulary
         # Python's collector need not look through the base and the libraries again: that held up steps for 0.25 s.
         gc.collect()
         gc.freeze()
-        answers = self._gather(json.dumps(self.base.exactness().values()))
+        answers = self.collectives.gather(json.dumps(self.base.exactness().values()))
         exactness = Exactness.of_all([Exactness(**json.loads(answer or "{}")) for answer in answers])
         if self.rank == 0:
-            self.mailbox.report.remote(RanksStarted(self.base.precision, self.base.why, str(exactness)))
+            self.mailbox.send(RanksStarted(self.base.precision, self.base.why, str(exactness)))
         # NCCL takes its buffers at the first collective: before what is left is counted.
-        self._all_reduce(torch.zeros(1, device=self.base.device))
+        self.collectives.all_reduce(torch.zeros(1, device=self.base.device))
         self.engine = TrainEngine(
             self.base,
             capacity=None,
-            budget_bytes=min(int(share or 0) for share in self._gather(str(self._share_of_memory()))),
+            budget_bytes=min(int(share or 0) for share in self.collectives.gather(str(self._share_of_memory()))),
             exactness=exactness,
             rank=self.rank,
             ranks=self.ranks,
-            all_reduce=self._all_reduce,
+            all_reduce=self.collectives.all_reduce,
         )
         self.reader = JobReader(self.storage, self.engine, self.rank)
         while True:
-            orders = self._agree(self._orders)
+            orders = self.collectives.agree(self._orders)
             for job_id in [job_id for job_id in self.held if job_id not in {a.job_id for a in orders.assignments}]:
                 self._leave(job_id)
             self._let_go(orders)
@@ -151,11 +148,11 @@ class Rank:
         cache = self.settings.cache_dir
         source = local_source(self.settings.resolve_base(self._base_model), cache)
         # One answer for all: ranks that each measured might choose differently.
-        chosen = self._agree(lambda: resolve_precision(self._precision, source, cache_dir=cache))
+        chosen = self.collectives.agree(lambda: resolve_precision(self._precision, source, cache_dir=cache))
         base = load_base(source, precision=chosen.precision, cache_dir=cache)  # type: ignore[arg-type]
         self._flop_per_second = chosen.flop_per_second
         base = replace(base, why=chosen.why)
-        fingerprints = self._gather(base.fingerprint)
+        fingerprints = self.collectives.gather(base.fingerprint)
         if len(set(fingerprints)) > 1:
             raise RuntimeError(
                 f"the ranks loaded different weights of {self._base_model}: {sorted(map(str, set(fingerprints)))}"
@@ -167,14 +164,14 @@ class Rank:
             base.precision,
             base.why,
             base.device,
-            dist.get_backend(),
+            self.collectives.backend,
         )
         return base
 
     def _share_of_memory(self) -> int:
         """Of what this node can give: GPUs are each rank's own, while ranks on CPUs share one memory."""
         available = available_bytes(self.base.device)
-        return available if self.base.device.type == "cuda" else available // self._local_ranks
+        return available if self.base.device.type == "cuda" else available // self.collectives.local_ranks
 
     @property
     def assigned(self) -> dict[str, Assignment]:
@@ -182,23 +179,19 @@ class Rank:
         return {job_id: held.assignment for job_id, held in self.held.items()} | self.handing_over
 
     def _orders(self) -> Orders:
-        """Ask without waiting while there is work: an answer that is not there yet is taken at the next step."""
-        if self._next_orders is None:
-            self._next_orders = self.mailbox.orders.remote(tuple(self.assigned))
-        ready, _ = ray.wait([self._next_orders], timeout=0 if self.held else None)
-        if not ready:
-            reading = (assignment for assignment, _ in self.reader.reading.values())
-            return Orders((*self.assigned.values(), *reading))
-        orders: Orders = ray.get(self._next_orders)
-        self._next_orders = None
-        return orders
+        """Asked for without waiting while there is work: an answer that is not there yet is taken at the next step."""
+        orders = self.mailbox.orders(tuple(self.assigned), wait=not self.held)
+        if orders is not None:
+            return orders
+        reading = (assignment for assignment, _ in self.reader.reading.values())
+        return Orders((*self.assigned.values(), *reading))
 
     def _prepared_everywhere(self) -> list[str]:
         """Jobs that every rank has read, or failed to; in the same order on all."""
         if not self.reader.reading:
             return []
         done = json.dumps([job_id for job_id, (_, work) in self.reader.reading.items() if work.done()])
-        everywhere = [set(json.loads(of_rank or "[]")) for of_rank in self._gather(done)]
+        everywhere = [set(json.loads(of_rank or "[]")) for of_rank in self.collectives.gather(done)]
         return [job_id for job_id in self.reader.reading if all(job_id in of_rank for of_rank in everywhere)]
 
     def _join(self, assignment: Assignment, work: Read) -> None:
@@ -212,7 +205,7 @@ class Rank:
         except Exception as error:  # whatever it is, it is this job's, and the others go on
             log.exception("job=%s rank=%d event=join_failed", assignment.job_id, self.rank)
             problem = f"rank {self.rank}: {type(error).__name__}: {error}"
-        answers = self._gather(problem if problem is None else json.dumps([no_room, problem]))
+        answers = self.collectives.gather(problem if problem is None else json.dumps([no_room, problem]))
         problems = [json.loads(answer) for answer in answers if answer is not None]
         if problems or live is None:
             if live is not None:
@@ -222,15 +215,15 @@ class Rank:
                 self._fail(assignment.job_id, hopeless[0])
             elif self.rank == 0:
                 log.info("job=%s event=no_room beside=%d reason=%s", assignment.job_id, len(self.held), problems[0][1])
-                ray.get(self.mailbox.report.remote(NoRoom(assignment.job_id, max(1, len(self.held)))))
+                self.mailbox.deliver(NoRoom(assignment.job_id, max(1, len(self.held))))
             return
-        live.optimizer.synchronise(self._broadcast)
+        live.optimizer.synchronise(self.collectives.broadcast)
         tokenizer = tokenizer or self._tokenizer
         held = Held(assignment, spec, live, tokenizer, started_tokens=live.progress.tokens)
         self.held[assignment.job_id] = held
         if self.rank == 0 and self._flop_per_second is not None:
             seconds = held.expected_seconds(self.base, self._flop_per_second, self.ranks)
-            self._report(Expected(assignment.job_id, seconds))
+            self.mailbox.send(Expected(assignment.job_id, seconds))
         log.info(
             "job=%s rank=%d event=joined step=%d of %d",
             assignment.job_id,
@@ -253,7 +246,7 @@ class Rank:
                 self._fail(job_id, str(outcome))
                 continue
             if self.rank == 0 and outcome.evaluation is not None:
-                self._report(Evaluated(job_id, asdict(outcome.evaluation), held.live.progress.stopped))
+                self.mailbox.send(Evaluated(job_id, asdict(outcome.evaluation), held.live.progress.stopped))
         done = next((held for held in self.held.values() if held.live.done), None)
         if done is not None:
             self._probe(done)
@@ -262,7 +255,7 @@ class Rank:
         if self.rank == 0 and time.monotonic() - self._reported >= REPORT_SECONDS:
             self._reported = time.monotonic()
             for held in self.held.values():
-                self._report(Progressed(held.assignment.job_id, held.progress(self.base)))
+                self.mailbox.send(Progressed(held.assignment.job_id, held.progress(self.base)))
 
     def _maybe_checkpoint(self) -> None:
         """Rank 0: take the state of the job that has waited longest and write it beside the next steps. One at a time:
@@ -296,7 +289,7 @@ class Rank:
             except Exception:  # training goes on; the last committed checkpoint stays the one to resume from
                 log.exception("job=%s event=checkpoint_failed step=%d", job_id, step)
                 return
-            self._report(CheckpointWritten(job_id, step, key, sha256))
+            self.mailbox.send(CheckpointWritten(job_id, step, key, sha256))
 
         self._upload = self._writer.submit(upload)
 
@@ -320,7 +313,7 @@ class Rank:
             def hand_over() -> None:
                 arrived()
                 files = adapter_files(adapter, self.engine.bank, self._base_model)
-                ray.get(self.mailbox.report.remote(Trained(job, files, manifest, progress)))
+                self.mailbox.deliver(Trained(job, files, manifest, progress))
 
             self._hand_overs[job] = self._publisher.submit(hand_over)
         self.handing_over[job] = held.assignment
@@ -334,7 +327,7 @@ class Rank:
             self._hand_overs[job].result()  # raises what went wrong
             del self._hand_overs[job]
 
-    def finish_hand_overs(self) -> list[str]:
+    def _finish_hand_overs(self) -> list[str]:
         """Wait until what has ended is handed over, so that it is not blamed for what broke a rank, nor trained again;
         returns the jobs that could not be.
         """
@@ -343,32 +336,4 @@ class Rank:
 
     def _fail(self, job_id: str, reason: str) -> None:
         if self.rank == 0:
-            ray.get(self.mailbox.report.remote(JobFailed(job_id, reason)))
-
-    def _report(self, report: Report) -> None:
-        self.mailbox.report.remote(report)
-
-    def _all_reduce(self, tensor: torch.Tensor) -> None:
-        self._collective(lambda: dist.all_reduce(tensor))
-
-    def _broadcast(self, tensor: torch.Tensor) -> None:
-        self._collective(lambda: dist.broadcast(tensor, src=0))
-
-    def _agree(self, ask: Callable[[], T]) -> T:
-        """Rank 0's answer, on every rank. Ranks that each asked would leave at different steps and hang."""
-        answer: list[T | None] = [ask() if self.rank == 0 else None]
-        self._collective(lambda: dist.broadcast_object_list(answer, src=0, group=self._control))
-        assert answer[0] is not None
-        return answer[0]
-
-    def _gather(self, value: str | None) -> list[str | None]:
-        values: list[str | None] = [value] * self.ranks
-        self._collective(lambda: dist.all_gather_object(values, value, group=self._control))
-        return values
-
-    @staticmethod
-    def _collective(operation: Callable[[], None]) -> None:
-        try:
-            operation()
-        except RuntimeError as error:
-            raise PeerLostError(str(error)) from error
+            self.mailbox.deliver(JobFailed(job_id, reason))

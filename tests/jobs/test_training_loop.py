@@ -2,102 +2,132 @@
 
 from __future__ import annotations
 
-import math
+import gc
+import itertools
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.storage.directory import StorageCorrupt, StorageUnavailable
+from cluster.settings import Settings
+from cluster.storage.directory import StorageCorrupt, StorageUnavailable, examples_key
 from jobs.session import loader as job_reader
+from jobs.session import rank as training_loop
 from jobs.session.loader import JobReader
-from jobs.session.messages import Assignment, JobFailed, NoRoom, Orders, RankBroke, Trained
-from jobs.session.rank import Rank, train_loop
+from jobs.session.messages import Assignment, CheckpointWritten, JobFailed, NoRoom, Orders, RankBroke, Trained
+from jobs.session.rank import Rank
 from jobs.session.report import OF_PRODUCTS, Held
-from lora_core.adapters.peft_format import adapter_files
-from lora_core.config import LoraConfig, TrainConfig
+from lora_core.adapters.peft_format import read_adapter
 from lora_core.training.engine import TrainEngine, probe_losses
 from lora_core.training.memory.predictor import DoesNotFitError, NoRoomBesideError
 from tests.support.models import documents, job, tiny_base
+from tests.support.ranks import ObservedStorage, RankThreads, Script, ScriptedMailbox, assignment
+from tests.support.tiny_models import load_on_cpu, save_random
 
-ASSIGNMENT = Assignment("job-1", 2, "{}", "datasets/x", checkpoint_key="checkpoints/1-500")
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random(tmp_path_factory.mktemp("model") / "llama")
 
 
-def reader_whose_storage_answers(answers: list[Any], monkeypatch: pytest.MonkeyPatch) -> JobReader:
-    """Each read takes the next answer."""
-    reader = JobReader(None, None, rank=0)  # type: ignore[arg-type]
-    reader.reading = {ASSIGNMENT.job_id: (ASSIGNMENT, None)}  # type: ignore[dict-item]
+@pytest.fixture
+def storage(tmp_path: Path) -> ObservedStorage:
+    return ObservedStorage((tmp_path / "storage").as_uri())
 
-    def read(_: Assignment) -> Any:
-        answer = answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
 
-    monkeypatch.setattr(reader, "_read_now", read)
+class Session:
+    """Ranks on the tiny base, as many as there are storages."""
+
+    def __init__(self, folder: Path, home: Path) -> None:
+        self._settings = {"home": home, "base_models": {"tiny": str(folder)}, "threads": 1}
+
+    def run(self, mailbox: Any, *storages: ObservedStorage, checkpoint_seconds: float = 1e9) -> None:
+        settings = Settings(**self._settings, checkpoint_seconds=checkpoint_seconds)
+        together = RankThreads(len(storages))
+        ranks = [Rank(settings, mailbox, mine, together.of(n), "tiny", "fp32") for n, mine in enumerate(storages)]
+        with ThreadPoolExecutor(len(ranks)) as threads:
+            for ended in [threads.submit(rank.run) for rank in ranks]:
+                ended.result()
+
+
+@pytest.fixture
+def session(folder: Path, tmp_path: Path) -> Iterator[Session]:
+    yield Session(folder, tmp_path)
+    gc.unfreeze()  # ranks freeze what is there
+
+
+# --- what a job needs is read ----------------------------------------------------------------------------------------
+
+
+def reader_and_job(storage: ObservedStorage, monkeypatch: pytest.MonkeyPatch) -> tuple[JobReader, Assignment]:
     monkeypatch.setattr(job_reader, "STORAGE_PAUSE", 0.0)
-    return reader
+    return JobReader(storage, TrainEngine(tiny_base("llama")), rank=0), assignment(storage, "a", documents(4, 0))
 
 
-def test_a_job_with_a_checkpoint_outlives_a_storage_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers: list[Any] = [StorageUnavailable("503"), StorageUnavailable("503"), "read"]
-    assert reader_whose_storage_answers(answers, monkeypatch)._read(ASSIGNMENT) == "read"
+@pytest.mark.parametrize("away", [2, 0])
+def test_a_job_outlives_a_storage_that_is_away(
+    storage: ObservedStorage, monkeypatch: pytest.MonkeyPatch, away: int
+) -> None:
+    reader, wanted = reader_and_job(storage, monkeypatch)
+    storage.failures[examples_key(str(wanted.examples_sha))] = [StorageUnavailable("503")] * away
+    reader.prepare([wanted], ())
+    _, prepared, _ = reader.reading["a"][1].result(60)
+    assert (prepared.job.name, len(storage.reads)) == ("a", away + 1)
 
 
-def test_what_waiting_does_not_mend_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    reader = reader_whose_storage_answers([StorageCorrupt("other bytes"), "read"], monkeypatch)
+def test_what_waiting_does_not_mend_is_told_at_once(storage: ObservedStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, wanted = reader_and_job(storage, monkeypatch)
+    storage.failures[examples_key(str(wanted.examples_sha))] = [StorageCorrupt("other bytes")]
+    reader.prepare([wanted], ())
     with pytest.raises(StorageCorrupt):
-        reader._read(ASSIGNMENT)
+        reader.reading["a"][1].result(60)
 
 
-def test_nobody_waits_for_ever_nor_for_a_job_that_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    away: list[Any] = [StorageUnavailable("503")] * 3
-    reader = reader_whose_storage_answers([*away, "read"], monkeypatch)
-    reader.reading = {}
+@pytest.mark.parametrize("patience", [0.0, 1e9])
+def test_nobody_waits_for_ever_nor_for_a_job_that_is_not_wanted(
+    storage: ObservedStorage, monkeypatch: pytest.MonkeyPatch, patience: float
+) -> None:
+    reader, wanted = reader_and_job(storage, monkeypatch)
+    monkeypatch.setattr(job_reader, "STORAGE_PATIENCE", patience)
+    storage.failures[examples_key(str(wanted.examples_sha))] = [StorageUnavailable("503")] * 1_000_000
+    reader.prepare([wanted], ())
+    work = reader.reading["a"][1]
+    if patience:
+        reader.prepare([], ())
     with pytest.raises(StorageUnavailable):
-        reader._read(ASSIGNMENT)
-    reader = reader_whose_storage_answers([*away, "read"], monkeypatch)
-    monkeypatch.setattr(job_reader, "STORAGE_PATIENCE", 0.0)
-    with pytest.raises(StorageUnavailable):
-        reader._read(ASSIGNMENT)
+        work.result(60)
 
 
-def test_a_job_without_room_beside_others_waits_and_one_that_never_fits_fails() -> None:
+# --- jobs come and go ------------------------------------------------------------------------------------------------
+
+
+def test_a_job_without_room_beside_others_waits_and_one_that_never_fits_fails(
+    session: Session, storage: ObservedStorage, tmp_path: Path
+) -> None:
     """Whatever one rank of two says."""
-    answers: dict[str, list[Exception | None]] = {
-        "waits": [None, NoRoomBesideError("not beside a")],
-        "fails": [NoRoomBesideError("not beside a"), DoesNotFitError("not at all")],
-    }
-    reports: list[Any] = []
+    names = ("a", "waits", "fails")
+    a, waits, fails = (assignment(storage, name, documents(6, n), epochs=100) for n, name in enumerate(names))
+    other = ObservedStorage(storage.url)
+    other.failures[examples_key(str(waits.examples_sha))] = [NoRoomBesideError("not beside a")]
+    storage.failures[examples_key(str(fails.examples_sha))] = [NoRoomBesideError("not beside a")]
+    other.failures[examples_key(str(fails.examples_sha))] = [DoesNotFitError("not at all")]
 
-    def read(error: Exception | None) -> Future[Any]:
-        work: Future[Any] = Future()
-        if error is None:
-            work.set_result((None, engine.prepare(job(name)), None))
-        else:
-            work.set_exception(error)
-        return work
+    def script(mailbox: ScriptedMailbox) -> Script:
+        while "a" not in mailbox.held:
+            yield Orders((a,))
+        for one in (waits, fails):
+            while one.job_id not in {report.job_id for report in mailbox.of(NoRoom) + mailbox.of(JobFailed)}:
+                assert set(mailbox.held) <= {"a"}
+                yield Orders((a, one))
 
-    for name, of_ranks in answers.items():
-        engine = TrainEngine(tiny_base("llama"))
-        rank: Rank = object.__new__(Rank)
-        rank.rank, rank.engine = 0, engine
-        rank.held = {"a": Held(Assignment("a", 1, "{}", ""), None, engine.add(job("a")), "")}  # type: ignore[arg-type]
-        said: list[str | None] = []
-        rank._gather = lambda answer, said=said: said.append(answer) or [*said]  # type: ignore[method-assign, misc]
-        rank.mailbox = SimpleNamespace(report=SimpleNamespace(remote=reports.append))
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("jobs.session.rank.ray.get", lambda reference: reference)
-            rank.rank = 1
-            rank._join(Assignment(name, 1, "{}", ""), read(of_ranks[1]))  # the other rank answers first
-            rank.rank = 0
-            rank._join(Assignment(name, 1, "{}", ""), read(of_ranks[0]))
-        assert list(engine.live) == ["a"]
-    assert reports == [NoRoom("waits", 1), JobFailed("fails", "rank 1: DoesNotFitError: not at all")]
+    mailbox = ScriptedMailbox(script)
+    session.run(mailbox, storage, other)
+    assert mailbox.of(NoRoom) == [NoRoom("waits", 1)]
+    assert mailbox.of(JobFailed) == [JobFailed("fails", "rank 1: DoesNotFitError: not at all")]
 
 
 def test_how_long_a_job_takes_is_told_from_what_is_left_of_it() -> None:
@@ -113,127 +143,153 @@ def test_how_long_a_job_takes_is_told_from_what_is_left_of_it() -> None:
     assert held.expected_seconds(engine.base, 1e6, ranks=1) == pytest.approx(alone / 2)
 
 
-def test_what_broke_a_rank_is_told_after_what_had_ended_and_of_what_had_not(monkeypatch: pytest.MonkeyPatch) -> None:
+class SlowMailbox(ScriptedMailbox):
+    """Takes nothing that waits to be delivered before `open` is set, and then raises for a job in `refused`."""
+
+    def __init__(self, script: Callable[[ScriptedMailbox], Script], refused: tuple[str, ...] = ()) -> None:
+        super().__init__(script)
+        self.open, self.arrived = threading.Event(), threading.Event()
+        self._refused = refused
+
+    def deliver(self, report: Any) -> None:
+        if isinstance(report, Trained):
+            self.arrived.set()
+            assert self.open.wait(60)
+            if report.job_id in self._refused:
+                raise ConnectionError("no mailbox")
+        super().deliver(report)
+
+
+def short_and_long(storage: ObservedStorage) -> tuple[Assignment, Assignment]:
+    """The first has one step and three examples."""
+    short = assignment(storage, "short", documents(3, 1), epochs=1, batch_size=3)
+    return short, assignment(storage, "long", documents(10, 0), epochs=100_000)
+
+
+def test_what_broke_a_rank_is_told_after_what_had_ended_and_of_what_had_not(
+    session: Session, storage: ObservedStorage
+) -> None:
     """A job that is being handed over is neither blamed nor trained again, unless that is what failed."""
-    reports: list[Any] = []
-    rank: Rank = object.__new__(Rank)
-    rank.rank, rank.held = 0, {"training": None}  # type: ignore[dict-item]
-    rank.mailbox = SimpleNamespace(report=SimpleNamespace(remote=reports.append))
-    rank._publisher = ThreadPoolExecutor(1)
-    broken = threading.Event()
+    short, long = short_and_long(storage)
+    ended, spoilt = replace(short, job_id="ended"), replace(short, job_id="spoilt")
 
-    def hand_over() -> None:
-        assert broken.wait(30)
-        reports.append("handed over")
-
-    rank._hand_overs = {
-        "ended": rank._publisher.submit(hand_over),
-        "spoilt": rank._publisher.submit(lambda: 1 / 0),  # type: ignore[dict-item]
-    }
-
-    def run() -> None:
-        threading.Timer(0.2, broken.set).start()
+    def script(mailbox: ScriptedMailbox) -> Script:
+        assert isinstance(mailbox, SlowMailbox)
+        while "long" not in mailbox.held:
+            yield Orders((long,))
+        for _ in range(100):
+            yield Orders((long, ended, spoilt))
+        assert mailbox.arrived.wait(60)
+        threading.Timer(0.1, mailbox.open.set).start()
         raise RuntimeError("out of luck")
 
-    rank.run = run  # type: ignore[method-assign]
-    monkeypatch.setattr("jobs.session.rank.Rank", lambda *_: rank)
-    monkeypatch.setattr("jobs.session.rank.ray.get", lambda reference: reference)
-    config = dict.fromkeys(("settings", "mailbox", "base_model", "precision"))
+    mailbox = SlowMailbox(script, refused=("spoilt",))
     with pytest.raises(RuntimeError, match="out of luck"):
-        train_loop(config)
-    assert reports == ["handed over", RankBroke(0, "RuntimeError: out of luck", ("training", "spoilt"))]
+        session.run(mailbox, storage)
+    assert [report.job_id for report in mailbox.of(Trained)] == ["ended"]
+    assert mailbox.reports[-1] == RankBroke(0, "RuntimeError: out of luck", ("long", "spoilt"))
 
 
-def test_checkpoints_are_written_one_at_a_time_and_none_waits_for_ever() -> None:
-    engine, went_on, written = TrainEngine(tiny_base("llama")), threading.Event(), []
-    rank: Rank = object.__new__(Rank)
-    rank.rank, rank.settings, rank._upload = 0, SimpleNamespace(checkpoint_seconds=0.0), None  # type: ignore[assignment]
-    rank.held = {name: Held(Assignment(name, 1, "{}", ""), None, engine.add(job(name)), "") for name in "abc"}  # type: ignore[arg-type]
+def test_checkpoints_are_written_one_at_a_time_and_none_waits_for_ever(
+    session: Session, storage: ObservedStorage
+) -> None:
+    """Each is held up until the jobs have made two more steps."""
+    jobs = [assignment(storage, name, documents(4, n), epochs=100_000) for n, name in enumerate("abc")]
+    asked, writing, written = itertools.count(), threading.Lock(), []
+    went_on = threading.Semaphore(0)
 
-    def put(key: str, _: bytes) -> None:
-        assert went_on.wait(30)
+    def on_put(key: str) -> None:
+        assert writing.acquire(blocking=False), "two at a time"
+        for _ in range(2):
+            assert went_on.acquire(timeout=60)
         written.append(key.split("/")[1])
+        writing.release()
 
-    rank.storage = SimpleNamespace(put=put)  # type: ignore[assignment]
-    rank._report = lambda report: None  # type: ignore[method-assign]
-    with ThreadPoolExecutor(1) as rank._writer:
-        for turn in range(4):
-            while any(live.progress.step <= turn for live in engine.live.values()):
-                engine.micro_batch()
-            rank._maybe_checkpoint()
-            rank._maybe_checkpoint()  # the first is being written
-            assert len(written) == turn and rank._upload is not None
-            went_on.set()
-            rank._upload.result()
-            went_on.clear()
-    assert [key[0] for key in written] == ["a", "b", "c", "a"]
+    storage.on_put = on_put
 
+    def script(mailbox: ScriptedMailbox) -> Script:
+        while len(mailbox.of(CheckpointWritten)) < 4:
+            if len(mailbox.held) == 3:
+                went_on.release()
+            assert next(asked) < 10_000
+            yield Orders(tuple(jobs))
+        went_on.release(100)
 
-def rank_with_a_job_that_ends(report: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> Rank:
-    """Of two jobs, "short" has one step and three examples."""
-    rank: Rank = object.__new__(Rank)
-    rank.engine = TrainEngine(tiny_base("llama"))
-    rank.base, rank.rank, rank._base_model, rank._reported = rank.engine.base, 0, "tiny", math.inf
-    rank.settings, rank._upload = SimpleNamespace(checkpoint_seconds=math.inf), None  # type: ignore[assignment]
-    rank.handing_over, rank._hand_overs, rank._publisher = {}, {}, ThreadPoolExecutor(1)
-    rank.mailbox = SimpleNamespace(report=SimpleNamespace(remote=report))
-    monkeypatch.setattr("jobs.session.rank.ray.get", lambda reference: reference)
-    jobs = [job("short", examples=documents(3, 1), epochs=1, batch_size=3), job("long", epochs=1000)]
-    spec: Any = SimpleNamespace(lora=LoraConfig(), train=TrainConfig())
-    rank.held = {
-        one.name: Held(Assignment(one.name, 1, "{}", ""), spec, rank.engine.add(one), "of a vocabulary") for one in jobs
-    }
-    return rank
+    mailbox = ScriptedMailbox(script)
+    session.run(mailbox, storage, checkpoint_seconds=0.0)
+    assert [report.job_id for report in mailbox.of(CheckpointWritten)][:4] == written[:4] == ["a", "b", "c", "a"]
 
 
-def test_a_job_is_handed_over_beside_the_steps_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    went_on, reports = threading.Event(), []
-
-    def report(what: Any) -> None:
-        assert went_on.wait(30)
-        reports.append(what)
-
-    rank = rank_with_a_job_that_ends(report, monkeypatch)
-    short, long = (held.live for held in rank.held.values())
-    both = Orders(tuple(rank.assigned.values()))
-    only_long, again = Orders(both.assignments[1:]), Orders((replace(both.assignments[0], attempt=2),))
-    while not short.done:
-        rank._step()
-    expected = adapter_files(short.adapter, rank.engine.bank, "tiny")
-    losses = probe_losses(rank.base, rank.engine.bank, short.adapter, short.job.examples)
-    rank.settings.checkpoint_seconds, rank.held["long"].written_step = 0.0, long.progress.step
-    rank._maybe_checkpoint()
-    assert rank._upload is None  # what is done is published
-    rank.settings.checkpoint_seconds = math.inf
-    steps = [long.progress.step]
-    while "short" in rank.held:  # the step that ended it has taken the first probe
-        rank._step()
-        steps.append(long.progress.step)
-    for _ in range(3):
-        rank._step()
-        rank._let_go(both)
-    assert steps == [steps[0], steps[0] + 1, steps[0] + 2] and long.progress.step == steps[0] + 5
-    assert "short" not in rank.engine.live and rank.assigned.keys() == {"short", "long"}
-    went_on.set()
-    rank._publisher.shutdown()
-    rank._let_go(both)
-    assert rank.assigned.keys() == {"short", "long"} and rank._hand_overs == {}
-    (told,) = reports
-    assert isinstance(told, Trained) and (told.job_id, told.files) == ("short", expected)
-    assert [probe["loss"] for probe in told.manifest["probes"]] == losses
-    for orders in (only_long, again):  # another attempt would have to be read
-        rank.handing_over = {"short": both.assignments[0]}
-        rank._let_go(orders)
-        assert rank.assigned.keys() == {"long"}
+# --- a job ends ------------------------------------------------------------------------------------------------------
 
 
-def test_a_hand_over_that_fails_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    def report(_: Any) -> None:
-        raise ConnectionError("no mailbox")
+def test_a_job_is_handed_over_beside_the_steps_of_the_others(
+    session: Session, storage: ObservedStorage, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two probes there is a step, and many before the driver has taken what ended. Its orders name the job
+    until then, and it is not read again; another attempt is. What is done is published, and not checkpointed.
+    """
+    short, long = short_and_long(storage)
+    trace: list[str] = []
+    micro_batch, checkpoints = TrainEngine.micro_batch, []
 
-    rank = rank_with_a_job_that_ends(report, monkeypatch)
-    while "short" in rank.held:
-        rank._step()
-    rank._publisher.shutdown()
+    def stepped(engine: TrainEngine) -> Any:
+        trace.append("step")
+        return micro_batch(engine)
+
+    def probed(*arguments: Any) -> list[float]:
+        trace.append("probe")
+        return probe_losses(*arguments)
+
+    monkeypatch.setattr(TrainEngine, "micro_batch", stepped)
+    monkeypatch.setattr(training_loop, "probe_losses", probed)
+    storage.on_put = lambda key: checkpoints.append(key.split("/")[1])
+
+    def reads() -> int:
+        return storage.reads.count(examples_key(str(short.examples_sha)))
+
+    def script(mailbox: ScriptedMailbox) -> Script:
+        assert isinstance(mailbox, SlowMailbox)
+        while "long" not in mailbox.held:
+            yield Orders((long,))
+        while not mailbox.arrived.is_set():
+            yield Orders((short, long))
+        for _ in range(5):
+            yield Orders((short, long))
+            assert set(mailbox.held) == {"short", "long"} and reads() == 1
+        mailbox.open.set()
+        while not mailbox.of(Trained):
+            yield Orders((short, long))
+        assert reads() == 1
+        while len(mailbox.of(Trained)) < 2:
+            yield Orders((replace(short, attempt=2), long))
+
+    mailbox = SlowMailbox(script)
+    session.run(mailbox, storage, checkpoint_seconds=0.0)
+    first, again = mailbox.of(Trained)
+    start = trace.index("probe")
+    assert trace[start : start + 5] == ["probe", "step", "probe", "step", "probe"] and reads() == 2
+    assert "long" in checkpoints and "short" not in checkpoints
+    assert first.job_id == again.job_id == "short"
+    base = load_on_cpu(folder, tmp_path / "cache")
+    engine = TrainEngine(base)
+    for name, content in first.files.items():
+        (tmp_path / name).write_bytes(content)
+    losses = [probe["loss"] for probe in first.manifest["probes"]]
+    adapter = read_adapter(tmp_path, engine.bank)
+    assert losses == pytest.approx(probe_losses(base, engine.bank, adapter, documents(3, 1)), rel=1e-4)
+    assert losses != pytest.approx(probe_losses(base, engine.bank, None, documents(3, 1)), rel=1e-4)
+
+
+def test_a_hand_over_that_fails_is_no_secret(session: Session, storage: ObservedStorage) -> None:
+    short, long = short_and_long(storage)
+
+    def script(mailbox: ScriptedMailbox) -> Script:
+        for _ in range(1000):
+            yield Orders((short, long))
+
+    mailbox = SlowMailbox(script, refused=("short",))
+    mailbox.open.set()
     with pytest.raises(ConnectionError, match="no mailbox"):
-        rank._let_go(Orders(tuple(rank.assigned.values())))
+        session.run(mailbox, storage)
+    assert mailbox.reports[-1] == RankBroke(0, "ConnectionError: no mailbox", ("long", "short"))
