@@ -57,6 +57,6 @@ class Adapter:
         """All A, then all B, then all m."""
         return [*self.a.values(), *self.b.values(), *self.magnitude.values()]
 
-    def gain(self, module: str) -> Tensor:
+    def dora_scale(self, module: str) -> Tensor:
         """DoRA's g `[out]`, in the precision of m: in bf16 it could only be 1 or 0.4 % and more away from it."""
         return self.magnitude[module].detach() / self.norm[module]

@@ -14,8 +14,8 @@ The norm's backward pass needs the sum over a row of dn n, n the normed row and 
 dn = dy W (W with its adapters) that is the sum of dy y: `products`. Where dy is made, y is at hand, and the norm's
 kernel need not read its row twice.
 
-With DoRA in the batch (`low_rank.dora`) y is `gain (W n + h B^T)` plus bias. The gradients that rope's and SwiGLU's
-backward passes return are then those of what is in brackets, and m's are added; see `gains.py`.
+With DoRA in the batch (`low_rank.dora`) y is `scale (W n + h B^T)` plus bias. The gradients that rope's and SwiGLU's
+backward passes return are then those of what is in brackets, and m's are added; see `dora.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lora_core.kernels import dispatch
 from lora_core.kernels.batch_low_rank import expand_gradient_, shrink
-from lora_core.kernels.gains import apply_gains_, gains_backward_
+from lora_core.kernels.dora import apply_dora_scales_, dora_backward_
 from lora_core.kernels.low_rank import expand_, shrink_gradient
 from lora_core.kernels.operands import LowRank, Norm, Rope
 
@@ -36,7 +36,7 @@ def norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x, y `[T, H]` -> (x + y + h B^T, its RMSNorm, fp32 `[T]` reciprocal root mean squares).
 
-    y None: x itself is normed and returned. y is used up; with DoRA, whose `gains_backward` needs it, it is what was
+    y None: x itself is normed and returned. y is used up; with DoRA, whose `dora_backward` needs it, it is what was
     added to x.
     """
     if dispatch.runs_in_triton(x):
@@ -123,7 +123,7 @@ def rope_backward(
             _turned_heads(y, rope).copy_(unnormed.view_as(heads))
         else:
             _turn_back_(_turned_heads(y, rope), rope)
-        return gains_backward_(dy, y if rope.bias is None else y.sub_(rope.bias), low_rank), None
+        return dora_backward_(dy, y if rope.bias is None else y.sub_(rope.bias), low_rank), None
     return dy, None
 
 
@@ -169,7 +169,7 @@ def swiglu_backward_(
     up.copy_(dup)
     torch.ops.aten.silu_backward.grad_input(dsilu, gate, grad_input=gate)
     if updated is not None:
-        gains_backward_(y, updated, low_rank)
+        dora_backward_(y, updated, low_rank)
     return shrink_gradient(y, low_rank) if low_rank.width else None, None
 
 
@@ -177,7 +177,7 @@ def _updated_(y: Tensor, h: Tensor | None, low_rank: LowRank) -> Tensor:
     """A frozen product with all that its adapters add, on CPU."""
     if h is not None:
         expand_(y, h, low_rank)
-    return apply_gains_(y, low_rank) if low_rank.dora else y
+    return apply_dora_scales_(y, low_rank) if low_rank.dora else y
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

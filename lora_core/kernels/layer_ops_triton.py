@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels import low_rank_triton, masked_low_rank_triton
-from lora_core.kernels.gains_triton import gained, gains_of
+from lora_core.kernels.dora_triton import dora_scale_of, dora_scaled
 from lora_core.kernels.low_rank_triton import (
     address,
     expanded,
@@ -47,7 +47,7 @@ def _norm_forward(
     row = table_of(table, tl.load(tile), row_fields, adapters)
     dtype: tl.constexpr = x.dtype.element_ty
     if DORA:
-        gain, number = gains_of(row, 0)
+        scale, number = dora_scale_of(row, 0)
     squares = tl.zeros((ROWS,), tl.float32)
     for first in tl.range(0, H, COLUMNS, num_stages=STAGES):
         n = first + tl.arange(0, COLUMNS)
@@ -60,7 +60,7 @@ def _norm_forward(
             if UPDATE:
                 addend = updated(addend, h, h_stride, t, t_mask, row, 0, H, n, n_mask, RANKS, LOOP, PRECISION)
             if DORA:
-                addend = gained(addend, gain, number, n, n_mask)
+                addend = dora_scaled(addend, scale, number, n, n_mask)
                 tl.store(y + place, addend.to(dtype), mask=mask)
             value += addend
             rounded = value.to(dtype)

@@ -6,7 +6,7 @@ Addresses come from a table of int64, one row an adapter: FIELDS numbers for eac
     0 A    1 A's gradient    2 width (sum of ranks)    3 scales
     4 + 4 i ... of linear i: B, B's gradient, r, column of h
     16 share that dropout drops, in 1/65,536    17 + i linear i's key in dropout masks
-    20 + 4 i ... of linear i, all 0 without DoRA: gain, m, m's gradient, norms of rows
+    20 + 4 i ... of linear i, all 0 without DoRA: m over the norm, m, m's gradient, norms of rows
 
 What differs from batch to batch, the number of adapters and of rows T, is not specialised, or jobs that come and go
 would have every kernel compiled again. Ranks are taken in blocks of 16, 32 or 64, and each compiles once.
@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.adapters.dropout import threshold
-from lora_core.kernels.operands import TILE_ROWS, GroupAdapter, LinearGroup, LowRank, Norm
+from lora_core.kernels.operands import TILE_ROWS, FusedLinearAdapter, LinearGroup, LowRank, Norm
 
 FIELDS = 32
 MAGNITUDE = tl.constexpr(20)
@@ -39,7 +39,7 @@ EXPAND_GRADIENT = {"COLUMNS": 128, "num_warps": 8}
 WIDE_NUMBERS = {"STEP": 32, "num_stages": 2}  # fp32 takes twice the shared memory
 
 
-def table_row(adapter: GroupAdapter | None, group: LinearGroup) -> list[int]:
+def table_row(adapter: FusedLinearAdapter | None, group: LinearGroup) -> list[int]:
     """FIELDS numbers; all zero for a group that is not adapted, whose loops over ranks then end at once."""
     row = [0] * FIELDS
     if adapter is None:
@@ -56,7 +56,7 @@ def table_row(adapter: GroupAdapter | None, group: LinearGroup) -> list[int]:
             ]
             row[17 + place] = part.module_key
             if (magnitude := part.magnitude) is not None:
-                vectors = (magnitude.gain, magnitude.m, magnitude.gradient, magnitude.norm)
+                vectors = (magnitude.scale, magnitude.m, magnitude.gradient, magnitude.norm)
                 row[20 + 4 * place : 24 + 4 * place] = [vector.data_ptr() for vector in vectors]
     row[16] = threshold(adapter.dropout)
     return row

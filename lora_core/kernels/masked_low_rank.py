@@ -20,7 +20,7 @@ from torch import Tensor
 from lora_core.adapters.dropout import dropout_mask, kept_share
 from lora_core.kernels import dispatch
 from lora_core.kernels import low_rank as plain
-from lora_core.kernels.operands import GroupAdapter, LowRank, Norm, Part
+from lora_core.kernels.operands import FusedLinearAdapter, LinearAdapter, LowRank, Norm
 
 MASK_ROWS = 256
 """Rows whose mask a CPU makes at a time: the numbers on the way to it take several times the memory of x."""
@@ -73,7 +73,7 @@ def _without_dropout(low_rank: LowRank) -> LowRank:
     return replace(low_rank, adapters=adapters, dropout_keys=None)
 
 
-def _dropping(low_rank: LowRank) -> Iterator[tuple[GroupAdapter, Part, slice, Tensor]]:
+def _dropping(low_rank: LowRank) -> Iterator[tuple[FusedLinearAdapter, LinearAdapter, slice, Tensor]]:
     """Each linear of each adapter that drops features, with its rows and their keys."""
     assert low_rank.dropout_keys is not None
     for adapter, rows in low_rank.present():
@@ -82,7 +82,7 @@ def _dropping(low_rank: LowRank) -> Iterator[tuple[GroupAdapter, Part, slice, Te
                 yield adapter, part, rows, low_rank.dropout_keys[rows]
 
 
-def _masked(x: Tensor, adapter: GroupAdapter, part: Part, keys: Tensor) -> Tensor:
+def _masked(x: Tensor, adapter: FusedLinearAdapter, part: LinearAdapter, keys: Tensor) -> Tensor:
     """x `[rows, in]` with zeros where the linear drops it."""
     masked = torch.empty_like(x)
     for few, few_keys, target in zip(x.split(MASK_ROWS), keys.split(MASK_ROWS), masked.split(MASK_ROWS), strict=True):

@@ -57,18 +57,18 @@ class LinearGroup:
 
 @dataclass(frozen=True)
 class Magnitude:
-    """DoRA on one linear: m `[out]`, its gradient, the norms of the rows of W + s B A, and `gain`, m over these; fp32
-    or wider. The linear's output is `gain (W x + h B^T)` plus its bias.
+    """DoRA on one linear: m `[out]`, its gradient, the norms of the rows of W + s B A, and `scale`, m over these; fp32
+    or wider. The linear's output is `scale (W x + h B^T)` plus its bias.
     """
 
     m: Tensor
     gradient: Tensor
     norm: Tensor
-    gain: Tensor
+    scale: Tensor
 
 
 @dataclass(frozen=True)
-class Part:
+class LinearAdapter:
     """One adapter's B of one linear: b `[out, r]` in the base's dtype, its fp32 gradient, and its columns of h.
 
     In memory both lie transposed, `[r, out]`, as Triton wants them. `module_key` is the linear's in dropout masks.
@@ -86,7 +86,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class GroupAdapter:
+class FusedLinearAdapter:
     """One adapter on one group: a `[width, in]` holds the A of its linears on top of each other.
 
     `scales` `[width]`, fp32 or wider, is each rank's scale; a part is None where the linear is not adapted.
@@ -96,14 +96,14 @@ class GroupAdapter:
     a: Tensor
     a_gradient: Tensor
     scales: Tensor
-    parts: tuple[Part | None, ...]
+    parts: tuple[LinearAdapter | None, ...]
     dropout: float = 0.0
 
     @property
     def width(self) -> int:
         return self.a.shape[0]
 
-    def present(self, group: LinearGroup) -> list[tuple[Part, slice, float]]:
+    def present(self, group: LinearGroup) -> list[tuple[LinearAdapter, slice, float]]:
         """Each part that is there, with its columns of the group's output and its scale."""
         found = zip(self.parts, group.columns, self.part_scales, strict=True)
         return [(part, columns, scale) for part, columns, scale in found if part is not None]
@@ -179,11 +179,11 @@ class LowRank:
     `width` is the number of columns of h, at least that of any adapter here; `rank` the largest of any of its parts.
     `table` int64 `[adapters + 1, groups * FIELDS]` holds addresses for Triton (see `low_rank_triton.py`).
     `dropout_keys` int64 `[T]` are there if one of these adapters drops features in this batch, and `dora` says whether
-    one has magnitudes (`gains.py`).
+    one has magnitudes (`dora.py`).
     """
 
     group: LinearGroup
-    adapters: Sequence[GroupAdapter | None]
+    adapters: Sequence[FusedLinearAdapter | None]
     segments: Segments
     width: int
     rank: int
@@ -191,7 +191,7 @@ class LowRank:
     dropout_keys: Tensor | None = None
     dora: bool = False
 
-    def present(self) -> list[tuple[GroupAdapter, slice]]:
+    def present(self) -> list[tuple[FusedLinearAdapter, slice]]:
         """Each adapter that has something here, with its rows."""
         found = [(self.adapters[place], rows) for place, rows in self.segments.slices()]
         return [(adapter, rows) for adapter, rows in found if adapter is not None]

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_core.kernels.gains_triton import add_magnitude_gradients, gained, gains_of, magnitude_sums
+from lora_core.kernels.dora_triton import add_magnitude_gradients, dora_scale_of, dora_scaled, magnitude_sums
 from lora_core.kernels.layer_ops_triton import summed
 from lora_core.kernels.low_rank_triton import precision, ranks_of, table_arguments, table_of, updated, widths
 from lora_core.kernels.operands import TILE_ROWS, LowRank, Rope
@@ -51,9 +51,9 @@ def _rope_forward(
             second, h, h_stride, t, t_mask, row, linear, size, local + HALF + d, d_mask, RANKS, LOOP, PRECISION
         )
     if DORA:
-        gain, number = gains_of(row, linear)
-        first = gained(first, gain, number, local + d, d_mask)
-        second = gained(second, gain, number, local + HALF + d, d_mask)
+        scale, number = dora_scale_of(row, linear)
+        first = dora_scaled(first, scale, number, local + d, d_mask)
+        second = dora_scaled(second, scale, number, local + HALF + d, d_mask)
     if BIAS:
         first += tl.load(bias + column + d, mask=d_mask, other=0.0).to(tl.float32)[None, :]
         second += tl.load(bias + column + HALF + d, mask=d_mask, other=0.0).to(tl.float32)[None, :]
@@ -151,9 +151,9 @@ def _rope_backward(
         target = sums + tl.program_id(0) * N + column + d
         tl.store(target, tl.sum(first * first_y, axis=0), mask=d_mask)
         tl.store(target + HALF, tl.sum(second * second_y, axis=0), mask=d_mask)
-        gain, number = gains_of(row, linear)
-        first = gained(first, gain, number, local + d, d_mask)
-        second = gained(second, gain, number, local + HALF + d, d_mask)
+        scale, number = dora_scale_of(row, linear)
+        first = dora_scaled(first, scale, number, local + d, d_mask)
+        second = dora_scaled(second, scale, number, local + HALF + d, d_mask)
     tl.store(dy + place, first.to(dy.dtype.element_ty), mask=mask)
     tl.store(dy + place + HALF, second.to(dy.dtype.element_ty), mask=mask)
 

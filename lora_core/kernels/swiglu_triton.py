@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels import masked_low_rank_triton
-from lora_core.kernels.gains_triton import add_magnitude_gradients, gained, gains_of, magnitude_sums
+from lora_core.kernels.dora_triton import add_magnitude_gradients, dora_scale_of, dora_scaled, magnitude_sums
 from lora_core.kernels.layer_ops_triton import partial_sums, sized, stripes_of, summed
 from lora_core.kernels.low_rank_triton import (
     address,
@@ -68,8 +68,8 @@ def _swiglu_forward(
     dtype: tl.constexpr = y.dtype.element_ty
     c = tl.arange(0, RANKS)
     if DORA:
-        gate_gain, gate_number = gains_of(row, 0)
-        up_gain, up_number = gains_of(row, 1)
+        gate_scale, gate_number = dora_scale_of(row, 0)
+        up_scale, up_number = dora_scale_of(row, 1)
     if UPDATE and not LOOP:
         gate_low = _low_tile(h, h_stride, t, t_mask, row, 0, c)
         up_low = _low_tile(h, h_stride, t, t_mask, row, 1, c)
@@ -96,8 +96,8 @@ def _swiglu_forward(
                 gate = tl.dot(gate_low[0], gate_tile, gate, input_precision=PRECISION)
                 up = tl.dot(up_low[0], up_tile, up, input_precision=PRECISION)
         if DORA:
-            gate = gained(gate, gate_gain, gate_number, n, n_mask)
-            up = gained(up, up_gain, up_number, n, n_mask)
+            gate = dora_scaled(gate, gate_scale, gate_number, n, n_mask)
+            up = dora_scaled(up, up_scale, up_number, n, n_mask)
         value = (gate * tl.sigmoid(gate) * up).to(dtype)
         tl.store(activation + t[:, None] * I + n[None, :], value, mask=mask)
         if SHRINK:
@@ -128,8 +128,8 @@ def _swiglu_backward(
     c = tl.arange(0, RANKS)
     product = tl.zeros((ROWS,), tl.float32)
     if DORA:
-        gate_gain, gate_number = gains_of(row, 0)
-        up_gain, up_number = gains_of(row, 1)
+        gate_scale, gate_number = dora_scale_of(row, 0)
+        up_scale, up_number = dora_scale_of(row, 1)
     if UPDATE and not LOOP:
         gate_low = _low_tile(h, h_stride, t, t_mask, row, 0, c)
         up_low = _low_tile(h, h_stride, t, t_mask, row, 1, c)
@@ -163,8 +163,8 @@ def _swiglu_backward(
                 gate = tl.dot(gate_low[0], gate_tile, gate, input_precision=PRECISION)
                 up = tl.dot(up_low[0], up_tile, up, input_precision=PRECISION)
         if DORA:
-            gate = gained(gate, gate_gain, gate_number, n, n_mask)
-            up = gained(up, up_gain, up_number, n, n_mask)
+            gate = dora_scaled(gate, gate_scale, gate_number, n, n_mask)
+            up = dora_scaled(up, up_scale, up_number, n, n_mask)
         if EXPAND:
             if DOWN_LOOP:
                 gradient = expanded(
@@ -183,8 +183,8 @@ def _swiglu_backward(
             target = sums + tl.program_id(0) * (2 * I) + n
             tl.store(target, tl.sum(dgate * gate, axis=0), mask=n_mask)
             tl.store(target + I, tl.sum(dup * up, axis=0), mask=n_mask)
-            dgate = gained(dgate, gate_gain, gate_number, n, n_mask)
-            dup = gained(dup, up_gain, up_number, n, n_mask)
+            dgate = dora_scaled(dgate, gate_scale, gate_number, n, n_mask)
+            dup = dora_scaled(dup, up_scale, up_number, n, n_mask)
         dgate = dgate.to(dtype)
         dup = dup.to(dtype)
         tl.store(place, dgate, mask=mask)

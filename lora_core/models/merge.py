@@ -21,8 +21,8 @@ from lora_core.models.hooks.bank import AdapterBank
 
 
 def write_merged(base: BaseModel, adapter: str | Path, out: str | Path) -> None:
-    """Config, tokenizer and weights W + scale B A (DoRA: each row times its gain) below `out`, in the dtype of the
-    base; `adapter` is a PEFT directory.
+    """Write config, tokenizer and weights W + scale B A (DoRA: each row times m / norm) below `out`, in the dtype of
+    the base; `adapter` is a PEFT directory.
 
     The sum is taken in fp32 and rounded once. The whole model is in memory twice until it is written.
 

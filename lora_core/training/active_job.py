@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.dropout import mix64
 from lora_core.data.packing import ROW_MULTIPLE, Chunk, PackedChunk, cut_into_chunks
-from lora_core.models.llama.adapters import AdapterView
+from lora_core.models.llama.adapters import KernelArgs
 from lora_core.training.job import EngineJob, Progress
 from lora_core.training.optimizer import FlatAdamW, HostState, Snapshot
 
@@ -61,7 +61,7 @@ class LiveJob:
         self.job = job
         self.optimizer = optimizer
         self.progress = Progress()
-        self.view: AdapterView | None = None  # of the adapter, where the decoder computes it
+        self.kernel_args: KernelArgs | None = None  # of the adapter, where the decoder computes it
         # Of the evaluation that is under way: sum of token losses, tokens that the model would have written, tokens.
         self.scores = torch.zeros(3, dtype=torch.float64, device=optimizer.flat.device)
 

@@ -159,7 +159,7 @@ class TrainEngine:
         try:
             live = LiveJob(job, FlatAdamW(prepared.state, job.train, base.device, base.model.dtype))
             if base.decoder is not None and Decoder.adapts(live.adapter):
-                live.view = base.decoder.view(live.adapter)
+                live.kernel_args = base.decoder.kernel_args(live.adapter)
         except Exception:  # as the other ranks will, that let the job go again
             self._fit_again()
             raise
@@ -230,8 +230,8 @@ class TrainEngine:
                     queue.put(name, chunks, training=not standing.evaluation_due)
         taken = [queue.take(self.room.capacity) for queue in queues]
         chunks, training = taken[self._rank]  # the other ranks may have some where this one has none
-        in_decoder = [chunk for chunk in chunks if self.live[chunk.job].view is not None]
-        in_hooks = [chunk for chunk in chunks if self.live[chunk.job].view is None]
+        in_decoder = [chunk for chunk in chunks if self.live[chunk.job].kernel_args is not None]
+        in_hooks = [chunk for chunk in chunks if self.live[chunk.job].kernel_args is None]
         in_decoder.sort(key=lambda chunk: chunk.job)  # chunks of one job lie side by side there
         parts = [part for part in (in_decoder, in_hooks) if part]
         if not self.exactness.joined:
@@ -248,7 +248,7 @@ class TrainEngine:
             (self.forward_backward if turn.training else self.evaluate)(batch)
 
     def ready(self, chunks: Sequence[Chunk]) -> ReadyBatch:
-        """Make all that `forward_backward` or `evaluate` takes of chunks whose jobs have a view all, or none."""
+        """Make all that `forward_backward` or `evaluate` takes of chunks whose jobs have kernel args all, or none."""
         return make_ready(self.base, self.live, chunks)
 
     def forward_backward(self, batch: ReadyBatch) -> None:
@@ -342,7 +342,7 @@ def probe_losses(
         batch = pack([Chunk("probe", ((place, example),), None)], base.device)
         if base.decoder is not None and base.is_quantised:
             rows = decoder_rows(batch, [NO_ADAPTER if adapter is None else 0])
-            views = [] if adapter is None else [base.decoder.view(adapter)]
+            views = [] if adapter is None else [base.decoder.kernel_args(adapter)]
             loss, _ = base.decoder.evaluate(base.decoder.batch(rows, views), batch.labels)
         else:
             loss = batch_losses(base, bank, [Run(adapter, batch.chunks[0].rows)], batch)

@@ -29,14 +29,14 @@ class ReadyBatch:
 
 
 def make_ready(base: BaseModel, live: Mapping[str, LiveJob], chunks: Sequence[Chunk]) -> ReadyBatch:
-    """Through the decoder if these jobs have a view."""
+    """Through the decoder if these jobs have kernel args."""
     packed = pack(chunks, base.device)
-    if live[chunks[0].job].view is None:
+    if live[chunks[0].job].kernel_args is None:
         jobs = [(live[chunk.job], chunk) for chunk in packed.chunks]
         return ReadyBatch(packed, None, [Run(job.adapter, chunk.rows, job.dropout_keys(chunk)) for job, chunk in jobs])
     assert base.decoder is not None
     places = {job: place for place, job in enumerate(dict.fromkeys(chunk.job for chunk in chunks))}
-    views = [view for job in places if (view := live[job].view) is not None]
+    views = [view for job in places if (view := live[job].kernel_args) is not None]
     assert len(views) == len(places)
     rows = decoder_rows(packed, [places[chunk.job] for chunk in chunks], joined_dropout_keys(live, packed))
     return ReadyBatch(packed, base.decoder.batch(rows, views))

@@ -71,7 +71,7 @@ class Rehearsals:
         positions = torch.arange(ROWS, device=device).repeat(len(lengths))
         runs, keys = list(enumerate(lengths)), zeros if any(adapter.dropout > 0 for adapter in adapters) else None
         labels = [(torch.arange(ROWS, device=device) + place * ROWS, zeros[:ROWS]) for place, _ in runs]
-        views = [decoder.view(self._stand_in(adapter)) for adapter in adapters]
+        views = [decoder.kernel_args(self._stand_in(adapter)) for adapter in adapters]
         training = decoder.batch(Rows(zeros, positions, lengths, runs, keys), views)
         decoder.forward_backward(training, labels, checkpointing)
         decoder.evaluate(decoder.batch(Rows(zeros, positions, lengths, runs), views), labels)

@@ -12,8 +12,8 @@ from lora_core.adapters.dora import RowNorms
 from lora_core.kernels import (
     cross_entropy,
     cross_entropy_triton,
-    gains,
-    gains_triton,
+    dora,
+    dora_triton,
     layer_ops,
     layer_ops_triton,
     low_rank,
@@ -48,7 +48,7 @@ ROPE = rope_triton, layer_ops
 SWIGLU = swiglu_triton, layer_ops
 LOW_RANK = low_rank_triton, low_rank
 MASKED = masked_low_rank_triton, masked_low_rank
-GAINS = gains_triton, gains
+DORA = dora_triton, dora
 QUANTIZE = quantize_triton, quantize
 
 
@@ -139,39 +139,39 @@ def masked(make: Callable[..., Case]) -> Callable[[Operands], Case]:
     return lambda o: make(o, "masked_", MASKED, DROPOUT)
 
 
-def gains_backward(o: Operands) -> Case:
+def dora_backward(o: Operands) -> Case:
     low = o.low_rank(o.o, dora=True)
     sums = tuple(magnitude.gradient for magnitude in all_magnitudes(low))
     arguments = (o.rows(o.hidden), o.rows(o.hidden), low)
-    return o.case("gains_backward", GAINS, arguments, written=sums, compared=sums, matrices=sums)
+    return o.case("dora_backward", DORA, arguments, written=sums, compared=sums, matrices=sums)
 
 
-def update_gains(o: Operands) -> Case:
+def update_dora_scales(o: Operands) -> Case:
     """Of the widest group, whose matrices are read; the definition finds the squares of W's norms known."""
     low = o.low_rank(o.gate_up, dora=True)
     linears = [nn.Linear(o.hidden, size, False, o.device, o.dtype) for size in o.gate_up.outputs]
     weights = {name: linear.weight.detach() for name, linear in zip(o.gate_up.names, linears, strict=True)}
-    made = tuple(vector for one in all_magnitudes(low) for vector in (one.norm, one.gain))
+    made = tuple(vector for one in all_magnitudes(low) for vector in (one.norm, one.scale))
     norms = RowNorms(weights.__getitem__)
     given = (
         [*weights.values()],
         [norms.squares(name, torch.float32, weight) for name, weight in weights.items()],
     )
     places = range(len(low.adapters))
-    starts = torch.tensor(gains_triton.rows_in_stack(low.adapters, places), dtype=torch.int32, device=o.device)
+    starts = torch.tensor(dora_triton.rows_in_stack(low.adapters, places), dtype=torch.int32, device=o.device)
     sides = (
-        Side(gains_triton.update_gains, (*given, low, places, starts), made, made),
-        Side(measured_gains, (norms, low), made, made),
+        Side(dora_triton.update_dora_scales, (*given, low, places, starts), made, made),
+        Side(computed_dora_scales, (norms, low), made, made),
     )
-    return Case("update_gains", o.jobs, *sides, (*weights.values(), *all_a(low), *all_b(low)), 0)
+    return Case("update_dora_scales", o.jobs, *sides, (*weights.values(), *all_a(low), *all_b(low)), 0)
 
 
-def measured_gains(norms: RowNorms, low: LowRank) -> None:
+def computed_dora_scales(norms: RowNorms, low: LowRank) -> None:
     for adapter in present(low):
         for name, part, scale in zip(low.group.names, adapter.parts, adapter.part_scales, strict=True):
             if part is not None and (magnitude := part.magnitude) is not None:
                 magnitude.norm.copy_(norms.of(name, adapter.a[part.columns].float(), part.b.float() * scale))
-                torch.div(magnitude.m, magnitude.norm, out=magnitude.gain)
+                torch.div(magnitude.m, magnitude.norm, out=magnitude.scale)
 
 
 def cross_entropy_case(o: Operands) -> Case:
@@ -203,8 +203,8 @@ OF_JOBS: dict[str, Callable[[Operands], Case]] = {
     "add_a_gradients": add_a_gradients,
     "add_b_gradients": add_b_gradients,
     "expand_gradient_": expand_gradient,
-    "gains_backward": gains_backward,
-    "update_gains": update_gains,
+    "dora_backward": dora_backward,
+    "update_dora_scales": update_dora_scales,
     "masked_shrink": masked(shrink),
     "masked_add_a_gradients": masked(add_a_gradients),
     "masked_expand_gradient_": masked(expand_gradient),

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from lora_core.adapters.dropout import key_of
 from lora_core.kernels import cross_entropy, dispatch, low_rank_triton, masked_low_rank
-from lora_core.kernels.operands import GroupAdapter, LinearGroup, LowRank, Magnitude, Part, Rope, Segments
+from lora_core.kernels.operands import (
+    FusedLinearAdapter,
+    LinearAdapter,
+    LinearGroup,
+    LowRank,
+    Magnitude,
+    Rope,
+    Segments,
+)
 from tests.bench.peers import SHAPES
 
 Modules = tuple[ModuleType, ModuleType]
@@ -125,15 +133,15 @@ class Operands:
         on_device = torch.tensor(table, dtype=torch.int64, device=self.device)
         return LowRank(group, adapters, segments, adapters[0].width, RANK, on_device, keys, dora)
 
-    def _adapter(self, group: LinearGroup, dropout: float, dora: bool) -> GroupAdapter:
+    def _adapter(self, group: LinearGroup, dropout: float, dora: bool) -> FusedLinearAdapter:
         parts = []
         for place, (name, size) in enumerate(zip(group.names, group.outputs, strict=True)):
             b, gradient = self.random(RANK, size, std=WEIGHT_STD), torch.zeros(RANK, size, device=self.device)
             magnitude = Magnitude(*(torch.rand(size, device=self.device) + 0.5 for _ in range(4))) if dora else None
-            parts.append(Part(b.t(), gradient.t(), place * RANK, key_of(name), magnitude))
+            parts.append(LinearAdapter(b.t(), gradient.t(), place * RANK, key_of(name), magnitude))
         a = self.random(RANK * len(parts), group.inputs, std=WEIGHT_STD)
         scales = torch.full((len(a),), SCALE, device=self.device)
-        adapter = GroupAdapter(a, torch.zeros_like(a, dtype=torch.float32), scales, tuple(parts), dropout)
+        adapter = FusedLinearAdapter(a, torch.zeros_like(a, dtype=torch.float32), scales, tuple(parts), dropout)
         # Computed here, as by the first batch of a job: both wait for the device or for lists, which no graph takes.
         assert adapter.scale == SCALE and len(group.columns) == len(parts)
         return adapter
@@ -159,7 +167,7 @@ def for_torch(arguments: tuple[object, ...]) -> tuple[object, ...]:
     return tuple(replace(part, table=None) if isinstance(part, LowRank) else part for part in arguments)
 
 
-def present(low: LowRank) -> list[GroupAdapter]:
+def present(low: LowRank) -> list[FusedLinearAdapter]:
     """The adapters of all jobs."""
     return [adapter for adapter, _ in low.present()]
 

@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.data.packing import pack
-from lora_core.kernels import gains_triton
+from lora_core.kernels import dora_triton
 from lora_core.models.llama.decoder import Checkpointing, Decoder, Rows
 from lora_core.training.active_job import LiveJob
 from lora_core.training.engine import TrainEngine
@@ -165,7 +165,7 @@ def main() -> None:
     """Print the keys of each batch of each kind, and with each way of checkpointing what was launched beforehand."""
     patch, asked = pytest.MonkeyPatch(), Asked()
     decode_with_triton(patch)
-    patch.setattr(gains_triton, "_wide_product", lambda left, right: (left @ right.t()).float())  # a CPU has no other
+    patch.setattr(dora_triton, "_wide_product", lambda left, right: (left @ right.t()).float())  # a CPU has no other
     kinds = {kind: [keys_of(asked, ranks, options) for ranks in BATCHES] for kind, options in KINDS.items()}
     print(json.dumps(kinds | {way: rehearsed_and_needed(asked, way) for way in WAYS}))
 

@@ -85,7 +85,7 @@ class World:
     def by_decoder(self, checkpointing: Checkpointing = "none", absent: Sequence[str] = ()) -> list[Tensor]:
         """`absent` jobs' rows go through the base alone."""
         decoder = Decoder(self.base.model)
-        views = [decoder.view(live.adapter) for live in self.jobs]
+        views = [decoder.kernel_args(live.adapter) for live in self.jobs]
         rows = as_rows(self.batch, absent, joined_dropout_keys(self.engine.live, self.batch))
         losses = decoder.forward_backward(decoder.batch(rows, views), self.batch.labels, checkpointing)
         for chunk, loss in zip(self.batch.chunks, losses, strict=True):
@@ -178,7 +178,7 @@ def test_the_engine_drops_in_training_alone() -> None:
         for place, dropout in enumerate(DROPOUTS):
             held_out = documents(3, 9)
             engine.add(job(str(place), lora={"lora_dropout": dropout}, validation=held_out, seed=place, epochs=1))
-        assert all((live.view is not None) == with_decoder for live in engine.live.values())
+        assert all((live.kernel_args is not None) == with_decoder for live in engine.live.values())
         while outcomes := engine.step():
             for name, outcome in sorted(outcomes.items()):
                 evaluation = engine.live[name].progress.evaluation
@@ -196,7 +196,7 @@ def test_a_job_with_dropout_trains_on_a_quantised_base(precision: str, weight: t
     base.precision, base.decoder = precision, Decoder(base.model, lambda parts: weight(torch.cat(list(parts))))
     engine = TrainEngine(base)
     live = engine.add(job(lora={"lora_dropout": 0.3}, epochs=12))
-    assert live.view is not None
+    assert live.kernel_args is not None
     losses = []
     while outcomes := engine.step():
         losses += [outcome.loss for outcome in outcomes.values() if isinstance(outcome, StepOutcome)]
@@ -206,7 +206,7 @@ def test_a_job_with_dropout_trains_on_a_quantised_base(precision: str, weight: t
 def test_evaluation_is_the_loss_without_gradients() -> None:
     world = World()
     decoder = Decoder(world.base.model)
-    views = [decoder.view(live.adapter) for live in world.jobs]
+    views = [decoder.kernel_args(live.adapter) for live in world.jobs]
     batch, labels = decoder.batch(as_rows(world.batch), views), world.batch.labels
     logits = decoder.hidden(batch) @ decoder.head.t()
     labels[0] = labels[0][0], logits[labels[0][0]].argmax(-1)  # some that are hit

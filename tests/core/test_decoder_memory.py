@@ -102,10 +102,10 @@ def measured(
         live = engine.add(EngineJob(str(number), lora, train, examples))
         known += [live.optimizer.flat, live.optimizer._cast, live.optimizer._message]
         if lora.use_dora:
-            assert live.view is not None
-            live.view.measure(base.decoder.row_norms)
-            live.view.settle()
-            known += [vector for one in live.view.magnitudes.values() for vector in (one.norm, one.gain)]
+            assert live.kernel_args is not None
+            live.kernel_args.refresh(base.decoder.row_norms)
+            live.kernel_args.mark_fresh()
+            known += [vector for one in live.kernel_args.magnitudes.values() for vector in (one.norm, one.scale)]
     meter, saved = MeterWithoutProducts(known), []
     losses: Callable[..., Any] = decoder.head_losses
 

@@ -197,8 +197,8 @@ def test_norms_are_taken_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @torch.no_grad()
-def test_small_gains_survive_a_bf16_base() -> None:
-    """m 2 % above the norm: as bf16 the gain would be 1.0234. What is rounded is not even over a bf16 number's 128
+def test_small_dora_scales_survive_a_bf16_base() -> None:
+    """m 2 % above the norm: in bf16 m / norm would be 1.0234. What is rounded is not even over a bf16 number's 128
     steps, so that 3e-4 of it is left in the mean.
     """
     base = tiny_base("llama", dtype=torch.bfloat16)
@@ -209,8 +209,8 @@ def test_small_gains_survive_a_bf16_base() -> None:
     plain = module(x).double()
     adapter.magnitude["model.layers.0.mlp.down_proj"].mul_(1.02)
     with bank.routed([Run(adapter, 2000)]):
-        gained = module(x).double()
-    assert float(gained.norm() / plain.norm()) == pytest.approx(1.02, abs=1e-3)
+        scaled = module(x).double()
+    assert float(scaled.norm() / plain.norm()) == pytest.approx(1.02, abs=1e-3)
 
 
 # --- company, cuts, restarts -----------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from lora_core.kernels import (
     batch_low_rank,
     cross_entropy,
     cross_entropy_triton,
-    gains,
-    gains_triton,
+    dora,
+    dora_triton,
     layer_ops,
     layer_ops_triton,
     low_rank,
@@ -32,13 +32,13 @@ from lora_core.kernels import (
 )
 from lora_core.kernels.operands import (
     NO_ADAPTER,
-    GroupAdapter,
+    FusedLinearAdapter,
     HeadNorm,
+    LinearAdapter,
     LinearGroup,
     LowRank,
     Magnitude,
     Norm,
-    Part,
     Rope,
     Segments,
 )
@@ -55,7 +55,7 @@ NO_DROPOUT, DROPOUT = (0.0, 0.0, 0.0), (0.3, 0.0, 0.6)
 
 KEYS = torch.randint(-(2**63), 2**63 - 1, (T,), generator=torch.Generator().manual_seed(1))
 
-Adapters = Sequence[GroupAdapter | None]
+Adapters = Sequence[FusedLinearAdapter | None]
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -64,21 +64,21 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 def adapter_on(
     group: LinearGroup, ranks: Sequence[int | None], seed: int, dropout: float = 0.0, dora: bool = False
-) -> GroupAdapter:
+) -> FusedLinearAdapter:
     """An adapter with these ranks (None: that linear is not adapted) and a scale of its own on each. With DoRA, one
     of its magnitudes is 0.
     """
     width = sum(rank or 0 for rank in ranks)
     scales = torch.cat([torch.full((rank or 0,), 0.5 + place) for place, rank in enumerate(ranks)])
-    parts: list[Part | None] = []
+    parts: list[LinearAdapter | None] = []
     offset = 0
     for name, rank, size in zip(group.names, ranks, group.outputs, strict=True):
         b = None if rank is None else randn(rank, size, seed=seed).t()
         magnitude = magnitude_of(size, seed) if dora else None
-        parts.append(None if b is None else Part(b, torch.zeros_like(b), offset, key_of(name), magnitude))
+        parts.append(None if b is None else LinearAdapter(b, torch.zeros_like(b), offset, key_of(name), magnitude))
         offset += rank or 0
     a = randn(width, group.inputs, seed=seed)
-    return GroupAdapter(a, torch.zeros_like(a), scales, tuple(parts), dropout)
+    return FusedLinearAdapter(a, torch.zeros_like(a), scales, tuple(parts), dropout)
 
 
 def magnitude_of(size: int, seed: int) -> Magnitude:
@@ -114,17 +114,17 @@ def low_rank_on(
     return LowRank(group, adapters, Segments(RUNS, device), width, rank, table, keys, dora)
 
 
-def moved(adapter: GroupAdapter, device: torch.device) -> GroupAdapter:
-    def moved_part(part: Part) -> Part:
+def moved(adapter: FusedLinearAdapter, device: torch.device) -> FusedLinearAdapter:
+    def moved_part(part: LinearAdapter) -> LinearAdapter:
         magnitude = part.magnitude
         if magnitude is not None:
-            fields = (magnitude.m, magnitude.gradient, magnitude.norm, magnitude.gain)
+            fields = (magnitude.m, magnitude.gradient, magnitude.norm, magnitude.scale)
             magnitude = Magnitude(*(vector.to(device) for vector in fields))
         return replace(part, b=part.b.to(device), b_gradient=part.b_gradient.to(device), magnitude=magnitude)
 
     parts = [part and moved_part(part) for part in adapter.parts]
     a, a_gradient, scales = (tensor.to(device) for tensor in (adapter.a, adapter.a_gradient, adapter.scales))
-    return GroupAdapter(a, a_gradient, scales, tuple(parts), adapter.dropout)
+    return FusedLinearAdapter(a, a_gradient, scales, tuple(parts), adapter.dropout)
 
 
 def gradients(low: LowRank) -> list[Tensor]:
@@ -225,8 +225,8 @@ def test_masks_are_bit_equal(p: float, module_key: int, triton: bool) -> None:
     group, eye, ones = LinearGroup(0, ("one",), size, (16,)), torch.eye(size), torch.ones(size, size)
     keys = KEYS.repeat(2)[:size]
     keys[:5] = torch.tensor([0, -1, 1, 2**63 - 1, -(2**63)])
-    part = Part(randn(size, 16).t(), torch.zeros(size, 16).t(), 0, module_key)
-    adapter = moved(GroupAdapter(eye, torch.zeros(size, size), torch.ones(size), (part,), p), place)
+    part = LinearAdapter(randn(size, 16).t(), torch.zeros(size, 16).t(), 0, module_key)
+    adapter = moved(FusedLinearAdapter(eye, torch.zeros(size, size), torch.ones(size), (part,), p), place)
     table = torch.tensor([low_rank_triton.table_row(one, group) for one in (adapter, None)], device=place)
     low = LowRank(group, [adapter], Segments([(0, size)], place), size, size, table, keys.to(place))
     h = ours.shrink(ones.to(place), low)
@@ -312,19 +312,19 @@ def test_norm_backward_leaves_the_shrink_to_what_dora_needs_first() -> None:
 
 
 @pytest.mark.parametrize("kind", ["o", "down"])
-def test_gains_backward(kind: str) -> None:
+def test_dora_backward(kind: str) -> None:
     here, there = low_rank_on(kind, dora=True), low_rank_on(kind, DEVICE, dora=True)
     dy, y = randn(T, 96), randn(T, 96, seed=1)
     for _ in range(2):
-        reference = gains.gains_backward(dy, y, here)
-        close(gains_triton.gains_backward(dy.to(DEVICE), y.to(DEVICE), there), reference)
+        reference = dora.dora_backward(dy, y, here)
+        close(dora_triton.dora_backward(dy.to(DEVICE), y.to(DEVICE), there), reference)
     same_magnitude_gradients(there, here)
     assert torch.equal(reference[70:75], dy[70:75]) and torch.equal(reference[78:119], dy[78:119])
     assert not torch.isclose(reference[:70], dy[:70]).all()
 
 
 @pytest.mark.parametrize("kind", list(GROUPS))
-def test_norms_and_gains(kind: str) -> None:
+def test_norms_and_dora_scales(kind: str) -> None:
     """Of rows of W + s B A; one row of W and B is zero."""
     low = low_rank_on(kind, DEVICE, dora=True)
     weights = [randn(size, low.group.inputs, seed=place).to(DEVICE) for place, size in enumerate(low.group.outputs)]
@@ -334,8 +334,10 @@ def test_norms_and_gains(kind: str) -> None:
         assert adapter is not None
         for part in filter(None, adapter.parts):
             part.b[5] = 0.0
-    squares, starts = [weight.square().sum(1) for weight in weights], gains_triton.rows_in_stack(low.adapters, [0, 1])
-    gains_triton.update_gains(weights, squares, low, [0, 1], torch.tensor(starts, dtype=torch.int32, device=DEVICE))
+    squares, starts = [weight.square().sum(1) for weight in weights], dora_triton.rows_in_stack(low.adapters, [0, 1])
+    dora_triton.update_dora_scales(
+        weights, squares, low, [0, 1], torch.tensor(starts, dtype=torch.int32, device=DEVICE)
+    )
     for adapter in low.adapters:
         assert adapter is not None
         for part, weight, scale in zip(adapter.parts, weights, adapter.part_scales, strict=True):
@@ -343,7 +345,7 @@ def test_norms_and_gains(kind: str) -> None:
                 exact = (weight.double() + scale * part.b.double() @ adapter.a[part.columns].double()).norm(dim=1)
                 exact[5] = torch.finfo(torch.float32).tiny ** 0.5
                 torch.testing.assert_close(magnitude.norm, exact.float(), rtol=1e-6, atol=0)
-                torch.testing.assert_close(magnitude.gain, magnitude.m / magnitude.norm)
+                torch.testing.assert_close(magnitude.scale, magnitude.m / magnitude.norm)
 
 
 def ropes(size: int, with_bias: bool, with_norm: bool) -> tuple[Rope, Rope]:

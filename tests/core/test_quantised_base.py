@@ -164,7 +164,7 @@ def test_in_company_a_job_is_what_it_is_alone(precision: str, checkpointing: Che
         """Each good one's state after so many steps."""
         engine, ends, failures = TrainEngine(base, capacity=128, checkpointing=checkpointing), {}, 0
         lives = {one.name: engine.add(one) for one in wanted}
-        assert all(live.view is not None for live in lives.values())
+        assert all(live.kernel_args is not None for live in lives.values())
         while len(ends) < len(lives.keys() - {"bad"}):
             for name, outcome in engine.micro_batch().items():
                 live, diverged = lives[name], isinstance(outcome, JobDiverged)

@@ -24,7 +24,7 @@ from lora_core.kernels import dispatch
 from lora_core.models.attention import ATTENTION_NAME
 from lora_core.models.base import BaseModel
 from lora_core.models.hooks.bank import AdapterBank
-from lora_core.models.llama.adapters import AdapterView
+from lora_core.models.llama.adapters import KernelArgs
 from lora_core.models.llama.decoder import Batch, Checkpointing, Decoder, Rows
 from lora_core.training.active_job import LiveJob
 from lora_core.training.engine import TrainEngine
@@ -333,7 +333,7 @@ def decode_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU, on tables of addresses as kernels read them there."""
     from lora_core.kernels.low_rank_triton import table_row
 
-    def start(batch: Batch, decoder: Decoder, rows: Rows, adapters: Sequence[AdapterView]) -> None:
+    def start(batch: Batch, decoder: Decoder, rows: Rows, adapters: Sequence[KernelArgs]) -> None:
         _start(batch, decoder, rows, adapters)
         numbers = [
             [number for at, group in zip(places, decoder.groups, strict=True) for number in table_row(at, group)]

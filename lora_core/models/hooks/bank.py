@@ -178,7 +178,7 @@ class _AddUpdates(torch.autograd.Function):
             (h, keep, v), kept = kept[:3], kept[3:]
             if v is not None:
                 _add_magnitude_gradient(adapter, module, dy_rows, v)
-                dy_rows.copy_(dy_rows * adapter.gain(module))
+                dy_rows.copy_(dy_rows * adapter.dora_scale(module))
             a, b = adapter.weights(module, x.dtype)
             dh = dy_rows @ b
             if keep is not None:
@@ -198,13 +198,13 @@ def _add_dora(
     """Write y into `target`, rounded once to its dtype; returns v. One product or sum at a time, which round alike
     wherever a row lies; a fused one need not.
     """
-    gain = adapter.gain(module)
-    v = update.to(gain.dtype).mul_(adapter.scale[module]).add_(output)
+    scale = adapter.dora_scale(module)
+    v = update.to(scale.dtype).mul_(adapter.scale[module]).add_(output)
     if bias is None:
-        target.copy_(v * gain)
+        target.copy_(v * scale)
         return v
     v.sub_(bias)
-    target.copy_((v * gain).add_(bias))
+    target.copy_((v * scale).add_(bias))
     return v
 
 

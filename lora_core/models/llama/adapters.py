@@ -9,19 +9,19 @@ from torch import Tensor
 
 from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.dora import RowNorms
-from lora_core.kernels.operands import GroupAdapter, LinearGroup, Magnitude, Part
+from lora_core.kernels.operands import FusedLinearAdapter, LinearAdapter, LinearGroup, Magnitude
 
 
-class AdapterView:
+class KernelArgs:
     """An adapter's weights and gradients as the kernels take them, group by group: the same memory. With DoRA, norms
-    and gains of its own; `stale` says that they are not of the weights as they are.
+    and scales of its own; `dirty` says that they are not of the weights as they are.
     """
 
     def __init__(self, adapter: Adapter, groups: Sequence[LinearGroup], device: torch.device) -> None:
         self._adapter = adapter
         self.magnitudes = _magnitudes(adapter)
         scales = _scales(adapter, groups, device)
-        self.groups = [_group_adapter(adapter, group, scales[group.index], self.magnitudes) for group in groups]
+        self.groups = [_fused_linear_adapter(adapter, group, scales[group.index], self.magnitudes) for group in groups]
         self.widths = [0 if group is None else group.width for group in self.groups]
         self.ranks = [0 if group is None else group.largest_rank for group in self.groups]
         self.dora = [group is not None and group.dora for group in self.groups]
@@ -33,29 +33,29 @@ class AdapterView:
             self.table = torch.tensor([number for row in rows for number in row], dtype=torch.int64, device=device)
 
     @property
-    def stale(self) -> bool:
+    def dirty(self) -> bool:
         first = next(iter(self.magnitudes), None)  # whoever changes weights forgets all norms together
         return first is not None and self._adapter.norm.get(first) is not self.magnitudes[first].norm
 
-    def settle(self) -> None:
-        """Norms and gains are now those of the weights."""
+    def mark_fresh(self) -> None:
+        """Norms and scales are now those of the weights."""
         self._adapter.norm.update({name: magnitude.norm for name, magnitude in self.magnitudes.items()})
 
-    def measure(self, norms: RowNorms) -> None:
-        """Compute norms and gains, on CPU."""
+    def refresh(self, norms: RowNorms) -> None:
+        """Compute norms and scales, on CPU."""
         for name, magnitude in self.magnitudes.items():
             magnitude.norm.copy_(norms.of(name, *self._adapter.folded(name)))
-            torch.div(magnitude.m, magnitude.norm, out=magnitude.gain)
+            torch.div(magnitude.m, magnitude.norm, out=magnitude.scale)
 
 
 def _magnitudes(adapter: Adapter) -> dict[str, Magnitude]:
-    """With room for norms and gains in one piece."""
+    """With room for norms and scales in one piece."""
     if not adapter.magnitude:
         return {}
     sizes = [len(m) for m in adapter.magnitude.values()]
     joined = next(iter(adapter.magnitude.values())).new_empty(2, sum(sizes), requires_grad=False)
     parts = zip(adapter.magnitude.items(), *(row.split(sizes) for row in joined), strict=True)
-    return {name: Magnitude(m.detach(), _gradient(m), norm, gain) for (name, m), norm, gain in parts}
+    return {name: Magnitude(m.detach(), _gradient(m), norm, scale) for (name, m), norm, scale in parts}
 
 
 def _scales(adapter: Adapter, groups: Sequence[LinearGroup], device: torch.device) -> Sequence[Tensor]:
@@ -68,9 +68,9 @@ def _scales(adapter: Adapter, groups: Sequence[LinearGroup], device: torch.devic
     return parts
 
 
-def _group_adapter(
+def _fused_linear_adapter(
     adapter: Adapter, group: LinearGroup, scales: Tensor, magnitudes: Mapping[str, Magnitude]
-) -> GroupAdapter | None:
+) -> FusedLinearAdapter | None:
     """None where the adapter has nothing on this group."""
     present = [name for name in group.names if name in adapter.a]
     if not present:
@@ -78,16 +78,16 @@ def _group_adapter(
     assert adapter.cast is not None
     a = _stacked([adapter.cast[name][0] for name in present])
     a_gradient = _stacked([_gradient(adapter.a[name]) for name in present])
-    parts: list[Part | None] = []
+    parts: list[LinearAdapter | None] = []
     offset = 0
     for name in group.names:
         if name not in adapter.a:
             parts.append(None)
             continue
         b, gradient, key = adapter.cast[name][1], _gradient(adapter.b[name]), adapter.module_keys[name]
-        parts.append(Part(b, gradient, offset, key, magnitudes.get(name)))
+        parts.append(LinearAdapter(b, gradient, offset, key, magnitudes.get(name)))
         offset += adapter.a[name].shape[0]
-    return GroupAdapter(a, a_gradient, scales, tuple(parts), adapter.dropout)
+    return FusedLinearAdapter(a, a_gradient, scales, tuple(parts), adapter.dropout)
 
 
 def _gradient(weight: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def _stacked(parts: Sequence[Tensor]) -> Tensor:
     return first.as_strided((sum(part.shape[0] for part in parts), first.shape[1]), (first.shape[1], 1))
 
 
-def stacked_tables(adapters: Sequence[AdapterView], groups: int) -> Tensor:
+def stacked_tables(adapters: Sequence[KernelArgs], groups: int) -> Tensor:
     """int64 `[adapters + 1, groups * FIELDS]`; the last row is that of no adapter."""
     from lora_core.kernels.low_rank_triton import FIELDS
 

@@ -8,8 +8,8 @@
         act = silu(gate) * up  of  frozen(norm(x)) + h B^T      gate and up, h
     losses = cross entropy of the head's logits, slice by slice
 
-With DoRA in a batch, `frozen(n) + h B^T` is multiplied by the gains of its rows' adapter, and what the projections add
-to x is kept, too, for the gradients of their magnitudes (`kernels/gains.py`).
+With DoRA in a batch, `frozen(n) + h B^T` is multiplied by its rows' DoRA scales, and what the projections add
+to x is kept, too, for the gradients of their magnitudes (`kernels/dora.py`).
 
 There is no autograd in it but for attention: what is kept, what is computed again and where memory is reused is on
 this page, and the same on each step, so that the peak is known before a base is loaded. Linears that share an input
@@ -33,7 +33,7 @@ from torch import Tensor
 from lora_core.adapters.adapter import Adapter
 from lora_core.kernels import dispatch
 from lora_core.kernels.batch_low_rank import add_a_gradients, expand_gradient_, shrink
-from lora_core.kernels.gains import gains_backward
+from lora_core.kernels.dora import dora_backward
 from lora_core.kernels.layer_ops import (
     gate_up_again,
     norm_backward,
@@ -47,7 +47,7 @@ from lora_core.kernels.low_rank import add_b_gradients, shrink_gradient
 from lora_core.kernels.operands import LowRank, Norm, Rope, Segments
 from lora_core.kernels.transfer import to_device
 from lora_core.models.attention import Backward, DocumentAttention
-from lora_core.models.llama.adapters import AdapterView, stacked_tables
+from lora_core.models.llama.adapters import KernelArgs, stacked_tables
 from lora_core.models.llama.head import Labels, head_losses
 from lora_core.models.llama.weights import DOWN, GATE_UP, QKV, DecoderWeights, Layer, O
 
@@ -115,19 +115,19 @@ class Decoder(DecoderWeights):
         """Whether this adapter is computed here: A, B and m on the layers' linears, without PiSSA."""
         return adapter.residual is None and all(name.startswith("model.layers.") for name in adapter.a)
 
-    def view(self, adapter: Adapter) -> AdapterView:
+    def kernel_args(self, adapter: Adapter) -> KernelArgs:
         """The adapter as `forward_backward` takes it; it follows every change of the weights."""
-        return AdapterView(adapter, self.groups, self.embedding.device)
+        return KernelArgs(adapter, self.groups, self.embedding.device)
 
     @torch.no_grad()
-    def batch(self, rows: Rows, adapters: Sequence[AdapterView]) -> Batch:
+    def batch(self, rows: Rows, adapters: Sequence[KernelArgs]) -> Batch:
         """What the passes take, with all of it on the device: it can be made while another one is computed."""
         return Batch(self, rows, adapters)
 
     @torch.no_grad()
     def forward_backward(self, batch: Batch, labels: Labels, checkpointing: Checkpointing = "none") -> Tensor:
         """Add the gradients of every adapter; returns the summed token loss of each chunk of `labels`."""
-        batch.measure_gains()
+        batch.refresh_dora_scales()
         x, pending, saved = F.embedding(batch.ids, self.embedding), None, []
         for place in range(len(self.layers)):
             layer, x, pending = batch.forward(place, x, pending, checkpointing)
@@ -153,7 +153,7 @@ class Decoder(DecoderWeights):
     @torch.no_grad()
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states `[T, H]`, normed."""
-        batch.measure_gains()
+        batch.refresh_dora_scales()
         x, pending = F.embedding(batch.ids, self.embedding), None
         for place in range(len(self.layers)):
             _, x, pending = batch.forward(place, x, pending, "full")
@@ -163,7 +163,7 @@ class Decoder(DecoderWeights):
 class Batch:
     """The layers on one batch."""
 
-    def __init__(self, decoder: Decoder, rows: Rows, adapters: Sequence[AdapterView]) -> None:
+    def __init__(self, decoder: Decoder, rows: Rows, adapters: Sequence[KernelArgs]) -> None:
         self._decoder, self._adapters = decoder, adapters
         self.ids, device = rows.ids, rows.ids.device
         self._segments = Segments(rows.runs, device)
@@ -188,29 +188,29 @@ class Batch:
         keys = self._dropout_keys if drops else None
         return LowRank(group, adapters, self._segments, width, rank, self._table, keys, dora)
 
-    def measure_gains(self) -> None:
+    def refresh_dora_scales(self) -> None:
         """DoRA's norms change with A and B, and so with each optimizer step; until the next they are what they are."""
-        stale = {place: adapter for place, adapter in enumerate(self._adapters) if adapter.stale}
-        if stale and dispatch.runs_in_triton(self._decoder.embedding):
-            self._measure_in_triton(stale)
+        dirty = {place: adapter for place, adapter in enumerate(self._adapters) if adapter.dirty}
+        if dirty and dispatch.runs_in_triton(self._decoder.embedding):
+            self._refresh_in_triton(dirty)
         else:
-            for adapter in stale.values():
-                adapter.measure(self._decoder.row_norms)
-        for adapter in stale.values():
-            adapter.settle()
+            for adapter in dirty.values():
+                adapter.refresh(self._decoder.row_norms)
+        for adapter in dirty.values():
+            adapter.mark_fresh()
 
-    def _measure_in_triton(self, stale: Mapping[int, AdapterView]) -> None:
-        from lora_core.kernels.gains_triton import rows_in_stack, update_gains
+    def _refresh_in_triton(self, dirty: Mapping[int, KernelArgs]) -> None:
+        from lora_core.kernels.dora_triton import rows_in_stack, update_dora_scales
 
         decoder = self._decoder
-        groups = [group for group in decoder.groups if any(view.dora[group.index] for view in stale.values())]
+        groups = [group for group in decoder.groups if any(args.dora[group.index] for args in dirty.values())]
         low_ranks = [self.low_rank(group.index) for group in groups]
-        starts = torch.tensor([rows_in_stack(low_rank.adapters, stale) for low_rank in low_ranks], dtype=torch.int32)
+        starts = torch.tensor([rows_in_stack(low_rank.adapters, dirty) for low_rank in low_ranks], dtype=torch.int32)
         for group, low_rank, of_group in zip(groups, low_ranks, to_device(starts, self.ids.device), strict=True):
             weights = decoder.weights_of(group)
             named = zip(group.names, weights, strict=True)
             squares = [decoder.row_norms.squares(name, torch.float32, weight) for name, weight in named]
-            update_gains(weights, squares, low_rank, stale, of_group)
+            update_dora_scales(weights, squares, low_rank, dirty, of_group)
 
     def add_and_norm(self, x: Tensor, pending: Pending | None, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(x + pending, its norm, its reciprocal root mean squares)."""
@@ -273,7 +273,7 @@ class Batch:
         def of_product(kind: int, dy: Tensor, dh: Tensor | None, y: Tensor | None) -> Gradient:
             if y is None:
                 return dy, dh
-            dv = gains_backward(dy, y, low_ranks[kind])
+            dv = dora_backward(dy, y, low_ranks[kind])
             return dv, shrink_gradient(dv, low_ranks[kind])
 
         ddown, dh = of_product(DOWN, dx, dh, saved.down)

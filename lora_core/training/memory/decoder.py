@@ -129,7 +129,7 @@ class _Pass:
         kernels = self._kernels
         for group, dora, width in zip(self._groups, self._dora, self._widths, strict=True):
             if dora:
-                kernels.measure_gains(group.inputs, group.outputs, width)
+                kernels.refresh_dora_scales(group.inputs, group.outputs, width)
         x, pending, saved = kernels.rows(self._hidden), None, []
         for place in range(self._layers):
             layer, x, pending = self.forward(place, x, pending, checkpointing)
@@ -200,7 +200,7 @@ class _Pass:
         def of_product(kind: int, dh: Held | None, y: Held | None) -> tuple[Held | None, Held | None]:
             if y is None:
                 return None, dh
-            return kernels.gains_backward(self._hidden), kernels.shrink(self._width(place, kind))
+            return kernels.dora_backward(self._hidden), kernels.shrink(self._width(place, kind))
 
         ddown, dh = of_product(DOWN, dh, saved.down)
         gate_up = kept.gate_up
@@ -260,7 +260,7 @@ class _Pass:
         return place >= 0 and self._dora[4 * place + kind]
 
     def _shrunk_at_once(self, place: int, kind: int) -> int:
-        """Columns of h that the norm's backward pass makes; DoRA needs its gains first."""
+        """Columns of h that the norm's backward pass makes; DoRA needs its scales first."""
         return 0 if self._has_dora(place, kind) else self._width(place, kind)
 
     def _width(self, place: int, kind: int) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from lora_core.adapters.dora import SLICE_ROWS
 from lora_core.kernels.cross_entropy import CACHED_ELEMENTS
-from lora_core.kernels.gains import CPU_ROWS
+from lora_core.kernels.dora import CPU_ROWS
 from lora_core.kernels.operands import TILE_ROWS
 from lora_core.models.attention_cpu import KEPT_LENGTH, QUERY_BLOCK
 
@@ -138,7 +138,7 @@ class TritonKernels:
             self._moment(-(-columns // STRIPE_COLUMNS) * width, 4)
         return shrunk
 
-    def measure_gains(self, inputs: int, outputs: Sequence[int], width: int) -> None:
+    def refresh_dora_scales(self, inputs: int, outputs: Sequence[int], width: int) -> None:
         """The squares of W, slice by slice in fp32, when they are first needed; and W A^T for all adapters. Of a
         quantised group all W are made dense for it.
         """
@@ -147,7 +147,7 @@ class TritonKernels:
         dense = sum(outputs) * inputs * self.itemsize if self.quantised else 0
         self.ledger.moment(dense + max(squares, largest * width * MOST_ADAPTERS * 4))
 
-    def gains_backward(self, width: int) -> Held:
+    def dora_backward(self, width: int) -> Held:
         """dv."""
         dv = self.rows(width)
         self._moment_of_sums(width)
@@ -194,7 +194,7 @@ class TorchKernels(TritonKernels):
             self.ledger.moment(columns * width * DEQUANTISED)
         return super()._multiplied(columns, width)
 
-    def measure_gains(self, inputs: int, outputs: Sequence[int], width: int) -> None:
+    def refresh_dora_scales(self, inputs: int, outputs: Sequence[int], width: int) -> None:
         """The squares of W, or W in fp32 for W A^T of one adapter, slice by slice; of a quantised group all W before,
         as for products.
         """
@@ -235,7 +235,7 @@ class TorchKernels(TritonKernels):
         dy = self.rows(width)
         self._moment(turned * (3 * 4 if normed else self.itemsize), 1)
         if dora:
-            self._moment_of_gains(width, width)
+            self._moment_of_dora_scales(width, width)
         return dy, None
 
     def swiglu_forward(self, columns: int, width: int) -> tuple[Held, Held | None]:
@@ -245,15 +245,15 @@ class TorchKernels(TritonKernels):
         """silu and its gradient, and that of up; for DoRA gate and up before."""
         self._moment((5 if dora else 3) * columns)
         if dora:
-            self._moment_of_gains(5 * columns, columns)
+            self._moment_of_dora_scales(5 * columns, columns)
         return self.shrink(width), None
 
-    def gains_backward(self, width: int) -> Held:
+    def dora_backward(self, width: int) -> Held:
         dv = self.rows(width)
-        self._moment_of_gains(0, width)
+        self._moment_of_dora_scales(0, width)
         return dv
 
-    def _moment_of_gains(self, held: int, width: int) -> None:
+    def _moment_of_dora_scales(self, held: int, width: int) -> None:
         """A few rows in fp32, and their products, beside `held` columns of all rows."""
         few = min(self.tokens, CPU_ROWS) * width * 2 * 4
         self.ledger.moment(self.tokens * held * self.itemsize + few)

@@ -226,7 +226,7 @@ def predictor(
 
 def vector_bytes(footprints: Footprints, footprint: Footprint) -> int:
     """Of one adapter: its master weights, their gradient, two moments, the copy that products use; with DoRA norms and
-    gains.
+    scales.
     """
     adapter, dtype = footprints.adapter(footprint), footprints.model.dtype
     meter = Meter([*adapter.trained, *frozen(adapter)])

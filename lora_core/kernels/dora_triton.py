@@ -1,5 +1,5 @@
-"""`gains.py` in Triton: what the other kernels of a layer call, a kernel for gradients that lie in memory already, and
-the norms that gains are made of.
+"""`dora.py` in Triton: what the other kernels of a layer call, a kernel for gradients that lie in memory already, and
+the norms that DoRA scales are made of.
 
 Where dy and y are in registers, a program leaves the sums of dy y over its rows to `add_magnitude_gradients`, tile by
 tile: so m's gradient is the same each time.
@@ -24,35 +24,35 @@ from lora_core.kernels.low_rank_triton import (
     table_of,
     widths,
 )
-from lora_core.kernels.operands import TILE_ROWS, GroupAdapter, LowRank
+from lora_core.kernels.operands import TILE_ROWS, FusedLinearAdapter, LowRank
 
-GAINS_BACKWARD = {"COLUMNS": 128, "num_warps": 8}
+DORA_BACKWARD = {"COLUMNS": 128, "num_warps": 8}
 MAGNITUDE_SUMS = {"TILES": 16, "COLUMNS": 128, "num_warps": 4}
 NORMS = {"ROWS": 64, "num_warps": 4}
 
 
 @triton.jit
-def gains_of(row, linear):
-    """An adapter's gains on one linear: their address, and 0 where it has none there."""
+def dora_scale_of(row, linear):
+    """An adapter's DoRA scales on one linear: their address, and 0 where it has none there."""
     number = tl.load(row + MAGNITUDE + 4 * linear)
     return number.to(tl.pointer_type(tl.float32)), number
 
 
 @triton.jit
-def gained(acc, gain, number, n, n_mask):
-    """acc `[rows, columns]` times what `gains_of` gave, for output columns n."""
+def dora_scaled(acc, scale, number, n, n_mask):
+    """acc `[rows, columns]` times what `dora_scale_of` gave, for output columns n."""
     mask = n_mask & ((number + 0 * n) != 0)  # Triton's interpreter takes no scalar for a mask
-    return acc * tl.load(gain + n, mask=mask, other=1.0)[None, :]
+    return acc * tl.load(scale + n, mask=mask, other=1.0)[None, :]
 
 
 @triton.jit(do_not_specialize=["adapters"])
-def _gains_backward(
+def _dora_backward(
     dy, y, dv, sums, tiles, table, row_fields, adapters, N,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     tile = tiles + tl.program_id(0) * 3
     row = table_of(table, tl.load(tile), row_fields, adapters)
-    gain, number = gains_of(row, 0)
+    scale, number = dora_scale_of(row, 0)
     t = (tl.load(tile + 1) + tl.arange(0, ROWS)).to(tl.int64)
     t_mask = tl.arange(0, ROWS) < tl.load(tile + 2)
     n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -62,7 +62,7 @@ def _gains_backward(
     gradient = tl.load(dy + place, mask=mask, other=0.0).to(tl.float32)
     product = gradient * tl.load(y + place, mask=mask, other=0.0).to(tl.float32)
     tl.store(sums + tl.program_id(0) * N + n, tl.sum(product, axis=0), mask=n_mask)
-    tl.store(dv + place, gained(gradient, gain, number, n, n_mask).to(dv.dtype.element_ty), mask=mask)
+    tl.store(dv + place, dora_scaled(gradient, scale, number, n, n_mask).to(dv.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tile_count"])
@@ -131,12 +131,12 @@ def _norms(
         tl.store(tl.load(magnitude + 3).to(tl.pointer_type(tl.float32)) + n, norm, mask=n_mask)
 
 
-def gains_backward(dy: Tensor, y: Tensor, low_rank: LowRank) -> Tensor:
-    """See `gains.gains_backward`; for a group of one linear."""
+def dora_backward(dy: Tensor, y: Tensor, low_rank: LowRank) -> Tensor:
+    """See `dora.dora_backward`; for a group of one linear."""
     dv, tiles, sums = torch.empty_like(dy), low_rank.segments.tiles, magnitude_sums(low_rank)
-    _gains_backward[tiles.shape[0], triton.cdiv(dy.shape[1], GAINS_BACKWARD["COLUMNS"])](
+    _dora_backward[tiles.shape[0], triton.cdiv(dy.shape[1], DORA_BACKWARD["COLUMNS"])](
         dy, y, dv, sums, tiles, *table_arguments(low_rank), dy.shape[1],
-        ROWS=TILE_ROWS, **GAINS_BACKWARD,
+        ROWS=TILE_ROWS, **DORA_BACKWARD,
     )  # fmt: skip
     add_magnitude_gradients(sums, low_rank)
     return dv
@@ -161,21 +161,23 @@ def add_magnitude_gradients(sums: Tensor | None, low_rank: LowRank) -> None:
         )  # fmt: skip
 
 
-def rows_in_stack(adapters: Sequence[GroupAdapter | None], wanted: Collection[int]) -> list[int]:
-    """Where the A of each begins in `update_gains`'s stack of those that have DoRA and a place in `wanted`; else -1."""
-    taken = [place in wanted and one is not None and one.dora for place, one in enumerate(adapters)]
+def rows_in_stack(adapters: Sequence[FusedLinearAdapter | None], wanted: Collection[int]) -> list[int]:
+    """Return where the A of each begins in `update_dora_scales`'s stack of those that have DoRA and an index in
+    `wanted`; else -1.
+    """
+    taken = [index in wanted and one is not None and one.dora for index, one in enumerate(adapters)]
     widths = [one.width if one is not None and take else 0 for one, take in zip(adapters, taken, strict=True)]
     return [end - width if take else -1 for end, width, take in zip(accumulate(widths), widths, taken, strict=True)]
 
 
-def update_gains(
+def update_dora_scales(
     weights: Sequence[Tensor], squares: Sequence[Tensor], low_rank: LowRank, wanted: Collection[int], starts: Tensor
 ) -> None:
-    """Norms and gains of the adapters at the places `wanted` on one group, whose linears have `weights` and these
-    squared norms of rows. Their A lie on top of each other for it, so that W is read once; `starts` int32 `[adapters]`
-    is `rows_in_stack`. A and B are taken as products take them, in the base's dtype.
+    """Compute norms and DoRA scales of the adapters at the indices `wanted` on one group, whose linears have `weights`
+    and these squared norms of rows. Their A lie on top of each other for it, so that W is read once; `starts` int32
+    `[adapters]` is `rows_in_stack`. A and B are taken as products take them, in the base's dtype.
     """
-    stacked = torch.cat([one.a for place, one in enumerate(low_rank.adapters) if place in wanted and one and one.dora])
+    stacked = torch.cat([one.a for index, one in enumerate(low_rank.adapters) if index in wanted and one and one.dora])
     grams, ranks = _wide_product(stacked, stacked), rank_block(low_rank.rank)
     table, row_fields, adapters = table_arguments(low_rank)
     for linear, (weight, of_rows) in enumerate(zip(weights, squares, strict=True)):
