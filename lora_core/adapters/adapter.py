@@ -15,7 +15,7 @@ class Adapter:
     """The weights of one adapter: module name -> A `[r, in]` and B `[out, r]`, and the scale of their product. The
     modules stand in the model's order, and each has a rank and a scale of its own.
 
-    `dropout` acts on the input of A, in training only (when the run carries keys). `cast` holds A and B of each module
+    `dropout` acts on the input of A, in training only (where a segment has keys). `cast` holds A and B of each module
     in the dtype that the base computes in, kept up to date by whoever changes `a` and `b`; without it they are cast at
     each use. With DoRA, `magnitude` holds m `[out]` of every module, and `norm` the row norms of the whole weight:
     whoever changes `a` and `b` clears it, and it is computed at the next use; its tensors are then written over.

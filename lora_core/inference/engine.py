@@ -23,7 +23,7 @@ from lora_core.inference.kv_cache import KVCache
 from lora_core.inference.sampling import Sampler, SamplingParams, sample
 from lora_core.inference.scheduler import Batcher, Waiting
 from lora_core.models.base import BaseModel, token_rows
-from lora_core.models.hooks.bank import AdapterBank, Run
+from lora_core.models.hooks.bank import AdapterBank, Segment
 
 FinishReason = Literal["stop", "length"]
 
@@ -137,7 +137,7 @@ class Generator:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """One token for every running request, in the order of the batch; nothing where nobody waits or runs."""
+        """One token for every running request, in the order of the batch; nothing where nobody waits or segments."""
         plan = self._batcher.next_step()
         rows = [self._prefill(number, slot) for number, slot in plan.prefill]
         if plan.decode:
@@ -154,9 +154,9 @@ class Generator:
         count = len(request.prompt)
         ids = torch.tensor([list(request.prompt)], device=self.base.device)
         positions = torch.arange(count, device=self.base.device)[None]
-        with self.bank.routed([Run(request.adapter, count)]):
+        with self.bank.routed([Segment(request.adapter, count)]):
             hidden = self.base.hidden(ids, positions, self._cache.prefill(slot, count))
-        with self.bank.routed([Run(request.adapter, 1)]):
+        with self.bank.routed([Segment(request.adapter, 1)]):
             return self.base.head(hidden[:, -1])
 
     def _decode(self, batch: Sequence[tuple[int, int]]) -> Tensor:
@@ -165,7 +165,7 @@ class Generator:
         positions = [len(one.request.prompt) + len(one.tokens) - 1 for one in live]
         ids = torch.tensor([[one.tokens[-1]] for one in live], device=self.base.device)
         attend = self._cache.decode([slot for _, slot in batch], positions)
-        with self.bank.routed(_runs([one.request.adapter for one in live])):
+        with self.bank.routed(_segments([one.request.adapter for one in live])):
             hidden = self.base.hidden(ids, torch.tensor(positions, device=self.base.device)[:, None], attend)
             return self.base.head(hidden[:, 0])
 
@@ -198,12 +198,12 @@ def for_inference(adapter: Adapter, base: BaseModel) -> Adapter:
     return served
 
 
-def _runs(adapters: Sequence[Adapter | None]) -> list[Run]:
-    """One run for each stretch of rows with the same adapter."""
-    runs: list[Run] = []
+def _segments(adapters: Sequence[Adapter | None]) -> list[Segment]:
+    """One for each stretch of requests with the same adapter."""
+    segments: list[Segment] = []
     for adapter in adapters:
-        if runs and runs[-1].adapter is adapter:
-            runs[-1] = Run(adapter, runs[-1].rows + 1)
+        if segments and segments[-1].adapter is adapter:
+            segments[-1] = Segment(adapter, segments[-1].tokens + 1)
         else:
-            runs.append(Run(adapter, 1))
-    return runs
+            segments.append(Segment(adapter, 1))
+    return segments

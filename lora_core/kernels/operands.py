@@ -129,12 +129,11 @@ class FusedLinearAdapter:
 
 
 class Segments:
-    """Which rows of a batch belong to which adapter: (adapter's place in the batch or `NO_ADAPTER`, rows), in order."""
+    """Which tokens of a batch belong to which adapter: (its index in the batch or `NO_ADAPTER`, tokens), in order."""
 
-    def __init__(self, runs: Sequence[tuple[int, int]], device: torch.device) -> None:
-        self.runs = list(runs)
+    def __init__(self, segments: Sequence[tuple[int, int]], device: torch.device) -> None:
+        self._segments = list(segments)
         self.device = device
-        self.rows = sum(rows for _, rows in runs)
 
     @cached_property
     def tiles(self) -> Tensor:
@@ -152,17 +151,17 @@ class Segments:
         return self._moved([piece for piece in self._pieces(SPAN_ROWS) if piece[0] != NO_ADAPTER])
 
     def slices(self) -> list[tuple[int, slice]]:
-        """(adapter, its rows) of each run that has an adapter."""
-        places, start = [], 0
-        for adapter, rows in self.runs:
+        """(adapter's index, its rows) of each segment that has an adapter."""
+        found, start = [], 0
+        for adapter, rows in self._segments:
             if adapter != NO_ADAPTER:
-                places.append((adapter, slice(start, start + rows)))
+                found.append((adapter, slice(start, start + rows)))
             start += rows
-        return places
+        return found
 
     def _pieces(self, limit: int) -> list[tuple[int, int, int]]:
         pieces, start = [], 0
-        for adapter, rows in self.runs:
+        for adapter, rows in self._segments:
             for first in range(0, rows, limit):
                 pieces.append((adapter, start + first, min(limit, rows - first)))
             start += rows
@@ -193,7 +192,7 @@ class LowRank:
 
     def present(self) -> list[tuple[FusedLinearAdapter, slice]]:
         """Each adapter that has something here, with its rows."""
-        found = [(self.adapters[place], rows) for place, rows in self.segments.slices()]
+        found = [(self.adapters[index], rows) for index, rows in self.segments.slices()]
         return [(adapter, rows) for adapter, rows in found if adapter is not None]
 
 

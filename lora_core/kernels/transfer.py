@@ -13,7 +13,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return tensor.to(device)
     pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    pinned.numpy()[...] = tensor.numpy()  # numpy wakes no threads (see `packing.Columns`)
+    pinned.numpy()[...] = tensor.numpy()  # numpy wakes no threads (see `packing.TokenArrays`)
     return pinned.to(device, non_blocking=True)
 
 

@@ -6,7 +6,7 @@ ones, or round by where a row lies in memory. MKL does the first on Intel unless
 AMD. What was seen of all these depends on sizes, threads and the library's version, so each base's own products decide:
 
     rows alone are rows in company                         chunks lie end to end as they are
-    they are where chunks begin and end at eights          chunks are padded to `ROW_MULTIPLE` rows
+    they are where chunks begin and end at eights          chunks are padded to `PAD_TO_MULTIPLE_OF`
     they are not, but a product repeats itself             every chunk is a batch of its own
     it does not                                            training is not exact here, and says so
 """
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lora_core.adapters.dora import weight_of
 from lora_core.adapters.targets import in_and_out
-from lora_core.data.packing import ROW_MULTIPLE
+from lora_core.data.packing import PAD_TO_MULTIPLE_OF
 
 log = logging.getLogger("lora.engine")
 
@@ -45,11 +45,11 @@ _RANK = 16  # of the adapter whose products are compared
 class Exactness:
     """How chunks are laid out so that a job in company equals the same job alone bit for bit.
 
-    Chunks are padded to a multiple of `row_multiple` rows; they share a batch if `joined`. `promised` is False where
-    nobody promises bits (bf16, GPUs); `problem` says why the promise cannot be kept.
+    Chunks are padded to a multiple of `pad_to_multiple_of` tokens; they share a batch if `joined`. `promised` is False
+    where nobody promises bits (bf16, GPUs); `problem` says why the promise cannot be kept.
     """
 
-    row_multiple: int = ROW_MULTIPLE
+    pad_to_multiple_of: int = PAD_TO_MULTIPLE_OF
     joined: bool = True
     promised: bool = False
     problem: str | None = None
@@ -72,7 +72,7 @@ class Exactness:
         """What keeps the promise on every rank; all must lay out alike to stay in step."""
         ranks = list(ranks)
         return Exactness(
-            row_multiple=max(rank.row_multiple for rank in ranks),
+            pad_to_multiple_of=max(rank.pad_to_multiple_of for rank in ranks),
             joined=all(rank.joined for rank in ranks),
             promised=all(rank.promised for rank in ranks),
             problem=next((rank.problem for rank in ranks if rank.problem is not None), None),
@@ -100,11 +100,11 @@ def exactness_of(linears: Iterable[nn.Module], device: torch.device, dtype: torc
         return Exactness()
     kinds = {_kind(linear): linear for linear in linears}
     answers = [_remembered(kind, torch.get_num_threads(), linear) for kind, linear in kinds.items()]
-    found = Exactness.of_all([*answers, Exactness(row_multiple=1, promised=True)])
+    found = Exactness.of_all([*answers, Exactness(pad_to_multiple_of=1, promised=True)])
     log.log(
         logging.INFO if found.joined and found.problem is None else logging.WARNING,
-        "event=exactness answer=%r row_multiple=%d joined=%s threads=%d mkl_cbwr=%s%s",
-        str(found), found.row_multiple, found.joined, torch.get_num_threads(), os.environ.get("MKL_CBWR"),
+        "event=exactness answer=%r pad_to_multiple_of=%d joined=%s threads=%d mkl_cbwr=%s%s",
+        str(found), found.pad_to_multiple_of, found.joined, torch.get_num_threads(), os.environ.get("MKL_CBWR"),
         "" if found.joined else " advice='set MKL_CBWR before the first product to train jobs side by side'",
     )  # fmt: skip
     return found
@@ -135,7 +135,7 @@ def _measured(linear: nn.Module, threads: int) -> Exactness:
     products = list(_products(linear, x, dy))
     if all(_rows_are_theirs(product, _PADDED) for product in products):
         as_they_are = all(_rows_are_theirs(product, _AS_THEY_ARE) for product in products) and _slices_are_alike(x, dy)
-        return Exactness(row_multiple=1 if as_they_are else ROW_MULTIPLE, promised=True)
+        return Exactness(pad_to_multiple_of=1 if as_they_are else PAD_TO_MULTIPLE_OF, promised=True)
     if all(_repeats(product) for product in products):
         return Exactness(joined=False, promised=True)
     size = f"{inputs} x {outputs}"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.dropout import mix64
-from lora_core.data.packing import ROW_MULTIPLE, Chunk, PackedChunk, cut_into_chunks
+from lora_core.data.packing import PAD_TO_MULTIPLE_OF, Chunk, PackedChunk, chunked
 from lora_core.models.llama.adapters import KernelArgs
 from lora_core.training.job import EngineJob, Progress
 from lora_core.training.optimizer import FlatAdamW, HostState, Snapshot
@@ -94,22 +94,24 @@ class LiveJob:
         due = self.job.evaluates_after(step)
         return Standing(step, due) if due or step < self.job.steps else None
 
-    def chunks(self, standing: Standing, rank: int, ranks: int, row_multiple: int = ROW_MULTIPLE) -> list[Chunk]:
+    def chunks(
+        self, standing: Standing, rank: int, ranks: int, pad_to_multiple_of: int = PAD_TO_MULTIPLE_OF
+    ) -> list[Chunk]:
         """A rank's share of what comes next there, the held-out examples or those of the step: every `ranks`-th."""
         job, step = self.job, None if standing.evaluation_due else standing.step
         examples = job.validation if step is None else [job.examples[index] for index in job.examples_of(step)]
         own = list(enumerate(examples))[rank::ranks]
-        return cut_into_chunks(job.name, own, job.chunk_limit, step, row_multiple)
+        return chunked(job.name, own, job.chunk_limit, step, pad_to_multiple_of)
 
     def dropout_keys(self, chunk: PackedChunk) -> Tensor | None:
-        """int64 [rows]: a hash of (job seed, step, example in the step, token in the document); None without dropout or
-        training.
+        """int64 [tokens]: a hash of (job seed, step, example in the step, token in the document); None without
+        dropout or training.
         """
         if self.job.lora.lora_dropout == 0 or chunk.step is None:
             return None
         # Not a tensor of a list, whose way to the device would be waited for.
-        seed = torch.full((1,), self.job.train.seed, dtype=torch.int64, device=chunk.row_tokens.device)
-        return mix64(mix64(mix64(mix64(seed) + chunk.step) + chunk.row_examples) + chunk.row_tokens)
+        seed = torch.full((1,), self.job.train.seed, dtype=torch.int64, device=chunk.positions.device)
+        return mix64(mix64(mix64(mix64(seed) + chunk.step) + chunk.example_indices) + chunk.positions)
 
     def snapshot(self) -> Snapshot:
         """Everything that `TrainEngine.add` needs to continue exactly, as of the last step: of the next one's

@@ -1,7 +1,7 @@
 """Train many adapters on one frozen base. `TrainEngine.micro_batch` is what all ranks do together, again and again.
 
     for job between steps:             its next step's examples, or held-out ones: each rank's share, cut into chunks
-    batch = a fair share of every job  chunks of several jobs side by side, at most `capacity` rows
+    batch = a fair share of every job  chunks of several jobs side by side, at most `capacity` tokens
                                        (both made while the device still computes what came before, where it can be)
     forward_backward(batch)            gradients by job
     for job that is complete:          optim_step: one all-reduce of (gradient, loss, tokens), divide, clip, AdamW
@@ -29,7 +29,7 @@ from lora_core.data.packing import Chunk, pack
 from lora_core.kernels.operands import NO_ADAPTER
 from lora_core.models.base import BaseModel
 from lora_core.models.exactness import Exactness
-from lora_core.models.hooks.bank import AdapterBank, Run
+from lora_core.models.hooks.bank import AdapterBank, Segment
 from lora_core.models.hooks.checkpointing import recomputed_layers
 from lora_core.models.hooks.loss import batch_losses, batch_scores
 from lora_core.models.llama.decoder import Checkpointing, Decoder
@@ -66,7 +66,7 @@ class _Turn:
 class TrainEngine:
     """One rank's training of any number of jobs on one base.
 
-    `all_reduce` sums a tensor over the ranks in place (None: one rank). `capacity` is the rows of one micro-batch.
+    `all_reduce` sums a tensor over the ranks in place (None: one rank). `capacity` is the tokens of one micro-batch.
     `checkpointing` "full" keeps little but the inputs of the model's layers and computes the rest twice; "selective"
     computes gate and up twice, of adapters that the decoder computes, and nothing of others. Where `capacity` is None,
     both are chosen whenever a job joins or leaves, so that training fits into `budget_bytes` (None: what this machine
@@ -226,7 +226,7 @@ class TrainEngine:
         for name, standing in standings.items():
             if not any(name in queue for queue in queues):
                 for rank, queue in enumerate(queues):
-                    chunks = self.live[name].chunks(standing, rank, self._ranks, self.exactness.row_multiple)
+                    chunks = self.live[name].chunks(standing, rank, self._ranks, self.exactness.pad_to_multiple_of)
                     queue.put(name, chunks, training=not standing.evaluation_due)
         taken = [queue.take(self.room.capacity) for queue in queues]
         chunks, training = taken[self._rank]  # the other ranks may have some where this one has none
@@ -260,7 +260,7 @@ class TrainEngine:
             losses = self.base.decoder.forward_backward(batch.in_decoder, batch.packed.labels, self.room.checkpointing)
         else:
             with recomputed_layers(self.base.model, self.bank) if self.room.checkpointing == "full" else nullcontext():
-                losses = batch_losses(self.base, self.bank, batch.runs, batch.packed)
+                losses = batch_losses(self.base, self.bank, batch.segments, batch.packed)
             losses.sum().backward()
         for chunk, loss in zip(chunks, losses.detach(), strict=True):
             self.live[chunk.job].optimizer.add_loss(loss, chunk.labels.numel())
@@ -274,7 +274,7 @@ class TrainEngine:
             assert self.base.decoder is not None
             scores = torch.stack(self.base.decoder.evaluate(batch.in_decoder, batch.packed.labels), dim=1)
         else:
-            scores = batch_scores(self.base, self.bank, batch.runs, batch.packed)
+            scores = batch_scores(self.base, self.bank, batch.segments, batch.packed)
         for chunk, score in zip(chunks, scores, strict=True):
             self.live[chunk.job].scores[:2] += score
             self.live[chunk.job].scores[2] += chunk.labels.numel()
@@ -334,7 +334,7 @@ class TrainEngine:
 def probe_losses(
     base: BaseModel, bank: AdapterBank, adapter: Adapter | None, examples: Iterable[Example]
 ) -> list[float]:
-    """Summed loss of each example's labels under `adapter` (no dropout), each run alone: what training leaves for
+    """Summed loss of each example's labels under `adapter` (no dropout), each example alone: what training leaves for
     serving to check. So it goes the way that serving does, where the base has it.
     """
     losses = []
@@ -345,6 +345,6 @@ def probe_losses(
             views = [] if adapter is None else [base.decoder.kernel_args(adapter)]
             loss, _ = base.decoder.evaluate(base.decoder.batch(rows, views), batch.labels)
         else:
-            loss = batch_losses(base, bank, [Run(adapter, batch.chunks[0].rows)], batch)
+            loss = batch_losses(base, bank, [Segment(adapter, batch.chunks[0].padded_tokens)], batch)
         losses.append(float(loss[0]))
     return losses

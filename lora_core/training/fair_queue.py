@@ -53,27 +53,27 @@ class FairQueue:
         self._tags.pop(job, None)
 
     def take(self, capacity: int) -> tuple[list[Chunk], bool]:
-        """Chunks of the next micro-batch, at most `capacity` rows (more only where one chunk alone has more), and
+        """Chunks of the next micro-batch, at most `capacity` tokens (more only where one chunk alone has more), and
         whether they are to train on. All are or none is: an evaluation has no backward pass.
 
         The job that is served least always gets in; a chunk that does not fit after it leaves its place to others. For
         what they had of such places they yield by a micro-batch at most, not until all have had as much.
         """
         taken: list[Chunk] = []
-        rows, training = 0, True
+        tokens, training = 0, True
         candidates = dict(self._waiting)
         while candidates:
             job, waiting = min(candidates.items(), key=lambda item: item[1].tag)
             chunk = waiting.chunks[0]
-            if taken and (rows + chunk.rows > capacity or waiting.training != training):
+            if taken and (tokens + chunk.padded_tokens > capacity or waiting.training != training):
                 del candidates[job]
                 continue
             training = waiting.training
-            rows += chunk.rows
+            tokens += chunk.padded_tokens
             taken.append(waiting.chunks.popleft())
             if len(taken) == 1:
                 self._clock = waiting.tag
-            waiting.tag = min(waiting.tag + chunk.rows, self._clock + max(capacity, chunk.rows))
+            waiting.tag = min(waiting.tag + chunk.padded_tokens, self._clock + max(capacity, chunk.padded_tokens))
             if not waiting.chunks:
                 self._tags[job] = waiting.tag
                 del candidates[job], self._waiting[job]

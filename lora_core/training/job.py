@@ -17,7 +17,7 @@ from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.dropout import mix64
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.data.dataset import Example
-from lora_core.data.packing import ROW_MULTIPLE
+from lora_core.data.packing import PAD_TO_MULTIPLE_OF
 from lora_core.training.optimizer import Evaluation, StepOutcome
 
 CHUNK_TOKENS = 1024
@@ -77,7 +77,7 @@ class EngineJob:
             lengths = sorted((len(example.ids) for example in examples), reverse=True)
             if lengths:
                 largest = max(largest, lengths[0], min(self.chunk_limit, sum(lengths[:count])))
-        return largest + -largest % ROW_MULTIPLE
+        return largest + -largest % PAD_TO_MULTIPLE_OF
 
     @cached_property
     def judged_step(self) -> int | None:

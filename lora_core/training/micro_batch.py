@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_core.data.packing import Chunk, PackedBatch, pack
 from lora_core.models.base import BaseModel
-from lora_core.models.hooks.bank import Run
+from lora_core.models.hooks.bank import Segment
 from lora_core.models.llama.decoder import Batch, Rows
 from lora_core.training.active_job import LiveJob
 
@@ -20,12 +20,12 @@ from lora_core.training.active_job import LiveJob
 @dataclass(frozen=True)
 class ReadyBatch:
     """Chunks laid end to end, and how they go through the base: through the decoder, or, where that is None, as these
-    runs through the hooks.
+    segments through the hooks.
     """
 
     packed: PackedBatch
     in_decoder: Batch | None
-    runs: Sequence[Run] = ()
+    segments: Sequence[Segment] = ()
 
 
 def make_ready(base: BaseModel, live: Mapping[str, LiveJob], chunks: Sequence[Chunk]) -> ReadyBatch:
@@ -33,7 +33,8 @@ def make_ready(base: BaseModel, live: Mapping[str, LiveJob], chunks: Sequence[Ch
     packed = pack(chunks, base.device)
     if live[chunks[0].job].kernel_args is None:
         jobs = [(live[chunk.job], chunk) for chunk in packed.chunks]
-        return ReadyBatch(packed, None, [Run(job.adapter, chunk.rows, job.dropout_keys(chunk)) for job, chunk in jobs])
+        segments = [Segment(job.adapter, chunk.padded_tokens, job.dropout_keys(chunk)) for job, chunk in jobs]
+        return ReadyBatch(packed, None, segments)
     assert base.decoder is not None
     places = {job: place for place, job in enumerate(dict.fromkeys(chunk.job for chunk in chunks))}
     views = [view for job in places if (view := live[job].kernel_args) is not None]
@@ -47,10 +48,10 @@ def joined_dropout_keys(live: Mapping[str, LiveJob], batch: PackedBatch) -> Tens
     keys = [(chunk, live[chunk.job].dropout_keys(chunk)) for chunk in batch.chunks]
     if all(of_chunk is None for _, of_chunk in keys):
         return None
-    return torch.cat([torch.zeros_like(chunk.row_tokens) if k is None else k for chunk, k in keys])
+    return torch.cat([torch.zeros_like(chunk.positions) if k is None else k for chunk, k in keys])
 
 
 def decoder_rows(batch: PackedBatch, places: Sequence[int], dropout_keys: Tensor | None = None) -> Rows:
     """The batch as the decoder takes it; `places` say which adapter each chunk has."""
-    runs = [(place, chunk.rows) for place, chunk in zip(places, batch.chunks, strict=True)]
-    return Rows(batch.ids[0], batch.positions[0], batch.lengths, runs, dropout_keys)
+    segments = [(place, chunk.padded_tokens) for place, chunk in zip(places, batch.chunks, strict=True)]
+    return Rows(batch.ids[0], batch.positions[0], batch.lengths, segments, dropout_keys)

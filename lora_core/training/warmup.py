@@ -69,12 +69,12 @@ class Rehearsals:
         device = decoder.embedding.device
         zeros = torch.zeros(sum(lengths), dtype=torch.int64, device=device)
         positions = torch.arange(ROWS, device=device).repeat(len(lengths))
-        runs, keys = list(enumerate(lengths)), zeros if any(adapter.dropout > 0 for adapter in adapters) else None
-        labels = [(torch.arange(ROWS, device=device) + place * ROWS, zeros[:ROWS]) for place, _ in runs]
+        segments, keys = list(enumerate(lengths)), zeros if any(adapter.dropout > 0 for adapter in adapters) else None
+        labels = [(torch.arange(ROWS, device=device) + place * ROWS, zeros[:ROWS]) for place, _ in segments]
         views = [decoder.kernel_args(self._stand_in(adapter)) for adapter in adapters]
-        training = decoder.batch(Rows(zeros, positions, lengths, runs, keys), views)
+        training = decoder.batch(Rows(zeros, positions, lengths, segments, keys), views)
         decoder.forward_backward(training, labels, checkpointing)
-        decoder.evaluate(decoder.batch(Rows(zeros, positions, lengths, runs), views), labels)
+        decoder.evaluate(decoder.batch(Rows(zeros, positions, lengths, segments), views), labels)
 
     def _stand_in(self, like: Adapter) -> Adapter:
         """An adapter as `FlatAdapter` has one, of these shapes and options."""

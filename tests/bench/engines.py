@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.data.dataset import Example
-from lora_core.data.packing import ROW_MULTIPLE
+from lora_core.data.packing import PAD_TO_MULTIPLE_OF
 from lora_core.models.base import BaseModel, placed
 from lora_core.training.engine import TrainEngine
 from lora_core.training.job import EngineJob, JobDiverged
@@ -28,7 +28,7 @@ class CountingEngine(TrainEngine):
 
     def forward_backward(self, batch: ReadyBatch) -> None:
         """Count the tokens of this batch's documents, which are longer than the padding between them."""
-        self.tokens += sum(length for length in batch.packed.lengths if length >= ROW_MULTIPLE)
+        self.tokens += sum(length for length in batch.packed.lengths if length >= PAD_TO_MULTIPLE_OF)
         super().forward_backward(batch)
 
 

@@ -15,7 +15,7 @@ from lora_core.adapters.init import init_adapter
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.models.attention import PackedAttention
 from lora_core.models.base import BaseModel
-from lora_core.models.hooks.bank import AdapterBank, Run
+from lora_core.models.hooks.bank import AdapterBank, Segment
 from lora_core.training.active_job import LiveJob
 from lora_core.training.engine import TrainEngine
 from lora_core.training.job import EngineJob
@@ -112,7 +112,7 @@ def test_invalid_expression_is_named() -> None:
 # --- whose rows ------------------------------------------------------------------------------------------------------
 
 
-def deltas(model: PreTrainedModel, runs: Sequence[Run], names: list[str]) -> dict[str, Tensor]:
+def deltas(model: PreTrainedModel, segments: Sequence[Segment], names: list[str]) -> dict[str, Tensor]:
     """What each module's output should be, by hand from its input, as `name` and `name.seen`."""
     found: dict[str, Tensor] = {}
 
@@ -123,11 +123,11 @@ def deltas(model: PreTrainedModel, runs: Sequence[Run], names: list[str]) -> dic
             x = args[0][0]
             expected = module.forward(args[0])[0].clone()
             start = 0
-            for run in runs:
-                rows = slice(start, start + run.rows)
-                if run.adapter is not None and name in run.adapter.a:
-                    a, b = run.adapter.a[name].to(x.dtype), run.adapter.b[name].to(x.dtype)
-                    expected[rows] += run.adapter.scale[name] * (x[rows] @ a.t()) @ b.t()
+            for segment in segments:
+                rows = slice(start, start + segment.tokens)
+                if segment.adapter is not None and name in segment.adapter.a:
+                    a, b = segment.adapter.a[name].to(x.dtype), segment.adapter.b[name].to(x.dtype)
+                    expected[rows] += segment.adapter.scale[name] * (x[rows] @ a.t()) @ b.t()
                 start = rows.stop
             found[name], found[name + ".seen"] = expected, output[0]
 
@@ -145,11 +145,11 @@ def test_rows_get_their_own_adapter_and_no_other(kind: str) -> None:
     bank = AdapterBank(base.model)
     some = ["c_fc"] if kind == "gpt2" else ["q_proj", "down_proj"]
     one, two = random_adapter(bank, 1, 3), random_adapter(bank, 2, 8, targets=some)
-    runs = [Run(one, 5), Run(None, 4), Run(two, 6), Run(one, 1), Run(two, 0), Run(two, 8)]
-    checks = deltas(base.model, runs, list(bank.linears))
+    segments = [Segment(one, 5), Segment(None, 4), Segment(two, 6), Segment(one, 1), Segment(two, 0), Segment(two, 8)]
+    checks = deltas(base.model, segments, list(bank.linears))
     ids, lengths = torch.randint(3, VOCABULARY, (1, 24)), [5, 4, 6, 1, 8]
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    with bank.routed(runs):
+    with bank.routed(segments):
         adapted = base.hidden(ids, positions, PackedAttention(lengths))
     for name in bank.linears:
         torch.testing.assert_close(checks[name + ".seen"], checks[name], rtol=1e-12, atol=1e-12)
@@ -165,10 +165,10 @@ def test_decoding_rows_are_the_batch() -> None:
     bank = AdapterBank(base.model)
     adapters = [random_adapter(bank, seed, 4) for seed in (1, 2)]
     ids, positions = torch.randint(3, VOCABULARY, (3, 1)), torch.zeros(3, 1, dtype=torch.int64)
-    with bank.routed([Run(adapters[0], 2), Run(adapters[1], 1)]):
+    with bank.routed([Segment(adapters[0], 2), Segment(adapters[1], 1)]):
         together = base.hidden(ids, positions, PackedAttention([1]))
     for row, adapter in enumerate((adapters[0], adapters[0], adapters[1])):
-        with bank.routed([Run(adapter, 1)]):
+        with bank.routed([Segment(adapter, 1)]):
             alone = base.hidden(ids[row, None], positions[:1], PackedAttention([1]))
         torch.testing.assert_close(together[row], alone[0], rtol=1e-12, atol=1e-12)
 
@@ -179,22 +179,22 @@ def test_closed_bank_and_unrouted_pass_leave_the_base_alone() -> None:
     plain = base.hidden(ids, positions, PackedAttention([8]))
     bank = AdapterBank(base.model)
     adapter = random_adapter(bank, 1, 4)
-    with bank.routed([Run(adapter, 8)]):
+    with bank.routed([Segment(adapter, 8)]):
         assert not torch.equal(base.hidden(ids, positions, PackedAttention([8])), plain)
     assert torch.equal(base.hidden(ids, positions, PackedAttention([8])), plain)
     assert set(base.model.state_dict()) == set(tiny_model("llama").state_dict())
     bank.close()
-    with bank.routed([Run(adapter, 8)]):
+    with bank.routed([Segment(adapter, 8)]):
         assert torch.equal(base.hidden(ids, positions, PackedAttention([8])), plain)
 
 
 # --- gradients and neighbours ----------------------------------------------------------------------------------------
 
 
-def weighted_sum(base: BaseModel, bank: AdapterBank, runs: list[Run], ids: Tensor) -> Tensor:
-    lengths = [run.rows for run in runs]
+def weighted_sum(base: BaseModel, bank: AdapterBank, segments: list[Segment], ids: Tensor) -> Tensor:
+    lengths = [segment.tokens for segment in segments]
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    with bank.routed(runs):
+    with bank.routed(segments):
         hidden = base.hidden(ids, positions, PackedAttention(lengths))
     return (hidden * torch.linspace(-1, 1, hidden.numel(), dtype=hidden.dtype).view_as(hidden)).sum()
 
@@ -209,8 +209,8 @@ def test_gradients_are_autograds_own() -> None:
         adapter.a = {name: a.detach().double().requires_grad_() for name, a in adapter.a.items()}
         adapter.b = {name: b.detach().double().requires_grad_() for name, b in adapter.b.items()}
     ids = torch.randint(3, VOCABULARY, (1, 24))
-    runs = [Run(one, 8, torch.arange(8) * 977), Run(two, 8), Run(one, 8, torch.arange(8) * 31)]
-    weighted_sum(base, bank, runs, ids).backward()
+    segments = [Segment(one, 8, torch.arange(8) * 977), Segment(two, 8), Segment(one, 8, torch.arange(8) * 31)]
+    weighted_sum(base, bank, segments, ids).backward()
     stream = torch.Generator().manual_seed(0)
     for adapter in (one, two):
         for weights in (adapter.a, adapter.b):
@@ -221,7 +221,7 @@ def test_gradients_are_autograds_own() -> None:
                 with torch.no_grad():
                     for sign in (1, -1, -1):
                         weight.add_(direction, alpha=sign * 1e-6)
-                        values.append(float(weighted_sum(base, bank, runs, ids)))
+                        values.append(float(weighted_sum(base, bank, segments, ids)))
                     weight.add_(direction, alpha=1e-6)
                 slope = (values[0] - values[2]) / 2e-6
                 assert slope == pytest.approx(float((weight.grad * direction).sum()), rel=1e-5, abs=1e-6)
@@ -242,7 +242,9 @@ def test_nan_neighbour_is_harmless(kind: str, where: str) -> None:
                 for weight in getattr(neighbour, where).values():
                     weight.fill_(math.nan)
         keys = torch.arange(8)
-        weighted_sum(base, bank, [Run(neighbour, 8, keys), Run(mine, 8, keys), Run(neighbour, 8, keys)], ids).backward()
+        weighted_sum(
+            base, bank, [Segment(neighbour, 8, keys), Segment(mine, 8, keys), Segment(neighbour, 8, keys)], ids
+        ).backward()
         grads = {f"{part}.{name}": weight.grad for part in "ab" for name, weight in getattr(mine, part).items()}
         neighbours = [weight.grad for weight in neighbour.b.values() if weight.grad is not None]
         assert all(bool(grad.isnan().any()) for grad in neighbours) == poison
@@ -255,7 +257,7 @@ def test_nan_neighbour_is_harmless(kind: str, where: str) -> None:
 
 
 def test_activations_round_by_run_alone() -> None:
-    """The same rows give the same bits behind neighbours of any length; see `AdapterBank._activate_by_run`."""
+    """The same rows give the same bits behind neighbours of any length; see `AdapterBank._activate_by_segment`."""
     base = tiny_base("llama-odd")
     bank = AdapterBank(base.model)
     activation = base.model.get_submodule("model.layers.0.mlp.act_fn")
@@ -263,7 +265,7 @@ def test_activations_round_by_run_alone() -> None:
     for count in (1, 2, 3):
         with threads(count):
             alone = torch.cat([activation(part) for part in x.split(40, dim=1)], dim=1)
-            with bank.routed([Run(None, 40)] * 25):
+            with bank.routed([Segment(None, 40)] * 25):
                 assert torch.equal(activation(x), alone)
 
 

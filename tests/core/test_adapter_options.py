@@ -18,7 +18,7 @@ from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.init import LoraConfigError, adapted_modules, continued_adapter, init_adapter
 from lora_core.adapters.peft_format import adapter_files, read_adapter
 from lora_core.config import LoraConfig, TrainConfig
-from lora_core.models.hooks.bank import AdapterBank, Run
+from lora_core.models.hooks.bank import AdapterBank, Segment
 from lora_core.training.active_job import LiveJob
 from lora_core.training.engine import TrainEngine, probe_losses
 from lora_core.training.job import EngineJob
@@ -257,17 +257,17 @@ def test_pissa_drops_nothing_of_what_the_base_computes() -> None:
     adapter = init_adapter(bank, LoraConfig(r=4, lora_dropout=0.5, init_lora_weights="pissa"), seed=0)
     x, keys = torch.randn(1, 8, 64, dtype=DOUBLE), torch.arange(8)
 
-    def update(run: Run) -> Tensor:
+    def update(run: Segment) -> Tensor:
         with bank.routed([run]):
             seen: Tensor = bank.linears[name](x)
         return seen - bank.linears[name](x)
 
-    both = update(Run(adapter, 8, keys))
-    trained_alone = update(Run(replace(adapter, residual=None), 8, keys))
-    residual = update(Run(adapter.residual, 8))
+    both = update(Segment(adapter, 8, keys))
+    trained_alone = update(Segment(replace(adapter, residual=None), 8, keys))
+    residual = update(Segment(adapter.residual, 8))
     torch.testing.assert_close(both, trained_alone + residual, rtol=1e-12, atol=1e-12)
     assert float((trained_alone + residual).abs().max()) > 0.1
-    assert float((update(Run(adapter, 8))).abs().max()) < 1e-12
+    assert float((update(Segment(adapter, 8))).abs().max()) < 1e-12
 
 
 def test_pissa_on_bf16_is_the_base_at_the_start_and_follows_fp32() -> None:

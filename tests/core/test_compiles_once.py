@@ -124,8 +124,8 @@ def one_pass(on: Decoder, live: dict[str, LiveJob], checkpointing: Checkpointing
     """Forward, backward and an evaluation of these jobs' next rows."""
     batch = pack(next_chunks(live.values()), CPU)
     places = {name: place for place, name in enumerate(live)}
-    runs = [(places[chunk.job], chunk.rows) for chunk in batch.chunks]
-    rows = Rows(batch.ids[0], batch.positions[0], batch.lengths, runs, joined_dropout_keys(live, batch))
+    segments = [(places[chunk.job], chunk.padded_tokens) for chunk in batch.chunks]
+    rows = Rows(batch.ids[0], batch.positions[0], batch.lengths, segments, joined_dropout_keys(live, batch))
     views = [on.view(one.adapter) for one in live.values()]
     on.forward_backward(on.batch(rows, views), batch.labels, checkpointing)
     on.evaluate(on.batch(replace(rows, dropout_keys=None), views), batch.labels)

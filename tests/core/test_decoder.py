@@ -94,8 +94,8 @@ class World:
 
 
 def as_rows(batch: PackedBatch, absent: Sequence[str] = (), dropout_keys: Tensor | None = None) -> Rows:
-    runs = [(NO_ADAPTER if chunk.job in absent else int(chunk.job), chunk.rows) for chunk in batch.chunks]
-    return Rows(batch.ids[0], batch.positions[0], batch.lengths, runs, dropout_keys)
+    segments = [(NO_ADAPTER if chunk.job in absent else int(chunk.job), chunk.padded_tokens) for chunk in batch.chunks]
+    return Rows(batch.ids[0], batch.positions[0], batch.lengths, segments, dropout_keys)
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:

@@ -21,7 +21,7 @@ from lora_core.adapters.init import LoraConfigError, init_adapter
 from lora_core.adapters.peft_format import adapter_files, read_adapter
 from lora_core.config import LoraConfig
 from lora_core.models.attention import PackedAttention
-from lora_core.models.hooks.bank import AdapterBank, Run
+from lora_core.models.hooks.bank import AdapterBank, Segment
 from lora_core.models.merge import write_merged
 from lora_core.training import job as engine_job
 from lora_core.training.active_job import LiveJob
@@ -208,7 +208,7 @@ def test_small_dora_scales_survive_a_bf16_base() -> None:
     module = bank.linears["model.layers.0.mlp.down_proj"]
     plain = module(x).double()
     adapter.magnitude["model.layers.0.mlp.down_proj"].mul_(1.02)
-    with bank.routed([Run(adapter, 2000)]):
+    with bank.routed([Segment(adapter, 2000)]):
         scaled = module(x).double()
     assert float(scaled.norm() / plain.norm()) == pytest.approx(1.02, abs=1e-3)
 
@@ -356,7 +356,7 @@ def test_dropout_with_dora_is_refused_with_the_reason() -> None:
 @torch.no_grad()
 def logits(base: Any, bank: AdapterBank, adapter: Adapter | None) -> Tensor:
     ids = torch.randint(3, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(0))
-    with bank.routed([Run(adapter, 24)]):
+    with bank.routed([Segment(adapter, 24)]):
         return base.head(base.hidden(ids, torch.arange(24)[None], PackedAttention([24])))
 
 

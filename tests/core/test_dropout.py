@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_core.adapters.dropout import dropout_mask
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.data.packing import Chunk, pack
-from lora_core.models.hooks.bank import AdapterBank, Run
+from lora_core.models.hooks.bank import AdapterBank, Segment
 from lora_core.training.engine import TrainEngine
 from lora_core.training.job import EngineJob
 from tests.support.models import documents, random_adapter, tiny_base, tiny_model
@@ -42,9 +42,9 @@ def test_dropout_keeps_the_expectation(dtype: torch.dtype, limit: float) -> None
     adapter.a[DOWN].fill_(1.0)
     adapter.b[DOWN].fill_(1.0)
     plain = module(x)[0].double()
-    with bank.routed([Run(adapter, rows)]):
+    with bank.routed([Segment(adapter, rows)]):
         whole = module(x)[0].double() - plain
-    with bank.routed([Run(adapter, rows, torch.arange(rows))]):
+    with bank.routed([Segment(adapter, rows, torch.arange(rows))]):
         dropped = module(x)[0].double() - plain
     assert float(dropped.mean() / whole.mean()) == pytest.approx(1.0, abs=limit)
     assert float(dropped.std() / whole.mean()) > 0.01
@@ -53,7 +53,7 @@ def test_dropout_keeps_the_expectation(dtype: torch.dtype, limit: float) -> None
 def dropped_update(x: Tensor, keys: Tensor | None, module: str = DOWN, p: float = 0.5, seed: int = 1) -> Tensor:
     bank = AdapterBank(tiny_model("llama"))
     adapter = random_adapter(bank, seed, dropout=p)
-    with torch.no_grad(), bank.routed([Run(adapter, x.shape[1], keys)]):
+    with torch.no_grad(), bank.routed([Segment(adapter, x.shape[1], keys)]):
         updated: Tensor = bank.linears[module](x)
     return updated
 
@@ -66,7 +66,7 @@ def test_dropout_acts_in_training_only_and_on_the_update_only() -> None:
     adapter = random_adapter(bank, 1, 4, dropout=0.5)
     for b in adapter.b.values():
         b.zero_()
-    with torch.no_grad(), bank.routed([Run(adapter, 8, torch.arange(8))]):
+    with torch.no_grad(), bank.routed([Segment(adapter, 8, torch.arange(8))]):
         assert torch.equal(bank.linears[DOWN](x), tiny_model("llama").get_submodule(DOWN)(x))
 
 
@@ -98,7 +98,7 @@ def keys_of(batch_order: list[int], *, step: int = 0, seed: int = 5, beside: int
     packed = batch.chunks[-1]
     keys = live.dropout_keys(packed)
     assert keys is not None
-    assert keys.shape == (packed.rows,)
+    assert keys.shape == (packed.padded_tokens,)
     lengths = [len(examples[place].ids) for place in batch_order]
     return dict(zip(batch_order, keys[: sum(lengths)].split(lengths), strict=True))
 
@@ -122,6 +122,6 @@ def test_dropout_differs_between_modules_of_one_step() -> None:
     adapter.a[k], adapter.b[k] = adapter.a[q], adapter.b[q]
     with torch.no_grad():
         bases = [bank.linears[name](x) for name in (q, k)]
-        with bank.routed([Run(adapter, 8, keys)]):
+        with bank.routed([Segment(adapter, 8, keys)]):
             updates = [bank.linears[name](x) - base for name, base in zip((q, k), bases, strict=True)]
     assert not torch.allclose(updates[0], updates[1], atol=1e-3)

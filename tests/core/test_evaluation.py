@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_core.data.dataset import Example
 from lora_core.models.attention import PackedAttention
-from lora_core.models.hooks.bank import Run
+from lora_core.models.hooks.bank import Segment
 from lora_core.training import job as engine_job
 from lora_core.training.active_job import LiveJob
 from lora_core.training.engine import TrainEngine
@@ -29,7 +29,7 @@ def by_definition(engine: TrainEngine, live: LiveJob, examples: Sequence[Example
     loss, hits, tokens = 0.0, 0, 0
     for example in examples:
         ids = torch.tensor([example.ids])
-        with torch.no_grad(), engine.bank.routed([Run(live.adapter, ids.shape[1])]):
+        with torch.no_grad(), engine.bank.routed([Segment(live.adapter, ids.shape[1])]):
             hidden = engine.base.hidden(ids, torch.arange(ids.shape[1])[None], PackedAttention((ids.shape[1],)))[0]
         logits = engine.base.head(hidden)[:-1]
         kept = torch.tensor(example.labels_mask[1:])

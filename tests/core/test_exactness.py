@@ -56,9 +56,9 @@ def linear_that(rounds: Rounding) -> type[nn.Linear]:
 
 
 OUTCOMES: list[tuple[Rounding, dict[str, Any]]] = [
-    (by_eights, {"row_multiple": 8, "joined": True}),
-    (by_number_of_rows, {"row_multiple": 8, "joined": False}),
-    (at_random, {"row_multiple": 8, "joined": False}),
+    (by_eights, {"pad_to_multiple_of": 8, "joined": True}),
+    (by_number_of_rows, {"pad_to_multiple_of": 8, "joined": False}),
+    (at_random, {"pad_to_multiple_of": 8, "joined": False}),
 ]
 
 
@@ -77,11 +77,13 @@ def test_products_decide(rounds: Rounding, found: dict[str, Any], caplog: pytest
 @pytest.mark.parametrize(("multiple", "rows"), [(1, 28), (8, 32)])
 def test_an_engine_pads_as_it_is_told(multiple: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four documents of 7 tokens a step."""
-    engine = TrainEngine(tiny_base("llama"), exactness=Exactness(row_multiple=multiple))
+    engine = TrainEngine(tiny_base("llama"), exactness=Exactness(pad_to_multiple_of=multiple))
     engine.add(job("a", examples=documents(4, 0, 7, 7), epochs=1))
     laid: list[int] = []
     ready = engine.ready
-    monkeypatch.setattr(engine, "ready", lambda chunks: laid.extend(chunk.rows for chunk in chunks) or ready(chunks))
+    monkeypatch.setattr(
+        engine, "ready", lambda chunks: laid.extend(chunk.padded_tokens for chunk in chunks) or ready(chunks)
+    )
     engine.step()
     assert laid == [rows]
 
@@ -96,7 +98,7 @@ def test_bits_are_promised_in_fp32_and_fp64_alone(dtype: torch.dtype) -> None:
 def test_ranks_lay_out_alike() -> None:
     """What keeps the promise on each of them, or all say that it is not kept."""
     padded, alone = Exactness(promised=True), Exactness(joined=False, promised=True)
-    free = Exactness(row_multiple=1, promised=True)
+    free = Exactness(pad_to_multiple_of=1, promised=True)
     assert Exactness.of_all([free, free]) == free
     assert Exactness.of_all([free, padded]) == padded
     assert Exactness.of_all([padded, alone, free]) == alone
@@ -129,7 +131,7 @@ def train(rounds: Rounding, neighbours: int, exactness: Exactness | None = None)
 def test_company_equals_alone_on_other_cpus(rounds: Rounding) -> None:
     """And without what the check asks for it does not: jobs of 6 to 14 tokens a step show it."""
     assert torch.equal(train(rounds, neighbours=0), train(rounds, neighbours=3))
-    wrong = Exactness(row_multiple=1)
+    wrong = Exactness(pad_to_multiple_of=1)
     assert not torch.equal(train(rounds, 0, wrong), train(rounds, 3, wrong))
 
 

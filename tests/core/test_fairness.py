@@ -168,7 +168,7 @@ def test_jobs_that_want_more_get_equal_rows(jobs: int, size: int, capacity: int)
         assert training
         assert len(taken) == max(1, capacity // size)
         for chunk in taken:
-            served[chunk.job] += chunk.rows
+            served[chunk.job] += chunk.padded_tokens
         assert max(served.values()) - min(served.values()) <= 8 * size
 
 

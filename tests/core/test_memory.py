@@ -364,7 +364,7 @@ def test_no_chunk_is_larger_than_a_job_says() -> None:
         chunks = []
         for live.progress.step in range(wanted.steps):
             chunks += next_chunks([live])
-        assert max(chunk.rows for chunk in chunks) <= wanted.largest_chunk <= wanted.chunk_limit
+        assert max(chunk.padded_tokens for chunk in chunks) <= wanted.largest_chunk <= wanted.chunk_limit
 
 
 def test_available_memory_is_no_more_than_there_is() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_core.data.dataset import Example
-from lora_core.data.packing import ROW_MULTIPLE, Chunk, PackedBatch, cut_into_chunks, pack
+from lora_core.data.packing import PAD_TO_MULTIPLE_OF, Chunk, PackedBatch, chunked, pack
 from tests.support.models import micro_batches
 
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ jobs_of = st.lists(st.lists(example_of(), max_size=7), min_size=1, max_size=4)
 
 
 def packed(jobs: list[list[Example]], limit: int, capacity: int) -> tuple[list[list[Chunk]], list[PackedBatch]]:
-    chunks = [cut_into_chunks(str(number), enumerate(examples), limit, 3) for number, examples in enumerate(jobs)]
+    chunks = [chunked(str(number), enumerate(examples), limit, 3) for number, examples in enumerate(jobs)]
     batches = micro_batches(chunks, capacity)
     return batches, [pack(batch, CPU) for batch in batches]
 
@@ -39,26 +39,26 @@ def test_every_label_is_predicted_once_from_the_token_before_it(
     seen: dict[tuple[str, int], list[int]] = {}
     for batch, row in zip(batches, laid, strict=True):
         ids, positions = row.ids[0].tolist(), row.positions[0].tolist()
-        assert sum(row.lengths) == len(ids) == len(positions) == sum(chunk.rows for chunk in row.chunks)
+        assert sum(row.lengths) == len(ids) == len(positions) == sum(chunk.padded_tokens for chunk in row.chunks)
         assert positions == [t for length in row.lengths for t in range(length)]
         start = 0
         for chunk, out in zip(batch, row.chunks, strict=True):
-            labels = dict(zip(out.label_rows.tolist(), out.labels.tolist(), strict=True))
+            labels = dict(zip(out.label_indices.tolist(), out.labels.tolist(), strict=True))
             offset = start
             for place, example in chunk.examples:
                 assert ids[offset : offset + len(example.ids)] == example.ids
                 rows = slice(offset - start, offset - start + len(example.ids))
-                assert out.row_examples[rows].tolist() == [place] * len(example.ids)
-                assert out.row_tokens[rows].tolist() == list(range(len(example.ids)))
+                assert out.example_indices[rows].tolist() == [place] * len(example.ids)
+                assert out.positions[rows].tolist() == list(range(len(example.ids)))
                 expected = {offset + t - 1: example.ids[t] for t, label in enumerate(example.labels_mask) if label}
                 assert {at: labels.pop(at) for at in expected} == expected
                 seen.setdefault((chunk.job, place), []).append(len(example.ids))
                 offset += len(example.ids)
             assert not labels
-            assert start + out.rows - offset in range(ROW_MULTIPLE)
-            assert out.rows % ROW_MULTIPLE == 0
-            assert len(out.row_examples) == len(out.row_tokens) == out.rows
-            start += out.rows
+            assert start + out.padded_tokens - offset in range(PAD_TO_MULTIPLE_OF)
+            assert out.padded_tokens % PAD_TO_MULTIPLE_OF == 0
+            assert len(out.example_indices) == len(out.positions) == out.padded_tokens
+            start += out.padded_tokens
     everything = {(str(n), place): [len(e.ids)] for n, examples in enumerate(jobs) for place, e in enumerate(examples)}
     assert seen == everything
 
@@ -79,7 +79,7 @@ def test_limits_are_kept_where_they_can_be(jobs: list[list[Example]], limit: int
     batches, _ = packed(jobs, limit, capacity)
     for batch in batches:
         assert batch
-        assert len(batch) == 1 or sum(chunk.rows for chunk in batch) <= capacity
+        assert len(batch) == 1 or sum(chunk.padded_tokens for chunk in batch) <= capacity
         for chunk in batch:
             assert len(chunk.examples) == 1 or chunk.tokens <= limit
 
@@ -88,7 +88,7 @@ def test_chunks_are_filled_and_jobs_take_turns() -> None:
     def five(count: int) -> list[Example]:
         return [Example([3] * 5, [False] + [True] * 4) for _ in range(count)]
 
-    chunks = [cut_into_chunks(name, enumerate(five(count)), 10, 0) for name, count in (("a", 6), ("b", 2), ("c", 3))]
+    chunks = [chunked(name, enumerate(five(count)), 10, 0) for name, count in (("a", 6), ("b", 2), ("c", 3))]
     assert [len(of_job) for of_job in chunks] == [3, 1, 2]
     order = [[chunk.job for chunk in batch] for batch in micro_batches(chunks, 40)]
     assert order == [["a", "b"], ["c", "a", "c"], ["a"]]

@@ -23,7 +23,7 @@ from lora_core.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, AdapterFor
 from lora_core.config import LoraConfig
 from lora_core.models.attention import PackedAttention
 from lora_core.models.base import BaseModel
-from lora_core.models.hooks.bank import AdapterBank, Run
+from lora_core.models.hooks.bank import AdapterBank, Segment
 from tests.support.models import VOCABULARY, adapter_in_double, tiny_base, tiny_model
 
 IDS = torch.randint(3, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(0))
@@ -52,7 +52,7 @@ def write(adapter: Adapter, bank: AdapterBank, folder: Path) -> Path:
 @torch.no_grad()
 def our_logits(base: BaseModel, bank: AdapterBank, adapter: Adapter) -> Tensor:
     """In fp64."""
-    with bank.routed([Run(adapter_in_double(adapter), IDS.shape[1])]):
+    with bank.routed([Segment(adapter_in_double(adapter), IDS.shape[1])]):
         return base.head(base.hidden(IDS, torch.arange(IDS.shape[1])[None], PackedAttention([IDS.shape[1]])))
 
 

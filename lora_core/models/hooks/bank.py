@@ -1,15 +1,15 @@
 """Many adapters on one frozen base: `y = x W^T + scale * (x A^T) B^T`, where every row of x names its own A and B.
 
-    x       [1, tokens, in]     rows of several jobs or requests, each job's rows contiguous (a `Run`)
+    x       [1, tokens, in]     tokens of several jobs or requests, each job's contiguous (a `Segment`)
     A       [r, in]   fp32      B [out, r]   fp32        PEFT's layout; cast down to the dtype of x for the product
     y       [1, tokens, out]
 
 The base is shared and never changes: an adapter is added by a forward hook on the linear, so names, weights and state
-dict of the model stay those of the checkpoint. Each run is computed on its own slice of rows. On CPU in eager fp32 that
-makes an adapter trained in company equal, bit for bit, to the same adapter trained alone, and it is the wall against a
-neighbour's NaN: a mask is not one, since 0 x NaN is NaN.
+dict of the model stay those of the checkpoint. Each segment is computed on its own slice of rows. On CPU in eager fp32
+that makes an adapter trained in company equal, bit for bit, to the same adapter trained alone, and it is the wall
+against a neighbour's NaN: a mask is not one, since 0 x NaN is NaN.
 
-Backward, for each run, with h = dropout(x) A^T:
+Backward, for each segment, with h = dropout(x) A^T:
 
     dh = scale * dy B        dx += dropout(dh A)        A.grad += dh^T dropout(x)        B.grad += scale * dy^T h
 
@@ -36,47 +36,51 @@ from lora_core.adapters.targets import AdaptableModules
 
 
 @dataclass(frozen=True)
-class Run:
-    """`rows` consecutive rows that belong to `adapter` (None: the base alone).
+class Segment:
+    """`tokens` consecutive tokens that belong to `adapter` (None: the base alone).
 
-    `dropout_keys` is int64 `[rows]`, one number for each (job seed, optimizer step, example in the step, token in the
+    `dropout_keys` is int64 `[tokens]`, one number for each (job seed, optimizer step, example in the step, token in the
     document); None outside training.
     """
 
     adapter: Adapter | None
-    rows: int
+    tokens: int
     dropout_keys: Tensor | None = None
 
 
 class AdapterBank(AdaptableModules):
-    """Hooks on a frozen model's linears, through which the rows of `routed` runs get their own adapter's update."""
+    """Hooks on a frozen model's linears, through which the tokens of `routed` segments get their adapter's update."""
 
     def __init__(self, model: PreTrainedModel, row_norms: RowNorms | None = None) -> None:
         super().__init__(model, row_norms)
-        self.runs: Sequence[Run] = ()
-        self._residual_runs: Sequence[Run] = ()  # the same rows, by the residuals of their adapters
+        self.segments: Sequence[Segment] = ()
+        self._residual_segments: Sequence[Segment] = ()  # the same tokens, by the residuals of their adapters
         self._hooks = [module.register_forward_hook(self._hook_for(name)) for name, module in self.modules.items()]
         self._hooks += [
-            module.register_forward_hook(self._activate_by_run) for module in model.modules() if _is_activation(module)
+            module.register_forward_hook(self._activate_by_segment)
+            for module in model.modules()
+            if _is_activation(module)
         ]
 
     @contextmanager
-    def routed(self, runs: Sequence[Run]) -> Iterator[None]:
-        """Within it, forward passes over `[1, sum of rows]` tokens add each run's adapter to its rows."""
-        before = self.runs, self._residual_runs
-        self.runs, self._residual_runs = [run for run in runs if run.rows], ()
-        residuals = [run.adapter and run.adapter.residual for run in self.runs]
+    def routed(self, segments: Sequence[Segment]) -> Iterator[None]:
+        """Within it, forward passes over `[1, sum of tokens]` add each segment's adapter to its tokens."""
+        before = self.segments, self._residual_segments
+        self.segments, self._residual_segments = [segment for segment in segments if segment.tokens], ()
+        residuals = [segment.adapter and segment.adapter.residual for segment in self.segments]
         if any(residuals):
-            self._residual_runs = [Run(one, run.rows) for one, run in zip(residuals, self.runs, strict=True)]
+            self._residual_segments = [
+                Segment(residual, segment.tokens) for residual, segment in zip(residuals, self.segments, strict=True)
+            ]
         try:
             yield
         finally:
-            self.runs, self._residual_runs = before
+            self.segments, self._residual_segments = before
 
-    def head_weights(self, runs: Sequence[Run]) -> list[Tensor]:
-        """The trained A and B that `runs` have on the output head."""
+    def head_weights(self, segments: Sequence[Segment]) -> list[Tensor]:
+        """The trained A and B that `segments` have on the output head."""
         heads = self.modules.keys() - self.linears.keys()
-        return [weight for name in heads for weight in _trained(name, runs)]
+        return [weight for name in heads for weight in _trained(name, segments)]
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -85,69 +89,84 @@ class AdapterBank(AdaptableModules):
 
     def _hook_for(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         def add_updates(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            for runs in filter(None, (self._residual_runs, self.runs)):
-                output = added(runs, args[0], output)
+            for segments in filter(None, (self._residual_segments, self.segments)):
+                output = added(segments, args[0], output)
             return output
 
-        def added(runs: Sequence[Run], x: Tensor, output: Tensor) -> Tensor:
-            adapters = [run.adapter for run in runs if run.adapter is not None and name in run.adapter.a]
+        def added(segments: Sequence[Segment], x: Tensor, output: Tensor) -> Tensor:
+            adapters = _adapters_on(name, segments)
             if not adapters:
                 return output
             for adapter in adapters:
                 self.add_norms(adapter, [name])
             # The trained weights are named as inputs so that a graph grows from the first adapted linear on.
-            trained = _trained(name, runs)
+            trained = _trained(name, segments)
             x = x.reshape(-1, x.shape[-1])
             rows = output.reshape(-1, output.shape[-1])
             bias = getattr(self.modules[name], "bias", None)
-            updated: Tensor = _AddUpdates.apply(rows, x, name, bias, runs, *trained)  # type: ignore[no-untyped-call]
+            updated: Tensor = _AddUpdates.apply(rows, x, name, bias, segments, *trained)  # type: ignore[no-untyped-call]
             return updated.view_as(output)
 
         return add_updates
 
-    def _activate_by_run(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        """The activation function once more, run by run, where several runs of fp32 or fp64 share a row.
+    def _activate_by_segment(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        """Compute the activation once more, segment by segment, where several of fp32 or fp64 share a row.
 
         torch computes SiLU and GELU in vectors, and the last few elements of each thread's share one at a time with
         another rounding. In one call over all rows it depends on the neighbours which elements those are (seen with two
         threads at 172 features, with three at 11,008).
         """
         (x,) = args
-        if len(self.runs) < 2 or x.shape[0] != 1 or x.dtype not in (torch.float32, torch.float64):
+        if len(self.segments) < 2 or x.shape[0] != 1 or x.dtype not in (torch.float32, torch.float64):
             return None
-        return torch.cat([module.forward(part) for part in x.split([run.rows for run in self.runs], dim=1)], dim=1)
+        parts = x.split([segment.tokens for segment in self.segments], dim=1)
+        return torch.cat([module.forward(part) for part in parts], dim=1)
 
 
-def _trained(name: str, runs: Sequence[Run]) -> list[Tensor]:
-    adapters = [run.adapter for run in runs if run.adapter is not None and name in run.adapter.a]
-    return [weight for adapter in adapters for weight in (adapter.a[name], adapter.b[name]) if weight.requires_grad]
+def _adapters_on(name: str, segments: Sequence[Segment]) -> list[Adapter]:
+    return [segment.adapter for segment in segments if segment.adapter is not None and name in segment.adapter.a]
+
+
+def _trained(name: str, segments: Sequence[Segment]) -> list[Tensor]:
+    return [
+        weight
+        for adapter in _adapters_on(name, segments)
+        for weight in (adapter.a[name], adapter.b[name])
+        if weight.requires_grad
+    ]
 
 
 class _AddUpdates(torch.autograd.Function):
-    """output `[tokens, out]` and x `[tokens, in]` -> output plus each run's update.
+    """output `[tokens, out]` and x `[tokens, in]` -> output plus each segment's update.
 
-    The gradients of A and B are added to their `.grad` here, run after run, and never pass through autograd: it would
-    first add up the runs of one micro-batch, so that a job's sum depended on which of its chunks happened to share one.
+    The gradients of A and B are added to their `.grad` here, segment after segment, and never pass through autograd: it
+    would first add up the segments of one micro-batch, so that a job's sum depended on which of its chunks shared one.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, x: Tensor, module: str, bias: Tensor | None, runs: Sequence[Run], *trained: Tensor
+        ctx: Any,
+        output: Tensor,
+        x: Tensor,
+        module: str,
+        bias: Tensor | None,
+        segments: Sequence[Segment],
+        *trained: Tensor,
     ) -> Tensor:
         updated = torch.empty_like(output)
-        rows = [run.rows for run in runs]
+        rows = [segment.tokens for segment in segments]
         kept: list[Tensor | None] = []
-        for run, x_rows, out_rows, target in zip(
-            runs, x.split(rows), output.split(rows), updated.split(rows), strict=True
+        for segment, x_rows, out_rows, target in zip(
+            segments, x.split(rows), output.split(rows), updated.split(rows), strict=True
         ):
-            adapter = run.adapter
+            adapter = segment.adapter
             if adapter is None or module not in adapter.a:
                 target.copy_(out_rows)
                 continue
             a, b = adapter.weights(module, x.dtype)
             keep = None
-            if run.dropout_keys is not None and adapter.dropout > 0:
-                mask = dropout_mask(x.shape[1], adapter.dropout, run.dropout_keys, adapter.module_keys[module])
+            if segment.dropout_keys is not None and adapter.dropout > 0:
+                mask = dropout_mask(x.shape[1], adapter.dropout, segment.dropout_keys, adapter.module_keys[module])
                 keep = mask.view(torch.uint8).to(x.dtype)  # from bool it would take eight times as long
                 x_rows = _dropped(x_rows, keep, adapter.dropout)
             h = F.linear(x_rows, a)
@@ -158,19 +177,21 @@ class _AddUpdates(torch.autograd.Function):
                 torch.addmm(out_rows, h, b.t(), alpha=adapter.scale[module], out=target)
             kept += [h, keep, v]
         ctx.save_for_backward(x, *kept)
-        ctx.module, ctx.runs, ctx.trained = module, runs, len(trained)
+        ctx.module, ctx.segments, ctx.trained = module, segments, len(trained)
         return updated
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         x, *kept = ctx.saved_tensors
-        module, rows = ctx.module, [run.rows for run in ctx.runs]
+        module, rows = ctx.module, [segment.tokens for segment in ctx.segments]
         doutput = dy.clone() if any(v is not None for v in kept[2::3]) else dy
         dx = torch.empty_like(x) if ctx.needs_input_grad[1] else None
         dx_parts = [None] * len(rows) if dx is None else dx.split(rows)
-        for run, x_rows, dy_rows, dx_rows in zip(ctx.runs, x.split(rows), doutput.split(rows), dx_parts, strict=True):
-            adapter = run.adapter
+        for segment, x_rows, dy_rows, dx_rows in zip(
+            ctx.segments, x.split(rows), doutput.split(rows), dx_parts, strict=True
+        ):
+            adapter = segment.adapter
             if adapter is None or module not in adapter.a:
                 if dx_rows is not None:
                     dx_rows.zero_()

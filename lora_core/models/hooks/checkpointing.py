@@ -1,7 +1,7 @@
 """Activation checkpointing: keep each decoder layer's input alone, and run the layer again in the backward pass.
 
     forward     y = layer(x)                 saved: x
-    backward    layer(x) once more, with the runs that were routed then; from there as if nothing had been left out
+    backward    layer(x) once more, with the segments that were routed then; from there as if nothing had been left out
 
 Bit for bit the same as without in eager fp32: the second pass has the same rows, weights and dropout masks (they are
 functions of keys), and A's and B's gradients are added up in the backward pass alone.
@@ -44,10 +44,10 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 def _recomputed(forward: Callable[..., Any], bank: AdapterBank) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        runs = bank.runs
+        segments = bank.segments
 
         def routed_forward(*inputs: Any, **options: Any) -> Any:
-            with bank.routed(runs):  # in the backward pass no run is routed any more
+            with bank.routed(segments):  # in the backward pass no segment is routed any more
                 return forward(*inputs, **options)
 
         # No torch randomness to repeat: dropout masks are functions of keys. The reentrant kind would need an input

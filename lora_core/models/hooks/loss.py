@@ -19,7 +19,7 @@ from torch import Tensor
 from lora_core.data.packing import PackedBatch
 from lora_core.models.attention import Attend, PackedAttention
 from lora_core.models.base import BaseModel
-from lora_core.models.hooks.bank import AdapterBank, Run
+from lora_core.models.hooks.bank import AdapterBank, Segment
 
 SLICE_ROWS = 512  # at a vocabulary of 128 K: 0.26 GB of fp32 logits at a time
 
@@ -31,32 +31,32 @@ Head = Callable[[Tensor, int, Tensor], Tensor]
 
 
 def batch_losses(
-    base: BaseModel, bank: AdapterBank, runs: Sequence[Run], batch: PackedBatch, attend: Attend | None = None
+    base: BaseModel, bank: AdapterBank, segments: Sequence[Segment], batch: PackedBatch, attend: Attend | None = None
 ) -> Tensor:
-    """`[chunks]`: the summed token loss of each chunk of the batch, whose adapter and dropout keys its run has.
+    """`[chunks]`: the summed token loss of each chunk of the batch, whose adapter and dropout keys its segment has.
 
     `attend` is another attention than `PackedAttention`.
     """
-    with bank.routed(runs):
+    with bank.routed(segments):
         hidden = base.hidden(batch.ids, batch.positions, attend or PackedAttention(batch.lengths))[0]
-    return chunk_losses(hidden, routed_head(base, bank, runs), batch.labels, bank.head_weights(runs))
+    return chunk_losses(hidden, routed_head(base, bank, segments), batch.labels, bank.head_weights(segments))
 
 
-def batch_scores(base: BaseModel, bank: AdapterBank, runs: Sequence[Run], batch: PackedBatch) -> Tensor:
+def batch_scores(base: BaseModel, bank: AdapterBank, segments: Sequence[Segment], batch: PackedBatch) -> Tensor:
     """fp64 `[chunks, 2]`: each chunk's summed token loss, and how many of its labels are the most probable token."""
-    with bank.routed(runs):
+    with bank.routed(segments):
         hidden = base.hidden(batch.ids, batch.positions, PackedAttention(batch.lengths))[0]
-    return chunk_scores(hidden, routed_head(base, bank, runs), batch.labels)
+    return chunk_scores(hidden, routed_head(base, bank, segments), batch.labels)
 
 
-def routed_head(base: BaseModel, bank: AdapterBank, runs: Sequence[Run]) -> Head:
-    """The output head with the adapters that chunks have on it; chunk i is `runs[i]`."""
-    starts = list(accumulate((run.rows for run in runs), initial=0))
+def routed_head(base: BaseModel, bank: AdapterBank, segments: Sequence[Segment]) -> Head:
+    """The output head with the adapters that chunks have on it; chunk i is `segments[i]`."""
+    starts = list(accumulate((segment.tokens for segment in segments), initial=0))
 
     def head(hidden: Tensor, chunk: int, rows: Tensor) -> Tensor:
-        run = runs[chunk]
-        keys = None if run.dropout_keys is None else run.dropout_keys[rows - starts[chunk]]
-        with bank.routed([Run(run.adapter, len(rows), keys)]):
+        segment = segments[chunk]
+        keys = None if segment.dropout_keys is None else segment.dropout_keys[rows - starts[chunk]]
+        with bank.routed([Segment(segment.adapter, len(rows), keys)]):
             return base.head(hidden)
 
     return head

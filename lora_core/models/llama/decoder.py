@@ -73,7 +73,7 @@ class Rows:
     ids: Tensor
     positions: Tensor
     lengths: Sequence[int]
-    runs: Sequence[tuple[int, int]]
+    segments: Sequence[tuple[int, int]]
     dropout_keys: Tensor | None = None
 
 
@@ -166,7 +166,7 @@ class Batch:
     def __init__(self, decoder: Decoder, rows: Rows, adapters: Sequence[KernelArgs]) -> None:
         self._decoder, self._adapters = decoder, adapters
         self.ids, device = rows.ids, rows.ids.device
-        self._segments = Segments(rows.runs, device)
+        self._segments = Segments(rows.segments, device)
         if device.type == "cuda" and adapters:  # made here, and not between the first kernels
             _ = self._segments.tiles, self._segments.narrow_tiles, self._segments.spans
         self._dropout_keys = rows.dropout_keys

@@ -27,7 +27,7 @@ from lora_core.data.dataset import Example
 from lora_core.data.packing import Chunk, pack
 from lora_core.models.attention import SHORT_DOCUMENT, Attend, AttentionSpec, plain_attention
 from lora_core.models.base import BaseModel
-from lora_core.models.hooks.bank import AdapterBank, Run
+from lora_core.models.hooks.bank import AdapterBank, Segment
 from lora_core.models.hooks.checkpointing import recomputed_layers
 from lora_core.models.hooks.loss import SLICE_ROWS, batch_losses
 from lora_core.models.llama.decoder import Checkpointing
@@ -96,7 +96,7 @@ def _dry_run(
     bank, base = AdapterBank(model), BaseModel(model, PreTrainedTokenizerBase(), "", "", "", META)
     examples = [Example([0] * length, [False] + [True] * (length - 1)) for length in (tokens, 2)]
     batch = pack([Chunk("", ((0, example),), None) for example in examples], META)
-    routed = [Run(adapter, chunk.rows, chunk.row_tokens) for chunk in batch.chunks]
+    routed = [Segment(adapter, chunk.padded_tokens, chunk.positions) for chunk in batch.chunks]
     known = [*model.parameters(), *model.buffers(), *adapter.trained, *frozen(adapter)]
     meter = Meter([*known, *(tensor.grad for tensor in adapter.trained if tensor.grad is not None)])
     layers = recomputed_layers(model, bank) if checkpointing == "full" else nullcontext()
