@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,13 @@ def _resources(settings: Settings) -> dict[str, Any]:
 
 
 def _has_gpus() -> bool:
-    """The cluster's, or before there is one (`serve run` imports this file first) those of this machine."""
+    """The cluster's, or before there is one (`serve run` imports this file first) those of this machine that Ray sees:
+    a replica that asked for one that is hidden would wait for ever.
+    """
     if ray.is_initialized():
         return bool(ray.cluster_resources().get("GPU"))
-    return any(Path("/dev").glob("nvidia[0-9]*"))
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")
+    return not hidden and any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 app = build_app(load_settings())

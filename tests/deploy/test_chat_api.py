@@ -306,6 +306,19 @@ def test_replicas_ask_for_a_share_of_a_gpu_only_where_there_are_some(
     assert application._resources(Settings(home=tmp_path)) == {"num_cpus": 0, "num_gpus": 0.4}
 
 
+@pytest.mark.parametrize(("visible", "there"), [(None, True), ("0", True), ("", False), ("-1", False)])
+def test_gpus_that_are_hidden_from_ray_are_not_asked_for(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, there: bool
+) -> None:
+    monkeypatch.setattr(application.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(application.Path, "glob", lambda path, pattern: iter([path / "nvidia0"]))
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert application._has_gpus() is there
+
+
 # One application on a Ray of its own.
 
 
