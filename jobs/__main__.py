@@ -47,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     log_to_stderr()
     reach_this_machine_directly()
     use_own_ray()
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars, between our own lines
+    for bars in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # transformers', between our own lines
+        os.environ.setdefault(bars, "1")
     try:
         command: Callable[[Settings, argparse.Namespace], int] = chosen.command
         return command(load_settings(), chosen)
@@ -98,6 +99,7 @@ def _submit(settings: Settings, arguments: argparse.Namespace) -> int:
         check_database(settings.database_url, size.nodes)
         workers = max(size.workers, settings.max_workers or 0)
     else:
+        ensure_scheduler(settings, queue)  # Ray comes up while the job is checked; with nothing to do it ends by itself
         import torch
 
         workers = torch.cuda.device_count() or os.cpu_count() or 1

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs.__main__ import PATIENCE_SECONDS, WATCH_SECONDS, follow
+from jobs.__main__ import PATIENCE_SECONDS, WATCH_SECONDS, follow, main
 from jobs.job import JobStatus, lease_name
 from jobs.scheduling.launcher import RayUnreachableError
+from jobs.spec import SpecError
 from jobs.store.jobs import JobQueue
 from tests.support.queue_kit import submit
 
@@ -45,6 +46,20 @@ def follower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     queue = JobQueue(f"sqlite:///{tmp_path / 'lora.db'}")
     yield Follower(queue, monkeypatch, capsys)
     queue.close()
+
+
+def test_ray_comes_up_while_a_job_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def refuse(*_: object) -> None:
+        order.append("checked")
+        raise SpecError(["no such row"])
+
+    monkeypatch.setenv("LORA_HOME", str(tmp_path))
+    monkeypatch.setattr("jobs.scheduling.scheduler.ensure_scheduler", lambda *_: order.append("started"))
+    monkeypatch.setattr("jobs.admission.admit", refuse)
+    assert main(["submit", "jobs/examples/triage.yaml"]) == 2
+    assert order == ["started", "checked"]
 
 
 def test_without_a_scheduler_that_is_said_once(follower: Follower) -> None:
