@@ -19,16 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.storage.directory import (
-    Storage,
-    StorageCorrupt,
-    StorageNotFound,
-    adapter_of_alias,
-    adapter_prefix,
-    adapter_versions_prefix,
-    alias_key,
-    aliases_prefix,
-)
+from cluster.storage.base import Storage, StorageCorrupt, StorageNotFound
+from cluster.storage.keys import adapter_of_alias, adapter_prefix, adapter_versions_prefix, alias_key, aliases_prefix
 
 LATEST = "latest"
 MANIFEST = "manifest.json"

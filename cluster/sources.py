@@ -6,7 +6,8 @@ import fcntl
 import hashlib
 from pathlib import Path
 
-from cluster.storage.directory import StorageConfigError, open_storage
+from cluster.storage.base import StorageConfigError
+from cluster.storage.directory import open_storage
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 

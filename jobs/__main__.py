@@ -16,17 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from cluster.embedded_ray import embedded_environment, stop_embedded, stop_recorded
 from cluster.proxies import reach_this_machine_directly
-from cluster.ray_runtime import (
-    cluster_name,
-    code_version,
-    embedded_environment,
-    log_to_stderr,
-    on_a_cluster,
-    stop_embedded,
-    stop_recorded,
-    use_own_ray,
-)
+from cluster.ray_runtime import cluster_name, code_version, log_to_stderr, on_a_cluster, use_own_ray
 from cluster.settings import Settings, SettingsError, load_settings
 from jobs.job import TERMINAL, Job, JobError, JobStatus, RequestedAction, lease_name
 from jobs.job_report import progress_line, report

@@ -19,7 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cluster.settings import ALIAS, Settings
 from cluster.sources import fetch_url, listed_files, local_source
-from cluster.storage.directory import Storage, StorageError, dataset_key, job_spec_key, open_storage
+from cluster.storage.base import Storage, StorageError
+from cluster.storage.directory import open_storage
+from cluster.storage.keys import dataset_key, job_spec_key
 from jobs.initial_adapter import fetch_initial, store_initial
 from jobs.job import Job
 from jobs.spec import JobSpec, SpecError

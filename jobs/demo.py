@@ -18,8 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from cluster.embedded_ray import find_embedded, record_process
 from cluster.proxies import reach_this_machine_directly
-from cluster.ray_runtime import WHICH_RAY, NoClusterError, find_embedded, record_process
+from cluster.ray_runtime import WHICH_RAY, NoClusterError
 from cluster.settings import Settings, load_settings
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"

@@ -16,7 +16,9 @@ from pathlib import Path
 
 from cluster.registry import LATEST, AdapterNotFound, AdapterRegistry, content_digest
 from cluster.settings import Settings
-from cluster.storage.directory import Storage, StorageCorrupt, StorageNotFound, init_adapter_key, open_storage
+from cluster.storage.base import Storage, StorageCorrupt, StorageNotFound
+from cluster.storage.directory import open_storage
+from cluster.storage.keys import init_adapter_key
 from jobs.spec import is_published_adapter
 from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cluster.storage.directory import Storage, examples_key
+from cluster.storage.base import Storage
+from cluster.storage.keys import examples_key
 from jobs.spec import JobSpec
 from lora_core.data.dataset import build_datasets
 from lora_core.data.encoded_datasets import Datasets, read_datasets, write_datasets

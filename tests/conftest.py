@@ -21,7 +21,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # how kernels run without a GPU; read when one is defined
 
-from cluster.storage.directory import Storage, open_storage
+from cluster.storage.base import Storage
+from cluster.storage.directory import open_storage
 from lora_core.models import files as base_files
 from lora_core.models.exactness import ask_for_exact_products
 from tests.support.s3_server import S3Server, running_s3_server

@@ -20,7 +20,8 @@ from starlette.exceptions import HTTPException
 
 from cluster.registry import AdapterEntry, AdapterNotFound, AdapterRegistry
 from cluster.settings import Settings
-from cluster.storage.directory import StorageError, open_storage
+from cluster.storage.base import StorageError
+from cluster.storage.directory import open_storage
 from deploy.api.responses import ChatResponse, CompletionResponse, TextResponse, event, model_object, parse_model
 from deploy.api.schemas import ApiError, ChatRequest, CompletionRequest, TextRequest, parse_request
 from deploy.serving.protocol import Opened, Piece, Question, Refusal

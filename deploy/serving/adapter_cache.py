@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cluster.registry import AdapterRegistry, AdapterVersion
-from cluster.storage.directory import StorageError
+from cluster.storage.base import StorageError
 from deploy.serving.decode_loop import DecodeLoop
 from deploy.serving.metrics import ServingMetrics
 from lora_core.adapters.adapter import Adapter

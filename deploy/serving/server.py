@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 from cluster.registry import AdapterNotFound, AdapterRegistry
 from cluster.settings import Settings
 from cluster.sources import local_source
-from cluster.storage.directory import StorageCorrupt, StorageError, open_storage
+from cluster.storage.base import StorageCorrupt, StorageError
+from cluster.storage.directory import open_storage
 from deploy.serving.protocol import Answer, FinishReason, Opened, Piece, Question, Refusal
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the driver that deploys this class has no use for it

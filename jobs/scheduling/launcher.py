@@ -26,9 +26,15 @@ from cluster.ray_runtime import job_runtime_env
 from jobs.job import JobError
 
 NO_ANSWER = (RuntimeError, RayError, RayStateApiException, requests.RequestException, ConnectionError)
+SCHEDULERS = "lora-scheduler-"  # how their submission ids begin
 KNOCK_SECONDS = 5.0
 AGENT_SECONDS = 30.0
 """A node takes jobs only some seconds after it joined; until then Ray answers that it has no agent."""
+
+
+def scheduler_id(number: int) -> str:
+    """The submission id of a cluster's scheduler, which callers that start one at once share."""
+    return f"{SCHEDULERS}{number}"
 
 
 class RunState(StrEnum):
@@ -137,8 +143,7 @@ class Launcher:
         return any(
             job.status in (RayStatus.PENDING, RayStatus.RUNNING)
             for job in jobs
-            if not (job.submission_id or "").startswith("lora-scheduler-")
-            and "jobs scheduler" not in (job.entrypoint or "")
+            if not (job.submission_id or "").startswith(SCHEDULERS) and "jobs scheduler" not in (job.entrypoint or "")
         )
 
     def _client(self) -> JobSubmissionClient:

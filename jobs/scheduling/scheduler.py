@@ -24,10 +24,11 @@ from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, start_http_server
 
-from cluster.ray_runtime import OwnerLock, cluster_name, has_owner, on_a_cluster, start_embedded, stop_embedded
+from cluster.embedded_ray import OwnerLock, has_owner, start_embedded, stop_embedded
+from cluster.ray_runtime import cluster_name, on_a_cluster
 from cluster.settings import Settings
 from jobs.job import EventKind, Job, JobError, JobStatus, Lease, Session, SessionState, lease_name
-from jobs.scheduling.launcher import Launcher, RayUnreachableError, RunState
+from jobs.scheduling.launcher import Launcher, RayUnreachableError, RunState, scheduler_id
 from jobs.scheduling.metrics import QueueCollector
 from jobs.scheduling.policy import Assign, Cluster, Launch, Stop, plan, reasons
 from jobs.store.jobs import JobQueue
@@ -259,11 +260,9 @@ def ensure_scheduler(settings: Settings, queue: JobQueue) -> None:
         held = queue.lease(lease_name(cluster_name(settings)))
         if held is None or not held.valid:
             launcher, number = Launcher(settings.driver_labels), held.token + 1 if held else 1
-            while (
-                launcher.state(f"lora-scheduler-{number}").state is RunState.ENDED
-            ):  # it died before it took the lease
+            while launcher.state(scheduler_id(number)).state is RunState.ENDED:  # it died before it took the lease
                 number += 1
-            launcher.launch_scheduler(f"lora-scheduler-{number}")
+            launcher.launch_scheduler(scheduler_id(number))
         return
     if has_owner(settings):
         return

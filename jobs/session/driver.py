@@ -24,14 +24,14 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from cluster.registry import AdapterRegistry
 from cluster.settings import Settings
-from cluster.storage.directory import (
-    StorageError,
+from cluster.storage.base import StorageError
+from cluster.storage.directory import open_storage
+from cluster.storage.keys import (
     checkpoint_marker_key,
     checkpoints_prefix,
     committed_checkpoint,
     dataset_key,
     job_result_key,
-    open_storage,
 )
 from jobs.job import TERMINAL, EventKind, Job, JobStatus, RequestedAction, SessionState
 from jobs.session.messages import (

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from cluster.storage.directory import Storage, StorageUnavailable
+from cluster.storage.base import Storage, StorageUnavailable
 from jobs.initial_adapter import load_initial
 from jobs.session.messages import Assignment
 from jobs.spec import JobSpec

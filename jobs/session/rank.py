@@ -28,7 +28,9 @@ import torch
 from cluster.ray_runtime import log_to_stderr
 from cluster.settings import Settings
 from cluster.sources import local_source
-from cluster.storage.directory import Storage, checkpoint_state_key, open_storage
+from cluster.storage.base import Storage
+from cluster.storage.directory import open_storage
+from cluster.storage.keys import checkpoint_state_key
 from jobs.session.collectives import Collectives, PeerLostError
 from jobs.session.loader import JobReader, Read
 from jobs.session.messages import (

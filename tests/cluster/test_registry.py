@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 
 from cluster.registry import MANIFEST, AdapterNotFound, AdapterRegistry, AdapterVersion, content_digest
-from cluster.storage.directory import Storage, StorageCorrupt, StorageNotFound, adapter_prefix, alias_key, open_storage
+from cluster.storage.base import Storage, StorageCorrupt, StorageNotFound
+from cluster.storage.directory import open_storage
+from cluster.storage.keys import adapter_prefix, alias_key
 
 FILES = {"adapter_config.json": b'{"r": 16}', "adapter_model.safetensors": bytes(range(256)) * 400}
 OTHER = {"x": {"sha256": "0" * 64, "size": 1}}

@@ -10,14 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.ray_runtime import (
-    EmbeddedRay,
-    cluster_name,
-    embedded_environment,
-    job_runtime_env,
-    on_a_cluster,
-    use_own_ray,
-)
+from cluster.embedded_ray import EmbeddedRay, embedded_environment
+from cluster.ray_runtime import cluster_name, job_runtime_env, on_a_cluster, use_own_ray
 from cluster.settings import Settings
 from jobs import demo
 from tests.support.another_ray import raylet_command

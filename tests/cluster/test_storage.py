@@ -16,14 +16,9 @@ from pathlib import Path
 import pytest
 
 from cluster.storage import s3 as storage_s3
-from cluster.storage.directory import (
-    DirectoryStorage,
-    S3Storage,
-    Storage,
-    StorageConfigError,
-    StorageCorrupt,
-    StorageError,
-    StorageNotFound,
+from cluster.storage.base import Storage, StorageConfigError, StorageCorrupt, StorageError, StorageNotFound
+from cluster.storage.directory import DirectoryStorage, open_storage
+from cluster.storage.keys import (
     adapter_of_alias,
     adapter_prefix,
     alias_key,
@@ -31,8 +26,8 @@ from cluster.storage.directory import (
     checkpoint_state_key,
     checkpoints_prefix,
     committed_checkpoint,
-    open_storage,
 )
+from cluster.storage.s3 import S3Storage
 
 MIB = 2**20
 ODD_NAMES = ["Qwen2.5 7B (chat)", "a/b", "..", ".", ".tmp-x", "50%", "a%2Fb", "a+b&c=d", "a:b@c"]

@@ -17,15 +17,9 @@ from botocore.exceptions import ReadTimeoutError
 from botocore.httpsession import URLLib3Session
 
 from cluster.storage import s3 as storage_s3
-from cluster.storage.directory import (
-    S3Storage,
-    Storage,
-    StorageConfigError,
-    StorageError,
-    StorageNotFound,
-    StorageUnavailable,
-    open_storage,
-)
+from cluster.storage.base import Storage, StorageConfigError, StorageError, StorageNotFound, StorageUnavailable
+from cluster.storage.directory import open_storage
+from cluster.storage.s3 import S3Storage
 from tests.support.s3_server import S3Server
 
 MIB = 2**20

@@ -13,7 +13,8 @@ import pytest
 
 from cluster.registry import AdapterRegistry, AdapterVersion
 from cluster.settings import Settings
-from cluster.storage.directory import StorageUnavailable, open_storage
+from cluster.storage.base import StorageUnavailable
+from cluster.storage.directory import open_storage
 from deploy.serving import adapter_cache, decode_loop
 from deploy.serving import metrics as ray_metrics
 from deploy.serving.decode_loop import DecodeLoop

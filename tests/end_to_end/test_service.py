@@ -24,7 +24,8 @@ import psutil
 import pytest
 
 from cluster.settings import Settings
-from cluster.storage.directory import checkpoints_prefix, examples_key, open_storage
+from cluster.storage.directory import open_storage
+from cluster.storage.keys import checkpoints_prefix, examples_key
 from jobs.__main__ import follow, main
 from jobs.admission import admit
 from jobs.job import Job, JobStatus, RequestedAction

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from cluster.registry import AdapterRegistry
 from cluster.settings import Settings
-from cluster.storage.directory import StorageCorrupt, StorageNotFound, dataset_key, init_adapter_key, open_storage
+from cluster.storage.base import StorageCorrupt, StorageNotFound
+from cluster.storage.directory import open_storage
+from cluster.storage.keys import dataset_key, init_adapter_key
 from jobs.admission import admit
 from jobs.initial_adapter import load_initial
 from jobs.session.loader import JobReader

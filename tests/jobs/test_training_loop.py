@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from cluster.settings import Settings
-from cluster.storage.directory import StorageCorrupt, StorageUnavailable, examples_key
+from cluster.storage.base import StorageCorrupt, StorageUnavailable
+from cluster.storage.keys import examples_key
 from jobs.session import loader as job_reader
 from jobs.session import rank as training_loop
 from jobs.session.loader import JobReader

@@ -1,0 +1,90 @@
+"""Where everything lies in storage: every path is spelled here and nowhere else.
+
+    datasets/<sha256>                                      rows as they were submitted
+    examples/<sha256>                                      what they became
+    init_adapters/<digest>/<file>                          adapters to start from
+    jobs/<id>/spec.json, result.json                       the second record of a job
+    jobs/<id>/checkpoints/<attempt>-<step>/state           one checkpoint, which counts once COMMITTED lies beside it
+    adapters/<tenant>/<base>/<name>/<version>/<file>       published; the manifest is written last
+    aliases/<tenant>/<base>/<name>/<alias>.json            the version that an alias names
+
+Names that users choose (tenant, base, adapter) are percent-encoded, so that any name is one part of a key, on any file
+system.
+"""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import quote, unquote
+
+
+def dataset_key(sha256: str) -> str:
+    return f"datasets/{sha256}"
+
+
+def examples_key(sha256: str) -> str:
+    """Of what the rows of a job became."""
+    return f"examples/{sha256}"
+
+
+def init_adapter_key(digest: str, file: str) -> str:
+    return f"init_adapters/{digest}/{file}"
+
+
+def job_spec_key(job_id: str) -> str:
+    return f"jobs/{job_id}/spec.json"
+
+
+def job_result_key(job_id: str) -> str:
+    return f"jobs/{job_id}/result.json"
+
+
+def checkpoints_prefix(job_id: str) -> str:
+    return f"jobs/{job_id}/checkpoints/"
+
+
+def checkpoint_state_key(job_id: str, attempt: int, step: int) -> str:
+    return f"{checkpoints_prefix(job_id)}{attempt}-{step}/state"
+
+
+def checkpoint_marker_key(job_id: str, attempt: int, step: int) -> str:
+    """Written last: a checkpoint counts once this exists."""
+    return f"{checkpoints_prefix(job_id)}{attempt}-{step}/COMMITTED"
+
+
+def committed_checkpoint(key: str) -> tuple[int, int] | None:
+    """(attempt, step) if the key is a checkpoint's marker, else None: the inverse of `checkpoint_marker_key`."""
+    match = re.fullmatch(r"jobs/[^/]+/checkpoints/(\d+)-(\d+)/COMMITTED", key)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def adapter_versions_prefix(tenant: str, base: str, name: str) -> str:
+    return f"adapters/{_part(tenant)}/{_part(base)}/{_part(name)}/"
+
+
+def adapter_prefix(tenant: str, base: str, name: str, version: str) -> str:
+    return f"{adapter_versions_prefix(tenant, base, name)}{_part(version)}/"
+
+
+def aliases_prefix(tenant: str) -> str:
+    """Aliases lie beside the adapters: listing a tenant's adapters does not list the files of every version."""
+    return f"aliases/{_part(tenant)}/"
+
+
+def alias_key(tenant: str, base: str, name: str, alias: str) -> str:
+    return f"{aliases_prefix(tenant)}{_part(base)}/{_part(name)}/{_part(alias)}.json"
+
+
+def adapter_of_alias(key: str) -> tuple[str, str, str]:
+    """(base, name, alias): the inverse of `alias_key`."""
+    _, _, base, name, file = key.split("/")
+    return _name(base), _name(name), _name(file.removesuffix(".json"))
+
+
+def _part(name: str) -> str:
+    quoted = quote(name, safe="", errors="surrogatepass")  # JSON can hold half a surrogate pair
+    return f"%2E{quoted[1:]}" if quoted.startswith(".") else quoted
+
+
+def _name(part: str) -> str:
+    return unquote(part, errors="surrogatepass")
