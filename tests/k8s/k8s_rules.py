@@ -1,11 +1,10 @@
-"""What must hold for the Kubernetes manifests: KubeRay's schemas, its operator's rules, and the code that they start.
+"""What must hold for the Kubernetes manifests: their schemas, and what the project asks of them beyond those.
 
 A check takes the rendered objects and answers with its complaints: a test shows it a fault and sees it refuse.
 """
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections.abc import Iterator
@@ -22,19 +21,22 @@ Object = dict[str, Any]
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "k8s" / "base"
-NAME_LIMITS = {
-    "RayCluster": 53,
-    "RayService": 47,
-}  # the operator's: it appends to these names, and 63 is Kubernetes' end
+RAY_KINDS = ("RayCluster", "RayService")
 GPU = "nvidia.com/gpu"
 DATABASE_SECRET = "lora-database"
 SEES_DATABASE = {"RayCluster/lora-training/driver", "Deployment/lora-scheduler"}
 
 
-def load_schemas(folder: Path) -> dict[str, Object]:
-    """Kind -> JSON Schema that refuses unknown fields, from a folder of KubeRay's custom resource definitions."""
+def our_schemas() -> dict[str, Object]:
+    """Kind -> JSON Schema that refuses unknown fields, of the fields that the manifests use."""
+    kinds = yaml.safe_load((Path(__file__).parent / "fields.yaml").read_text())["kinds"]
+    return {kind: strict(schema) for kind, schema in kinds.items()}
+
+
+def kuberay_schemas(folder: Path) -> dict[str, Object]:
+    """The same of all fields that there are, from a folder of KubeRay's custom resource definitions."""
     schemas = {}
-    for kind in NAME_LIMITS:
+    for kind in RAY_KINDS:
         crd = yaml.load((folder / f"ray.io_{kind.lower()}s.yaml").read_text(), yaml.CSafeLoader)
         version = next(version for version in crd["spec"]["versions"] if version["name"] == "v1")
         schemas[kind] = strict(version["schema"]["openAPIV3Schema"])
@@ -50,6 +52,7 @@ def strict(schema: Object) -> Object:
     """The schema with every object closed: the API server would drop an unknown field, and with it what was meant."""
     closed = dict(schema)
     if "properties" in schema:
+        closed["type"] = "object"
         closed["properties"] = {name: strict(part) for name, part in schema["properties"].items()}
         closed["additionalProperties"] = False
     if "items" in schema:
@@ -57,23 +60,12 @@ def strict(schema: Object) -> Object:
     return closed
 
 
-def with_defaults(value: Any, schema: Object) -> Any:
-    """The value as the API server completes it, before it validates: required fields with a default may be left out."""
-    if isinstance(value, list):
-        return [with_defaults(item, schema.get("items", {})) for item in value]
-    if not isinstance(value, dict):
-        return value
-    parts = schema.get("properties", {})
-    complete = {name: part["default"] for name, part in parts.items() if "default" in part} | value
-    return {name: with_defaults(item, parts.get(name, {})) for name, item in complete.items()}
-
-
 def schema_problems(manifests: list[Object], schemas: dict[str, Object]) -> list[str]:
     """Where an object breaks the schema of its kind; kinds without a schema here pass."""
     problems = []
     for item in manifests:
         schema = schemas.get(item["kind"], {})
-        for error in jsonschema.Draft202012Validator(schema).iter_errors(with_defaults(item, schema)):
+        for error in jsonschema.Draft202012Validator(schema).iter_errors(item):
             problems.append(f"{item['kind']}: {error.json_path}: {error.message[:200]}")
     return problems
 
@@ -86,7 +78,7 @@ def named(manifests: list[Object], kind: str) -> dict[str, Object]:
 def ray_specs(manifests: list[Object]) -> Iterator[tuple[str, Object]]:
     """`Kind/name` and cluster spec of everything that becomes a Ray cluster."""
     for item in manifests:
-        if item["kind"] in NAME_LIMITS:
+        if item["kind"] in RAY_KINDS:
             spec = item["spec"] if item["kind"] == "RayCluster" else item["spec"]["rayClusterConfig"]
             yield f"{item['kind']}/{item['metadata']['name']}", spec
 
@@ -107,15 +99,10 @@ def containers(pod: Object) -> list[Object]:
     return [*pod["containers"], *pod.get("initContainers", [])]
 
 
-def operator_problems(manifests: list[Object]) -> list[str]:
-    """What KubeRay refuses or runs wrongly though its schema allows it (mostly from its validation.go)."""
+def placement_problems(manifests: list[Object]) -> list[str]:
+    """Pods of another Ray, and work where it does not belong."""
     problems = []
-    for kind, limit in NAME_LIMITS.items():
-        problems += [
-            f"{kind}/{name}: more than {limit} characters" for name in named(manifests, kind) if len(name) > limit
-        ]
     for where, spec in ray_specs(manifests):
-        v2 = spec.get("enableInTreeAutoscaling", False) and spec["autoscalerOptions"]["version"] == "v2"
         for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
             place = f"{where}/{group.get('groupName', 'head')}"
             alone = place == f"{where}/head" or place in SEES_DATABASE
@@ -123,27 +110,9 @@ def operator_problems(manifests: list[Object]) -> list[str]:
                 problems.append(
                     f"{place}: num-cpus is not '0', so that work lands beside the control plane or the database"
                 )
-            if group["template"]["spec"].get("restartPolicy", "Never") != "Never" and v2:
-                problems.append(f"{place}: restartPolicy with autoscaler v2")
-            if group.get("resources") and {"num-cpus", "num-gpus", "memory", "resources"} & set(
-                group["rayStartParams"]
-            ):
-                problems.append(f"{place}: resources both in rayStartParams and in the group")
-            if "labels" in group["rayStartParams"]:
-                problems.append(f"{place}: labels belong in the group, not in rayStartParams")
-            if "idleTimeoutSeconds" in group and not v2:
-                problems.append(f"{place}: idleTimeoutSeconds without autoscaler v2")
-            low, high = group.get("minReplicas", 0), group.get("maxReplicas", 2**31 - 1)
-            if not low <= group.get("replicas", low) <= high:
-                problems.append(f"{place}: minReplicas <= replicas <= maxReplicas does not hold")
             for container in group["template"]["spec"]["containers"]:
                 if not container["image"].endswith(f"ray{spec['rayVersion']}"):
                     problems.append(f"{place}: image {container['image']} is not of Ray {spec['rayVersion']}")
-                resources = container["resources"]
-                if resources["limits"].get(GPU) != resources["requests"].get(GPU):
-                    problems.append(
-                        f"{place}: {GPU} must stand in limits, which is what KubeRay and the device plugin read"
-                    )
     return problems
 
 
@@ -194,7 +163,7 @@ def variables(container: Object, manifests: list[Object]) -> dict[str, str]:
 
 
 def code_problems(manifests: list[Object]) -> list[str]:
-    """Variables, modules and import paths that the code does not have, and names that must agree and do not."""
+    """Variables and keys that the code does not read, and names that must agree and do not."""
     known = {f"LORA_{field.upper()}" for field in Settings.model_fields}
     ((cluster, training),) = named(manifests, "RayCluster").items()
     groups = training["spec"]["workerGroupSpecs"]
@@ -217,9 +186,6 @@ def code_problems(manifests: list[Object]) -> list[str]:
                     problems.append(f"{where}: no setting is called {name}")
                 if wanted.get(name, value) != value:
                     problems.append(f"{where}: {name} is {value}, not {wanted[name]}")
-            command = [*container.get("command", []), *container.get("args", [])]
-            if command and not (command[:2] == ["python", "-m"] and has_module(command[2])):
-                problems.append(f"{where}: {' '.join(command)} starts no module of this project")
     for name, item in named(manifests, "RayService").items():
         problems += [f"RayService/{name}: {problem}" for problem in serve_problems(item["spec"]["serveConfigV2"])]
     return problems
@@ -230,14 +196,8 @@ def pod_gpus(pod: Object) -> int:
     return sum(int(container["resources"]["limits"].get(GPU, 0)) for container in containers(pod))
 
 
-def has_module(name: str) -> bool:
-    """Whether `python -m name` finds a file of this project."""
-    path = ROOT.joinpath(*name.split("."))
-    return path.with_suffix(".py").exists() or (path / "__main__.py").exists()
-
-
 def serve_problems(config_text: str) -> list[str]:
-    """What is wrong with a serveConfigV2: unknown keys, and import paths that lead nowhere in this project."""
+    """Keys of a serveConfigV2 that Serve would not read."""
     config = yaml.safe_load(config_text)
     ServeDeploySchema.model_validate(config)
     problems = [f"unknown key {key}" for key in sorted(set(config) - set(ServeDeploySchema.model_fields))]
@@ -245,21 +205,4 @@ def serve_problems(config_text: str) -> list[str]:
         problems += [
             f"unknown key {key}" for key in sorted(set(application) - set(ServeApplicationSchema.model_fields))
         ]
-        module, _, attribute = application["import_path"].partition(":")
-        path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
-        if not path.exists():
-            problems.append(f"import_path {module} is no file")
-        elif attribute not in names_assigned(path.read_text()):
-            problems.append(f"import_path {module} has no {attribute}")
     return problems
-
-
-def names_assigned(source: str) -> set[str]:
-    """Names that a module binds at its top level by assignment."""
-    found = set()
-    for node in ast.parse(source).body:
-        targets = (
-            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        )
-        found |= {target.id for target in targets if isinstance(target, ast.Name)}
-    return found
