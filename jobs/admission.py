@@ -29,10 +29,10 @@ from jobs.stored_examples import examples_of, store_examples
 from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.init import LoraConfigError, adapted_modules, check_without_dense_weights, continued_adapter
 from lora_core.adapters.peft_format import read_adapter
+from lora_core.adapters.targets import AdaptableModules
 from lora_core.data.dataset import DatasetError
 from lora_core.models.base import QUANTISED, describe_base, not_quantised, too_long
 from lora_core.models.checks import BaseModelError
-from lora_core.models.hooks.bank import AdapterBank
 
 T = TypeVar("T")
 
@@ -76,8 +76,8 @@ def admit(spec: JobSpec, settings: Settings, max_workers: int | None) -> Admitte
     storage = _checked(lambda: _writable(settings), problems, "storage")
     described = _checked(lambda: _described(spec, settings), problems, "base_model")
     if described is not None:
-        bank = AdapterBank(described[0])
-        _fits(lambda: _adapted(spec, bank), problems)
+        adaptable = AdaptableModules(described[0])
+        _fits(lambda: _adapted(spec, adaptable), problems)
         if spec.precision in QUANTISED and (problem := not_quantised(described[0], spec.precision)):
             problems.append(f"precision: {problem}")
     with (
@@ -87,7 +87,7 @@ def admit(spec: JobSpec, settings: Settings, max_workers: int | None) -> Admitte
     ):
         adapter = Path(folder) / Path(spec.init_adapter or "").name
         if spec.init_adapter is not None and described is not None and storage is not None:
-            _check_initial(spec, settings, storage, bank, adapter, problems)
+            _check_initial(spec, settings, storage, adaptable, adapter, problems)
         examples, summary = None, list[str]()
         if described is not None and dataset is not None:
             examples = _checked(lambda: examples_of(spec, dataset, validation, *described), problems, "dataset")
@@ -106,7 +106,7 @@ def admit(spec: JobSpec, settings: Settings, max_workers: int | None) -> Admitte
 
 
 def _check_initial(
-    spec: JobSpec, settings: Settings, storage: Storage, bank: AdapterBank, folder: Path, problems: list[str]
+    spec: JobSpec, settings: Settings, storage: Storage, adaptable: AdaptableModules, folder: Path, problems: list[str]
 ) -> None:
     """Fetch the adapter to start from into `folder`, and see that the job can go on from it."""
     source, base = str(spec.init_adapter), settings.base_name(spec.base_model)
@@ -114,17 +114,17 @@ def _check_initial(
     def fetch() -> Adapter:
         folder.mkdir()
         fetch_initial(source, base, storage, settings, folder)
-        return read_adapter(folder, bank)
+        return read_adapter(folder, adaptable)
 
     given = _checked(fetch, problems, "init_adapter")
     if given is not None and not any(problem.startswith("lora.") for problem in problems):
-        _fits(lambda: continued_adapter(bank, spec.lora, given), problems)
+        _fits(lambda: continued_adapter(adaptable, spec.lora, given), problems)
 
 
-def _adapted(spec: JobSpec, bank: AdapterBank) -> None:
-    adapted_modules(bank, spec.lora)
+def _adapted(spec: JobSpec, adaptable: AdaptableModules) -> None:
+    adapted_modules(adaptable, spec.lora)
     if spec.precision in QUANTISED:
-        check_without_dense_weights(bank, spec.lora, spec.precision)
+        check_without_dense_weights(adaptable, spec.lora, spec.precision)
 
 
 def _fits(check: Callable[[], object], problems: list[str]) -> None:

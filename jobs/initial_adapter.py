@@ -22,7 +22,7 @@ from cluster.storage.keys import init_adapter_key
 from jobs.spec import is_published_adapter
 from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter
-from lora_core.models.hooks.bank import AdapterBank
+from lora_core.adapters.targets import AdaptableModules
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
 FINGERPRINT_FILE = "base_fingerprint"
@@ -60,8 +60,8 @@ def store_initial(storage: Storage, folder: Path) -> str:
     return digest
 
 
-def load_initial(storage: Storage, digest: str, bank: AdapterBank, fingerprint: str) -> Adapter:
-    """The adapter of this digest, on the base of `bank`, whose weights have this fingerprint.
+def load_initial(storage: Storage, digest: str, adaptable: AdaptableModules, fingerprint: str) -> Adapter:
+    """The adapter of this digest, on the base of `adaptable`, whose weights have this fingerprint.
 
     Raises:
         StorageCorrupt: the files are others.
@@ -80,7 +80,7 @@ def load_initial(storage: Storage, digest: str, bank: AdapterBank, fingerprint: 
             storage.fetch(init_adapter_key(digest, file), Path(folder) / file)
         if _digest(Path(folder)) != digest:
             raise StorageCorrupt(f"the adapter {digest[:16]} that the job starts from is damaged; submit the job again")
-        return read_adapter(Path(folder), bank)
+        return read_adapter(Path(folder), adaptable)
 
 
 def _fetch_published(source: str, base: str, registry: AdapterRegistry, folder: Path) -> None:

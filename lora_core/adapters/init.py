@@ -25,7 +25,7 @@ class LoraConfigError(ValueError):
         return "; ".join(self.problems)
 
 
-def adapted_modules(bank: AdaptableModules, lora: LoraConfig) -> list[str]:
+def adapted_modules(adaptable: AdaptableModules, lora: LoraConfig) -> list[str]:
     """Names of the linears that get an A and a B, in the model's order.
 
     Raises:
@@ -33,10 +33,10 @@ def adapted_modules(bank: AdaptableModules, lora: LoraConfig) -> list[str]:
     """
     problems: list[str] = []
     try:
-        modules = bank.select(lora.target_modules)
+        modules = adaptable.select(lora.target_modules)
     except ValueError as error:
         problems.append(str(error))
-        modules = list(bank.linears)  # what else is wrong is told too
+        modules = list(adaptable.linears)  # what else is wrong is told too
     if lora.layers_to_transform is not None:
         layers = {name: layer_of(name) for name in modules}
         absent = sorted(set(lora.layers_to_transform) - set(layers.values()))
@@ -50,20 +50,20 @@ def adapted_modules(bank: AdaptableModules, lora: LoraConfig) -> list[str]:
     problems += _unused_keys("rank_pattern", lora.rank_pattern, modules)
     problems += _unused_keys("alpha_pattern", lora.alpha_pattern, modules)
     if lora.init_lora_weights == "pissa":
-        problems += _ranks_above_a_weights(bank, lora, modules)
+        problems += _ranks_above_a_weights(adaptable, lora, modules)
     if problems:
         raise LoraConfigError(problems)
     return modules
 
 
-def check_without_dense_weights(bank: AdaptableModules, lora: LoraConfig, precision: str) -> None:
+def check_without_dense_weights(adaptable: AdaptableModules, lora: LoraConfig, precision: str) -> None:
     """On a base in fp8 or nf4 transformers' own modules are empty, and the decoder alone computes.
 
     Raises:
         LoraConfigError: the adapter is one that the decoder does not compute.
     """
     used = {"init_lora_weights": lora.init_lora_weights == "pissa"}
-    heads = [name for name in adapted_modules(bank, lora) if not name.startswith("model.layers.")]
+    heads = [name for name in adapted_modules(adaptable, lora) if not name.startswith("model.layers.")]
     used |= {f"target_modules: {name}": True for name in heads}
     names = [name for name, is_used in used.items() if is_used]
     if names:
@@ -72,7 +72,7 @@ def check_without_dense_weights(bank: AdaptableModules, lora: LoraConfig, precis
         )
 
 
-def init_adapter(bank: AdaptableModules, lora: LoraConfig, seed: int) -> Adapter:
+def init_adapter(adaptable: AdaptableModules, lora: LoraConfig, seed: int) -> Adapter:
     """A fresh adapter, without gradients, whose product is zero at the start (with PiSSA by its residual).
 
     The random stream depends on the seed and the module's name alone, so that every rank, and every choice of other
@@ -81,13 +81,13 @@ def init_adapter(bank: AdaptableModules, lora: LoraConfig, seed: int) -> Adapter
     Raises:
         LoraConfigError: `lora` does not fit the model.
     """
-    modules = adapted_modules(bank, lora)
-    shapes = bank.shapes(list(bank.modules))
+    modules = adapted_modules(adaptable, lora)
+    shapes = adaptable.shapes
     scale, a, b = {name: lora.scale_of(name) for name in modules}, {}, {}
     for name in modules:
         (fan_in, fan_out), rank = shapes[name], lora.rank_of(name)
         if lora.init_lora_weights == "pissa":
-            a[name], b[name] = _pissa(bank.modules[name], rank, scale[name])
+            a[name], b[name] = _pissa(adaptable.modules[name], rank, scale[name])
             continue
         stream = torch.Generator().manual_seed(key_of(f"{seed}:{name}") & (2**63 - 1))
         a[name], b[name] = torch.empty(rank, fan_in), torch.zeros(fan_out, rank)
@@ -98,10 +98,10 @@ def init_adapter(bank: AdaptableModules, lora: LoraConfig, seed: int) -> Adapter
     residual = None
     if lora.init_lora_weights == "pissa":
         residual = Adapter(scale, a, {name: -weight for name, weight in b.items()})
-    return _with_magnitude(Adapter(scale, a, b, lora.lora_dropout, residual=residual), bank, lora)
+    return _with_magnitude(Adapter(scale, a, b, lora.lora_dropout, residual=residual), adaptable, lora)
 
 
-def continued_adapter(bank: AdaptableModules, lora: LoraConfig, given: Adapter) -> Adapter:
+def continued_adapter(adaptable: AdaptableModules, lora: LoraConfig, given: Adapter) -> Adapter:
     """An adapter of `lora` that computes what `given` does, which is as `read_adapter` returns it: A is the same, and B
     takes up what the two scales differ by.
 
@@ -109,7 +109,7 @@ def continued_adapter(bank: AdaptableModules, lora: LoraConfig, given: Adapter) 
         LoraConfigError: `lora` does not fit the model, or wants other modules or ranks than `given` has.
     """
     assert given.residual is None
-    modules, problems = adapted_modules(bank, lora), []
+    modules, problems = adapted_modules(adaptable, lora), []
     if lora.init_lora_weights is not True:
         problems.append("init_lora_weights: leave it out, since init_adapter says where A and B start")
     more, less = sorted(given.a.keys() - set(modules)), sorted(set(modules) - given.a.keys())
@@ -130,22 +130,20 @@ def continued_adapter(bank: AdaptableModules, lora: LoraConfig, given: Adapter) 
         problems.append("init_adapter: it was trained with DoRA, so set use_dora")
     if problems:
         raise LoraConfigError(problems)
-    return _with_magnitude(Adapter(scale, a, b, lora.lora_dropout, magnitude=given.magnitude), bank, lora)
+    return _with_magnitude(Adapter(scale, a, b, lora.lora_dropout, magnitude=given.magnitude), adaptable, lora)
 
 
-def _with_magnitude(adapter: Adapter, bank: AdaptableModules, lora: LoraConfig) -> Adapter:
+def _with_magnitude(adapter: Adapter, adaptable: AdaptableModules, lora: LoraConfig) -> Adapter:
     """With DoRA's m, if `lora` wants it: the row norms of the weights, which change nothing, where it has none yet.
 
     A copy to or from a device waits for all that the device was given to do before, up to a step of those that train:
     so the common case has one, of all norms.
     """
     if lora.use_dora and not adapter.magnitude:
-        norms = [
-            bank.row_norms.of(name, *adapter.folded(name)) if b.any() else bank.row_norms.of_base(name, b.dtype)
-            for name, b in adapter.b.items()
-        ]
-        host = torch.cat(norms).cpu()
-        adapter.magnitude = dict(zip(adapter.b, host.split([len(norm) for norm in norms]), strict=True))
+        norms, b = adaptable.row_norms, adapter.b
+        found = [norms.of(n, *adapter.folded(n)) if b[n].any() else norms.of_base(n, b[n].dtype) for n in b]
+        host = torch.cat(found).cpu()
+        adapter.magnitude = dict(zip(b, host.split([len(norm) for norm in found]), strict=True))
     return adapter
 
 
@@ -183,8 +181,8 @@ def _unused_keys(option: str, pattern: dict[str, int] | dict[str, float], module
     return problems
 
 
-def _ranks_above_a_weights(bank: AdaptableModules, lora: LoraConfig, modules: Sequence[str]) -> list[str]:
-    shapes = bank.shapes(list(bank.modules))
+def _ranks_above_a_weights(adaptable: AdaptableModules, lora: LoraConfig, modules: Sequence[str]) -> list[str]:
+    shapes = adaptable.shapes
     return [
         f"init_lora_weights: {name} has {min(shapes[name])} singular vectors, and pissa was asked to train"
         f" {lora.rank_of(name)}; lower r or rank_pattern"

@@ -80,7 +80,7 @@ class AdapterFormatError(ValueError):
     """Adapter files that cannot be loaded onto this base without guessing."""
 
 
-def adapter_files(adapter: Adapter, bank: AdaptableModules, base_name: str) -> dict[str, bytes]:
+def adapter_files(adapter: Adapter, adaptable: AdaptableModules, base_name: str) -> dict[str, bytes]:
     """The two files of a published adapter. Equal weights give equal bytes, so their digest names the content."""
     folded = {module: adapter.folded(module) for module in sorted(adapter.a)}
     r = max(a.shape[0] for a, _ in folded.values())
@@ -95,7 +95,7 @@ def adapter_files(adapter: Adapter, bank: AdaptableModules, base_name: str) -> d
         "auto_mapping": None,
         "base_model_name_or_path": base_name,
         "bias": "none",
-        "fan_in_fan_out": any(isinstance(bank.modules[module], Conv1D) for module in adapter.a),
+        "fan_in_fan_out": any(isinstance(adaptable.modules[module], Conv1D) for module in adapter.a),
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": r,
@@ -105,7 +105,7 @@ def adapter_files(adapter: Adapter, bank: AdaptableModules, base_name: str) -> d
         "r": r,
         "rank_pattern": {},
         "alpha_pattern": {},
-        "target_modules": _target_list(adapter, bank),
+        "target_modules": _target_list(adapter, adaptable),
         "task_type": "CAUSAL_LM",
         "use_dora": bool(adapter.magnitude),
         "use_rslora": False,
@@ -116,7 +116,7 @@ def adapter_files(adapter: Adapter, bank: AdaptableModules, base_name: str) -> d
     }
 
 
-def read_adapter(folder: Path, bank: AdaptableModules) -> Adapter:
+def read_adapter(folder: Path, adaptable: AdaptableModules) -> Adapter:
     """Load PEFT files strictly: every key is used, every module exists, every shape fits.
 
     Returns an adapter without gradients, ranks and scales as the config says (1 for what this project published).
@@ -135,11 +135,11 @@ def read_adapter(folder: Path, bank: AdaptableModules) -> Adapter:
         raise AdapterFormatError(f"{folder.name}: not a readable PEFT adapter ({error})") from error
     problems = _unsupported(raw)
     parts: dict[_Part, dict[str, Tensor]] = {"A": {}, "B": {}, "magnitude": {}}
-    shapes = bank.shapes(list(bank.modules))
+    shapes = adaptable.shapes
     for key, tensor in tensors.items():
         module, part = _split_key(key)
         if part is None or module not in shapes:
-            problems += _base_weight_problems(key, tensor, bank)
+            problems += _base_weight_problems(key, tensor, adaptable)
             continue
         (fan_in, fan_out), r = shapes[module], config.rank_of(module)
         if tuple(tensor.shape) != {"A": (r, fan_in), "B": (fan_out, r), "magnitude": (fan_out,)}[part]:
@@ -156,16 +156,16 @@ def read_adapter(folder: Path, bank: AdaptableModules) -> Adapter:
     ]
     if config.use_dora:
         problems += [f"{module} has no lora_magnitude_vector" for module in sorted(a.keys() - magnitude.keys())]
-    problems += [f"{module} is a target without weights" for module in _targets(config, bank) if module not in a]
+    problems += [f"{module} is a target without weights" for module in _targets(config, adaptable) if module not in a]
     problems += ["it holds no weights"] if not tensors else []
     if problems:
         shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
         raise AdapterFormatError(f"{folder.name}: {shown}")
-    order = [module for module in bank.modules if module in a]
+    order = [module for module in adaptable.modules if module in a]
     scale = {module: config.scale_of(module) for module in order}
     parts = {part: {module: held[module] for module in order if module in held} for part, held in parts.items()}
     adapter = Adapter(scale, parts["A"], parts["B"], magnitude=parts["magnitude"])
-    bank.add_norms(adapter, order)
+    adaptable.add_norms(adapter, order)
     return adapter
 
 
@@ -185,24 +185,24 @@ def _split_key(key: str) -> tuple[str, _Part | None]:
     return key, None
 
 
-def _base_weight_problems(key: str, tensor: Tensor, bank: AdaptableModules) -> list[str]:
+def _base_weight_problems(key: str, tensor: Tensor, adaptable: AdaptableModules) -> list[str]:
     """PEFT saves the base's own weight of an adapted output head along; it must be the one here."""
     module = key.removeprefix(_PREFIX).removesuffix(".base_layer.weight")
-    if key != f"{_PREFIX}{module}.base_layer.weight" or module not in bank.modules:
+    if key != f"{_PREFIX}{module}.base_layer.weight" or module not in adaptable.modules:
         return [f"{key} belongs to no linear of this base model"]
-    own = weight_of(bank.modules[module])
+    own = weight_of(adaptable.modules[module])
     if own.shape == tensor.shape and (own.is_meta or torch.equal(own, tensor.to(own.device, own.dtype))):
         return []  # a base without weights, on which jobs are checked, can only be compared by shape
     return [f"{key} is another weight than this base model has there"]
 
 
-def _target_list(adapter: Adapter, bank: AdaptableModules) -> list[str]:
+def _target_list(adapter: Adapter, adaptable: AdaptableModules) -> list[str]:
     """Leaf names where they select exactly the adapted modules (vLLM wants those), else full names; sorted."""
     leaves = sorted({module.rpartition(".")[2] for module in adapter.a})
-    return leaves if set(bank.select(leaves)) == set(adapter.a) else sorted(adapter.a)
+    return leaves if set(adaptable.select(leaves)) == set(adapter.a) else sorted(adapter.a)
 
 
-def _targets(config: _PeftConfig, bank: AdaptableModules) -> list[str]:
+def _targets(config: _PeftConfig, adaptable: AdaptableModules) -> list[str]:
     """The modules that the config names; an entry that names none is PEFT's way, since a list may serve several
     families. Layers count for a list's entries that are no module's whole name (PEFT, `check_target_module_exists`).
     """
@@ -210,8 +210,8 @@ def _targets(config: _PeftConfig, bank: AdaptableModules) -> list[str]:
     chosen: set[str] = set()
     for entry in [named] if isinstance(named, str) else [[name] for name in named]:
         with contextlib.suppress(ValueError):
-            chosen.update(bank.select(entry))
+            chosen.update(adaptable.select(entry))
     if layers not in (None, []) and not isinstance(named, str):
         wanted = [layers] if isinstance(layers, int) else layers
         chosen = {module for module in chosen if module in named or layer_of(module) in wanted}
-    return [module for module in bank.modules if module in chosen]
+    return [module for module in adaptable.modules if module in chosen]

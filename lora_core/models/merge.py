@@ -8,16 +8,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.dora import weight_of
 from lora_core.adapters.peft_format import read_adapter
+from lora_core.adapters.targets import AdaptableModules
 from lora_core.models.base import BaseModel
 from lora_core.models.checks import BaseModelError
 from lora_core.models.files import write_dense
-from lora_core.models.hooks.bank import AdapterBank
 
 
 def write_merged(base: BaseModel, adapter: str | Path, out: str | Path) -> None:
@@ -32,20 +32,16 @@ def write_merged(base: BaseModel, adapter: str | Path, out: str | Path) -> None:
     """
     if base.is_quantised:
         raise BaseModelError(f"a base in {base.precision} has no weights to merge into: load it in bf16 or fp32")
-    bank = AdapterBank(base.model)
-    try:
-        read = read_adapter(Path(adapter), bank)
-        merged = {f"{module}.weight": _merged_weight(read, bank, module) for module in read.a}
-    finally:
-        bank.close()
+    adaptable = AdaptableModules(base.model)
+    read = read_adapter(Path(adapter), adaptable)
+    merged = {f"{name}.weight": _merged_weight(read, adaptable.modules[name], name) for name in read.a}
     Path(out).mkdir(parents=True, exist_ok=True)
     write_dense(base.model, Path(out), merged)
     base.tokenizer.save_pretrained(out)
 
 
 @torch.no_grad()
-def _merged_weight(adapter: Adapter, bank: AdapterBank, module: str) -> Tensor:
-    linear = bank.modules[module]
+def _merged_weight(adapter: Adapter, linear: nn.Module, module: str) -> Tensor:
     weight = weight_of(linear)
     a, b = (part.to(weight.device) for part in adapter.folded(module))
     wide = torch.promote_types(weight.dtype, a.dtype)

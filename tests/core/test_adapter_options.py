@@ -17,6 +17,7 @@ from torch import Tensor
 from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.init import LoraConfigError, adapted_modules, continued_adapter, init_adapter
 from lora_core.adapters.peft_format import adapter_files, read_adapter
+from lora_core.adapters.targets import AdaptableModules
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.models.hooks.bank import AdapterBank, Segment
 from lora_core.training.active_job import LiveJob
@@ -130,13 +131,13 @@ def test_layers_are_those_that_peft_chooses(kind: str) -> None:
     lora = {"target_modules": names, "layers_to_transform": [1]}
     live = TrainEngine(tiny_base(kind)).add(wanted(lora))
     assert len(layers_of(peft_model(kind, lora), live)) == 2
-    everything = adapted_modules(AdapterBank(tiny_model(kind)), LoraConfig(layers_to_transform=[1]))
+    everything = adapted_modules(AdaptableModules(tiny_model(kind)), LoraConfig(layers_to_transform=[1]))
     assert {name.split(".")[2] for name in everything} == {"1"}
 
 
 def test_gaussian_start_is_normal_with_deviation_one_by_its_rank() -> None:
     lora = LoraConfig(r=32, rank_pattern={"q_proj": 64}, init_lora_weights="gaussian")
-    start = init_adapter(AdapterBank(tiny_model("llama")), lora, seed=0)
+    start = init_adapter(AdaptableModules(tiny_model("llama")), lora, seed=0)
     for name, a in start.a.items():
         assert float(a.std()) == pytest.approx(1 / (64 if "q_proj" in name else 32), rel=0.1)
         assert float(a.abs().max()) > 2.5 * float(a.std())  # no uniform
@@ -311,7 +312,7 @@ def test_pissa_on_bf16_is_the_base_at_the_start_and_follows_fp32() -> None:
 )
 def test_what_fits_no_module_is_one_sentence(lora: dict[str, Any], sentence: str) -> None:
     with pytest.raises(LoraConfigError) as caught:
-        init_adapter(AdapterBank(tiny_model("llama")), LoraConfig(**lora), seed=0)
+        init_adapter(AdaptableModules(tiny_model("llama")), LoraConfig(**lora), seed=0)
     assert len(caught.value.problems) == 1
     assert sentence in str(caught.value)
 
@@ -321,7 +322,7 @@ def test_all_that_fits_no_module_is_told_at_once() -> None:
         target_modules=["nothing"], rank_pattern={"x": 1}, alpha_pattern={"y": 1}, layers_to_transform=[9]
     )
     with pytest.raises(LoraConfigError) as caught:
-        adapted_modules(AdapterBank(tiny_model("llama")), lora)
+        adapted_modules(AdaptableModules(tiny_model("llama")), lora)
     options = [problem.partition(":")[0] for problem in pickle.loads(pickle.dumps(caught.value)).problems]
     assert options == ["target_modules", "layers_to_transform", "rank_pattern", "alpha_pattern"]
 
@@ -419,7 +420,7 @@ def test_zeros_up_to_the_largest_rank_are_no_ranks(tmp_path: Path) -> None:
     ],
 )
 def test_a_start_that_does_not_fit_is_one_sentence(lora: dict[str, Any], sentence: str) -> None:
-    bank, options = AdapterBank(tiny_model("llama")), {"r": 4, "target_modules": ["q_proj", "k_proj"]}
+    bank, options = AdaptableModules(tiny_model("llama")), {"r": 4, "target_modules": ["q_proj", "k_proj"]}
     given = init_adapter(bank, LoraConfig(**options), seed=0)
     with pytest.raises(LoraConfigError) as caught:
         continued_adapter(bank, LoraConfig(**options | lora), given)

@@ -11,12 +11,12 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from lora_core.adapters.targets import AdaptableModules
 from lora_core.models import fastest_precision
 from lora_core.models.base import Precision, describe_base, load_base, placed, resolve_precision
 from lora_core.models.checks import BaseModelError
 from lora_core.models.fastest_precision import Shape, row_seconds
 from lora_core.models.files import chat_template_hash
-from lora_core.models.hooks.bank import AdapterBank
 from tests.support.models import CONFIGS, CPU, threads, tiny_base, tiny_model
 from tests.support.tiny_models import byte_tokenizer, load_on_cpu, save_random, weights
 
@@ -50,7 +50,7 @@ def test_description_needs_no_weights(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     model, tokenizer = describe_base(str(folder), tmp_path / "cache", listed)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    assert AdapterBank(model).shapes("all-linear") == AdapterBank(tiny_model("gpt2")).shapes("all-linear")
+    assert AdaptableModules(model).shapes == AdaptableModules(tiny_model("gpt2")).shapes
     assert chat_template_hash(tokenizer) == chat_template_hash(byte_tokenizer())
 
 

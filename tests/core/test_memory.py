@@ -314,12 +314,12 @@ def test_training_waits_for_no_dry_run_of_another_thread(monkeypatch: pytest.Mon
 
 
 def test_a_plan_is_known_for_adapters_that_take_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No dry run and no bank: neither for other alphas and lengths, nor where the last job of a kind leaves."""
+    """No dry run and no catalogue: neither for other alphas and lengths, nor where the last job of a kind leaves."""
     engine = TrainEngine(tiny_base("llama"), capacity=None)
     for name, lora in (("a", LoraConfig(r=8)), ("b", LoraConfig(r=4, use_dora=True, target_modules=["q_proj"]))):
         engine.add(EngineJob(name, lora, TrainConfig(), documents(4, 0)))
-    for module in (hook_memory, footprint):
-        monkeypatch.setattr(module, "AdapterBank", None)
+    monkeypatch.setattr(hook_memory, "AdapterBank", None)
+    monkeypatch.setattr(footprint, "AdaptableModules", None)
     engine.add(EngineJob("c", LoraConfig(r=8, lora_alpha=99), TrainConfig(), documents(4, 1, longest=60)))
     engine.remove("a")
     engine.remove("c")

@@ -20,6 +20,7 @@ from torch import Tensor
 from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.init import init_adapter
 from lora_core.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, AdapterFormatError, adapter_files, read_adapter
+from lora_core.adapters.targets import AdaptableModules
 from lora_core.config import LoraConfig
 from lora_core.models.attention import PackedAttention
 from lora_core.models.base import BaseModel
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def trained(bank: AdapterBank, config: LoraConfig, seed: int = 1) -> Adapter:
+def trained(bank: AdaptableModules, config: LoraConfig, seed: int = 1) -> Adapter:
     fresh = init_adapter(bank, config, seed)
     stream = torch.Generator().manual_seed(seed)
     return replace(
@@ -42,7 +43,7 @@ def trained(bank: AdapterBank, config: LoraConfig, seed: int = 1) -> Adapter:
     )
 
 
-def write(adapter: Adapter, bank: AdapterBank, folder: Path) -> Path:
+def write(adapter: Adapter, bank: AdaptableModules, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in adapter_files(adapter, bank, "tiny").items():
         (folder / name).write_bytes(content)
@@ -169,7 +170,7 @@ def test_a_pissa_adapter_is_published_for_the_base_as_it_is(kind: str, dora: boo
 
 
 def test_config_is_what_peft_and_vllm_read(tmp_path: Path) -> None:
-    bank = AdapterBank(tiny_model("llama"))
+    bank = AdaptableModules(tiny_model("llama"))
     folder = write(trained(bank, LoraConfig(r=4, lora_alpha=32, use_rslora=True, lora_dropout=0.1)), bank, tmp_path)
     config = json.loads((folder / CONFIG_FILE).read_text())
     assert config["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -185,7 +186,7 @@ def test_config_is_what_peft_and_vllm_read(tmp_path: Path) -> None:
 
 
 def test_gpt2_says_fan_in_fan_out_and_keeps_pefts_shapes(tmp_path: Path) -> None:
-    bank = AdapterBank(tiny_model("gpt2"))
+    bank = AdaptableModules(tiny_model("gpt2"))
     folder = write(trained(bank, LoraConfig(r=4)), bank, tmp_path)
     assert json.loads((folder / CONFIG_FILE).read_text())["fan_in_fan_out"]
     tensors = load_file(folder / WEIGHTS_FILE)
@@ -194,18 +195,18 @@ def test_gpt2_says_fan_in_fan_out_and_keeps_pefts_shapes(tmp_path: Path) -> None
 
 
 def test_targets_of_a_few_layers_are_full_names(tmp_path: Path) -> None:
-    bank = AdapterBank(tiny_model("llama"))
+    bank = AdaptableModules(tiny_model("llama"))
     folder = write(trained(bank, LoraConfig(target_modules=["layers.1.self_attn.v_proj"])), bank, tmp_path)
     assert json.loads((folder / CONFIG_FILE).read_text())["target_modules"] == ["model.layers.1.self_attn.v_proj"]
 
 
 def test_equal_weights_give_equal_bytes(tmp_path: Path) -> None:
-    bank = AdapterBank(tiny_model("llama"))
+    bank = AdaptableModules(tiny_model("llama"))
     adapter = trained(bank, LoraConfig(r=4))
     files = adapter_files(adapter, bank, "tiny")
     backwards = replace(adapter, a=dict(reversed(adapter.a.items())), b=dict(reversed(adapter.b.items())))
     assert adapter_files(backwards, bank, "tiny") == files
-    assert adapter_files(trained(bank, LoraConfig(r=4)), AdapterBank(tiny_model("llama")), "tiny") == files
+    assert adapter_files(trained(bank, LoraConfig(r=4)), AdaptableModules(tiny_model("llama")), "tiny") == files
     assert adapter_files(trained(bank, LoraConfig(r=4), seed=2), bank, "tiny")[WEIGHTS_FILE] != files[WEIGHTS_FILE]
     other_scale = trained(bank, LoraConfig(r=4, lora_alpha=5))
     assert adapter_files(other_scale, bank, "tiny")[WEIGHTS_FILE] != files[WEIGHTS_FILE]
@@ -320,7 +321,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_adapter_is_refused(damage: str, tmp_path: Path) -> None:
-    bank = AdapterBank(tiny_model("llama"))
+    bank = AdaptableModules(tiny_model("llama"))
     folder = write(trained(bank, LoraConfig(r=4, target_modules=["q_proj", "up_proj"])), bank, tmp_path / "triage")
     read_adapter(folder, bank)
     change, message = DAMAGES[damage]
@@ -354,7 +355,7 @@ DORA_DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("damage", DORA_DAMAGES)
 def test_damaged_dora_adapter_is_refused(damage: str, tmp_path: Path) -> None:
-    bank = AdapterBank(tiny_model("llama"))
+    bank = AdaptableModules(tiny_model("llama"))
     targets = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], use_dora=True)
     folder = write(trained(bank, targets), bank, tmp_path / "triage")
     read_adapter(folder, bank)
@@ -365,16 +366,16 @@ def test_damaged_dora_adapter_is_refused(damage: str, tmp_path: Path) -> None:
 
 
 def test_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
-    bank = AdapterBank(tiny_model("llama"))
+    bank = AdaptableModules(tiny_model("llama"))
     folder = write(trained(bank, LoraConfig(r=4)), bank, tmp_path)
     with pytest.raises(AdapterFormatError, match="does not fit r=4, 50 -> 75"):
-        read_adapter(folder, AdapterBank(tiny_model("llama-odd")))
+        read_adapter(folder, AdaptableModules(tiny_model("llama-odd")))
     with pytest.raises(AdapterFormatError, match="belongs to no linear"):
-        read_adapter(folder, AdapterBank(tiny_model("gpt2")))
+        read_adapter(folder, AdaptableModules(tiny_model("gpt2")))
 
 
 def test_all_damage_is_told_at_once(tmp_path: Path) -> None:
-    bank = AdapterBank(tiny_model("llama"))
+    bank = AdaptableModules(tiny_model("llama"))
     folder = write(trained(bank, LoraConfig(r=4)), bank, tmp_path)
     edit_config(lora_bias=True, rank_pattern={"k_proj": 2})(folder)
     edit_weights(renamed)(folder)

@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lora_core.adapters.init import init_adapter
+from lora_core.adapters.targets import AdaptableModules
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.data.dataset import Example
 from lora_core.kernels.operands import NF4_BLOCK, NF4_LEVELS
 from lora_core.kernels.quantize import dequantize_nf4, quantize_nf4, quantize_rows
 from lora_core.models.attention import ATTENTION_NAME, PackedAttention
 from lora_core.models.base import BaseModel, load_base, placed
-from lora_core.models.hooks.bank import AdapterBank
 from lora_core.models.llama.decoder import Checkpointing, Decoder
 from lora_core.models.precision import DenseWeight, Fp8Weight, Nf4Weight
 from lora_core.training.engine import TrainEngine
@@ -114,7 +114,7 @@ def test_dense_is_what_is_multiplied_with(precision: str) -> None:
 
 def test_dora_on_a_base_in_nf4_is_dora_on_the_weights_that_are_left_of_it() -> None:
     """Many steps in company of a plain adapter, m from its start on, and from another adapter's B: QDoRA."""
-    given = init_adapter(AdapterBank(tiny_base(KIND).model), LoraConfig(r=4), seed=5)
+    given = init_adapter(AdaptableModules(tiny_base(KIND).model), LoraConfig(r=4), seed=5)
     for b in given.b.values():
         b.normal_(std=0.1, generator=torch.Generator().manual_seed(6))
 

@@ -24,9 +24,9 @@ from jobs.session.loader import JobReader
 from jobs.session.messages import Assignment
 from jobs.spec import JobSpec, SpecError
 from jobs.stored_examples import examples_of
+from lora_core.adapters.targets import AdaptableModules
 from lora_core.models.base import describe_base, load_base
 from lora_core.models.files import chat_template_hash, load_tokenizer
-from lora_core.models.hooks.bank import AdapterBank
 from lora_core.training.engine import TrainEngine
 from tests.support.models import random_adapter
 from tests.support.rows import chat, clock_says
@@ -247,8 +247,8 @@ def test_a_fraction_holds_out_rows_that_are_not_trained(tmp_path: Path, model: P
 @pytest.fixture
 def adapter(tmp_path: Path, model: Path) -> Path:
     """A PEFT directory of rank 4 on the base."""
-    bank = AdapterBank(describe_base(str(model), tmp_path)[0])
-    return write_adapter(random_adapter(bank, seed=1), bank, tmp_path / "adapter")
+    adaptable = AdaptableModules(describe_base(str(model), tmp_path)[0])
+    return write_adapter(random_adapter(adaptable, seed=1), adaptable, tmp_path / "adapter")
 
 
 def test_the_first_adapter_may_lie_anywhere_and_is_copied(
@@ -270,9 +270,9 @@ def test_the_first_adapter_may_lie_anywhere_and_is_copied(
     assert shas[0] is not None
     for file in files:
         (adapter / file).unlink()
-    bank = AdapterBank(describe_base(str(model), tmp_path)[0])
-    loaded = load_initial(storage, shas[0], bank, "any")
-    assert all(torch.equal(loaded.a[name], a) for name, a in random_adapter(bank, seed=1).a.items())
+    adaptable = AdaptableModules(describe_base(str(model), tmp_path)[0])
+    loaded = load_initial(storage, shas[0], adaptable, "any")
+    assert all(torch.equal(loaded.a[name], a) for name, a in random_adapter(adaptable, seed=1).a.items())
     assert admit(spec(tmp_path), settings, 2).init_adapter_sha is None
 
 
@@ -297,15 +297,15 @@ def test_a_published_first_adapter_stays_with_the_weights_that_it_was_trained_on
     storage = open_storage(settings.storage_url)
     files = {file.name: file.read_bytes() for file in adapter.iterdir() if file.name.startswith("adapter_")}
     AdapterRegistry(storage, settings.tenant).publish("tiny", "old", files, {"base_fingerprint": "a" * 64})
-    bank = AdapterBank(describe_base(str(model), tmp_path)[0])
+    adaptable = AdaptableModules(describe_base(str(model), tmp_path)[0])
     directory, published = (
         admit(spec(tmp_path, init_adapter=source, lora={"r": 4}), settings, 2).init_adapter_sha
         for source in (str(adapter), "tiny:old")
     )
     assert directory == published and published is not None
-    assert load_initial(storage, published, bank, "a" * 64).a
+    assert load_initial(storage, published, adaptable, "a" * 64).a
     with pytest.raises(ValueError, match=r"trained on other weights \(a{12}\) than base_model names now \(b{12}\)"):
-        load_initial(storage, published, bank, "b" * 64)
+        load_initial(storage, published, adaptable, "b" * 64)
 
 
 def test_a_first_adapter_whose_copy_was_changed_is_not_loaded(
@@ -317,7 +317,7 @@ def test_a_first_adapter_whose_copy_was_changed_is_not_loaded(
     key = init_adapter_key(sha, "adapter_config.json")
     storage.put(key, storage.get(key) + b" ")
     with pytest.raises(StorageCorrupt, match="is damaged; submit the job again"):
-        load_initial(storage, sha, AdapterBank(describe_base(str(model), tmp_path)[0]), "any")
+        load_initial(storage, sha, AdaptableModules(describe_base(str(model), tmp_path)[0]), "any")
 
 
 @pytest.mark.parametrize(

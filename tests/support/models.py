@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.init import init_adapter
+from lora_core.adapters.targets import AdaptableModules
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.data.dataset import Example
 from lora_core.data.packing import Chunk
 from lora_core.kernels import dispatch
 from lora_core.models.attention import ATTENTION_NAME
 from lora_core.models.base import BaseModel
-from lora_core.models.hooks.bank import AdapterBank
 from lora_core.models.llama.adapters import KernelArgs
 from lora_core.models.llama.decoder import Batch, Checkpointing, Decoder, Rows
 from lora_core.training.active_job import LiveJob
@@ -299,7 +299,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def random_adapter(
-    bank: AdapterBank,
+    adaptable: AdaptableModules,
     seed: int,
     r: int = 4,
     size: float = 0.3,
@@ -310,7 +310,7 @@ def random_adapter(
 ) -> Adapter:
     """An adapter with a B that is not zero, strong enough to change answers; with DoRA m is not the norm either."""
     config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets, lora_dropout=dropout, use_dora=dora)
-    fresh = init_adapter(bank, config, seed)
+    fresh = init_adapter(adaptable, config, seed)
     stream = torch.Generator().manual_seed(seed)
     b = {name: torch.randn(b.shape, generator=stream) * size for name, b in fresh.b.items()}
     magnitude = {name: m + torch.rand(m.shape, generator=stream) * size for name, m in fresh.magnitude.items()}

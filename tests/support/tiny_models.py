@@ -22,8 +22,8 @@ from transformers import (
 
 from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.peft_format import adapter_files
+from lora_core.adapters.targets import AdaptableModules
 from lora_core.models.base import BaseModel, load_base
-from lora_core.models.hooks.bank import AdapterBank
 from tests.support.models import CPU, tiny_model
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -90,10 +90,10 @@ def save_tiny_model(kind: str, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def write_adapter(adapter: Adapter, bank: AdapterBank, folder: Path) -> Path:
+def write_adapter(adapter: Adapter, adaptable: AdaptableModules, folder: Path) -> Path:
     """In PEFT's files."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in adapter_files(adapter, bank, "tiny").items():
+    for name, content in adapter_files(adapter, adaptable, "tiny").items():
         (folder / name).write_bytes(content)
     return folder
 

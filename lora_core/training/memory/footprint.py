@@ -11,9 +11,8 @@ from transformers import PreTrainedModel
 
 from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.init import adapted_modules
-from lora_core.adapters.targets import in_and_out
+from lora_core.adapters.targets import AdaptableModules
 from lora_core.config import LoraConfig
-from lora_core.models.hooks.bank import AdapterBank
 
 META = torch.device("meta")
 
@@ -39,16 +38,15 @@ class Footprints:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self._bank = AdapterBank(model)  # for the names it knows
-        self._bank.close()
-        self.modules = {name: in_and_out(module) for name, module in self._bank.modules.items()}
+        self._adaptable = AdaptableModules(model)
+        self.modules = self._adaptable.shapes
         self._known: dict[str, Footprint] = {}
 
     def of(self, lora: LoraConfig) -> Footprint:
         """Of an adapter of this config."""
         key = lora.model_dump_json()
         if key not in self._known:
-            adapted = set(adapted_modules(self._bank, lora))
+            adapted = set(adapted_modules(self._adaptable, lora))
             ranks = tuple(lora.rank_of(name) if name in adapted else 0 for name in self.modules)
             pissa = lora.init_lora_weights == "pissa"
             self._known[key] = Footprint(ranks, lora.lora_dropout > 0, lora.use_dora, pissa)
