@@ -12,10 +12,8 @@ import json
 import logging
 import re
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +27,7 @@ from lora_core.data.dataset import DatasetError, DatasetReport, build_datasets
 from lora_core.data.encoded_datasets import Datasets, read_datasets, write_datasets
 from lora_core.models.base import BaseModel, token_rows, too_long
 from lora_core.training.active_job import CheckpointMismatchError, LiveJob
+from lora_core.training.checkpoints import CheckpointWriter
 from lora_core.training.engine import TrainEngine
 from lora_core.training.job import EngineJob, JobDiverged
 from lora_core.training.optimizer import Evaluation, Snapshot
@@ -128,7 +127,7 @@ def train(
         engine.remove(name)
         results[name] = _result(engine, live, Path(out) / name, error, reports[name])
         if error is None:
-            checkpoints.write(live)
+            checkpoints.writer.write(name, live)
         else:
             checkpoints.remove(name)  # from there it would diverge again
 
@@ -148,9 +147,9 @@ def train(
                     end(name, str(outcome))
                 elif engine.live[name].done:
                     end(name)
-            checkpoints.write_oldest(list(engine.live.values()))
+            checkpoints.writer.write_oldest(engine.live)
     finally:
-        checkpoints.close()
+        checkpoints.writer.close()
         engine.bank.close()
     if all(result.folder is not None for result in results.values()):
         checkpoints.clear(list(results))
@@ -158,16 +157,12 @@ def train(
 
 
 class _Checkpoints:
-    """The states of jobs, a file each, and what their rows became beside. They are written on a thread, one at a time:
-    in host memory there is room for one (see `training/memory/predictor.py`).
-    """
+    """The states of jobs, a file each, and what their rows became beside."""
 
     def __init__(self, folder: Path, base: BaseModel, seconds: float | None) -> None:
-        self._folder, self._seconds = folder, seconds
+        self._folder = folder
         self._base = f"{base.fingerprint} in {base.precision}"
-        self._began, self._taken = time.monotonic(), dict[str, float]()
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future[None] | None = None
+        self.writer = CheckpointWriter(seconds, self._write)
         self._encoded: dict[str, tuple[Datasets, str | None]] = {}  # what is not written yet, and what it was made of
 
     def datasets(self, job: TrainJob, base: BaseModel, resume: bool) -> Datasets:
@@ -206,43 +201,21 @@ class _Checkpoints:
             raise ValueError(f"the checkpoint {path} is of another base or precision: go back to that, or remove it")
         return blob
 
-    def write_oldest(self, jobs: Sequence[LiveJob]) -> None:
-        """Of those whose time has come the one that has waited longest; nothing while another is being written."""
-        if self._seconds is None or not jobs or (self._writing is not None and not self._writing.done()):
-            return
-        oldest = min(jobs, key=lambda live: self._taken.get(live.job.name, self._began))
-        if time.monotonic() - self._taken.get(oldest.job.name, self._began) >= self._seconds:
-            self.write(oldest)
-
-    def write(self, live: LiveJob) -> None:
-        """The state of a job as it is now."""
-        if self._seconds is None:
-            return
-        if self._writing is not None:
-            self._writing.result()
-        name, snapshot = live.job.name, live.snapshot()
+    def _write(self, name: str, _: int, snapshot: Snapshot) -> None:
         snapshot = replace(snapshot, counters=snapshot.counters | {"base": self._base})
-        self._taken[name] = time.monotonic()
-        self._writing = self._writer.submit(self._write, name, snapshot)
-
-    def _write(self, name: str, snapshot: Snapshot) -> None:
         path = self.path(name)
         partial = path.with_suffix(PARTIAL)
-        try:
-            path.parent.mkdir(exist_ok=True)
-            if name in self._encoded:
-                write_datasets(self._encoded[name][0], partial, self._encoded[name][1])
-                partial.replace(self._encoded_path(name))
-                del self._encoded[name]
-            snapshot.write(partial)
-            partial.replace(path)
-        except (OSError, SafetensorError):  # training goes on; what was written before stays
-            log.exception("event=checkpoint_failed path=%s", path)
+        path.parent.mkdir(exist_ok=True)
+        if name in self._encoded:
+            write_datasets(self._encoded[name][0], partial, self._encoded[name][1])
+            partial.replace(self._encoded_path(name))
+            del self._encoded[name]
+        snapshot.write(partial)
+        partial.replace(path)
 
     def remove(self, name: str) -> None:
         """Of a job that cannot go on."""
-        if self._writing is not None:
-            self._writing.result()
+        self.writer.wait()
         self.path(name).unlink(missing_ok=True)
 
     def clear(self, names: Sequence[str]) -> None:
@@ -253,10 +226,6 @@ class _Checkpoints:
             path.with_suffix(PARTIAL).unlink(missing_ok=True)  # of a call that was killed while it wrote
         with suppress(OSError):  # there is none, or others are in it
             self._folder.rmdir()
-
-    def close(self) -> None:
-        """Wait until all is written."""
-        self._writer.shutdown()
 
     def path(self, name: str) -> Path:
         """Of a job's state."""

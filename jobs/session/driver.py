@@ -30,7 +30,6 @@ from cluster.storage.keys import (
     checkpoint_marker_key,
     checkpoints_prefix,
     committed_checkpoint,
-    dataset_key,
     job_result_key,
 )
 from jobs.job import TERMINAL, EventKind, Job, JobStatus, RequestedAction, SessionState
@@ -150,8 +149,6 @@ class Keeper:
                 job.id,
                 job.attempt,
                 job.spec_json,
-                dataset_key(job.dataset_sha),
-                dataset_key(job.validation_sha) if job.validation_sha else None,
                 job.examples_sha,
                 job.init_adapter_sha,
                 newest["key"] if newest else None,

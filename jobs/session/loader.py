@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 from cluster.storage.base import Storage, StorageUnavailable
 from jobs.initial_adapter import load_initial
 from jobs.session.messages import Assignment
 from jobs.spec import JobSpec
-from jobs.stored_examples import examples_of, load_examples
-from lora_core.data.encoded_datasets import Datasets
+from jobs.stored_examples import load_examples
 from lora_core.training.active_job import PreparedJob
 from lora_core.training.engine import TrainEngine
 from lora_core.training.job import EngineJob
@@ -23,9 +20,9 @@ log = logging.getLogger("lora.rank")
 
 STORAGE_PATIENCE, STORAGE_PAUSE = 600.0, 5.0
 
-Read = Future[tuple[JobSpec, PreparedJob, str | None]]
+Read = Future[tuple[JobSpec, PreparedJob, str]]
 """What a job needs to join: its spec, itself with its rows, its adapter and the state of its optimizer, and the hash of
-the tokenizer that read its rows, where that was not this rank's."""
+the tokenizer that read its rows."""
 
 
 class JobReader:
@@ -45,7 +42,7 @@ class JobReader:
                 work = self._thread.submit(self._read, assignment)
                 self.reading[assignment.job_id] = assignment, work
 
-    def _read(self, assignment: Assignment) -> tuple[JobSpec, PreparedJob, str | None]:
+    def _read(self, assignment: Assignment) -> tuple[JobSpec, PreparedJob, str]:
         """With patience while the storage does not answer: what a job has reached is worth more than a few minutes."""
         deadline = time.monotonic() + STORAGE_PATIENCE
         while True:
@@ -57,13 +54,11 @@ class JobReader:
                 if assignment.job_id not in self.reading or time.monotonic() > deadline:
                     raise
 
-    def _read_now(self, assignment: Assignment) -> tuple[JobSpec, PreparedJob, str | None]:
+    def _read_now(self, assignment: Assignment) -> tuple[JobSpec, PreparedJob, str]:
         spec = JobSpec.model_validate_json(assignment.spec)
-        tokenizer = None
-        if assignment.examples_sha is not None:
-            (train, held_out), tokenizer = load_examples(self._storage, assignment.examples_sha)
-        else:  # queued by an earlier version
-            train, held_out = self._encoded(assignment, spec)
+        if assignment.examples_sha is None:
+            raise ValueError("an earlier version queued this job without what its rows became: submit it again")
+        (train, held_out), tokenizer = load_examples(self._storage, assignment.examples_sha)
         validation = held_out.examples if held_out else []
         checkpoint, start = None, None
         if assignment.checkpoint_key is not None:
@@ -73,16 +68,3 @@ class JobReader:
             start = load_initial(self._storage, assignment.init_adapter_sha, self._engine.bank, base.fingerprint)
         job = EngineJob(assignment.job_id, spec.lora, spec.train, train.examples, validation, start)
         return spec, self._engine.prepare(job, checkpoint), tokenizer
-
-    def _encoded(self, assignment: Assignment, spec: JobSpec) -> Datasets:
-        with tempfile.TemporaryDirectory() as folder:
-
-            def fetched(key: str, name: str) -> Path:
-                path = Path(folder) / f"{Path(key).name}{Path(name).suffix}"
-                self._storage.fetch(key, path, sha256=Path(key).name)
-                return path
-
-            dataset = fetched(assignment.dataset_key, spec.dataset)
-            validation = fetched(assignment.validation_key, str(spec.validation)) if assignment.validation_key else None
-            base = self._engine.base
-            return examples_of(spec, dataset, validation, base.model, base.tokenizer)

@@ -15,8 +15,8 @@ import ray
 
 @dataclass(frozen=True)
 class Assignment:
-    """One job to train: its spec as JSON, where its rows are and the sha256 of what they became, the digest of the
-    adapter to start from, and the committed checkpoint to continue from.
+    """One job to train: its spec as JSON, the sha256 of what its rows became, the digest of the adapter to start from,
+    and the committed checkpoint to continue from.
 
     `attempt` counts how often the job was started; it is part of its checkpoints' names.
     """
@@ -24,8 +24,6 @@ class Assignment:
     job_id: str
     attempt: int
     spec: str
-    dataset_key: str
-    validation_key: str | None = None
     examples_sha: str | None = None
     init_adapter_sha: str | None = None
     checkpoint_key: str | None = None

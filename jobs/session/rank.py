@@ -52,10 +52,11 @@ from lora_core.adapters.peft_format import adapter_files
 from lora_core.kernels.transfer import arrival
 from lora_core.models.base import BaseModel, Precision, load_base, resolve_precision
 from lora_core.models.exactness import Exactness
-from lora_core.models.files import chat_template_hash
+from lora_core.training.checkpoints import CheckpointWriter
 from lora_core.training.engine import TrainEngine, probe_losses
 from lora_core.training.job import JobDiverged
 from lora_core.training.memory.predictor import NoRoomBesideError, available_bytes
+from lora_core.training.optimizer import Snapshot
 
 log = logging.getLogger("lora.rank")
 
@@ -89,8 +90,7 @@ class Rank:
         # Done, and named by the orders until these know it: what a rank did not hold then, it would train again.
         self.handing_over: dict[str, Assignment] = {}
         self._base_model, self._precision = base_model, precision
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._upload: Future[None] | None = None
+        self._checkpoints = CheckpointWriter(settings.checkpoint_seconds, self._upload)
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="hand-over")
         self._hand_overs: dict[str, Future[None]] = {}
         self._reported = 0.0
@@ -111,7 +111,6 @@ class Rank:
 
     def _train(self) -> None:
         self.base = self._load_base()
-        self._tokenizer = chat_template_hash(self.base.tokenizer)  # once: it goes through a whole vocabulary
         # Python's collector need not look through the base and the libraries again: that held up steps for 0.25 s.
         gc.collect()
         gc.freeze()
@@ -220,7 +219,6 @@ class Rank:
                 self.mailbox.deliver(NoRoom(assignment.job_id, max(1, len(self.held))))
             return
         live.optimizer.synchronise(self.collectives.broadcast)
-        tokenizer = tokenizer or self._tokenizer
         held = Held(assignment, spec, live, tokenizer, started_tokens=live.progress.tokens)
         self.held[assignment.job_id] = held
         if self.rank == 0 and self._flop_per_second is not None:
@@ -253,47 +251,20 @@ class Rank:
         if done is not None:
             self._probe(done)
         if self.rank == 0:
-            self._maybe_checkpoint()
+            self._checkpoints.write_oldest({held.assignment: held.live for held in self.held.values()})
         if self.rank == 0 and time.monotonic() - self._reported >= REPORT_SECONDS:
             self._reported = time.monotonic()
             for held in self.held.values():
                 self.mailbox.send(Progressed(held.assignment.job_id, held.progress(self.base)))
 
-    def _maybe_checkpoint(self) -> None:
-        """Rank 0: take the state of the job that has waited longest and write it beside the next steps. One at a time:
-        in host memory there is room for one (see `training/memory/predictor.py`), and several would only share the way
-        to the storage.
-        """
-        if self._upload is not None and not self._upload.done():
-            return
-        due = [
-            held
-            for held in self.held.values()
-            if time.monotonic() - held.checkpointed >= self.settings.checkpoint_seconds
-            and held.live.progress.step > held.written_step
-            and not held.live.done
-        ]
-        if not due:
-            return
-        held = min(due, key=lambda one: one.checkpointed)
-        job_id, attempt = held.assignment.job_id, held.assignment.attempt
-        step, snapshot = held.live.progress.step, held.live.snapshot()
-        held.checkpointed, held.written_step = time.monotonic(), step
-
-        def upload() -> None:
-            key = checkpoint_state_key(job_id, attempt, step)
-            try:
-                with tempfile.TemporaryDirectory() as folder:
-                    snapshot.write(path := Path(folder) / "state.safetensors")
-                    with path.open("rb") as written:
-                        sha256 = hashlib.file_digest(written, "sha256").hexdigest()
-                    self.storage.put(key, path)
-            except Exception:  # training goes on; the last committed checkpoint stays the one to resume from
-                log.exception("job=%s event=checkpoint_failed step=%d", job_id, step)
-                return
-            self.mailbox.send(CheckpointWritten(job_id, step, key, sha256))
-
-        self._upload = self._writer.submit(upload)
+    def _upload(self, assignment: Assignment, step: int, snapshot: Snapshot) -> None:
+        key = checkpoint_state_key(assignment.job_id, assignment.attempt, step)
+        with tempfile.TemporaryDirectory() as folder:
+            snapshot.write(path := Path(folder) / "state.safetensors")
+            with path.open("rb") as written:
+                sha256 = hashlib.file_digest(written, "sha256").hexdigest()
+            self.storage.put(key, path)
+        self.mailbox.send(CheckpointWritten(assignment.job_id, step, key, sha256))
 
     def _probe(self, held: Held) -> None:
         """One probe between two micro-batches, which all ranks count and one measures: the others go on meanwhile."""

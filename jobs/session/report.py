@@ -32,8 +32,6 @@ class Held:
     started_tokens: int = 0
     stepped: float = field(default_factory=time.monotonic)
     step_seconds: float = 0.0
-    checkpointed: float = field(default_factory=time.monotonic)
-    written_step: int = 0
     probes: list[float] = field(default_factory=list)  # losses, once it is done
 
     @property

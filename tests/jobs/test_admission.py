@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from cluster.registry import AdapterRegistry
 from cluster.settings import Settings
-from cluster.storage.base import StorageCorrupt, StorageNotFound
+from cluster.storage.base import StorageCorrupt
 from cluster.storage.directory import open_storage
 from cluster.storage.keys import dataset_key, init_adapter_key
 from jobs.admission import admit
@@ -87,9 +86,7 @@ def test_a_base_whose_adapters_nobody_could_ask_for_is_refused_without_an_alias(
 def test_what_rows_become_is_fixed_when_a_job_is_submitted(
     tmp_path: Path, settings: Settings, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ranks read it whatever the day and the template are by then, and need neither the rows nor a tokenizer; jobs that
-    an earlier version queued have their rows alone.
-    """
+    """Ranks read it whatever the day and the template are by then, and need neither the rows nor a tokenizer."""
     template = tmp_path / "dated"
     shutil.copytree(model, template)
     (template / "chat_template.jinja").write_text(DATED_TEMPLATE)
@@ -105,18 +102,15 @@ def test_what_rows_become_is_fixed_when_a_job_is_submitted(
     storage = open_storage(settings.storage_url)
     base = load_base(str(model), precision="fp32", cache_dir=tmp_path / "cache")  # whose template is another by now
     reader = JobReader(storage, TrainEngine(base), rank=0)
-    queued = Assignment("job", 1, asked.canonical_json(), dataset_key(admitted.dataset_sha))
-    _, old, none = reader._read_now(queued)
     storage.delete(dataset_key(admitted.dataset_sha))
     base.tokenizer = None  # type: ignore[assignment]
-    _, prepared, tokenizer = reader._read_now(replace(queued, examples_sha=admitted.examples_sha))
+    _, prepared, tokenizer = reader._read_now(Assignment("job", 1, asked.canonical_json(), admitted.examples_sha))
     text = byte_tokenizer().decode(prepared.job.examples[0].ids)
     assert text == "31 Dec<|im_start|>user\nHi 0<|im_end|>\n<|im_start|>assistant\nYo.<|im_end|>"
-    assert text.endswith(byte_tokenizer().decode(old.job.examples[0].ids))
     assert (len(prepared.job.examples), len(prepared.job.validation)) == (6, 2)
-    assert tokenizer == chat_template_hash(load_tokenizer(template)) and none is None
-    with pytest.raises(StorageNotFound):
-        reader._read_now(queued)
+    assert tokenizer == chat_template_hash(load_tokenizer(template))
+    with pytest.raises(ValueError, match="submit it again"):
+        reader._read_now(Assignment("of an earlier version", 1, asked.canonical_json()))
 
 
 @pytest.mark.parametrize(

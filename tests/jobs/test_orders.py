@@ -6,7 +6,7 @@ import pytest
 
 from jobs.session.messages import Assignment, JobFailed, Mailbox, NoRoom, Orders, Progressed, RankBroke, Report, Trained
 
-FIRST, SECOND = Assignment("a", 1, "{}", "datasets/1"), Assignment("b", 1, "{}", "datasets/2")
+FIRST, SECOND = Assignment("a", 1, "{}", "sha1"), Assignment("b", 1, "{}", "sha2")
 
 
 def wanted(mailbox: Mailbox) -> list[str]:
@@ -37,7 +37,7 @@ def test_the_next_attempt_of_a_job_is_ordered() -> None:
     mailbox = Mailbox()
     mailbox.exchange(Orders((FIRST,)))
     mailbox.report(JobFailed("a", "why"))
-    mailbox.exchange(Orders((Assignment("a", 2, "{}", "datasets/1"),)))
+    mailbox.exchange(Orders((Assignment("a", 2, "{}", "sha1"),)))
     assert wanted(mailbox) == ["a"]
 
 

@@ -209,7 +209,7 @@ def test_checkpoints_are_written_one_at_a_time_and_none_waits_for_ever(
     storage.on_put = on_put
 
     def script(mailbox: ScriptedMailbox) -> Script:
-        while len(mailbox.of(CheckpointWritten)) < 4:
+        while len(mailbox.of(CheckpointWritten)) < 5:
             if len(mailbox.held) == 3:
                 went_on.release()
             assert next(asked) < 10_000
@@ -218,7 +218,9 @@ def test_checkpoints_are_written_one_at_a_time_and_none_waits_for_ever(
 
     mailbox = ScriptedMailbox(script)
     session.run(mailbox, storage, checkpoint_seconds=0.0)
-    assert [report.job_id for report in mailbox.of(CheckpointWritten)][:4] == written[:4] == ["a", "b", "c", "a"]
+    assert [report.job_id for report in mailbox.of(CheckpointWritten)][:5] == written[:5]
+    # The first is written before the others may have joined; from then on they take turns.
+    assert set(written[1:4]) == {"a", "b", "c"} and written[4] == written[1]
 
 
 # --- a job ends ------------------------------------------------------------------------------------------------------

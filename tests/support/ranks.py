@@ -126,4 +126,4 @@ def assignment(storage: DirectoryStorage, name: str, examples: list[Example], **
         {"base_model": "tiny", "dataset": "/rows.jsonl", "adapter": name}
         | {"lora": {"r": 4, "lora_alpha": 8}, "train": options | train}
     )
-    return Assignment(name, 1, spec.model_dump_json(), "datasets/none", examples_sha=sha)
+    return Assignment(name, 1, spec.model_dump_json(), sha)
