@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_core.config import TrainConfig
 from lora_core.data.encoding import Example, TrainOn, encode_rows
 from lora_core.data.files import read_rows
-from lora_core.data.format import DatasetError, NumberedRow, RowFormat, RowNumber, check_rows, ignored_columns, place
+from lora_core.data.format import DatasetError, NumberedRow, RowFormat, RowNumber, check_rows, ignored_columns, location
 from lora_core.data.json_values import shown
 
 __all__ = [
@@ -151,7 +151,7 @@ def build_examples(
                 continue
             example = _cut(example, max_seq_len)
         if token_rows is not None and (beyond := [token for token in example.ids if token >= token_rows]):
-            problems.append(f"{place(line)}: {_rowless(tokenizer, beyond[0], token_rows)}")
+            problems.append(f"{location(line)}: {_rowless(tokenizer, beyond[0], token_rows)}")
         if example.ids:
             examples.append(example)
             labelled.add(line)

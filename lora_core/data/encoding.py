@@ -22,7 +22,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_core.data.format import DatasetError, NumberedRow, Row, RowFormat, place
+from lora_core.data.format import REQUIRED_COLUMNS, DatasetError, NumberedRow, Row, RowFormat, location
 from lora_core.data.prompts import NoTemplateError, PromptError, rendered, text_ids, tokenised
 from lora_core.data.sharegpt import conversation
 
@@ -45,27 +45,22 @@ class Example:
 
 
 @dataclass(frozen=True)
-class _Passage:
-    """`completion` follows `prompt` as plain text."""
+class _Text:
+    """What the server feeds, and what the model has to produce behind it: rendered by the chat template, or plain."""
 
     line: int
     prompt: str
-    completion: str
+    answer: str
+    rendered: bool
 
-
-@dataclass(frozen=True)
-class _Chat:
-    """`answers` are the indices of the messages to learn, ascending; `columns` is where the messages come from."""
-
-    line: int
-    columns: str
-    messages: list[Row]
-    answers: list[int]
+    @property
+    def whole(self) -> str:
+        return self.prompt + self.answer
 
 
 @dataclass(frozen=True)
 class _Turn:
-    """The first `prompt` of `ids` are what the server feeds, the others what the model has to produce."""
+    """The same in tokens: the first `prompt` of `ids` are what the server feeds."""
 
     line: int
     prompt: int
@@ -75,7 +70,7 @@ class _Turn:
 def encode_rows(
     rows: Sequence[NumberedRow], row_format: RowFormat, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn
 ) -> list[tuple[int, Example]]:
-    """(line, example) of every row, in order, each ending with a label; a row may have several examples, or none.
+    """Encode every row: (line, example) in order, each ending with a label; a row may have several examples, or none.
 
     Labels are answers, completions and texts. With `train_on="all"` every token but a document's first is one, and a
     conversation, up to its last answer, is rendered once.
@@ -83,133 +78,112 @@ def encode_rows(
     Raises:
         DatasetError: rows that the chat template refuses; a tokenizer without chat template or end of sequence.
     """
-    documents = [_document(line, row, row_format, bool(tokenizer.chat_template)) for line, row in rows]
-    passages = [document for document in documents if isinstance(document, _Passage)]
-    chats = [document for document in documents if isinstance(document, _Chat)]
-    try:
-        encoded = [*_encoded_passages(passages, tokenizer), *_encoded_chats(chats, tokenizer, train_on)]
-    except NoTemplateError as error:
-        advice = "use rows of `prompt` and `completion` strings, or an instruct model"
-        raise DatasetError([f"{error}; {advice}"]) from error
-    encoded.sort(key=lambda item: item[0])  # prompt/completion may be strings in one row and messages in another
-    if train_on == "all":
-        encoded = [(line, Example(example.ids, [True] * len(example.ids))) for line, example in encoded]
-    return [(line, Example(example.ids, [False, *example.labels_mask[1:]])) for line, example in encoded]
-
-
-def _document(line: int, row: Row, row_format: RowFormat, has_template: bool) -> _Passage | _Chat:
-    if row_format == "messages":
-        return _chat(line, "`messages`", row["messages"], 1)  # an opening message of the assistant answers nothing
-    if row_format == "conversations (ShareGPT)":
-        return _chat(line, "`conversations`", conversation(row["conversations"], row.get("system", "")), 1)
-    if row_format == "text":
-        return _Passage(line, "", row["text"])
-    if row_format == "instruction/output":
-        return _alpaca(line, row["instruction"], row.get("input", ""), row["output"], has_template)
-    if isinstance(row["prompt"], list):
-        messages = [*row["prompt"], *row["completion"]]
-        return _chat(line, "`prompt`, `completion`", messages, len(row["prompt"]))
-    return _Passage(line, row["prompt"], row["completion"])
-
-
-def _chat(line: int, columns: str, messages: Sequence[Row], answers_from: int) -> _Chat:
-    answers = [
-        index
-        for index, message in enumerate(messages)
-        if index >= answers_from and message["role"] == "assistant" and message.get("weight") != 0
-    ]
-    return _Chat(line, columns, list(messages), answers)
-
-
-def _alpaca(line: int, instruction: str, given: str, output: str, has_template: bool) -> _Passage | _Chat:
-    if has_template:
-        user = f"{instruction}\n\n{given}" if given else instruction
-        messages = [{"role": "user", "content": user}, {"role": "assistant", "content": output}]
-        return _chat(line, "`instruction`, `output`", messages, 1)
-    prompt = f"{ALPACA_TASK}{ALPACA_WITH_INPUT if given else ''}{ALPACA_REQUEST}### Instruction:\n{instruction}\n\n"
-    return _Passage(line, prompt + (f"### Input:\n{given}\n\n" if given else "") + "### Response:\n", output)
-
-
-def _encoded_passages(
-    passages: Sequence[_Passage], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[int, Example]]:
-    """The prompt as the server feeds it (with the tokenizer's own first token, if it has one), completion, one end."""
-    for start in range(0, len(passages), BATCH_ROWS):
-        batch = passages[start : start + BATCH_ROWS]
-        prompts = text_ids(tokenizer, [passage.prompt for passage in batch])
-        wholes = text_ids(tokenizer, [passage.prompt + passage.completion for passage in batch])
-        for passage, prompt, whole in zip(batch, prompts, wholes, strict=True):
-            ids = _starting_with(prompt, whole, passage.completion, tokenizer)
-            while len(ids) > len(prompt) and ids[-1] == _end_of_text(tokenizer):
-                ids = ids[:-1]
-            ids = [*ids, _end_of_text(tokenizer)]
-            yield passage.line, _example([_Turn(passage.line, len(prompt), ids)])
-
-
-def _encoded_chats(
-    chats: Sequence[_Chat], tokenizer: PreTrainedTokenizerBase, train_on: TrainOn
-) -> Iterator[tuple[int, Example]]:
-    """One example for a run of turns of which each starts with the one before."""
-    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
-    for texts in _rendered_batches(chats, tokenizer, train_on):
-        prompts = tokenised(tokenizer, [prompt for _, prompt, _ in texts])
-        wholes = tokenised(tokenizer, [whole for _, _, whole in texts])
-        run: list[_Turn] = []
-        for (line, prompt, whole), prompt_ids, whole_ids in zip(texts, prompts, wholes, strict=True):
-            ids = _starting_with(prompt_ids, whole_ids, whole[len(prompt) :], tokenizer)
-            turn = _Turn(line, len(prompt_ids), _until_end_of_turn(ids, len(prompt_ids), special, tokenizer))
-            if run and (line != run[-1].line or turn.ids[: len(run[-1].ids)] != run[-1].ids):
-                yield run[-1].line, _example(run)
-                run = []
-            run.append(turn)
-        if run:
-            yield run[-1].line, _example(run)
-
-
-def _example(run: Sequence[_Turn]) -> Example:
-    ids = run[-1].ids
-    mask = [False] * len(ids)
-    for turn in run:
-        mask[turn.prompt : len(turn.ids)] = [True] * (len(turn.ids) - turn.prompt)
-    return Example(ids, mask)
-
-
-def _rendered_batches(
-    chats: Sequence[_Chat], tokenizer: PreTrainedTokenizerBase, train_on: TrainOn
-) -> Iterator[list[tuple[int, str, str]]]:
-    """(line, prompt, prompt and turn) of every turn to learn, some conversations at a time; raises after the last."""
     problems: list[str] = []
-    for start in range(0, len(chats), BATCH_ROWS):
-        texts: list[tuple[int, str, str]] = []
-        for chat in chats[start : start + BATCH_ROWS]:
+    encoded: list[tuple[int, Example]] = []
+    for start in range(0, len(rows), BATCH_ROWS):
+        texts: list[_Text] = []
+        for line, row in rows[start : start + BATCH_ROWS]:
             try:
-                texts += _rendered(chat, tokenizer, train_on)
+                texts += _texts(line, row, row_format, tokenizer, train_on)
             except PromptError as error:
-                problems.append(f"{place(chat.line)}: column {chat.columns}: {error}; change or leave out the row")
-        yield texts
+                columns = ", ".join(f"`{column}`" for column in REQUIRED_COLUMNS[row_format])
+                problems.append(f"{location(line)}: column {columns}: {error}; change or leave out the row")
+            except NoTemplateError as error:
+                advice = "use rows of `prompt` and `completion` strings, or an instruct model"
+                raise DatasetError([f"{error}; {advice}"]) from error
+        encoded += [(turns[-1].line, _example(turns, train_on)) for turns in _grouped(_turns(texts, tokenizer))]
     if problems:
         raise DatasetError(problems)
+    return encoded
 
 
-def _rendered(chat: _Chat, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn) -> list[tuple[int, str, str]]:
+def _texts(
+    line: int, row: Row, row_format: RowFormat, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn
+) -> list[_Text]:
+    """One for each answer to learn of a chat; one of anything else."""
+    first = 1  # an opening message of the assistant answers nothing
+    if row_format == "messages":
+        messages = row["messages"]
+    elif row_format == "conversations (ShareGPT)":
+        messages = conversation(row["conversations"], row.get("system", ""))
+    elif row_format == "text":
+        return [_Text(line, "", row["text"], rendered=False)]
+    elif row_format == "instruction/output" and not tokenizer.chat_template:
+        return [_Text(line, _alpaca_prompt(row["instruction"], row.get("input", "")), row["output"], rendered=False)]
+    elif row_format == "instruction/output":
+        user = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
+        messages = [{"role": "user", "content": user}, {"role": "assistant", "content": row["output"]}]
+    elif isinstance(row["prompt"], str):
+        return [_Text(line, row["prompt"], row["completion"], rendered=False)]
+    else:
+        messages, first = [*row["prompt"], *row["completion"]], len(row["prompt"])
+    said = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if train_on == "all":
-        end = max(index for index, message in enumerate(chat.messages) if message["role"] == "assistant") + 1
-        return [(chat.line, "", rendered(tokenizer, chat.messages[:end], generation_prompt=False))]
-    return [(chat.line, *_turn(tokenizer, chat, number)) for number in range(len(chat.answers))]
+        whole = rendered(tokenizer, messages[: said[-1] + 1], generation_prompt=False)
+        return [_Text(line, "", whole, rendered=True)]
+    answers = [index for index in said if index >= first and messages[index].get("weight") != 0]
+    return [
+        _Text(line, *_prompt_and_answer(tokenizer, messages, index, number), rendered=True)
+        for number, index in enumerate(answers, start=1)
+    ]
 
 
-def _turn(tokenizer: PreTrainedTokenizerBase, chat: _Chat, number: int) -> tuple[str, str]:
-    """The prompt of an answer, and the prompt and the answer."""
-    index = chat.answers[number]
+def _alpaca_prompt(instruction: str, given: str) -> str:
+    task = f"{ALPACA_TASK}{ALPACA_WITH_INPUT if given else ''}{ALPACA_REQUEST}### Instruction:\n{instruction}\n\n"
+    return task + (f"### Input:\n{given}\n\n" if given else "") + "### Response:\n"
+
+
+def _prompt_and_answer(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Row], index: int, number: int
+) -> tuple[str, str]:
+    """The prompt of answer `number`, which is the message at `index`, and what the template makes of the answer."""
     for _ in range(2):  # a template with a clock may have read two times
-        prompt = rendered(tokenizer, chat.messages[:index], generation_prompt=True)
-        whole = rendered(tokenizer, chat.messages[: index + 1], generation_prompt=False)
+        prompt = rendered(tokenizer, messages[:index], generation_prompt=True)
+        whole = rendered(tokenizer, messages[: index + 1], generation_prompt=False)
         if whole.startswith(prompt):
-            return prompt, whole
+            return prompt, whole[len(prompt) :]
     raise PromptError(
-        f"the chat template puts answer {number + 1} behind another prompt than the one it is served with;"
+        f"the chat template puts answer {number} behind another prompt than the one it is served with;"
         " use `prompt` and `completion` strings"
     )
+
+
+def _turns(texts: Sequence[_Text], tokenizer: PreTrainedTokenizerBase) -> list[_Turn]:
+    """The tokens of each text in the order of lines: the prompt as the server feeds it, the answer, one end."""
+    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    turns: list[_Turn] = []
+    for is_rendered, ids_of in ((True, tokenised), (False, text_ids)):
+        own = [text for text in texts if text.rendered is is_rendered]  # one row's prompt may be a chat, another's not
+        prompts, wholes = ids_of(tokenizer, [text.prompt for text in own]), ids_of(tokenizer, [t.whole for t in own])
+        for text, prompt, whole in zip(own, prompts, wholes, strict=True):
+            ids = _starting_with(prompt, whole, text.answer, tokenizer)
+            if is_rendered:
+                ids = _until_end_of_turn(ids, len(prompt), special, tokenizer)
+            else:
+                ids = _with_one_end(ids, len(prompt), tokenizer)
+            turns.append(_Turn(text.line, len(prompt), ids))
+    return sorted(turns, key=lambda turn: turn.line)
+
+
+def _grouped(turns: Sequence[_Turn]) -> Iterator[list[_Turn]]:
+    """Turns side by side of which each starts with the one before: one example."""
+    group: list[_Turn] = []
+    for turn in turns:
+        if group and (turn.line != group[-1].line or turn.ids[: len(group[-1].ids)] != group[-1].ids):
+            yield group
+            group = []
+        group.append(turn)
+    if group:
+        yield group
+
+
+def _example(turns: Sequence[_Turn], train_on: TrainOn) -> Example:
+    ids = turns[-1].ids
+    mask = [train_on == "all"] * len(ids)
+    for turn in turns:
+        mask[turn.prompt : len(turn.ids)] = [True] * (len(turn.ids) - turn.prompt)
+    mask[0] = False
+    return Example(ids, mask)
 
 
 def _starting_with(prompt: list[int], whole: list[int], rest: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -232,6 +206,13 @@ def _until_end_of_turn(ids: list[int], start: int, special: set[int], tokenizer:
     if end == start or str(tokenizer.decode(ids[end:])).strip():
         return [*ids, _end_of_text(tokenizer)]
     return ids[:end]
+
+
+def _with_one_end(ids: list[int], start: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    end_of_text, end = _end_of_text(tokenizer), len(ids)
+    while end > start and ids[end - 1] == end_of_text:
+        end -= 1
+    return [*ids[:end], end_of_text]
 
 
 def _end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -22,8 +22,8 @@ from lora_core.data.format import (
     RowNumber,
     Rows,
     format_of,
+    location,
     no_known_format,
-    place,
     problems_of,
     without_nulls,
 )
@@ -90,7 +90,7 @@ def _collect(number: int, value: object, rows: Rows, problems: list[Problem]) ->
     if isinstance(value, dict):
         rows.append((number, without_nulls(value)))
     else:
-        problems.append((number, f"{place(number)}: {kind(value)}; write an object with the columns as keys"))
+        problems.append((number, f"{location(number)}: {kind(value)}; write an object with the columns as keys"))
 
 
 def _read_lines(path: Path) -> Read:
@@ -142,7 +142,7 @@ def _read_array(path: Path) -> Read:
             _collect(RowNumber(number), value, rows, problems)
     except (ValueError, RecursionError) as error:  # where the next element would begin is unknown
         number = RowNumber(number + 1)
-        problems.append((number, f"{place(number)}: {_unreadable(error)}"))
+        problems.append((number, f"{location(number)}: {_unreadable(error)}"))
     return rows, problems
 
 

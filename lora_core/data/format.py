@@ -62,7 +62,7 @@ class Rows(list[NumberedRow]):
         return Rows((self[index] for index in indices), self.unread)
 
 
-def place(number: int) -> str:
+def location(number: int) -> str:
     """Where a user finds a row."""
     return f"{'row' if isinstance(number, RowNumber) else 'line'} {number}"
 
@@ -143,11 +143,11 @@ def problems_of(rows: Sequence[NumberedRow]) -> list[Problem]:
     """Every mistake in the rows."""
     row_format = _common_format(rows)
     if row_format is None:
-        return [(number, f"{place(number)}: {no_known_format(row)}") for number, row in rows]
+        return [(number, f"{location(number)}: {no_known_format(row)}") for number, row in rows]
     problems = []
     for number, row in rows:
         for column, advice in _row_problems(row, row_format):
-            problems.append((number, f"{place(number)}: column {column}: {advice}"))
+            problems.append((number, f"{location(number)}: column {column}: {advice}"))
     return problems
 
 

@@ -30,25 +30,25 @@ def encodable(text: str) -> bool:
 
 
 def unusable(value: object) -> Iterator[tuple[str, str]]:
-    """(place, what is wrong) of each such text, key and number within parsed values; a place is `messages.0.content`.
+    """(path, what is wrong) of each such text, key and number within parsed values; a path is `messages.0.content`.
 
     Without recursion, since the values may nest as deep as a parser goes.
     """
     waiting: list[tuple[str, object]] = [("", value)]
     while waiting:
-        place, one = waiting.pop()
+        path, one = waiting.pop()
         if isinstance(one, str) and not encodable(one):
-            yield place, f"has {HALF_A_CHARACTER}"
+            yield path, f"has {HALF_A_CHARACTER}"
         elif isinstance(one, int | float) and not (math.isfinite(one) if isinstance(one, float) else abs(one) < 2**64):
-            yield place, "should be a finite number of at most 64 bits"
+            yield path, "should be a finite number of at most 64 bits"
         elif isinstance(one, Mapping):
-            inner = [(f"{place}.{shown(str(key))}".removeprefix("."), key, part) for key, part in one.items()]
+            inner = [(f"{path}.{shown(str(key))}".removeprefix("."), key, part) for key, part in one.items()]
             yield from (
                 (at, f"has {HALF_A_CHARACTER}") for at, key, _ in inner if isinstance(key, str) and not encodable(key)
             )
             waiting += reversed([(at, part) for at, _, part in inner])
         elif isinstance(one, list):
-            waiting += reversed([(f"{place}.{index}".removeprefix("."), part) for index, part in enumerate(one)])
+            waiting += reversed([(f"{path}.{index}".removeprefix("."), part) for index, part in enumerate(one)])
 
 
 def shown(name: str) -> str:

@@ -24,8 +24,8 @@ from lora_core.data.format import (
     RowNumber,
     Rows,
     format_of,
+    location,
     no_known_format,
-    place,
     used_columns,
     without_nulls,
 )
@@ -194,6 +194,6 @@ def _collect_one_by_one(first: int, batch: pyarrow.RecordBatch, rows: Rows, prob
                 reason = f"cannot be read ({error}); write a string"
                 if isinstance(error, UnicodeDecodeError):
                     reason = "not UTF-8; write it again as text in UTF-8"
-                problems.append((number, f"{place(number)}: column `{name}`: {reason}"))
+                problems.append((number, f"{location(number)}: column `{name}`: {reason}"))
         if not broken:
             rows.append((number, without_nulls(row)))
