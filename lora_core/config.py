@@ -110,10 +110,10 @@ class TrainConfig(BaseModel):
 
     `batch_size` counts examples of one optimizer step over all ranks. `warmup_ratio` is the share of all steps in which
     the learning rate grows linearly from zero. `loraplus_lr_ratio` times the learning rate is that of B (LoRA+, Hayou
-    et al. 2024, https://arxiv.org/abs/2402.12354). A gradient longer than `max_grad_norm` is cut to it (null: never).
+    et al. 2024, https://arxiv.org/abs/2402.12354). A gradient longer than `max_grad_norm` is clipped (null: never).
     `train_on` says which tokens are labels, `overlong` what becomes of rows longer than `max_seq_len` tokens.
 
-    Where there are held-out rows, they are evaluated before the first step, every `eval_steps` optimizer steps (null:
+    Where there are validation rows, they are evaluated before the first step, every `eval_steps` optimizer steps (null:
     after each epoch) and after the last. `load_best_model_at_end` publishes the weights of the lowest validation loss
     instead of the last ones (null: where `early_stopping_patience` is given). `early_stopping_patience` ends training
     after that many evaluations in a row that are no better than the best.
@@ -146,6 +146,6 @@ class TrainConfig(BaseModel):
 
     @property
     def needs_validation(self) -> list[str]:
-        """The options in use that mean nothing without held-out rows."""
+        """The options in use that mean nothing without validation rows."""
         options = ("eval_steps", "load_best_model_at_end", "early_stopping_patience")
         return [option for option in options if getattr(self, option)]

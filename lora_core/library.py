@@ -36,7 +36,7 @@ log = logging.getLogger("lora.library")
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 Reports = tuple[DatasetReport, DatasetReport | None]
-"""Of the rows to train on, and of those held out."""
+"""Of the training rows, and of the validation rows."""
 
 CHECKPOINTS, PARTIAL = ".checkpoints", ".partial"  # below `out`: no job's name begins so
 ENCODED = ".encoded"
@@ -47,8 +47,8 @@ class TrainJob:
     """One adapter: its `name`, which is that of its folder too, a .jsonl, .json, .csv or .parquet file, and how to
     train.
 
-    `validation` is a fraction of the rows to hold out, above 0 and below 0.5, or a second file; `init_adapter` is the
-    PEFT directory to start from.
+    `validation` is a fraction of the rows to validate on, above 0 and below 0.5, or a second file; `init_adapter` is
+    the PEFT directory to start from.
     """
 
     name: str
@@ -63,12 +63,12 @@ class TrainJob:
 class TrainResult:
     """What became of a job: the `folder` of its adapter, or the `error` that ended it.
 
-    Losses are means over the supervised tokens of a step: the first, and the last of `steps`. Where rows are held out,
-    `evaluation` is the last one and `best` the one of the lowest loss (after a step; the start does not count).
-    `stopped` says why training ended before all epochs were done.
+    Losses are means over the supervised tokens of a step: the first, and the last of `steps`. Where there are
+    validation rows, `evaluation` is the last one and `best` the one of the lowest loss (after a step; the start does
+    not count). `stopped` says why training ended before all epochs were done.
 
-    `dataset` is what the rows to train on came to, with those that were dropped or cut and the columns that were
-    ignored, and `validation` the same of the rows held out; `lines()` of either are for people.
+    `dataset` is what the rows to train on came to, with those that were dropped or truncated and the columns that were
+    ignored, and `validation` the same of the validation rows; `lines()` of either are for people.
     """
 
     folder: Path | None
@@ -268,9 +268,9 @@ def _add(
     ]
     for job in jobs:
         try:
-            dataset, held_out = _datasets(engine.base, job, states, resume and bool(NAME.fullmatch(job.name)))
-            reports[job.name] = dataset.report, held_out.report if held_out else None
-            validation = held_out.examples if held_out else []
+            dataset, validating = _datasets(engine.base, job, states, resume and bool(NAME.fullmatch(job.name)))
+            reports[job.name] = dataset.report, validating.report if validating else None
+            validation = validating.examples if validating else []
             start = None if job.init_adapter is None else read_adapter(Path(job.init_adapter), engine.bank)
             checkpoint = states.read(job.name) if resume and NAME.fullmatch(job.name) else None
             engine.add(EngineJob(job.name, job.lora, job.train, dataset.examples, validation, start), checkpoint)
@@ -288,15 +288,15 @@ def _add(
 
 
 def _datasets(base: BaseModel, job: TrainJob, states: _Checkpoints, resume: bool) -> Datasets:
-    """Rows to train on, and those held out."""
+    """The examples to train and to validate on."""
     if isinstance(job.validation, int | float) and not 0.0 < job.validation < 0.5:
         raise ValueError(
             f"validation must be a fraction of the rows above 0 and below 0.5, or a second file, not {job.validation}"
         )
-    dataset, held_out = states.datasets(job, base, resume)
-    if problem := too_long(base.model, max(max(part.report.lengths) for part in (dataset, held_out) if part)):
+    dataset, validation = states.datasets(job, base, resume)
+    if problem := too_long(base.model, max(max(part.report.lengths) for part in (dataset, validation) if part)):
         raise ValueError(problem)
-    return dataset, held_out
+    return dataset, validation
 
 
 def _tell(name: str, dataset: DatasetReport, validation: DatasetReport | None) -> None:

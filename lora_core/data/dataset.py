@@ -6,8 +6,8 @@
     dataset = build_examples([rows[i] for i in train], tokenizer, ...)  encoding.py: ids and loss mask
     build_datasets(path, fraction_or_path, tokenizer, config)           all of it
 
-A row too long for `max_seq_len` is cut or left out and counted. A row that has no supervised token then is named, and a
-data set that has none is refused: its loss would be 0 / 0.
+A row too long for `max_seq_len` is truncated or dropped, and counted. A row that has no supervised token then is named,
+and a data set that has none is refused: its loss would be 0 / 0.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class DatasetReport:
         return self.contents(capacity) + self.losses()
 
     def contents(self, capacity: int | None = None) -> list[str]:
-        """What there is to train on."""
+        """Say what there is to train on."""
         capacity = capacity or self.max_seq_len
         share = self.supervised_tokens / self.tokens
         packing = f"{self.packing_efficiency(capacity):.1%} at {capacity:,} tokens"
@@ -99,7 +99,7 @@ class DatasetReport:
         ]
 
     def losses(self) -> list[str]:
-        """What of the file is not trained, or not whole."""
+        """Say what of the file is not trained, or not whole."""
         lines = []
         if self.overlong:
             done = "truncated" if self.overlong_rule == "truncate" else "dropped"
@@ -128,7 +128,7 @@ def build_examples(
     overlong: Overlong,
     token_rows: int | None = None,
 ) -> Dataset:
-    """Token ids and loss masks of all rows, none longer than `max_seq_len`, each ending with a label.
+    """Make token ids and loss masks of all rows, none longer than `max_seq_len`, each ending with a label.
 
     Over-long examples lose their end, or are left out, as `overlong` says. `token_rows` is what the base model has of
     them (None: not known): ids from there on are refused.
@@ -149,7 +149,7 @@ def build_examples(
             overlong_lines.add(line)
             if overlong == "drop":
                 continue
-            example = _cut(example, max_seq_len)
+            example = _truncated(example, max_seq_len)
         if token_rows is not None and (beyond := [token for token in example.ids if token >= token_rows]):
             problems.append(f"{location(line)}: {_rowless(tokenizer, beyond[0], token_rows)}")
         if example.ids:
@@ -181,8 +181,8 @@ def build_datasets(
     config: TrainConfig,
     token_rows: int | None = None,
 ) -> tuple[Dataset, Dataset | None]:
-    """Examples to train on, and those held out: a second file, or a fraction of the rows. `token_rows` is what the base
-    model has of them, where that is known.
+    """Build the examples to train on, and those to validate on: of a second file, or of a fraction of the rows.
+    `token_rows` is what the base model has of them, where that is known.
 
     Raises:
         DatasetError: what `read_rows`, `build_examples` and `split` find.
@@ -200,9 +200,9 @@ def build_datasets(
 
     if isinstance(validation, float):
         rows = read_rows(dataset)
-        check_rows(rows)  # before the cut, so that mistakes on either side come together
-        kept, held_out = split(len(rows), validation, config.seed)
-        return build(rows.part(kept)), build(rows.part(held_out))
+        check_rows(rows)  # before the split, so that mistakes on either side come together
+        training, validating = split(len(rows), validation, config.seed)
+        return build(rows.part(training)), build(rows.part(validating))
     built: list[Dataset] = []
     problems: list[str] = []
     for path, prefix in ((dataset, ""), (validation, "validation: ")):
@@ -216,7 +216,7 @@ def build_datasets(
 
 
 def split(rows_count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """(training, validation) indices of rows, each ascending; the same for the same arguments everywhere and always.
+    """Return (training, validation) indices of rows, each ascending; the same for the same arguments everywhere.
 
     Split rows, not examples: turns of one conversation on both sides would flatter the validation loss.
 
@@ -226,12 +226,12 @@ def split(rows_count: int, fraction: float, seed: int) -> tuple[list[int], list[
     if rows_count < 2:
         raise DatasetError(["a validation fraction needs at least two rows; add rows, or leave `validation` out"])
     order = sorted(range(rows_count), key=lambda index: hashlib.sha256(f"{seed}:{index}".encode()).digest())
-    held_out = min(max(1, round(rows_count * fraction)), rows_count - 1)
-    return sorted(order[held_out:]), sorted(order[:held_out])
+    validating = min(max(1, round(rows_count * fraction)), rows_count - 1)
+    return sorted(order[validating:]), sorted(order[:validating])
 
 
-def _cut(example: Example, tokens: int) -> Example:
-    """The first tokens, up to the last label among them, since nothing learns from the rest; empty if there is none."""
+def _truncated(example: Example, tokens: int) -> Example:
+    """Keep the first tokens up to the last label among them, since nothing learns from the rest: none without one."""
     end = tokens
     while end > 0 and not example.labels_mask[end - 1]:
         end -= 1

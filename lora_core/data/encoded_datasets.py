@@ -4,7 +4,7 @@ template, the template itself or a library say later.
     train.ids    int32 [tokens]      of all examples, one behind the other
     train.mask   bool  [tokens]      which of them are labels
     train.ends   int64 [examples]    where each example ends
-    held_out.*                       the same, where rows are held out
+    held_out.*                       the same of the validation rows, where there are some
 
 It is a safetensors file. The same data sets are the same bytes.
 """
@@ -26,9 +26,9 @@ from lora_core.data.dataset import Dataset, DatasetReport, Example
 from lora_core.data.format import RowNumber
 
 Datasets = tuple[Dataset, Dataset | None]
-"""Examples to train on, and those held out."""
+"""Examples to train on, and those to validate on."""
 
-PARTS = ("train", "held_out")
+PARTS = ("train", "held_out")  # the second: to validate on
 
 
 def write_datasets(datasets: Datasets, path: Path, about: Any = None) -> None:
@@ -55,14 +55,14 @@ def read_datasets(path: Path) -> tuple[Datasets, Any]:
     try:
         with safe_open(path, framework="numpy") as file:
             encoded = json.loads(file.metadata()["encoded"])
-            train, held_out = (
+            train, validation = (
                 _dataset(file, part, encoded["reports"][part]) if part in encoded["reports"] else None for part in PARTS
             )
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"the encoded rows in {path} cannot be read ({error})") from error
     if train is None:
         raise ValueError(f"the encoded rows in {path} cannot be read (there are none)")
-    return (train, held_out), encoded["about"]
+    return (train, validation), encoded["about"]
 
 
 def _dataset(file: Any, part: str, report: dict[str, Any]) -> Dataset:

@@ -46,8 +46,8 @@ class PreparedJob:
 
 
 class Standing(NamedTuple):
-    """Where a job that is not done stands: its next optimizer step is `step` (from 0), and the held-out examples may be
-    due before it.
+    """Where a job that is not done stands: its next optimizer step is `step` (from 0), and the validation examples may
+    be due before it.
     """
 
     step: int
@@ -76,7 +76,7 @@ class LiveJob:
 
     @property
     def evaluation_due(self) -> bool:
-        """Whether the held-out examples come before the next step. It follows from the progress alone, so that a
+        """Whether the validation examples come before the next step. It follows from the progress alone, so that a
         checkpoint taken before, during or after an evaluation continues alike.
         """
         step, last = self.progress.step, self.progress.evaluation
@@ -97,7 +97,7 @@ class LiveJob:
     def chunks(
         self, standing: Standing, rank: int, ranks: int, pad_to_multiple_of: int = PAD_TO_MULTIPLE_OF
     ) -> list[Chunk]:
-        """A rank's share of what comes next there, the held-out examples or those of the step: every `ranks`-th."""
+        """A rank's share of what comes next there, the validation examples or those of the step: every `ranks`-th."""
         job, step = self.job, None if standing.evaluation_due else standing.step
         examples = job.validation if step is None else [job.examples[index] for index in job.examples_of(step)]
         own = list(enumerate(examples))[rank::ranks]

@@ -1,6 +1,6 @@
 """Train many adapters on one frozen base. `TrainEngine.micro_batch` is what all ranks do together, again and again.
 
-    for job between steps:             its next step's examples, or held-out ones: each rank's share, cut into chunks
+    for job between steps:             its next step's examples, or validation ones: each rank's share, cut into chunks
     batch = a fair share of every job  chunks of several jobs side by side, at most `capacity` tokens
                                        (both made while the device still computes what came before, where it can be)
     forward_backward(batch)            gradients by job
@@ -267,7 +267,7 @@ class TrainEngine:
 
     @torch.no_grad()
     def evaluate(self, batch: ReadyBatch) -> None:
-        """Add every chunk's loss and number of hits to its job's evaluation."""
+        """Add every chunk's loss and number of correct labels to its job's evaluation."""
         chunks = batch.packed.chunks
         assert all(chunk.step is None for chunk in chunks)
         if batch.in_decoder is not None:
@@ -316,12 +316,12 @@ class TrainEngine:
         """The end of an evaluation, by all ranks together: the outcome of the step before it, if there was one."""
         if self._all_reduce is not None:
             self._all_reduce(live.scores)
-        loss, hits, tokens = live.scores.tolist()
+        loss, correct, tokens = live.scores.tolist()
         live.scores.zero_()
         progress, train = live.progress, live.job.train
         if not math.isfinite(loss):
             return JobDiverged(live.job.name, progress.step, VALIDATION_NOT_FINITE)
-        evaluation = Evaluation(progress.step, loss / tokens, hits / tokens, int(tokens))
+        evaluation = Evaluation(progress.step, loss / tokens, correct / tokens, int(tokens))
         patience = train.early_stopping_patience if progress.step < live.job.steps else None
         if progress.evaluated(evaluation, patience) and train.keeps_best:
             live.optimizer.keep_best()

@@ -28,8 +28,9 @@ TOKENS_TO_JUDGE = 16
 
 @dataclass(frozen=True)
 class EngineJob:
-    """What to train: a name that is unique in the engine, the adapter, how, and the examples and held-out ones (all of
-    them, on every rank). With `init_adapter` training starts from what that adapter computes (see `continued_adapter`).
+    """What to train: a name that is unique in the engine, the adapter, how, and the examples to train and to validate
+    on (all of them, on every rank). With `init_adapter` training starts from what that adapter computes (see
+    `continued_adapter`).
     """
 
     name: str
@@ -66,7 +67,7 @@ class EngineJob:
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest example, held-out ones included."""
+        """Tokens of the longest example, validation ones included."""
         return max(len(example.ids) for example in (*self.examples, *self.validation))
 
     @cached_property
@@ -94,7 +95,7 @@ class EngineJob:
         return None
 
     def evaluates_after(self, step: int) -> bool:
-        """Whether the held-out examples are evaluated once `step` steps are done: before the first, at the end, and
+        """Whether the validation examples are evaluated once `step` steps are done: before the first, at the end, and
         every `eval_steps` or every epoch.
         """
         every = self.train.eval_steps or self.steps_per_epoch
@@ -107,9 +108,9 @@ class EngineJob:
             problems.append(f"{self.name} has no examples to train on")
         if self.train.needs_validation and not self.validation:
             options = " and ".join(self.train.needs_validation)
-            problems.append(f"{self.name} has no held-out examples, which {options} would judge by: give some")
+            problems.append(f"{self.name} has no validation examples, which {options} would judge by: give some")
         if self.validation and not any(any(example.labels_mask) for example in self.validation):
-            problems.append(f"{self.name}: none of the held-out examples has a supervised token: give others")
+            problems.append(f"{self.name}: none of the validation examples has a supervised token: give others")
         return problems
 
     def digest(self) -> str:
@@ -221,7 +222,7 @@ GUESSING_STEPS = 20
 """Steps in a row that end a job: a loss that was no better than guessing for so long does not come back by itself."""
 
 NOT_FINITE = "the loss or its gradient was not finite: lower learning_rate, or look at the rows of that step"
-VALIDATION_NOT_FINITE = "the validation loss was not finite: lower learning_rate, or look at the held-out rows"
+VALIDATION_NOT_FINITE = "the validation loss was not finite: lower learning_rate, or look at the validation rows"
 
 
 class JobDiverged(ValueError):  # noqa: N818 - the outcome of a step before it is an error

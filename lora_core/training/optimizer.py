@@ -46,7 +46,7 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The held-out examples after `step` steps: mean loss of their supervised tokens, and the share of these that the
+    """The validation examples after `step` steps: mean loss of their supervised tokens, and the share of these that the
     model would have written (its most probable token is the label).
     """
 

@@ -1,4 +1,4 @@
-"""Evaluation: the held-out rows' loss and accuracy, when they are taken, what follows from them, and what does not."""
+"""Evaluation: the validation loss and accuracy, when they are taken, what follows from them, and what does not."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from lora_core.training.job import JobDiverged, Progress
 from lora_core.training.optimizer import Evaluation, StepOutcome
 from tests.support.models import RanksInThreads, documents, job, outcome_of, state, tiny_base, train_to_the_end
 
-HELD_OUT = documents(9, seed=50)
+VALIDATION = documents(9, seed=50)
 
 
 def by_definition(engine: TrainEngine, live: LiveJob, examples: Sequence[Example]) -> Evaluation:
     """One document at a time, all of its logits, no dropout."""
-    loss, hits, tokens = 0.0, 0, 0
+    loss, correct, tokens = 0.0, 0, 0
     for example in examples:
         ids = torch.tensor([example.ids])
         with torch.no_grad(), engine.bank.routed([Segment(live.adapter, ids.shape[1])]):
@@ -35,9 +35,9 @@ def by_definition(engine: TrainEngine, live: LiveJob, examples: Sequence[Example
         kept = torch.tensor(example.labels_mask[1:])
         labels = ids[0, 1:][kept]
         loss += float(F.cross_entropy(logits[kept].double(), labels, reduction="sum"))
-        hits += int((logits[kept].argmax(-1) == labels).sum())
+        correct += int((logits[kept].argmax(-1) == labels).sum())
         tokens += len(labels)
-    return Evaluation(live.progress.step, loss / tokens, hits / tokens, tokens)
+    return Evaluation(live.progress.step, loss / tokens, correct / tokens, tokens)
 
 
 def test_loss_and_accuracy_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +46,7 @@ def test_loss_and_accuracy_are_those_of_the_definition(monkeypatch: pytest.Monke
     examples = documents(6, seed=1)
     engine = TrainEngine(tiny_base("llama", dtype=torch.float64), capacity=512)
     live = engine.add(
-        job(examples=examples, validation=[*examples[:4], *HELD_OUT], epochs=30, lora={"lora_dropout": 0.3})
+        job(examples=examples, validation=[*examples[:4], *VALIDATION], epochs=30, lora={"lora_dropout": 0.3})
     )
     batches = 0
     evaluate = engine.evaluate
@@ -81,7 +81,7 @@ def test_loss_and_accuracy_are_those_of_the_definition(monkeypatch: pytest.Monke
 )
 def test_evaluates_every_so_many_steps_or_epochs_and_at_both_ends(options: dict[str, Any], steps: list[int]) -> None:
     engine = TrainEngine(tiny_base("llama"))
-    live = engine.add(job(validation=HELD_OUT, **options))
+    live = engine.add(job(validation=VALIDATION, **options))
     outcomes = train_to_the_end(engine, "job")
     evaluations = [outcome.evaluation for outcome in outcomes if outcome.evaluation is not None]
     assert [evaluation.step for evaluation in evaluations] == steps
@@ -100,7 +100,7 @@ def test_evaluating_changes_nothing_in_training() -> None:
         train_to_the_end(engine, "job")
         return state(live)
 
-    assert torch.equal(train([]), train(HELD_OUT, eval_steps=1))
+    assert torch.equal(train([]), train(VALIDATION, eval_steps=1))
 
 
 def test_evaluations_in_company_equal_those_alone_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,11 +109,11 @@ def test_evaluations_in_company_equal_those_alone_bit_for_bit(monkeypatch: pytes
 
     def evaluations(neighbours: bool) -> list[Evaluation | None]:
         engine = TrainEngine(tiny_base("llama-odd"), capacity=160)
-        engine.add(job(validation=HELD_OUT, eval_steps=1, epochs=2))
+        engine.add(job(validation=VALIDATION, eval_steps=1, epochs=2))
         if neighbours:
             engine.add(job("too", validation=documents(20, 3), eval_steps=1, seed=1))
             engine.add(job("trains", examples=documents(20, 4), batch_size=9))
-            engine.add(job("poison", validation=HELD_OUT)).optimizer.flat.fill_(math.nan)
+            engine.add(job("poison", validation=VALIDATION)).optimizer.flat.fill_(math.nan)
         return [outcome.evaluation for outcome in train_to_the_end(engine, "job")]
 
     alone = evaluations(neighbours=False)
@@ -122,9 +122,9 @@ def test_evaluations_in_company_equal_those_alone_bit_for_bit(monkeypatch: pytes
 
 
 def test_two_ranks_evaluate_their_shares_to_the_same_figures() -> None:
-    """One of the jobs has a single held-out document, so that the second rank has nothing to evaluate."""
-    single = job("single", examples=documents(4, 2), validation=HELD_OUT[:1], epochs=2)
-    several = job("several", validation=HELD_OUT, epochs=2, early_stopping_patience=1)
+    """One of the jobs has a single validation document, so that the second rank has nothing to evaluate."""
+    single = job("single", examples=documents(4, 2), validation=VALIDATION[:1], epochs=2)
+    several = job("several", validation=VALIDATION, epochs=2, early_stopping_patience=1)
     engine = TrainEngine(tiny_base("llama", dtype=torch.float64))
     expected = {}
     for wanted in (single, several):
@@ -153,7 +153,7 @@ def test_two_ranks_evaluate_their_shares_to_the_same_figures() -> None:
 # --- what follows from it --------------------------------------------------------------------------------------------
 
 # Some of what it is trained on among what it is not: the loss falls, then rises.
-MIXED = [*documents(10, seed=0)[:3], *HELD_OUT[:5]]
+MIXED = [*documents(10, seed=0)[:3], *VALIDATION[:5]]
 OVERFITS: dict[str, Any] = {"epochs": 8, "learning_rate": 0.03, "lr_scheduler": "constant"}
 
 
@@ -223,9 +223,9 @@ def test_a_job_that_had_no_step_left_did_not_stop_early() -> None:
     """Its last evaluation is the one at which patience ends."""
     options = {"eval_steps": 1, "early_stopping_patience": 1, "batch_size": 10, "learning_rate": 0.5}
     engine = TrainEngine(tiny_base("llama"))
-    stopped = engine.add(job("stopped", validation=HELD_OUT, **options))
+    stopped = engine.add(job("stopped", validation=VALIDATION, **options))
     train_to_the_end(engine, "stopped")
-    ended = engine.add(job("ended", validation=HELD_OUT, **options, epochs=stopped.progress.step))
+    ended = engine.add(job("ended", validation=VALIDATION, **options, epochs=stopped.progress.step))
     train_to_the_end(engine, "ended")
     assert ended.progress.step == ended.job.steps == stopped.progress.step
     assert stopped.progress.stopped is not None
@@ -234,7 +234,7 @@ def test_a_job_that_had_no_step_left_did_not_stop_early() -> None:
 
 def test_a_job_that_stopped_early_rests_while_its_neighbour_goes_on() -> None:
     engine = TrainEngine(tiny_base("llama"))
-    stopped = engine.add(job(validation=HELD_OUT, eval_steps=1, early_stopping_patience=1, **OVERFITS))
+    stopped = engine.add(job(validation=VALIDATION, eval_steps=1, early_stopping_patience=1, **OVERFITS))
     going = engine.add(job("neighbour", epochs=20))
     train_to_the_end(engine, "neighbour")
     assert stopped.done
@@ -244,19 +244,19 @@ def test_a_job_that_stopped_early_rests_while_its_neighbour_goes_on() -> None:
 
 def test_best_weights_are_what_a_bf16_base_computes_with_afterwards() -> None:
     engine = TrainEngine(tiny_base("llama", dtype=torch.bfloat16))
-    live = engine.add(job(validation=HELD_OUT, eval_steps=1, load_best_model_at_end=True, **OVERFITS))
+    live = engine.add(job(validation=VALIDATION, eval_steps=1, load_best_model_at_end=True, **OVERFITS))
     train_to_the_end(engine, "job")
     best, last = live.progress.best, live.progress.evaluation
     assert best is not None and last is not None
     assert last.loss > 1.02 * best.loss
     # In bf16 rows may round otherwise where they lie among others.
-    assert by_definition(engine, live, HELD_OUT).loss == pytest.approx(best.loss, rel=5e-3)
+    assert by_definition(engine, live, VALIDATION).loss == pytest.approx(best.loss, rel=5e-3)
 
 
 def test_validation_loss_that_is_not_finite_fails_its_job_alone_with_the_step() -> None:
     engine = TrainEngine(tiny_base("llama"), capacity=96)
-    bad = engine.add(job("bad", validation=HELD_OUT, eval_steps=2))
-    sound = engine.add(job("sound", validation=HELD_OUT, eval_steps=2, epochs=3))
+    bad = engine.add(job("bad", validation=VALIDATION, eval_steps=2))
+    sound = engine.add(job("sound", validation=VALIDATION, eval_steps=2, epochs=3))
     failures = []
     while not sound.done:
         if bad.evaluation_due and bad.progress.step == 4:
@@ -279,19 +279,19 @@ def test_validation_loss_that_is_not_finite_fails_its_job_alone_with_the_step() 
 @pytest.mark.parametrize(
     "options", [{"eval_steps": 5}, {"load_best_model_at_end": True}, {"early_stopping_patience": 2}], ids=str
 )
-def test_options_that_need_held_out_rows_are_refused_without_them(options: dict[str, Any]) -> None:
+def test_options_that_need_validation_rows_are_refused_without_them(options: dict[str, Any]) -> None:
     (option,) = options
-    with pytest.raises(ValueError, match=f"held-out examples, which {option} "):
+    with pytest.raises(ValueError, match=f"validation examples, which {option} "):
         TrainEngine(tiny_base("llama")).add(job(**options))
-    TrainEngine(tiny_base("llama")).add(job(validation=HELD_OUT, **options))
+    TrainEngine(tiny_base("llama")).add(job(validation=VALIDATION, **options))
     TrainEngine(tiny_base("llama")).add(job(load_best_model_at_end=False))
 
 
-def test_held_out_rows_without_a_supervised_token_are_refused() -> None:
-    silent = [Example(example.ids, [False] * len(example.ids)) for example in HELD_OUT]
+def test_validation_rows_without_a_supervised_token_are_refused() -> None:
+    silent = [Example(example.ids, [False] * len(example.ids)) for example in VALIDATION]
     with pytest.raises(ValueError, match="supervised token"):
         TrainEngine(tiny_base("llama")).add(job(validation=silent))
     engine = TrainEngine(tiny_base("llama"))
-    engine.add(job(validation=[*silent, HELD_OUT[0]], epochs=1))
+    engine.add(job(validation=[*silent, VALIDATION[0]], epochs=1))
     evaluations = [outcome.evaluation for outcome in train_to_the_end(engine, "job")]
-    assert [evaluation.tokens for evaluation in evaluations if evaluation] == [sum(HELD_OUT[0].labels_mask)]
+    assert [evaluation.tokens for evaluation in evaluations if evaluation] == [sum(VALIDATION[0].labels_mask)]

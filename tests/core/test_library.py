@@ -146,7 +146,7 @@ def test_rows_longer_than_the_models_positions_are_refused(dataset: Path, tmp_pa
 def test_tokens_without_a_row_in_the_embedding_end_nothing_that_trains(
     base: BaseModel, dataset: Path, tmp_path: Path
 ) -> None:
-    """They are refused before, with all else, held-out ones too."""
+    """They are refused before, with all else, validation ones too."""
     base = replace(base, tokenizer=with_more_tokens(base.tokenizer))
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "fine"}\n{"text": "what is <|more|>?"}\n')
@@ -243,7 +243,7 @@ def test_the_packages_names_are_there_and_others_are_not() -> None:
         _ = lora_core.absent
 
 
-# --- held-out rows ---------------------------------------------------------------------------------------------------
+# --- validation rows -------------------------------------------------------------------------------------------------
 
 # A constant rate far too high: the loss of what is held out falls, then rises.
 OVERFITS = SHORT.model_copy(update={"epochs": 6, "learning_rate": 0.05, "lr_scheduler": "constant", "eval_steps": 1})
@@ -314,7 +314,7 @@ def test_a_job_that_stops_early_says_why_and_has_its_best_weights(
     assert stops.best is not None and stops.best.step == stops.steps - 1
 
 
-def test_mistakes_about_held_out_rows_are_told(base: BaseModel, dataset: Path, tmp_path: Path) -> None:
+def test_mistakes_about_validation_rows_are_told(base: BaseModel, dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("no json\n")
     jobs = [
         TrainJob("half", dataset, validation=0.5),
@@ -332,7 +332,7 @@ def test_mistakes_about_held_out_rows_are_told(base: BaseModel, dataset: Path, t
         f"missing: validation: dataset {tmp_path / 'none.jsonl'}: there is no such file",
         "bad: line 1",
         "bad: validation: dataset",
-        "without has no held-out examples, which eval_steps",
+        "without has no validation examples, which eval_steps",
     ):
         assert part in told, told
 
