@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import torch
 
-from lora_core.inference.engine import Event, GenerationRequest, Generator
+from lora_core.inference.engine import GeneratedToken, GenerationRequest, Generator
 
 log = logging.getLogger("ray.serve.lora")  # below `ray.serve`, whose handlers write the replica's log
 
@@ -34,7 +34,7 @@ class DecodeLoopError(RuntimeError):
 class _Ticket:
     """One request from the side of the caller, who may leave before the generator has even taken it."""
 
-    deliver: Callable[[Event | DecodeLoopError], None]
+    deliver: Callable[[GeneratedToken | DecodeLoopError], None]
     number: int | None = None
 
 
@@ -70,16 +70,16 @@ class DecodeLoop:
         return await asyncio.wrap_future(future)
 
     @asynccontextmanager
-    async def answering(self, request: GenerationRequest) -> AsyncIterator[AsyncIterator[list[Event]]]:
+    async def answering(self, request: GenerationRequest) -> AsyncIterator[AsyncIterator[list[GeneratedToken]]]:
         """The events of a request, those that came together together; leaving the block gives the request up.
 
         Raises:
             PromptTooLongError: and what else `Generator.add` refuses.
             DecodeLoopError: the thread is dead, or dies (then out of the iterator).
         """
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | DecodeLoopError]()
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[GeneratedToken | DecodeLoopError]()
 
-        def deliver(event: Event | DecodeLoopError) -> None:
+        def deliver(event: GeneratedToken | DecodeLoopError) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         ticket = _Ticket(deliver)
@@ -138,13 +138,13 @@ class DecodeLoop:
             ticket.deliver(error)
 
 
-async def _together(events: asyncio.Queue[Event | DecodeLoopError]) -> AsyncIterator[list[Event]]:
+async def _together(events: asyncio.Queue[GeneratedToken | DecodeLoopError]) -> AsyncIterator[list[GeneratedToken]]:
     finished = False
     while not finished:
         batch = [await events.get()]
         while not events.empty():
             batch.append(events.get_nowait())
-        tokens: list[Event] = []
+        tokens: list[GeneratedToken] = []
         for event in batch:
             if isinstance(event, DecodeLoopError):
                 raise event

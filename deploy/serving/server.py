@@ -25,7 +25,7 @@ from deploy.serving.protocol import Answer, FinishReason, Opened, Piece, Questio
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the driver that deploys this class has no use for it
     from deploy.serving.metrics import ServingMetrics
-    from lora_core.inference.engine import Event, GenerationRequest
+    from lora_core.inference.engine import GeneratedToken, GenerationRequest
 
 log = logging.getLogger("ray.serve.lora")
 
@@ -130,7 +130,7 @@ class _Account:
         self.finish_reason: FinishReason | None = None
         self.failed = False
 
-    def took(self, batch: list[Event]) -> None:
+    def took(self, batch: list[GeneratedToken]) -> None:
         if self.tokens == 0:
             self._metrics.first_token(time.monotonic() - self._arrived)
         self.tokens, self.finish_reason = batch[-1].completion_tokens, batch[-1].finish_reason

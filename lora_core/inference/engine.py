@@ -1,6 +1,6 @@
 """Continuous batching over many adapters on one base: a step is batch, run, sample.
 
-    plan = batcher.next_step()            whose prompt is read, who decodes
+    plan = scheduler.next_step()          whose prompt is read, who decodes
     logits = prefill(...), decode(...)    one forward pass for each prompt, one for all that decode
     events = sample(logits)               one token for every running request
 
@@ -21,7 +21,7 @@ from lora_core.adapters.adapter import Adapter
 from lora_core.inference.detokenizer import TextStream, end_tokens
 from lora_core.inference.kv_cache import KVCache
 from lora_core.inference.sampling import Sampler, SamplingParams, sample
-from lora_core.inference.scheduler import Batcher, Waiting
+from lora_core.inference.scheduler import RequestScheduler, WaitingRequest
 from lora_core.models.base import BaseModel, token_rows
 from lora_core.models.hooks.bank import AdapterBank, Segment
 
@@ -51,7 +51,7 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True)
-class Event:
+class GeneratedToken:
     """One token of one request: the text that it made certain (often none), and why the answer is over, if it is.
 
     `completion_tokens` counts this token; an end token counts and has no text.
@@ -87,19 +87,19 @@ class Generator:
         self.end_tokens = end_tokens(base)
         self._token_rows = token_rows(base.model)
         self._cache = KVCache(base, slots=slots, max_len=self.context)
-        self._batcher = Batcher(slots=slots, prefill_tokens=prefill_tokens)
+        self._scheduler = RequestScheduler(slots=slots, prefill_tokens=prefill_tokens)
         self._live: dict[int, _Live] = {}
         self._next_id = 1
 
     @property
     def running(self) -> int:
         """Requests that hold a slot."""
-        return self._batcher.running
+        return self._scheduler.running
 
     @property
     def waiting(self) -> int:
         """Requests in line for one."""
-        return self._batcher.waiting
+        return self._scheduler.waiting
 
     def add(self, request: GenerationRequest) -> int:
         """Queue a request; its id is that of its events.
@@ -127,18 +127,20 @@ class Generator:
         limit = room if request.max_tokens is None else min(room, request.max_tokens)
         text = TextStream(self.base.tokenizer, request.stop)
         self._live[number] = _Live(request, Sampler(request.sampling), text, limit)
-        self._batcher.add(Waiting(number, 0 if request.adapter is None else id(request.adapter), len(request.prompt)))
+        self._scheduler.add(
+            WaitingRequest(number, 0 if request.adapter is None else id(request.adapter), len(request.prompt))
+        )
         return number
 
     def abort(self, request: int) -> None:
         """Forget a request; one that is over already is no mistake, since the two may cross."""
         if self._live.pop(request, None) is not None:
-            self._batcher.remove(request)
+            self._scheduler.remove(request)
 
     @torch.inference_mode()
-    def step(self) -> list[Event]:
+    def step(self) -> list[GeneratedToken]:
         """One token for every running request, in the order of the batch; nothing where nobody waits or segments."""
-        plan = self._batcher.next_step()
+        plan = self._scheduler.next_step()
         rows = [self._prefill(number, slot) for number, slot in plan.prefill]
         if plan.decode:
             rows.append(self._decode(plan.decode))
@@ -169,7 +171,7 @@ class Generator:
             hidden = self.base.hidden(ids, torch.tensor(positions, device=self.base.device)[:, None], attend)
             return self.base.head(hidden[:, 0])
 
-    def _take(self, number: int, token: int) -> Event:
+    def _take(self, number: int, token: int) -> GeneratedToken:
         """Record a token, and let the request go where the answer is over."""
         live = self._live[number]
         live.tokens.append(token)
@@ -182,7 +184,7 @@ class Generator:
             if not live.text.stopped:
                 text += live.text.finish()
             self.abort(number)
-        return Event(number, token, text, reason, len(live.tokens))
+        return GeneratedToken(number, token, text, reason, len(live.tokens))
 
 
 def for_inference(adapter: Adapter, base: BaseModel) -> Adapter:

@@ -72,13 +72,13 @@ def _draw(logits: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
     probabilities = torch.softmax(logits, dim=-1)
     total = probabilities.double().sum(-1, keepdim=True)
     values, order = probabilities.topk(min(_LIKELY, logits.shape[-1]))
-    place, found = _invert(values, total, top_p, uniform)
-    tokens = order.gather(-1, place)
+    index, found = _invert(values, total, top_p, uniform)
+    tokens = order.gather(-1, index)
     if not found.all():
         rest = ~found[:, 0]
         values, order = probabilities[rest].sort(dim=-1, descending=True)
-        place, _ = _invert(values, total[rest], top_p[rest], uniform[rest])
-        tokens[rest] = order.gather(-1, place)
+        index, _ = _invert(values, total[rest], top_p[rest], uniform[rest])
+        tokens[rest] = order.gather(-1, index)
     return tokens[:, 0]
 
 
@@ -87,6 +87,6 @@ def _invert(values: Tensor, total: Tensor, top_p: Tensor, uniform: Tensor) -> tu
     sums, k = values.double().cumsum(-1), values.shape[-1]
     before = (sums < top_p * total).sum(-1, keepdim=True)  # tokens ahead of the one that reaches top_p
     reached = before < k
-    kept = torch.where(reached, sums.gather(-1, before.clamp(max=k - 1)), total)
-    place = (sums <= uniform * kept).sum(-1, keepdim=True)
-    return place.clamp(max=k - 1), (reached | (top_p == 1)) & (place < k)
+    mass = torch.where(reached, sums.gather(-1, before.clamp(max=k - 1)), total)
+    index = (sums <= uniform * mass).sum(-1, keepdim=True)
+    return index.clamp(max=k - 1), (reached | (top_p == 1)) & (index < k)

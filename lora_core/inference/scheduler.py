@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Waiting:
+class WaitingRequest:
     """A request that has no slot yet. `group` is equal for requests of one adapter."""
 
     request: int
@@ -28,13 +28,13 @@ class StepPlan:
     decode: tuple[tuple[int, int], ...]
 
 
-class Batcher:
+class RequestScheduler:
     """The waiting line and the slots. `prefill_tokens` is the budget of a step; one prompt always fits."""
 
     def __init__(self, *, slots: int, prefill_tokens: int) -> None:
         assert slots > 0
         self._prefill_tokens = prefill_tokens
-        self._waiting: deque[Waiting] = deque()
+        self._waiting: deque[WaitingRequest] = deque()
         self._running: dict[int, tuple[int, int]] = {}  # request -> (group, slot)
         self._free = list(range(slots))  # a heap: low slots first, since decoding reads up to the highest one
 
@@ -46,7 +46,7 @@ class Batcher:
     def running(self) -> int:
         return len(self._running)
 
-    def add(self, request: Waiting) -> None:
+    def add(self, request: WaitingRequest) -> None:
         """Queue at the end of the line."""
         self._waiting.append(request)
 

@@ -225,7 +225,7 @@ def test_a_job_that_was_away_is_not_owed_what_it_did_not_ask_for() -> None:
 def test_a_small_job_steps_with_every_micro_batch_while_a_big_one_fills_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A step of 16 documents, and after it 32 to validate on, beside steps of 2: at 4 documents a micro-batch, the small
+    """A step of 16 documents, and after it 32 to validate on, beside steps of 2: at 4 documents a micro-batch the small
     job waits for no neighbour's batch, and the big one gets the rest.
     """
     monkeypatch.setattr(engine_job, "CHUNK_TOKENS", 16)
