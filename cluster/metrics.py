@@ -67,14 +67,14 @@ JOB_VALIDATION_LOSS = MetricSpec(
     kind="gauge",
     source="scheduler",
     labels=("job",),
-    help="Loss of a running job's held-out rows at their last evaluation, per supervised token.",
+    help="Loss of a running job's validation rows at their last evaluation, per supervised token.",
 )
 JOB_VALIDATION_ACCURACY = MetricSpec(
     name="lora_job_validation_accuracy",
     kind="gauge",
     source="scheduler",
     labels=("job",),
-    help="Share of a running job's held-out supervised tokens that the model would have written, from 0 to 1.",
+    help="Share of a running job's supervised validation tokens that the model would have written, from 0 to 1.",
 )
 JOB_STEP = MetricSpec(
     name="lora_job_step",

@@ -215,7 +215,7 @@ def follow(queue: JobQueue, job_id: str, watch: Callable[[], None] | None = None
     a scheduler, is called now and then while it waits. Raises `KeyboardInterrupt` at a Ctrl-C."""
     seen, shown = 0, 0.0
     live = sys.stderr.isatty()
-    waiting = _Waiting(queue, watch)
+    waiting = _SchedulerWatch(queue, watch)
     with _interrupts_noted() as interrupts:
         while True:
             job = queue.get(job_id)
@@ -239,7 +239,7 @@ def follow(queue: JobQueue, job_id: str, watch: Callable[[], None] | None = None
             time.sleep(POLL_SECONDS)
 
 
-class _Waiting:
+class _SchedulerWatch:
     """Whether there is anybody to start a job that waits: what a scheduler that is at work would have recorded."""
 
     def __init__(self, queue: JobQueue, watch: Callable[[], None] | None) -> None:

@@ -193,7 +193,7 @@ class Lease:
 
 
 @dataclass(frozen=True)
-class HeldLease:
+class LeaseInfo:
     """What anyone may know of a lease; `valid` until it runs out or is given back."""
 
     holder: str
@@ -209,7 +209,7 @@ class EventKind(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Event:
+class QueueEvent:
     """One line of the history of a job or session, whose id is `subject`."""
 
     id: int

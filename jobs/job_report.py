@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from cluster.settings import Settings
-from jobs.job import TERMINAL, Event, EventKind, Job, JobStatus, Session
+from jobs.job import TERMINAL, EventKind, Job, JobStatus, QueueEvent, Session
 from jobs.spec import JobSpec
 
 
@@ -25,7 +25,7 @@ def progress_line(progress: Mapping[str, float]) -> str:
     )
 
 
-def report(job: Job, session: Session | None, events: Sequence[Event], settings: Settings) -> Iterator[str]:
+def report(job: Job, session: Session | None, events: Sequence[QueueEvent], settings: Settings) -> Iterator[str]:
     """The job, whose session this is, if it has one, with its history; `settings` are those of whoever asks."""
     model = f"{job.base}:{job.spec.adapter}"
     moved = [event.at for event in events if (event.data or {}).get("to") == job.status]
@@ -50,7 +50,7 @@ def _when(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
 
 
-def _why(job: Job, events: Sequence[Event], since: float) -> str | None:
+def _why(job: Job, events: Sequence[QueueEvent], since: float) -> str | None:
     """Its error and what to do about it, or what it waits for."""
     if job.error:
         return f"{job.error.rstrip('.')}. Change that, and submit it again: a job that failed is in nobody's way"
@@ -70,7 +70,7 @@ def _progress(job: Job) -> str | None:
 
 
 def _result(job: Job) -> str | None:
-    """What it has been judged by, if rows were held out."""
+    """What it has been judged by, if it has validation rows."""
     figures = job.result["metrics"] if job.result else job.progress or {}
     if "validation_loss" not in figures:
         return None

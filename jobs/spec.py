@@ -89,8 +89,8 @@ class JobSpec(BaseModel):
         if train.needs_validation and info.data.get("validation", "wrong") is None:
             options = " and ".join(train.needs_validation)
             raise ValueError(
-                f"has {options} but there are no held-out rows to judge by: give validation, a fraction such as 0.1 or"
-                " the path of a second dataset"
+                f"has {options} but there are no validation rows to judge by: give validation, a fraction such as 0.1"
+                " or the path of a second dataset"
             )
         return train
 

@@ -24,7 +24,7 @@ from cluster.storage.base import StorageError
 from cluster.storage.directory import open_storage
 from deploy.api.responses import ChatResponse, CompletionResponse, TextResponse, event, model_object, parse_model
 from deploy.api.schemas import ApiError, ChatRequest, CompletionRequest, TextRequest, parse_request
-from deploy.serving.protocol import Opened, Piece, Question, Refusal
+from deploy.serving.protocol import Delta, ErrorResponse, GenerateRequest, StreamStart
 
 log = logging.getLogger("ray.serve.lora")
 
@@ -44,7 +44,7 @@ async def _asked(result: Any) -> Any:
         raise ApiError(503, "this model is being loaded; try again soon", "server_restarting", retry=True) from error
 
 
-def _error_of(refusal: Refusal) -> ApiError:
+def _error_of(refusal: ErrorResponse) -> ApiError:
     return ApiError(refusal.status, refusal.message, refusal.code, refusal.param, retry=refusal.status >= 500)
 
 
@@ -126,33 +126,33 @@ class Gateway:
         name = parse_model(request.model, list(self._servers))
         if name is None:
             raise await self._unknown(request.model)
-        question = request.question(name.adapter, name.version)
+        asked = request.generate_request(name.adapter, name.version)
         if request.stream:
-            return await self._streamed(request.model, response, name.base, question)
-        answer = await _asked(self._servers[name.base].answer.remote(question))
-        if isinstance(answer, Refusal):
+            return await self._streamed(request.model, response, name.base, asked)
+        answer = await _asked(self._servers[name.base].answer.remote(asked))
+        if isinstance(answer, ErrorResponse):
             raise await self._refused(request.model, answer)
         return JSONResponse(response.whole(answer))
 
-    async def _streamed(self, model: str, response: CompletionResponse, base: str, question: Question) -> Response:
+    async def _streamed(self, model: str, response: CompletionResponse, base: str, asked: GenerateRequest) -> Response:
         """Nothing is sent before the request is taken, so that a refusal still has its status."""
-        items: AsyncIterator[Opened | Piece | Refusal] = self._streams[base].stream.remote(question)  # type: ignore[assignment]
-        opened = await _asked(anext(items))
-        if isinstance(opened, Refusal):
-            raise await self._refused(model, opened)
-        assert isinstance(opened, Opened)
+        items: AsyncIterator[StreamStart | Delta | ErrorResponse] = self._streams[base].stream.remote(asked)  # type: ignore[assignment]
+        start = await _asked(anext(items))
+        if isinstance(start, ErrorResponse):
+            raise await self._refused(model, start)
+        assert isinstance(start, StreamStart)
 
         async def chunks() -> AsyncIterator[str]:
-            yield response.first_chunk(opened)
+            yield response.first_chunk(start)
             async for item in items:
-                if isinstance(item, Piece):
+                if isinstance(item, Delta):
                     yield response.chunks(item)
-                elif isinstance(item, Refusal):
+                elif isinstance(item, ErrorResponse):
                     yield event(_error_of(item).body())
 
         return StreamingResponse(chunks(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
-    async def _refused(self, model: str, refusal: Refusal) -> ApiError:
+    async def _refused(self, model: str, refusal: ErrorResponse) -> ApiError:
         if refusal.status == 404:
             return await self._unknown(model, refusal.message)
         return _error_of(refusal)

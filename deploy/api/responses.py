@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster.registry import LATEST
 from deploy.api.schemas import CompletionRequest
-from deploy.serving.protocol import Answer, Opened, Piece
+from deploy.serving.protocol import Completion, Delta, StreamStart
 
 
 @dataclass(frozen=True)
@@ -53,27 +53,27 @@ class CompletionResponse(ABC):
             "created": int(time.time()),
             "model": request.model,
         }
-        self._opened = Opened("", 0)
+        self._start = StreamStart("", 0)
 
-    def whole(self, answer: Answer) -> dict[str, Any]:
+    def whole(self, answer: Completion) -> dict[str, Any]:
         """The answer at once."""
-        self._opened = answer.opened
+        self._start = answer.start
         choice = self.whole_choice(answer.text, answer.finish_reason)
         return self._document(self.whole_object, [choice], {"usage": self._usage(answer.completion_tokens)})
 
-    def first_chunk(self, opened: Opened) -> str:
+    def first_chunk(self, start: StreamStart) -> str:
         """What a stream begins with; to be called before `chunks`."""
-        self._opened = opened
+        self._start = start
         return ""
 
-    def chunks(self, piece: Piece) -> str:
-        """One piece of text; the last brings finish reason, usage and the end of the stream with it."""
-        text = self._chunk(self.chunk_choice(piece.text, None)) if piece.text else ""
-        if piece.finish_reason is None:
+    def chunks(self, delta: Delta) -> str:
+        """One more piece of text; the last brings finish reason, usage and the end of the stream with it."""
+        text = self._chunk(self.chunk_choice(delta.text, None)) if delta.text else ""
+        if delta.finish_reason is None:
             return text
-        text += self._chunk(self.chunk_choice("", piece.finish_reason))
+        text += self._chunk(self.chunk_choice("", delta.finish_reason))
         if self._include_usage:
-            text += event(self._document(self.chunk_object, [], {"usage": self._usage(piece.completion_tokens)}))
+            text += event(self._document(self.chunk_object, [], {"usage": self._usage(delta.completion_tokens)}))
         return text + "data: [DONE]\n\n"
 
     @abstractmethod
@@ -89,10 +89,10 @@ class CompletionResponse(ABC):
         return event(self._document(self.chunk_object, [choice], usage))
 
     def _document(self, kind: str, choices: list[dict[str, Any]], more: dict[str, Any]) -> dict[str, Any]:
-        return {**self._head, "object": kind, "system_fingerprint": self._opened.digest, "choices": choices, **more}
+        return {**self._head, "object": kind, "system_fingerprint": self._start.digest, "choices": choices, **more}
 
     def _usage(self, completion_tokens: int) -> dict[str, int]:
-        prompt_tokens = self._opened.prompt_tokens
+        prompt_tokens = self._start.prompt_tokens
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
@@ -105,8 +105,8 @@ class ChatResponse(CompletionResponse):
 
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def first_chunk(self, opened: Opened) -> str:
-        super().first_chunk(opened)
+    def first_chunk(self, start: StreamStart) -> str:
+        super().first_chunk(start)
         return self._chunk(_choice(None, delta={"role": "assistant", "content": ""}))
 
     def whole_choice(self, text: str, finish_reason: str) -> dict[str, Any]:

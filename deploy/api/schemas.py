@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from deploy.serving.protocol import Question
+from deploy.serving.protocol import GenerateRequest
 from lora_core.data.json_values import shown, unusable, whole_number
 from lora_core.data.messages import for_template, message_problems
 
@@ -117,9 +117,9 @@ class CompletionRequest(_Strict):
             return [("stream_options", "invalid_value", "stream_options is only allowed when stream is true")]
         return []
 
-    def question(self, adapter: str | None, version: str) -> Question:
+    def generate_request(self, adapter: str | None, version: str) -> GenerateRequest:
         """What an adapter server is asked."""
-        return Question(
+        return GenerateRequest(
             prompt=self._prompt(),
             adapter=adapter,
             version=version,

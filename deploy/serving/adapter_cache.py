@@ -78,7 +78,7 @@ class AdapterCache:
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # by digest, the one used longest ago first
         self._refused: dict[str, str] = {}
         self._resolved: dict[tuple[str, str], tuple[float, AdapterVersion]] = {}
-        self._flights: dict[object, asyncio.Task[Any]] = {}
+        self._in_flight: dict[object, asyncio.Task[Any]] = {}
 
     async def resolve(self, adapter: str, version: str) -> AdapterVersion:
         """What the registry names now.
@@ -121,12 +121,12 @@ class AdapterCache:
             self._evict()
 
     async def _once(self, key: object, start: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """One flight for all who ask for the same at once; it goes on when the one who started it leaves."""
-        flight: asyncio.Task[T] | None = self._flights.get(key)
-        if flight is None:
-            flight = self._flights[key] = asyncio.create_task(start())
-            flight.add_done_callback(lambda _: self._flights.pop(key))
-        return await asyncio.shield(flight)
+        """One load for all who ask for the same at once; it goes on when the one who started it leaves."""
+        load: asyncio.Task[T] | None = self._in_flight.get(key)
+        if load is None:
+            load = self._in_flight[key] = asyncio.create_task(start())
+            load.add_done_callback(lambda _: self._in_flight.pop(key))
+        return await asyncio.shield(load)
 
     async def _resolve(self, adapter: str, version: str) -> AdapterVersion:
         found = await asyncio.to_thread(self._registry.resolve, self._name, adapter, version)

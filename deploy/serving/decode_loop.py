@@ -31,7 +31,7 @@ class DecodeLoopError(RuntimeError):
 
 
 @dataclass(eq=False)
-class _Ticket:
+class _RequestHandle:
     """One request from the side of the caller, who may leave before the generator has even taken it."""
 
     deliver: Callable[[GeneratedToken | DecodeLoopError], None]
@@ -48,7 +48,7 @@ class DecodeLoop:
         self.error: DecodeLoopError | None = None
         self._generator, self._threads, self._observe = generator, threads, observe
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._tickets: dict[int, _Ticket] = {}
+        self._handles: dict[int, _RequestHandle] = {}
         self._lock = threading.Lock()  # so that no command comes after the thread's last look at the queue
         threading.Thread(target=self._run, name="decode", daemon=True).start()
 
@@ -82,22 +82,22 @@ class DecodeLoop:
         def deliver(event: GeneratedToken | DecodeLoopError) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        ticket = _Ticket(deliver)
+        handle = _RequestHandle(deliver)
 
         def add() -> None:
-            ticket.number = self._generator.add(request)
-            self._tickets[ticket.number] = ticket
+            handle.number = self._generator.add(request)
+            self._handles[handle.number] = handle
 
         try:
             await self.call(add)
             yield _together(events)
         finally:
-            self._post(lambda: self._give_up(ticket))
+            self._post(lambda: self._give_up(handle))
 
-    def _give_up(self, ticket: _Ticket) -> None:
-        if ticket.number is not None:
-            self._generator.abort(ticket.number)
-            self._tickets.pop(ticket.number, None)
+    def _give_up(self, handle: _RequestHandle) -> None:
+        if handle.number is not None:
+            self._generator.abort(handle.number)
+            self._handles.pop(handle.number, None)
 
     def _post(self, command: Callable[[], None]) -> bool:
         """Whether the thread lives to take it."""
@@ -112,10 +112,10 @@ class DecodeLoop:
             while True:
                 self._take_commands()
                 for event in self._generator.step():
-                    self._tickets[event.request].deliver(event)
+                    self._handles[event.request].deliver(event)
                 self._observe(self._generator.running, self._generator.waiting)
         except Exception as error:
-            log.exception("event=decode_failed requests=%d", len(self._tickets))
+            log.exception("event=decode_failed requests=%d", len(self._handles))
             self._die(DecodeLoopError(f"decoding failed: {type(error).__name__}: {error}"))
 
     def _take_commands(self) -> None:
@@ -134,8 +134,8 @@ class DecodeLoop:
             self.error = error
         while not self._commands.empty():
             self._commands.get()()
-        for ticket in self._tickets.values():
-            ticket.deliver(error)
+        for handle in self._handles.values():
+            handle.deliver(error)
 
 
 async def _together(events: asyncio.Queue[GeneratedToken | DecodeLoopError]) -> AsyncIterator[list[GeneratedToken]]:

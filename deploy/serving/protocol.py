@@ -12,8 +12,8 @@ FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
-    """One request to one base. `adapter` None is the base itself; `version` is the id of one or `latest`.
+class GenerateRequest:
+    """What one base is asked to generate. `adapter` None is the base itself; `version` is the id of one or `latest`.
 
     `prompt` is text that the answer continues, or the messages of a chat, which go through the base's template.
     """
@@ -29,7 +29,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Opened:
+class StreamStart:
     """The request is taken. `digest` is that of the adapter's content, or the base's fingerprint."""
 
     digest: str
@@ -37,8 +37,8 @@ class Opened:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """More text. The last piece has a finish reason; `completion_tokens` counts from the beginning."""
+class Delta:
+    """More text. The last delta has a finish reason; `completion_tokens` counts from the beginning."""
 
     text: str
     finish_reason: FinishReason | None
@@ -46,7 +46,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Refusal:
+class ErrorResponse:
     """The request cannot be answered: HTTP status, what to change, and OpenAI's `code` and `param`."""
 
     status: int
@@ -56,10 +56,10 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Completion:
     """A whole answer, for those who do not stream."""
 
-    opened: Opened
+    start: StreamStart
     text: str
     finish_reason: FinishReason
     completion_tokens: int

@@ -1,9 +1,9 @@
 """One base model, its generator and its adapters, as a Serve deployment.
 
-    stream(question)      Opened, then Pieces as they come; or one Refusal
-    answer(question)      the same, whole
+    stream(asked)      a StreamStart, then Deltas as they come; or one ErrorResponse
+    answer(asked)      the same, whole
 
-A question pins the digest that its model's name meant when it came; a new version is served from the next question on.
+A request pins the digest that its model's name meant when it came; a new version is served from the next request on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cluster.settings import Settings
 from cluster.sources import local_source
 from cluster.storage.base import StorageCorrupt, StorageError
 from cluster.storage.directory import open_storage
-from deploy.serving.protocol import Answer, FinishReason, Opened, Piece, Question, Refusal
+from deploy.serving.protocol import Completion, Delta, ErrorResponse, FinishReason, GenerateRequest, StreamStart
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the driver that deploys this class has no use for it
     from deploy.serving.metrics import ServingMetrics
@@ -68,57 +68,57 @@ class AdapterServer:
         if self._loop.error is not None:
             raise self._loop.error
 
-    async def answer(self, question: Question) -> Answer | Refusal:
+    async def answer(self, asked: GenerateRequest) -> Completion | ErrorResponse:
         """The whole answer."""
-        items = [item async for item in self.stream(question)]
-        opened, *pieces = items
+        items = [item async for item in self.stream(asked)]
+        start, *deltas = items
         last = items[-1]
-        if isinstance(last, Refusal):
+        if isinstance(last, ErrorResponse):
             return last
-        assert isinstance(opened, Opened) and isinstance(last, Piece) and last.finish_reason is not None
-        text = "".join(piece.text for piece in pieces if isinstance(piece, Piece))
-        return Answer(opened, text, last.finish_reason, last.completion_tokens)
+        assert isinstance(start, StreamStart) and isinstance(last, Delta) and last.finish_reason is not None
+        text = "".join(delta.text for delta in deltas if isinstance(delta, Delta))
+        return Completion(start, text, last.finish_reason, last.completion_tokens)
 
-    async def stream(self, question: Question) -> AsyncGenerator[Opened | Piece | Refusal]:
+    async def stream(self, asked: GenerateRequest) -> AsyncGenerator[StreamStart | Delta | ErrorResponse]:
         """The answer as it comes. A caller who stops listening gives the request up."""
-        account = _Account(self._metrics, question.adapter or "")
+        account = _Account(self._metrics, asked.adapter or "")
         async with AsyncExitStack() as stack:
             try:
-                digest, request = await self._request(question, stack)
+                digest, request = await self._request(asked, stack)
                 batches = await stack.enter_async_context(self._loop.answering(request))
                 stack.callback(account.close, len(request.prompt))
-                yield Opened(digest, len(request.prompt))
+                yield StreamStart(digest, len(request.prompt))
                 async for batch in batches:
                     account.took(batch)
                     text = "".join(event.text for event in batch)
                     if text or account.finish_reason is not None:
-                        yield Piece(text, account.finish_reason, account.tokens)
+                        yield Delta(text, account.finish_reason, account.tokens)
             except Exception as error:
                 account.failed = True
                 yield _refusal(error)
 
-    async def _request(self, question: Question, stack: AsyncExitStack) -> tuple[str, GenerationRequest]:
+    async def _request(self, asked: GenerateRequest, stack: AsyncExitStack) -> tuple[str, GenerationRequest]:
         """Digest and request; the adapter stays in memory as long as the stack is open."""
         from lora_core.inference.engine import GenerationRequest
         from lora_core.inference.sampling import SamplingParams
 
-        prompt, digest, adapter = self._prompt(question), self._base.fingerprint, None
-        if question.adapter is not None:
-            version = await self._adapters.resolve(question.adapter, question.version)
+        prompt, digest, adapter = self._prompt(asked), self._base.fingerprint, None
+        if asked.adapter is not None:
+            version = await self._adapters.resolve(asked.adapter, asked.version)
             digest, adapter = version.digest, await stack.enter_async_context(self._adapters.use(version))
         return digest, GenerationRequest(
             prompt=prompt,
             adapter=adapter,
-            sampling=SamplingParams(temperature=question.temperature, top_p=question.top_p, seed=question.seed),
-            max_tokens=question.max_tokens,
-            stop=question.stop,
+            sampling=SamplingParams(temperature=asked.temperature, top_p=asked.top_p, seed=asked.seed),
+            max_tokens=asked.max_tokens,
+            stop=asked.stop,
         )
 
-    def _prompt(self, question: Question) -> list[int]:
+    def _prompt(self, asked: GenerateRequest) -> list[int]:
         """Tokens that the answer follows, made as in training."""
         from lora_core.data.prompts import prompt_ids
 
-        return prompt_ids(self._tokenizer, question.prompt)
+        return prompt_ids(self._tokenizer, asked.prompt)
 
 
 class _Account:
@@ -145,7 +145,7 @@ class _Account:
         )  # fmt: skip
 
 
-def _refusal(error: Exception) -> Refusal:
+def _refusal(error: Exception) -> ErrorResponse:
     """What went wrong, for the one who asked. Anything unforeseen is a bug: it is raised, and logged with its stack."""
     from deploy.serving.adapter_cache import AdapterRefusedError
     from deploy.serving.decode_loop import DecodeLoopError
@@ -167,5 +167,5 @@ def _refusal(error: Exception) -> Refusal:
     ]
     for kind, status, code, param in kinds:
         if isinstance(error, kind):
-            return Refusal(status, str(error), code, param)
+            return ErrorResponse(status, str(error), code, param)
     raise error

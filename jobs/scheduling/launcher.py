@@ -37,7 +37,7 @@ def scheduler_id(number: int) -> str:
     return f"{SCHEDULERS}{number}"
 
 
-class RunState(StrEnum):
+class SubmissionState(StrEnum):
     """What Ray knows of one submission."""
 
     STARTING = "starting"
@@ -48,10 +48,10 @@ class RunState(StrEnum):
 
 
 @dataclass(frozen=True)
-class Run:
+class SubmissionStatus:
     """A submission's state, and what Ray said when it ended, or why it has not started."""
 
-    state: RunState
+    state: SubmissionState
     message: str = ""
 
 
@@ -86,19 +86,23 @@ class Launcher:
         """Start a scheduler as a Ray job of its own, which outlives whoever asked for it."""
         self._submit(submission_id, [sys.executable, "-m", "jobs", "scheduler"], {})
 
-    def state(self, submission_id: str) -> Run:
+    def state(self, submission_id: str) -> SubmissionStatus:
         """What Ray knows of a submission."""
         try:
             info = self._client().get_job_info(submission_id)
         except RuntimeError as error:
-            return Run(RunState.ABSENT) if "does not exist" in str(error) else Run(RunState.UNKNOWN, str(error))
+            return (
+                SubmissionStatus(SubmissionState.ABSENT)
+                if "does not exist" in str(error)
+                else SubmissionStatus(SubmissionState.UNKNOWN, str(error))
+            )
         except NO_ANSWER as error:
-            return Run(RunState.UNKNOWN, str(error))
+            return SubmissionStatus(SubmissionState.UNKNOWN, str(error))
         if info.status == RayStatus.PENDING:
-            return Run(RunState.STARTING, info.message or "")
+            return SubmissionStatus(SubmissionState.STARTING, info.message or "")
         if info.status == RayStatus.RUNNING:
-            return Run(RunState.RUNNING)
-        return Run(RunState.ENDED, f"{info.status.lower()}: {info.message or ''}")
+            return SubmissionStatus(SubmissionState.RUNNING)
+        return SubmissionStatus(SubmissionState.ENDED, f"{info.status.lower()}: {info.message or ''}")
 
     def stop(self, submission_id: str) -> None:
         """Ask Ray to stop a submission; without an answer the caller sees it in `state`."""

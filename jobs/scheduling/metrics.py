@@ -71,7 +71,7 @@ class QueueCollector(Collector):
                 continue
             tokens.add_metric([job.id, f"{job.base}:{job.spec.adapter}"], job.progress["tokens"])
             for field, gauge in gauges.items():
-                if field in job.progress:  # a job without held-out rows has no figures of them
+                if field in job.progress:  # a job without validation rows has no figures of them
                     gauge.add_metric([job.id], job.progress[field])
         yield tokens
         yield from gauges.values()

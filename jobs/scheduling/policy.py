@@ -3,7 +3,7 @@
 Waiting jobs are served strictly in order: higher priority first, then whoever came first. A job goes to an idle session
 of its key (same base, precision, number of ranks), or waits for one that is being launched; else gets one launched
 where workers are free; else trains beside the jobs of the emptiest session of its key, on the base that lies there.
-Where none has a place, idle sessions of other keys are stopped, but only if that makes enough room, and nothing behind
+Where none has room, idle sessions of other keys are stopped, but only if that makes enough room, and nothing behind
 it is served until it is: whatever overtakes the first job in line could delay it.
 """
 
@@ -72,7 +72,7 @@ def reasons(
 def _planned(
     queued: Sequence[Job], running: Sequence[Job], sessions: Sequence[Session], cluster: Cluster
 ) -> tuple[list[Action], dict[str, str]]:
-    places = _Places(running, sessions, cluster.jobs_per_session)
+    targets = _Targets(running, sessions, cluster.jobs_per_session)
     free = cluster.workers - sum(session.num_workers for session in sessions)
     coming = sum(session.num_workers for session in sessions if session.leaving)
     actions: list[Action] = []
@@ -85,27 +85,27 @@ def _planned(
     fitting = [job for job in queued if job.id not in why]
     in_order = sorted(fitting, key=lambda job: (-job.priority, job.created_at, job.id))
     for number, job in enumerate(in_order):
-        place = places.idle_for(job)
-        if place is None and job.num_workers <= free:
+        target = targets.idle_for(job)
+        if target is None and job.num_workers <= free:
             free -= job.num_workers
             actions.append(Launch(job.session_key, job.id))
-            place = places.launched(job)
-        place = place or places.beside_others(job)
-        if place is None:
+            target = targets.launched(job)
+        target = target or targets.beside_others(job)
+        if target is None:
             missing = job.num_workers - free - coming
             reason = f"its workers are needed by {job.id}"
-            actions += [Stop(session.id, reason) for session in _to_stop(places.idle(), missing)]
+            actions += [Stop(session.id, reason) for session in _to_stop(targets.idle(), missing)]
             return actions, why | _in_line(in_order[number:], cluster)
-        place.colocated.append(job.max_colocated)
-        if place.session is not None and not place.session.launching:
-            actions.append(Assign(job.id, place.session.id))
+        target.colocated.append(job.max_colocated)
+        if target.session is not None and not target.session.launching:
+            actions.append(Assign(job.id, target.session.id))
         else:
             why[job.id] = "waits: its session is being started"
     return actions, why
 
 
 def _in_line(waiting: Sequence[Job], cluster: Cluster) -> dict[str, str]:
-    """Of jobs for which there is no place, the first in line first. No number grows without end: each is recorded."""
+    """Of jobs for which there is no room, the first in line first. No number grows without end: each is recorded."""
     first, *others = waiting
     why = {
         first.id: f"waits: others have the workers of which it needs {first.num_workers}; the cluster has"
@@ -118,7 +118,7 @@ def _in_line(waiting: Sequence[Job], cluster: Cluster) -> dict[str, str]:
 
 
 @dataclass
-class _Place:
+class _Target:
     """A session that stays, or that is to be launched (`session` None), for jobs of these keys; and `max_colocated` of
     each job in it.
     """
@@ -133,14 +133,14 @@ class _Place:
         return self.session is None or self.session.launching
 
 
-class _Places:
-    """Where jobs can go, as one after the other is given a place."""
+class _Targets:
+    """Where jobs can go, as one after the other is assigned."""
 
     def __init__(self, running: Sequence[Job], sessions: Sequence[Session], jobs_per_session: int) -> None:
         self._most = jobs_per_session - 1  # others
         oldest_first = sorted(sessions, key=lambda session: (session.created_at, session.id))
-        self._places = [
-            _Place(
+        self._targets = [
+            _Target(
                 session.session_keys,
                 session,
                 [job.max_colocated for job in running if job.session_id == session.id],
@@ -151,26 +151,26 @@ class _Places:
 
     def idle(self) -> list[Session]:
         """Sessions without a job."""
-        return [place.session for place in self._places if place.session is not None and not place.colocated]
+        return [target.session for target in self._targets if target.session is not None and not target.colocated]
 
-    def idle_for(self, job: Job) -> _Place | None:
+    def idle_for(self, job: Job) -> _Target | None:
         """One without a job, and one that runs before one that is still being launched."""
-        same = [place for place in self._places if job.session_key in place.keys and not place.colocated]
-        return min(same, key=lambda place: place.comes_later, default=None)
+        same = [target for target in self._targets if job.session_key in target.keys and not target.colocated]
+        return min(same, key=lambda target: target.comes_later, default=None)
 
-    def launched(self, job: Job) -> _Place:
+    def launched(self, job: Job) -> _Target:
         """A session that is to be launched for it."""
-        self._places.append(_Place((job.session_key,), None, []))
-        return self._places[-1]
+        self._targets.append(_Target((job.session_key,), None, []))
+        return self._targets[-1]
 
-    def beside_others(self, job: Job) -> _Place | None:
+    def beside_others(self, job: Job) -> _Target | None:
         """The one with the fewest jobs, of those where everybody agrees to one more; it runs if one of them does."""
-        room = [place for place in self._places if job.session_key in place.keys and self._has_room(place, job)]
-        return min(room, key=lambda place: (place.comes_later, len(place.colocated)), default=None)
+        room = [target for target in self._targets if job.session_key in target.keys and self._has_room(target, job)]
+        return min(room, key=lambda target: (target.comes_later, len(target.colocated)), default=None)
 
-    def _has_room(self, place: _Place, job: Job) -> bool:
-        limits = [most for most in (*place.colocated, job.max_colocated) if most is not None]
-        return len(place.colocated) <= min([self._most, *limits])
+    def _has_room(self, target: _Target, job: Job) -> bool:
+        limits = [most for most in (*target.colocated, job.max_colocated) if most is not None]
+        return len(target.colocated) <= min([self._most, *limits])
 
 
 def _to_stop(idle: Sequence[Session], missing: int) -> list[Session]:

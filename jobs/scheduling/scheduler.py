@@ -28,7 +28,7 @@ from cluster.embedded_ray import OwnerLock, has_owner, start_embedded, stop_embe
 from cluster.ray_runtime import cluster_name, on_a_cluster
 from cluster.settings import Settings
 from jobs.job import EventKind, Job, JobError, JobStatus, Lease, Session, SessionState, lease_name
-from jobs.scheduling.launcher import Launcher, RayUnreachableError, RunState, scheduler_id
+from jobs.scheduling.launcher import Launcher, RayUnreachableError, SubmissionState, scheduler_id
 from jobs.scheduling.metrics import QueueCollector
 from jobs.scheduling.policy import Assign, Cluster, Launch, Stop, plan, reasons
 from jobs.store.jobs import JobQueue
@@ -93,9 +93,11 @@ class Scheduler:
     def _reconcile(self) -> None:
         for session in self.queue.sessions(self.cluster):
             run = self.launcher.state(session.ray_submission_id)
-            if run.state is RunState.ABSENT and session.state is SessionState.LAUNCHING:
+            if run.state is SubmissionState.ABSENT and session.state is SessionState.LAUNCHING:
                 self._launch(session)  # the row was written, then somebody died before Ray was asked
-            elif run.state is RunState.ENDED or (run.state is RunState.ABSENT and self._lease_ran_out(session)):
+            elif run.state is SubmissionState.ENDED or (
+                run.state is SubmissionState.ABSENT and self._lease_ran_out(session)
+            ):
                 # Ray's message ends with the driver's log; its last line is the error, the rest stays in Ray's log.
                 last = [line for line in run.message.splitlines() if line.strip()][-1:]
                 self._mark_ended(session, last[0].strip() if last else "Ray does not know it any more")
@@ -260,7 +262,9 @@ def ensure_scheduler(settings: Settings, queue: JobQueue) -> None:
         held = queue.lease(lease_name(cluster_name(settings)))
         if held is None or not held.valid:
             launcher, number = Launcher(settings.driver_labels), held.token + 1 if held else 1
-            while launcher.state(scheduler_id(number)).state is RunState.ENDED:  # it died before it took the lease
+            while (
+                launcher.state(scheduler_id(number)).state is SubmissionState.ENDED
+            ):  # it died before it took the lease
                 number += 1
             launcher.launch_scheduler(scheduler_id(number))
         return

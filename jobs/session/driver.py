@@ -1,7 +1,7 @@
 """The driver of one session: one Ray Train run of N ranks on one frozen base, and whatever jobs it is given.
 
-The main thread is inside `TorchTrainer.fit()`, where a SIGINT ends the run cleanly. A second thread keeps the
-session: it renews the lease, tells the ranks which jobs to hold, and writes what they report to SQL and storage.
+The main thread is inside `TorchTrainer.fit()`, where a SIGINT ends the run cleanly. A second thread controls the
+session: it renews the lease, tells the ranks which jobs to train, and writes what they report to SQL and storage.
 Every write carries the fence, so that a driver which was given up on, but lives, can neither commit nor publish.
 """
 
@@ -36,11 +36,11 @@ from jobs.job import TERMINAL, EventKind, Job, JobStatus, RequestedAction, Sessi
 from jobs.session.messages import (
     Assignment,
     CheckpointWritten,
+    DesiredJobs,
     Evaluated,
     Expected,
     JobFailed,
     NoRoom,
-    Orders,
     Progressed,
     RankBroke,
     RanksStarted,
@@ -52,13 +52,13 @@ from jobs.store.jobs import JobQueue
 
 log = logging.getLogger("lora.session")
 
-KEEP_SECONDS = 0.3
+RECONCILE_SECONDS = 0.3
 SLOW_SECONDS = 60.0  # for the workers to start and load the base, after which whoever follows is told
 RESTARTS = 2  # of the worker group, after a rank died
 KEPT_CHECKPOINTS = 2
 
 
-class Keeper:
+class SessionController:
     """The thread beside `fit()`: SQL and storage on one side, the mailbox on the other."""
 
     def __init__(self, settings: Settings, queue: JobQueue, session_id: str, fence: int) -> None:
@@ -75,7 +75,7 @@ class Keeper:
         self._busy = time.monotonic()
         self._renewed = 0.0
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="keeper", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
@@ -85,24 +85,24 @@ class Keeper:
         self._ended.set()
         self._thread.join()
 
-    def _keep(self) -> None:
+    def _run(self) -> None:
         stop = False
         while True:
             ended = self._ended.is_set()
             try:
-                stop = self._tick(stop)
+                stop = self._reconcile(stop)
             except Exception:  # SQL or storage may be away for a while; training goes on meanwhile
-                log.exception("session=%s event=keep_failed", self._session_id)
+                log.exception("session=%s event=reconcile_failed", self._session_id)
             if ended:
                 return
-            self._ended.wait(KEEP_SECONDS)
+            self._ended.wait(RECONCILE_SECONDS)
 
-    def _tick(self, stop: bool) -> bool:
+    def _reconcile(self, stop: bool) -> bool:
         """One round; returns whether the ranks should end."""
         self._renew()
         jobs = {job.id: job for job in self._queue.assigned(self._session_id)}
         wanted = [self._assignment(job) for job in jobs.values() if job.requested is not RequestedAction.CANCEL]
-        held, reports = ray.get(self.mailbox.exchange.remote(Orders(tuple(wanted), stop)))
+        active, reports = ray.get(self.mailbox.exchange.remote(DesiredJobs(tuple(wanted), stop)))
         self._pending += reports
         while self._pending:  # one that cannot be recorded now, since SQL or storage is away, is tried again next time
             self._record(self._pending[0])
@@ -110,7 +110,7 @@ class Keeper:
         if self._starts == 0 and time.monotonic() - self._began > SLOW_SECONDS:
             self._tell_of_slow_start(jobs)
         for job in jobs.values():
-            if job.requested is RequestedAction.CANCEL and job.id not in held:
+            if job.requested is RequestedAction.CANCEL and job.id not in active:
                 self._move(job.id, JobStatus.CANCELLED, "cancelled while running")
         if jobs:
             self._busy = time.monotonic()
@@ -188,8 +188,8 @@ class Keeper:
             case NoRoom(job_id, others):
                 message = f"waits: it does not fit into memory beside {others} other{'s' * (others > 1)}"
                 self._move(job_id, JobStatus.QUEUED, message, kind=EventKind.WAITS, max_colocated=others - 1)
-            case RankBroke(rank, reason, held):
-                self._blame(held or tuple(self._known), f"rank {rank}: {reason}")
+            case RankBroke(rank, reason, active):
+                self._blame(active or tuple(self._known), f"rank {rank}: {reason}")
 
     def _tell_of_evaluation(self, job_id: str, evaluation: dict[str, Any], stopped: str | None) -> None:
         message = f"step {evaluation['step']}: validation loss {evaluation['loss']:.4f}"
@@ -290,7 +290,7 @@ def run_session(settings: Settings, session_id: str, fence: int) -> int:
     ):
         log.error("session=%s event=not_ours fence=%d", session_id, fence)
         return 1
-    keeper = Keeper(settings, queue, session_id, fence)
+    controller = SessionController(settings, queue, session_id, fence)
     # Set, it also says that GPU nodes will come, which an autoscaled cluster may not have up yet.
     gpus = "gpus_per_rank" in settings.model_fields_set or ray.cluster_resources().get("GPU", 0) > 0
     trainer = TorchTrainer(
@@ -298,7 +298,7 @@ def run_session(settings: Settings, session_id: str, fence: int) -> int:
         train_loop_config={
             # Ranks have no use for the database, and what they do not know they cannot leak.
             "settings": settings.model_copy(update={"database_url": ""}),
-            "mailbox": keeper.mailbox,
+            "mailbox": controller.mailbox,
             "base_model": session.base_model,
             "precision": session.precision,
         },
@@ -315,14 +315,14 @@ def run_session(settings: Settings, session_id: str, fence: int) -> int:
             worker_runtime_env={"env_vars": {"LORA_DATABASE_URL": "", "OMP_WAIT_POLICY": "PASSIVE"}},  # type: ignore[call-arg]  # mypy sees V1's
         ),
     )
-    keeper.start()
+    controller.start()
     reason = "ended"
     try:
         trainer.fit()
     except TrainingFailedError as error:
         reason = _root_cause(error)
     finally:
-        keeper.stop()
+        controller.stop()
     for state in (SessionState.RUNNING, SessionState.STOPPING):
         queue.session_move(session_id, state, SessionState.ENDED, reason=reason, fence=fence)
     log.info("session=%s event=ended reason=%s", session_id, reason)

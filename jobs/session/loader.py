@@ -26,19 +26,19 @@ the tokenizer that read its rows."""
 
 
 class JobReader:
-    """One rank's reading. `reading` holds every job that is wanted and has not joined, in the order of the orders."""
+    """One rank's reading. `reading` holds every job that is desired and has not joined, in that order."""
 
     def __init__(self, storage: Storage, engine: TrainEngine, rank: int) -> None:
         self.reading: dict[str, tuple[Assignment, Read]] = {}
         self._storage, self._engine, self._rank = storage, engine, rank
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reader")
 
-    def prepare(self, assignments: Sequence[Assignment], held: Collection[str]) -> None:
+    def prepare(self, assignments: Sequence[Assignment], active: Collection[str]) -> None:
         """Read what new jobs need beside the steps of those that train; forget those no longer wanted."""
         wanted = {assignment.job_id for assignment in assignments}
         self.reading = {job_id: one for job_id, one in self.reading.items() if job_id in wanted}
         for assignment in assignments:
-            if assignment.job_id not in held and assignment.job_id not in self.reading:
+            if assignment.job_id not in active and assignment.job_id not in self.reading:
                 work = self._thread.submit(self._read, assignment)
                 self.reading[assignment.job_id] = assignment, work
 

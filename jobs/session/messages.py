@@ -1,8 +1,8 @@
 """What the driver of a session and its ranks say to each other: a small actor between them.
 
-The driver posts what should run (`Orders`) and takes `Report`s; rank 0 does the opposite. Orders are a state, not a
-stream: ranks say which jobs they hold and read which they should hold, so a worker group that was restarted needs no
-history.
+The driver posts what should run (`DesiredJobs`) and takes `Report`s; rank 0 does the opposite. What is desired is a
+state, not a stream: ranks say which jobs they have and read which they should have, so a worker group that was
+restarted needs no history.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Assignment:
 
 
 @dataclass(frozen=True)
-class Orders:
-    """The jobs that the ranks should hold now; `stop` ends the training run."""
+class DesiredJobs:
+    """The jobs that the ranks should train now; `stop` ends the training run."""
 
     assignments: tuple[Assignment, ...] = ()
     stop: bool = False
@@ -61,8 +61,8 @@ class Expected(Report):
 
 @dataclass(frozen=True)
 class Evaluated(Report):
-    """The held-out rows after some step (`lora_core.training.optimizer.Evaluation`), and why training ends with it, if
-    it does.
+    """What the validation rows said after some step (`lora_core.training.optimizer.Evaluation`), and why training ends
+    with it, if it does.
     """
 
     evaluation: dict[str, Any]
@@ -103,11 +103,11 @@ class NoRoom(Report):
 
 @dataclass(frozen=True)
 class RankBroke:
-    """A rank's training code raised; the worker group will be restarted. The jobs it held are suspects."""
+    """A rank's training code raised; the worker group will be restarted. The jobs that it trained are suspects."""
 
     rank: int
     reason: str
-    held: tuple[str, ...]
+    active: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ class RanksStarted:
 
 @dataclass
 class _State:
-    orders: Orders = field(default_factory=Orders)
-    held: frozenset[str] = frozenset()
+    desired: DesiredJobs = field(default_factory=DesiredJobs)
+    active: frozenset[str] = frozenset()
     over: set[tuple[str, int]] = field(default_factory=set)
     reports: list[Report | RankBroke | RanksStarted] = field(default_factory=list)
 
@@ -135,29 +135,31 @@ class Mailbox:
     def __init__(self) -> None:
         self._state = _State()
 
-    def orders(self, held: tuple[str, ...]) -> Orders:
-        """Rank 0: these jobs I hold; what should I hold?
+    def desired(self, active: tuple[str, ...]) -> DesiredJobs:
+        """Rank 0: these jobs I have; what should I have?
 
-        Not what is over: until the driver has taken the report of an end, its orders still name the job, and ranks that
-        believed them would train it once more.
+        Not what is over: until the driver has taken the report of an end, it still desires the job, and ranks that
+        believed it would train it once more.
         """
         state = self._state
-        state.held = frozenset(held)
-        wanted = tuple(job for job in state.orders.assignments if (job.job_id, job.attempt) not in state.over)
-        return replace(state.orders, assignments=wanted)
+        state.active = frozenset(active)
+        wanted = tuple(job for job in state.desired.assignments if (job.job_id, job.attempt) not in state.over)
+        return replace(state.desired, assignments=wanted)
 
     def report(self, report: Report | RankBroke | RanksStarted) -> None:
         """Any rank: this happened."""
         state = self._state
         if isinstance(report, (Trained, JobFailed, NoRoom)):
-            state.over |= {(job.job_id, job.attempt) for job in state.orders.assignments if job.job_id == report.job_id}
+            state.over |= {
+                (job.job_id, job.attempt) for job in state.desired.assignments if job.job_id == report.job_id
+            }
         state.reports.append(report)
 
-    def exchange(self, orders: Orders) -> tuple[frozenset[str], list[Report | RankBroke | RanksStarted]]:
-        """The driver: post orders, take what was reported since the last time and which jobs the ranks hold."""
+    def exchange(self, desired: DesiredJobs) -> tuple[frozenset[str], list[Report | RankBroke | RanksStarted]]:
+        """The driver: post what is desired, take what was reported since the last time and which jobs are active."""
         reports, self._state.reports = self._state.reports, []
-        self._state.orders = orders
-        return self._state.held, reports
+        self._state.desired = desired
+        return self._state.active, reports
 
 
 def start_mailbox() -> Any:
@@ -170,18 +172,18 @@ class RanksMailbox:
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
-        self._asked: ray.ObjectRef[Orders] | None = None
+        self._asked: ray.ObjectRef[DesiredJobs] | None = None
 
-    def orders(self, held: tuple[str, ...], *, wait: bool) -> Orders | None:
-        """See `Mailbox.orders`; None where the answer is not there yet and nobody wants to wait: ask again for it."""
+    def desired(self, active: tuple[str, ...], *, wait: bool) -> DesiredJobs | None:
+        """See `Mailbox.desired`; None where the answer is not there yet and nobody wants to wait: ask again for it."""
         if self._asked is None:
-            self._asked = self._handle.orders.remote(held)
+            self._asked = self._handle.desired.remote(active)
         answered, _ = ray.wait([self._asked], timeout=None if wait else 0)
         if not answered:
             return None
-        orders: Orders = ray.get(self._asked)
+        desired: DesiredJobs = ray.get(self._asked)
         self._asked = None
-        return orders
+        return desired
 
     def send(self, report: Report | RanksStarted) -> None:
         """Report without waiting until it is there."""

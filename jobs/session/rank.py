@@ -1,7 +1,7 @@
 """What one rank of a session does: load the frozen base, then train whatever jobs it is told to, all of them together.
 
     while True:
-        orders = agree()                   rank 0 asks the mailbox and broadcasts: ranks join and leave at one place
+        desired = agree()                  rank 0 asks the mailbox and broadcasts: ranks join and leave at one place
         join / leave                       what a newcomer needs is read beside the steps of the others
         outcomes = engine.micro_batch()    a fair share of every job; those whose batch is complete step
         report, checkpoint, finish
@@ -36,18 +36,18 @@ from jobs.session.loader import JobReader, Read
 from jobs.session.messages import (
     Assignment,
     CheckpointWritten,
+    DesiredJobs,
     Evaluated,
     Expected,
     JobFailed,
     NoRoom,
-    Orders,
     Progressed,
     RankBroke,
     RanksMailbox,
     RanksStarted,
     Trained,
 )
-from jobs.session.report import Held
+from jobs.session.report import ActiveJob
 from lora_core.adapters.peft_format import adapter_files
 from lora_core.kernels.transfer import arrival
 from lora_core.models.base import BaseModel, Precision, load_base, resolve_precision
@@ -86,13 +86,13 @@ class Rank:
     ) -> None:
         self.settings, self.mailbox, self.storage, self.collectives = settings, mailbox, storage, collectives
         self.rank, self.ranks = collectives.rank, collectives.ranks
-        self.held: dict[str, Held] = {}
-        # Done, and named by the orders until these know it: what a rank did not hold then, it would train again.
-        self.handing_over: dict[str, Assignment] = {}
+        self.active: dict[str, ActiveJob] = {}
+        # Done, and desired until the driver knows that: what a rank did not hold then, it would train again.
+        self.publishing: dict[str, Assignment] = {}
         self._base_model, self._precision = base_model, precision
         self._checkpoints = CheckpointWriter(settings.checkpoint_seconds, self._upload)
-        self._publisher = ThreadPoolExecutor(1, thread_name_prefix="hand-over")
-        self._hand_overs: dict[str, Future[None]] = {}
+        self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
+        self._publishes: dict[str, Future[None]] = {}
         self._reported = 0.0
         torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) // collectives.local_ranks))
 
@@ -101,12 +101,12 @@ class Rank:
         try:
             self._train()
         except PeerLostError:
-            self._finish_hand_overs()
+            self._finish_publishing()
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             log.exception("rank=%d event=broke", self.rank)
-            self.mailbox.deliver(RankBroke(self.rank, reason, (*self.held, *self._finish_hand_overs())))
+            self.mailbox.deliver(RankBroke(self.rank, reason, (*self.active, *self._finish_publishing())))
             raise
 
     def _train(self) -> None:
@@ -131,16 +131,16 @@ class Rank:
         )
         self.reader = JobReader(self.storage, self.engine, self.rank)
         while True:
-            orders = self.collectives.agree(self._orders)
-            for job_id in [job_id for job_id in self.held if job_id not in {a.job_id for a in orders.assignments}]:
+            desired = self.collectives.agree(self._desired_jobs)
+            for job_id in [job_id for job_id in self.active if job_id not in {a.job_id for a in desired.assignments}]:
                 self._leave(job_id)
-            self._let_go(orders)
-            self.reader.prepare(orders.assignments, self.assigned)
-            if orders.stop:
+            self._let_go(desired)
+            self.reader.prepare(desired.assignments, self.assigned)
+            if desired.stop:
                 return
             for job_id in self._prepared_everywhere():
                 self._join(*self.reader.reading.pop(job_id))
-            if not self.held:
+            if not self.active:
                 time.sleep(IDLE_POLL_SECONDS)
                 continue
             self._step()
@@ -176,16 +176,16 @@ class Rank:
 
     @property
     def assigned(self) -> dict[str, Assignment]:
-        """What the orders named and this rank has."""
-        return {job_id: held.assignment for job_id, held in self.held.items()} | self.handing_over
+        """What was desired and this rank has."""
+        return {job_id: active.assignment for job_id, active in self.active.items()} | self.publishing
 
-    def _orders(self) -> Orders:
+    def _desired_jobs(self) -> DesiredJobs:
         """Asked for without waiting while there is work: an answer that is not there yet is taken at the next step."""
-        orders = self.mailbox.orders(tuple(self.assigned), wait=not self.held)
-        if orders is not None:
-            return orders
+        desired = self.mailbox.desired(tuple(self.assigned), wait=not self.active)
+        if desired is not None:
+            return desired
         reading = (assignment for assignment, _ in self.reader.reading.values())
-        return Orders((*self.assigned.values(), *reading))
+        return DesiredJobs((*self.assigned.values(), *reading))
 
     def _prepared_everywhere(self) -> list[str]:
         """Jobs that every rank has read, or failed to; in the same order on all."""
@@ -215,14 +215,16 @@ class Rank:
             if hopeless:
                 self._fail(assignment.job_id, hopeless[0])
             elif self.rank == 0:
-                log.info("job=%s event=no_room beside=%d reason=%s", assignment.job_id, len(self.held), problems[0][1])
-                self.mailbox.deliver(NoRoom(assignment.job_id, max(1, len(self.held))))
+                log.info(
+                    "job=%s event=no_room beside=%d reason=%s", assignment.job_id, len(self.active), problems[0][1]
+                )
+                self.mailbox.deliver(NoRoom(assignment.job_id, max(1, len(self.active))))
             return
         live.optimizer.synchronise(self.collectives.broadcast)
-        held = Held(assignment, spec, live, tokenizer, started_tokens=live.progress.tokens)
-        self.held[assignment.job_id] = held
+        active = ActiveJob(assignment, spec, live, tokenizer, started_tokens=live.progress.tokens)
+        self.active[assignment.job_id] = active
         if self.rank == 0 and self._flop_per_second is not None:
-            seconds = held.expected_seconds(self.base, self._flop_per_second, self.ranks)
+            seconds = active.expected_seconds(self.base, self._flop_per_second, self.ranks)
             self.mailbox.send(Expected(assignment.job_id, seconds))
         log.info(
             "job=%s rank=%d event=joined step=%d of %d",
@@ -234,28 +236,28 @@ class Rank:
 
     def _leave(self, job_id: str) -> None:
         self.engine.remove(job_id)
-        del self.held[job_id]
+        del self.active[job_id]
         log.info("job=%s rank=%d event=left", job_id, self.rank)
 
     def _step(self) -> None:
         for job_id, outcome in self.engine.micro_batch().items():
-            held = self.held[job_id]
-            held.step_seconds, held.stepped = time.monotonic() - held.stepped, time.monotonic()
+            active = self.active[job_id]
+            active.step_seconds, active.stepped = time.monotonic() - active.stepped, time.monotonic()
             if isinstance(outcome, JobDiverged):
                 self._leave(job_id)
                 self._fail(job_id, str(outcome))
                 continue
             if self.rank == 0 and outcome.evaluation is not None:
-                self.mailbox.send(Evaluated(job_id, asdict(outcome.evaluation), held.live.progress.stopped))
-        done = next((held for held in self.held.values() if held.live.done), None)
+                self.mailbox.send(Evaluated(job_id, asdict(outcome.evaluation), active.live.progress.stopped))
+        done = next((active for active in self.active.values() if active.live.done), None)
         if done is not None:
             self._probe(done)
         if self.rank == 0:
-            self._checkpoints.write_oldest({held.assignment: held.live for held in self.held.values()})
+            self._checkpoints.write_oldest({active.assignment: active.live for active in self.active.values()})
         if self.rank == 0 and time.monotonic() - self._reported >= REPORT_SECONDS:
             self._reported = time.monotonic()
-            for held in self.held.values():
-                self.mailbox.send(Progressed(held.assignment.job_id, held.progress(self.base)))
+            for active in self.active.values():
+                self.mailbox.send(Progressed(active.assignment.job_id, active.progress(self.base)))
 
     def _upload(self, assignment: Assignment, step: int, snapshot: Snapshot) -> None:
         key = checkpoint_state_key(assignment.job_id, assignment.attempt, step)
@@ -266,46 +268,46 @@ class Rank:
             self.storage.put(key, path)
         self.mailbox.send(CheckpointWritten(assignment.job_id, step, key, sha256))
 
-    def _probe(self, held: Held) -> None:
+    def _probe(self, active: ActiveJob) -> None:
         """One probe between two micro-batches, which all ranks count and one measures: the others go on meanwhile."""
-        example, adapter = held.probed[len(held.probes)], held.live.adapter
-        held.probes += probe_losses(self.base, self.engine.bank, adapter, [example]) if self.rank == 0 else [0.0]
-        if len(held.probes) == len(held.probed):
-            self._finish(held)
+        example, adapter = active.probed[len(active.probes)], active.live.adapter
+        active.probes += probe_losses(self.base, self.engine.bank, adapter, [example]) if self.rank == 0 else [0.0]
+        if len(active.probes) == len(active.probed):
+            self._finish(active)
 
-    def _finish(self, held: Held) -> None:
-        """Hand the adapter over beside the next steps, with probes from which a server sees that it computes the same;
+    def _finish(self, active: ActiveJob) -> None:
+        """Publish the adapter beside the next steps, with probes from which a server sees that it computes the same;
         all ranks let the job go.
         """
-        job, live = held.assignment.job_id, held.live
+        job, live = active.assignment.job_id, active.live
         if self.rank == 0:
-            progress = held.progress(self.base)
-            manifest = held.manifest(self.base, self.engine.exactness)
+            progress = active.progress(self.base)
+            manifest = active.manifest(self.base, self.engine.exactness)
             adapter, arrived = live.optimizer.on_host(), arrival(self.base.device)
 
-            def hand_over() -> None:
+            def publish() -> None:
                 arrived()
                 files = adapter_files(adapter, self.engine.bank, self._base_model)
                 self.mailbox.deliver(Trained(job, files, manifest, progress))
 
-            self._hand_overs[job] = self._publisher.submit(hand_over)
-        self.handing_over[job] = held.assignment
+            self._publishes[job] = self._publisher.submit(publish)
+        self.publishing[job] = active.assignment
         self._leave(job)
 
-    def _let_go(self, orders: Orders) -> None:
-        """Of what is handed over: the orders do not name it any more, or they name another attempt."""
-        named = {(assignment.job_id, assignment.attempt) for assignment in orders.assignments}
-        self.handing_over = {name: one for name, one in self.handing_over.items() if (name, one.attempt) in named}
-        for job in [job for job, hand_over in self._hand_overs.items() if hand_over.done()]:
-            self._hand_overs[job].result()  # raises what went wrong
-            del self._hand_overs[job]
+    def _let_go(self, desired: DesiredJobs) -> None:
+        """Forget what is published: it is not desired any more, or another attempt of it is."""
+        named = {(assignment.job_id, assignment.attempt) for assignment in desired.assignments}
+        self.publishing = {name: one for name, one in self.publishing.items() if (name, one.attempt) in named}
+        for job in [job for job, publish in self._publishes.items() if publish.done()]:
+            self._publishes[job].result()  # raises what went wrong
+            del self._publishes[job]
 
-    def _finish_hand_overs(self) -> list[str]:
-        """Wait until what has ended is handed over, so that it is not blamed for what broke a rank, nor trained again;
+    def _finish_publishing(self) -> list[str]:
+        """Wait until what has ended is published, so that it is not blamed for what broke a rank, nor trained again;
         returns the jobs that could not be.
         """
         self._publisher.shutdown()
-        return [job for job, hand_over in self._hand_overs.items() if hand_over.exception() is not None]
+        return [job for job, publish in self._publishes.items() if publish.exception() is not None]
 
     def _fail(self, job_id: str, reason: str) -> None:
         if self.rank == 0:

@@ -21,7 +21,7 @@ OF_PRODUCTS = 0.5
 
 
 @dataclass
-class Held:
+class ActiveJob:
     """One job on this rank, with what its reports need; `tokenizer` is the hash of that which read its rows."""
 
     assignment: Assignment
@@ -60,7 +60,7 @@ class Held:
             "trainable_parameters": self.live.optimizer.parameters,
             "base_parameters": base.parameters,
             "base_bytes": base.nbytes,
-            **_held_out(progress.before, progress.evaluation),
+            **_validation(progress.before, progress.evaluation),
             **({"best_validation_loss": progress.best.loss, "best_step": progress.best.step} if progress.best else {}),
         }
 
@@ -82,7 +82,7 @@ class Held:
                 "first_loss": progress.first_loss,
                 "tokens": progress.tokens,
                 "supervised_tokens": progress.supervised_tokens,
-                **_held_out(progress.before, progress.best if train.keeps_best else progress.evaluation),
+                **_validation(progress.before, progress.best if train.keeps_best else progress.evaluation),
                 **({"stopped": progress.stopped} if progress.stopped else {}),
             },
             "probes": [
@@ -92,7 +92,7 @@ class Held:
         }
 
 
-def _held_out(before: Evaluation | None, after: Evaluation | None) -> dict[str, float]:
+def _validation(before: Evaluation | None, after: Evaluation | None) -> dict[str, float]:
     """An evaluation as progress and manifest name its figures, beside that of what training started from."""
     figures: dict[str, float] = {"validation_loss_before": before.loss} if before else {}
     if after is not None and after is not before:

@@ -20,13 +20,13 @@ import sqlalchemy as sa
 from jobs.job import (
     TERMINAL,
     TRANSITIONS,
-    Event,
     EventKind,
     IllegalTransitionError,
     Job,
     JobNotFoundError,
     JobStatus,
     Lease,
+    QueueEvent,
     RequestedAction,
     SessionState,
 )
@@ -122,12 +122,12 @@ class JobQueue(SessionTable):
             found = {JobStatus(status): int(number) for status, number in conn.execute(query)}
         return {status: found.get(status, 0) for status in JobStatus}
 
-    def events(self, subject: str, after: int = 0) -> Sequence[Event]:
+    def events(self, subject: str, after: int = 0) -> Sequence[QueueEvent]:
         """The history of a job or session from the event `after` on, oldest first. Within a subject ids grow in the
         order in which events become visible, so that a reader who remembers the last one misses none."""
         query = sa.select(events).where(events.c.subject == subject, events.c.id > after).order_by(events.c.id)
         with self._db.read() as conn:
-            return [Event(**dict(row._mapping) | {"kind": EventKind(row.kind)}) for row in conn.execute(query)]
+            return [QueueEvent(**dict(row._mapping) | {"kind": EventKind(row.kind)}) for row in conn.execute(query)]
 
     def log(
         self,

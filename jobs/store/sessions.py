@@ -23,10 +23,10 @@ from jobs.job import (
     ALIVE,
     SESSION_TRANSITIONS,
     EventKind,
-    HeldLease,
     IllegalTransitionError,
     JobStatus,
     Lease,
+    LeaseInfo,
     Session,
     SessionKey,
     SessionState,
@@ -160,11 +160,11 @@ class SessionTable:
             return Lease(name, holder, token)
         return None
 
-    def lease(self, name: str) -> HeldLease | None:
+    def lease(self, name: str) -> LeaseInfo | None:
         """Who has a lease, and whether it still runs. None: nobody ever had it."""
         with self._db.read() as conn:
             row = conn.execute(sa.select(leases).where(leases.c.name == name)).one_or_none()
-        return None if row is None else HeldLease(row.holder, row.token, valid=row.until >= self._clock())
+        return None if row is None else LeaseInfo(row.holder, row.token, valid=row.until >= self._clock())
 
     def release_lease(self, lease: Lease) -> None:
         """Give a lease back, so that the next holder need not wait until it runs out."""

@@ -18,7 +18,7 @@ from cluster.storage.directory import open_storage
 from deploy.serving import adapter_cache, decode_loop
 from deploy.serving import metrics as ray_metrics
 from deploy.serving.decode_loop import DecodeLoop
-from deploy.serving.protocol import Answer, Opened, Piece, Question, Refusal
+from deploy.serving.protocol import Completion, Delta, ErrorResponse, GenerateRequest, StreamStart
 from deploy.serving.server import AdapterServer
 from lora_core.adapters.peft_format import adapter_files
 from lora_core.data.dataset import Example
@@ -30,7 +30,7 @@ from lora_core.training.engine import probe_losses
 from tests.support.models import random_adapter
 from tests.support.tiny_models import save_tiny_model, with_more_tokens
 
-QUESTION = Question(
+QUESTION = GenerateRequest(
     prompt=({"role": "user", "content": "Hi"},),
     adapter=None,
     version="latest",
@@ -43,7 +43,7 @@ QUESTION = Question(
 ENDLESS = dataclasses.replace(QUESTION, max_tokens=None, temperature=2.0, seed=0)
 
 
-def about(adapter: str, version: str = "latest") -> Question:
+def about(adapter: str, version: str = "latest") -> GenerateRequest:
     return dataclasses.replace(QUESTION, adapter=adapter, version=version)
 
 
@@ -112,15 +112,15 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def test_a_stream_is_the_answer_in_pieces(service: Service) -> None:
-    async def both() -> tuple[Answer, list[Any]]:
+    async def both() -> tuple[Completion, list[Any]]:
         return await service.server.answer(QUESTION), [item async for item in service.server.stream(QUESTION)]
 
     answer, items = run(both())
-    opened, *pieces = items
-    assert opened == answer.opened == Opened(service.trained.fingerprint, 21)
-    assert "".join(piece.text for piece in pieces) == answer.text != ""
-    assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
-    assert pieces[-1].completion_tokens == answer.completion_tokens == 12
+    start, *deltas = items
+    assert start == answer.start == StreamStart(service.trained.fingerprint, 21)
+    assert "".join(delta.text for delta in deltas) == answer.text != ""
+    assert [delta.finish_reason for delta in deltas] == [None] * (len(deltas) - 1) + ["length"]
+    assert deltas[-1].completion_tokens == answer.completion_tokens == 12
 
 
 def test_one_adapter_is_loaded_once_for_all_who_ask(service: Service, fetches: list[str]) -> None:
@@ -134,7 +134,7 @@ def test_one_adapter_is_loaded_once_for_all_who_ask(service: Service, fetches: l
 
     first, *others = run(crowd())
     assert isinstance(first, asyncio.CancelledError)
-    assert {answer.opened.digest for answer in others} == {version.digest} and len(
+    assert {answer.start.digest for answer in others} == {version.digest} and len(
         {answer.text for answer in others}
     ) == 1
     assert others[0].text != run(service.server.answer(QUESTION)).text, "the adapter must change the answer"
@@ -149,7 +149,7 @@ def test_a_new_version_is_served_without_a_restart(service: Service, monkeypatch
     before = run(service.server.answer(about("moving")))
     new = service.publish("moving", 3)
     after = run(service.server.answer(about("moving")))
-    assert (before.opened.digest, after.opened.digest) == (old.digest, new.digest) and before.text != after.text
+    assert (before.start.digest, after.start.digest) == (old.digest, new.digest) and before.text != after.text
     pinned = run(service.server.answer(about("moving", old.version)))
     assert pinned == before
 
@@ -169,7 +169,7 @@ def test_an_adapter_of_something_else_is_refused(
     name = f"refused-{len(reason)}-{len(manifest)}-{next(iter(manifest))[0]}"
     service.publish(name, 4 + len(reason), **manifest)
     answer = run(service.server.answer(about(name)))
-    assert isinstance(answer, Refusal) and (answer.status, answer.code) == (409, "adapter_refused")
+    assert isinstance(answer, ErrorResponse) and (answer.status, answer.code) == (409, "adapter_refused")
     assert reason in answer.message
     count = len(fetches)
     assert run(service.server.answer(about(name))) == answer and len(fetches) == count  # known bad, and not tried again
@@ -184,13 +184,13 @@ def test_an_adapter_that_computes_something_else_is_refused(service: Service, da
     probe = {"ids": example.ids, "labels_mask": example.labels_mask, "loss": damage(loss)}
     service.publish(name, 20 + len(name), probes=[probe])
     answer = run(service.server.answer(about(name)))
-    assert isinstance(answer, Refusal) and "does not compute here" in answer.message
+    assert isinstance(answer, ErrorResponse) and "does not compute here" in answer.message
 
 
 def test_probes_of_another_precision_pass(service: Service) -> None:
     """What other tests rely on, said once and strictly: trained in fp32, served in what this machine computes in."""
     service.publish("probed", 30, probe_tolerance=0.01)
-    assert isinstance(run(service.server.answer(about("probed"))), Answer)
+    assert isinstance(run(service.server.answer(about("probed"))), Completion)
 
 
 @pytest.mark.parametrize(("precision", "passes"), [("bf16", False), ("nf4", True)])
@@ -201,7 +201,7 @@ def test_what_was_trained_in_four_bits_may_be_further_off(service: Service, prec
     (loss,) = probe_losses(service.trained, service.bank, adapter, [example])
     probe = {"ids": example.ids, "labels_mask": example.labels_mask, "loss": loss + 10 * 0.15 * (1 + loss / 10)}
     service.publish(f"from-{precision}", seed, probes=[probe], precision=precision)
-    assert isinstance(run(service.server.answer(about(f"from-{precision}"))), Answer if passes else Refusal)
+    assert isinstance(run(service.server.answer(about(f"from-{precision}"))), Completion if passes else ErrorResponse)
 
 
 def test_the_least_used_adapter_makes_room_and_one_in_use_stays(
@@ -239,7 +239,7 @@ def test_a_storage_that_is_away_keeps_what_is_known_in_service(
     monkeypatch.setattr(adapter_cache, "_RESOLVED_SECONDS", 0.0)
     assert run(service.server.answer(about("steady"))) == before
     unknown = run(service.server.answer(about("never-asked-for")))
-    assert unknown == Refusal(503, "the bucket does not answer", "storage_unavailable")
+    assert unknown == ErrorResponse(503, "the bucket does not answer", "storage_unavailable")
 
 
 def test_unknown_names_and_impossible_questions(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +258,7 @@ def test_unknown_names_and_impossible_questions(service: Service, monkeypatch: p
     assert "no chat template" in run(service.server.answer(QUESTION)).message
     assert run(service.server.answer(dataclasses.replace(QUESTION, prompt=""))).message == "the prompt is empty"
     text = run(service.server.answer(dataclasses.replace(QUESTION, prompt="Hi")))
-    assert text.opened.prompt_tokens == 2
+    assert text.start.prompt_tokens == 2
 
 
 def test_a_token_that_the_base_has_no_row_for_harms_nobody_else(
@@ -289,8 +289,8 @@ def test_a_token_that_the_base_has_no_row_for_harms_nobody_else(
 def test_who_stops_listening_gives_the_request_up(service: Service) -> None:
     async def leave() -> None:
         async with aclosing(service.server.stream(ENDLESS)) as items:
-            assert isinstance(await anext(items), Opened)
-            assert isinstance(await anext(items), Piece)
+            assert isinstance(await anext(items), StreamStart)
+            assert isinstance(await anext(items), Delta)
             assert not service.idle
         await until(lambda: service.idle)
         task = asyncio.create_task(service.server.answer(ENDLESS))
@@ -302,7 +302,7 @@ def test_who_stops_listening_gives_the_request_up(service: Service) -> None:
         task.cancel()
         await asyncio.sleep(0.05)
         await until(lambda: service.idle)
-        assert not service.server._loop._tickets
+        assert not service.server._loop._handles
 
     run(leave())
 
@@ -313,12 +313,12 @@ def test_more_questions_than_slots_are_all_answered(service: Service) -> None:
         service.publish(name, 70 + i)
 
     async def crowd() -> list[Any]:
-        questions = [QUESTION, *(about(name) for name in names)] * 5
-        return await asyncio.gather(*(service.server.answer(question) for question in questions))
+        requests = [QUESTION, *(about(name) for name in names)] * 5
+        return await asyncio.gather(*(service.server.answer(asked) for asked in requests))
 
     answers = run(crowd())
     assert len(answers) == 20 and {answer.completion_tokens for answer in answers} == {12}
-    assert len({answer.opened.digest for answer in answers}) == 4
+    assert len({answer.start.digest for answer in answers}) == 4
 
 
 def test_gauges_are_set_again_before_ray_forgets_them(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,7 +350,7 @@ def test_a_failed_step_fails_the_requests_and_the_health_check(tmp_path: Path, m
         return [await task, await service.server.answer(QUESTION)]
 
     for answer in run(ask()):
-        assert isinstance(answer, Refusal) and (answer.status, answer.code) == (503, "server_restarting")
+        assert isinstance(answer, ErrorResponse) and (answer.status, answer.code) == (503, "server_restarting")
         assert "out of memory" in answer.message
     with pytest.raises(RuntimeError, match="out of memory"):
         service.server.check_health()

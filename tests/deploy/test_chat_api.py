@@ -31,7 +31,7 @@ from deploy import app as application
 from deploy.api import gateway
 from deploy.api.responses import ChatResponse, ModelName, TextResponse, parse_model
 from deploy.api.schemas import ApiError, ChatRequest, TextRequest, parse_request
-from deploy.serving.protocol import Answer, Opened, Piece
+from deploy.serving.protocol import Completion, Delta, StreamStart
 from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.peft_format import adapter_files
 from lora_core.models.attention import PackedAttention
@@ -65,31 +65,31 @@ def test_supported_parameters_reach_the_question() -> None:
         {"role": "assistant", "content": "c", "refusal": None, "tool_calls": [], "audio": None},
         {"role": "user", "content": "d"},
     ]
-    question = chat(
+    asked = chat(
         messages=messages, max_completion_tokens=7, temperature=0, top_p=0.5, stop="END", seed=3, stream=True
-    ).question("triage", "latest")
-    assert question.prompt == (
+    ).generate_request("triage", "latest")
+    assert asked.prompt == (
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "ab", "name": "Ann"},
         {"role": "assistant", "content": "c"},
         {"role": "user", "content": "d"},
     )
-    assert (question.adapter, question.version, question.max_tokens, question.temperature) == (
+    assert (asked.adapter, asked.version, asked.max_tokens, asked.temperature) == (
         "triage",
         "latest",
         7,
         0.0,
     )
-    assert (question.top_p, question.stop, question.seed) == (0.5, ("END",), 3)
-    defaults = chat(temperature=None, stop=["a", "b"]).question(None, "latest")
+    assert (asked.top_p, asked.stop, asked.seed) == (0.5, ("END",), 3)
+    defaults = chat(temperature=None, stop=["a", "b"]).generate_request(None, "latest")
     assert (defaults.temperature, defaults.top_p, defaults.seed, defaults.max_tokens) == (1.0, 1.0, None, None)
     assert defaults.stop == ("a", "b")
 
 
 def test_text_completions_default_to_16_tokens_as_openai_has_it() -> None:
     request = parse_request(b'{"model": "m", "prompt": "once"}', TextRequest)
-    question = request.question(None, "latest")
-    assert (question.prompt, question.max_tokens) == ("once", 16)
+    asked = request.generate_request(None, "latest")
+    assert (asked.prompt, asked.max_tokens) == ("once", 16)
 
 
 @pytest.mark.parametrize(
@@ -254,8 +254,8 @@ def chunks_of(text: str) -> list[Any]:
 @pytest.mark.parametrize("usage", [False, True])
 def test_chunks_of_a_stream(usage: bool) -> None:
     response = ChatResponse(chat(stream=True, stream_options={"include_usage": usage}))
-    text = response.first_chunk(Opened("d1g", 5)) + response.chunks(Piece("He€", None, 2))
-    text += response.chunks(Piece("", "stop", 3))
+    text = response.first_chunk(StreamStart("d1g", 5)) + response.chunks(Delta("He€", None, 2))
+    text += response.chunks(Delta("", "stop", 3))
     first, second, *rest = chunks_of(text)
     assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""} and first["system_fingerprint"] == "d1g"
     assert second["choices"][0] == {"index": 0, "delta": {"content": "He€"}, "logprobs": None, "finish_reason": None}
@@ -271,12 +271,12 @@ def test_chunks_of_a_stream(usage: bool) -> None:
 def test_a_text_stream_carries_the_same_text() -> None:
     response = TextResponse(parse_request(b'{"model": "m", "prompt": "x", "stream": true}', TextRequest))
     text = (
-        response.first_chunk(Opened("d", 1))
-        + response.chunks(Piece("ab", None, 1))
-        + response.chunks(Piece("c", "length", 2))
+        response.first_chunk(StreamStart("d", 1))
+        + response.chunks(Delta("ab", None, 1))
+        + response.chunks(Delta("c", "length", 2))
     )
     assert [chunk["choices"][0]["text"] for chunk in chunks_of(text)] == ["ab", "c", ""]
-    whole = response.whole(Answer(Opened("d", 1), "abc", "length", 2))
+    whole = response.whole(Completion(StreamStart("d", 1), "abc", "length", 2))
     assert whole["choices"][0]["text"] == "abc" and whole["object"] == "text_completion"
 
 

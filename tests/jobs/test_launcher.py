@@ -9,7 +9,7 @@ from ray.exceptions import RpcError
 from ray.util.state.exception import ServerUnavailable
 
 from jobs.scheduling import launcher
-from jobs.scheduling.launcher import Launcher, RayUnreachableError, RunState
+from jobs.scheduling.launcher import Launcher, RayUnreachableError, SubmissionState
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_an_address_where_nobody_listens_is_said_at_once(nobody: str, monkeypatc
     sentence = str(caught.value)
     assert sentence.startswith(f"Ray's API does not answer: nothing listens at {nobody} (")
     assert sentence.count("does not answer") == 1
-    assert Launcher({}).state("session-1-a1").state is RunState.UNKNOWN
+    assert Launcher({}).state("session-1-a1").state is SubmissionState.UNKNOWN
 
 
 def test_a_web_address_where_nobody_listens(nobody: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,5 +59,5 @@ def test_whatever_ray_raises_for_want_of_an_answer_is_that(error: Exception, mon
     with pytest.raises(RayUnreachableError):
         one.others_running()
     one.stop("session-1-a1")
-    assert one.state("session-1-a1").state is RunState.UNKNOWN
+    assert one.state("session-1-a1").state is SubmissionState.UNKNOWN
     assert "is not to be had" in one.logs("session-1-a1")

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.settings import Settings
 from jobs.job import EventKind, JobStatus, Session, SessionState
-from jobs.scheduling.launcher import ClusterSize, Launcher, RayUnreachableError, Run, RunState
+from jobs.scheduling.launcher import ClusterSize, Launcher, RayUnreachableError, SubmissionState, SubmissionStatus
 from jobs.scheduling.scheduler import MAX_ATTEMPTS, SLOW_SECONDS, Scheduler, run_step
 from jobs.spec import JobSpec
 from jobs.store.jobs import JobQueue
@@ -21,14 +21,14 @@ class AnsweringRay(Launcher):
     """Answers `run` for every submission, and remembers what was launched."""
 
     def __init__(self) -> None:
-        self.run = Run(RunState.RUNNING)
+        self.run = SubmissionStatus(SubmissionState.RUNNING)
         self.launched: list[str] = []
         self.away: Exception | None = None
 
     def launch_session(self, submission_id: str, session_id: str, fence: int) -> None:
         self.launched.append(submission_id)
 
-    def state(self, submission_id: str) -> Run:
+    def state(self, submission_id: str) -> SubmissionStatus:
         return self.run
 
     def size(self) -> ClusterSize:
@@ -91,16 +91,16 @@ def test_a_job_gets_a_session_and_then_goes_to_it(world: World) -> None:
 
 
 def test_a_launch_that_ray_never_heard_of_is_made_again(world: World) -> None:
-    world.ray.run = Run(RunState.ABSENT)
+    world.ray.run = SubmissionStatus(SubmissionState.ABSENT)
     world.scheduler.step()
     assert world.ray.launched == [f"{world.session.id}-a1"] * 2
 
 
-@pytest.mark.parametrize("state", [RunState.UNKNOWN, RunState.STARTING, RunState.RUNNING])
-def test_what_ray_does_not_call_ended_is_left_alone(world: World, state: RunState) -> None:
+@pytest.mark.parametrize("state", [SubmissionState.UNKNOWN, SubmissionState.STARTING, SubmissionState.RUNNING])
+def test_what_ray_does_not_call_ended_is_left_alone(world: World, state: SubmissionState) -> None:
     world.come_up()
     before = world.session
-    world.ray.run = Run(state)
+    world.ray.run = SubmissionStatus(state)
     for _ in range(5):
         world.scheduler.step()
     assert world.session == before
@@ -110,7 +110,7 @@ def test_what_ray_does_not_call_ended_is_left_alone(world: World, state: RunStat
 def test_a_driver_that_ray_forgot_lives_as_long_as_its_lease(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.come_up()
     assert world.queue.renew_session(world.session.id, world.session.fence, 15.0)
-    world.ray.run = Run(RunState.ABSENT)
+    world.ray.run = SubmissionStatus(SubmissionState.ABSENT)
     monkeypatch.setattr("jobs.scheduling.scheduler.time.time", lambda: world.now)
     world.scheduler.step()
     assert world.status is JobStatus.RUNNING
@@ -125,9 +125,9 @@ def test_a_job_goes_back_to_the_queue_and_fails_with_the_last_line_when_it_has_e
     for attempt in range(1, MAX_ATTEMPTS + 1):
         world.come_up()
         assert world.queue.get(world.job_id).attempt == attempt
-        world.ray.run = Run(RunState.ENDED, GONE)
+        world.ray.run = SubmissionStatus(SubmissionState.ENDED, GONE)
         world.scheduler.step()
-        world.ray.run = Run(RunState.RUNNING)
+        world.ray.run = SubmissionStatus(SubmissionState.RUNNING)
         max_colocated = world.queue.get(world.job_id).max_colocated
         assert max_colocated == (0 if attempt >= MAX_ATTEMPTS - 1 else None)  # the last one is by itself
     job = world.queue.get(world.job_id)
@@ -146,13 +146,13 @@ def test_a_job_that_waited_for_room_has_its_three_sessions_all_the_same(world: W
         )
     assert world.queue.get(world.job_id).max_colocated == 3
     world.scheduler.step()
-    world.ray.run = Run(RunState.ENDED, GONE)
+    world.ray.run = SubmissionStatus(SubmissionState.ENDED, GONE)
     world.scheduler.step()
     assert world.status is JobStatus.QUEUED
 
 
 def test_sessions_that_never_come_up_fail_the_job_that_waits_for_them(world: World) -> None:
-    world.ray.run = Run(RunState.ENDED, GONE)
+    world.ray.run = SubmissionStatus(SubmissionState.ENDED, GONE)
     for death in range(1, MAX_ATTEMPTS + 1):
         assert world.status is JobStatus.QUEUED
         world.scheduler.step()
@@ -167,7 +167,7 @@ def test_sessions_that_never_come_up_fail_the_job_that_waits_for_them(world: Wor
 def test_a_scheduler_that_was_replaced_changes_nothing(world: World) -> None:
     world.queue.release_lease(world.scheduler.lease)
     before = world.session
-    world.ray.run = Run(RunState.ENDED, GONE)
+    world.ray.run = SubmissionStatus(SubmissionState.ENDED, GONE)
     world.scheduler.step()
     assert world.session == before
     assert world.status is JobStatus.QUEUED
@@ -182,13 +182,15 @@ def test_why_a_job_waits_is_in_its_history_once(world: World, monkeypatch: pytes
         assert run_step(world.scheduler)
     assert world.waits == [started]
     world.now += SLOW_SECONDS
-    world.ray.run = Run(RunState.STARTING, "Job has not started yet.\n  It may wait\tfor resources.")
+    world.ray.run = SubmissionStatus(
+        SubmissionState.STARTING, "Job has not started yet.\n  It may wait\tfor resources."
+    )
     world.scheduler.step()
     slow = "Ray has not started its session for 30 s (Job has not started yet. It may wait for resources.)"
     assert world.waits == [started, slow]
     world.come_up()
     assert world.waits == [started, slow]
-    world.ray.run = Run(RunState.ENDED, GONE)
+    world.ray.run = SubmissionStatus(SubmissionState.ENDED, GONE)
     world.scheduler.step()  # back to the queue, and for it another session
     assert world.waits == [started, slow, started]
 

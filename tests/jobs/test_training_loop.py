@@ -19,9 +19,9 @@ from cluster.storage.keys import examples_key
 from jobs.session import loader as job_reader
 from jobs.session import rank as training_loop
 from jobs.session.loader import JobReader
-from jobs.session.messages import Assignment, CheckpointWritten, JobFailed, NoRoom, Orders, RankBroke, Trained
+from jobs.session.messages import Assignment, CheckpointWritten, DesiredJobs, JobFailed, NoRoom, RankBroke, Trained
 from jobs.session.rank import Rank
-from jobs.session.report import OF_PRODUCTS, Held
+from jobs.session.report import OF_PRODUCTS, ActiveJob
 from lora_core.adapters.peft_format import read_adapter
 from lora_core.training.engine import TrainEngine, probe_losses
 from lora_core.training.memory.predictor import DoesNotFitError, NoRoomBesideError
@@ -118,12 +118,12 @@ def test_a_job_without_room_beside_others_waits_and_one_that_never_fits_fails(
     other.failures[examples_key(str(fails.examples_sha))] = [DoesNotFitError("not at all")]
 
     def script(mailbox: ScriptedMailbox) -> Script:
-        while "a" not in mailbox.held:
-            yield Orders((a,))
+        while "a" not in mailbox.active:
+            yield DesiredJobs((a,))
         for one in (waits, fails):
             while one.job_id not in {report.job_id for report in mailbox.of(NoRoom) + mailbox.of(JobFailed)}:
-                assert set(mailbox.held) <= {"a"}
-                yield Orders((a, one))
+                assert set(mailbox.active) <= {"a"}
+                yield DesiredJobs((a, one))
 
     mailbox = ScriptedMailbox(script)
     session.run(mailbox, storage, other)
@@ -135,13 +135,13 @@ def test_how_long_a_job_takes_is_told_from_what_is_left_of_it() -> None:
     """Ten documents, two epochs, at the rate of the products: half of it once half is done, or with two ranks."""
     engine = TrainEngine(tiny_base("llama"))
     live = engine.add(job("a", examples=documents(10, 0, 8, 8), epochs=2, batch_size=2))
-    held = Held(Assignment("a", 1, "{}", ""), None, live, "")  # type: ignore[arg-type]
+    active = ActiveJob(Assignment("a", 1, "{}", ""), None, live, "")  # type: ignore[arg-type]
     parameters = engine.base.parameters
-    alone = held.expected_seconds(engine.base, 1e6, ranks=1)
+    alone = active.expected_seconds(engine.base, 1e6, ranks=1)
     assert alone == pytest.approx(4 * parameters * 160 / (1e6 * OF_PRODUCTS))
-    assert held.expected_seconds(engine.base, 1e6, ranks=2) == alone / 2
+    assert active.expected_seconds(engine.base, 1e6, ranks=2) == alone / 2
     live.progress.step = live.job.steps // 2
-    assert held.expected_seconds(engine.base, 1e6, ranks=1) == pytest.approx(alone / 2)
+    assert active.expected_seconds(engine.base, 1e6, ranks=1) == pytest.approx(alone / 2)
 
 
 class SlowMailbox(ScriptedMailbox):
@@ -170,16 +170,16 @@ def short_and_long(storage: ObservedStorage) -> tuple[Assignment, Assignment]:
 def test_what_broke_a_rank_is_told_after_what_had_ended_and_of_what_had_not(
     session: Session, storage: ObservedStorage
 ) -> None:
-    """A job that is being handed over is neither blamed nor trained again, unless that is what failed."""
+    """A job that is being published is neither blamed nor trained again, unless that is what failed."""
     short, long = short_and_long(storage)
     ended, spoilt = replace(short, job_id="ended"), replace(short, job_id="spoilt")
 
     def script(mailbox: ScriptedMailbox) -> Script:
         assert isinstance(mailbox, SlowMailbox)
-        while "long" not in mailbox.held:
-            yield Orders((long,))
+        while "long" not in mailbox.active:
+            yield DesiredJobs((long,))
         for _ in range(100):
-            yield Orders((long, ended, spoilt))
+            yield DesiredJobs((long, ended, spoilt))
         assert mailbox.arrived.wait(60)
         threading.Timer(0.1, mailbox.open.set).start()
         raise RuntimeError("out of luck")
@@ -210,10 +210,10 @@ def test_checkpoints_are_written_one_at_a_time_and_none_waits_for_ever(
 
     def script(mailbox: ScriptedMailbox) -> Script:
         while len(mailbox.of(CheckpointWritten)) < 5:
-            if len(mailbox.held) == 3:
+            if len(mailbox.active) == 3:
                 went_on.release()
             assert next(asked) < 10_000
-            yield Orders(tuple(jobs))
+            yield DesiredJobs(tuple(jobs))
         went_on.release(100)
 
     mailbox = ScriptedMailbox(script)
@@ -226,10 +226,10 @@ def test_checkpoints_are_written_one_at_a_time_and_none_waits_for_ever(
 # --- a job ends ------------------------------------------------------------------------------------------------------
 
 
-def test_a_job_is_handed_over_beside_the_steps_of_the_others(
+def test_a_job_is_published_beside_the_steps_of_the_others(
     session: Session, storage: ObservedStorage, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between two probes there is a step, and many before the driver has taken what ended. Its orders name the job
+    """Between two probes there is a step, and many before the driver has taken what ended. It is desired
     until then, and it is not read again; another attempt is. What is done is published, and not checkpointed.
     """
     short, long = short_and_long(storage)
@@ -253,19 +253,19 @@ def test_a_job_is_handed_over_beside_the_steps_of_the_others(
 
     def script(mailbox: ScriptedMailbox) -> Script:
         assert isinstance(mailbox, SlowMailbox)
-        while "long" not in mailbox.held:
-            yield Orders((long,))
+        while "long" not in mailbox.active:
+            yield DesiredJobs((long,))
         while not mailbox.arrived.is_set():
-            yield Orders((short, long))
+            yield DesiredJobs((short, long))
         for _ in range(5):
-            yield Orders((short, long))
-            assert set(mailbox.held) == {"short", "long"} and reads() == 1
+            yield DesiredJobs((short, long))
+            assert set(mailbox.active) == {"short", "long"} and reads() == 1
         mailbox.open.set()
         while not mailbox.of(Trained):
-            yield Orders((short, long))
+            yield DesiredJobs((short, long))
         assert reads() == 1
         while len(mailbox.of(Trained)) < 2:
-            yield Orders((replace(short, attempt=2), long))
+            yield DesiredJobs((replace(short, attempt=2), long))
 
     mailbox = SlowMailbox(script)
     session.run(mailbox, storage, checkpoint_seconds=0.0)
@@ -284,12 +284,12 @@ def test_a_job_is_handed_over_beside_the_steps_of_the_others(
     assert losses != pytest.approx(probe_losses(base, engine.bank, None, documents(3, 1)), rel=1e-4)
 
 
-def test_a_hand_over_that_fails_is_no_secret(session: Session, storage: ObservedStorage) -> None:
+def test_publishing_that_fails_is_no_secret(session: Session, storage: ObservedStorage) -> None:
     short, long = short_and_long(storage)
 
     def script(mailbox: ScriptedMailbox) -> Script:
         for _ in range(1000):
-            yield Orders((short, long))
+            yield DesiredJobs((short, long))
 
     mailbox = SlowMailbox(script, refused=("short",))
     mailbox.open.set()

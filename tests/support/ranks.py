@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from cluster.storage.directory import DirectoryStorage
-from jobs.session.messages import Assignment, Orders
+from jobs.session.messages import Assignment, DesiredJobs
 from jobs.spec import JobSpec
 from jobs.stored_examples import store_examples
 from lora_core.data.dataset import Dataset, DatasetReport, Example
 from tests.support.tiny_models import byte_tokenizer
 
-Script = Generator[Orders, None, None]
+Script = Generator[DesiredJobs, None, None]
 
 
 class RankThreads:
@@ -58,18 +58,18 @@ class _Collectives:
 
 
 class ScriptedMailbox:
-    """`script` says the orders each time that rank 0 asks, and that all is over when it ends; `reports` are what ranks
-    said, and `held` what rank 0 had when it asked last.
+    """`script` says the desired each time that rank 0 asks, and that all is over when it ends; `reports` are what ranks
+    said, and `active` what rank 0 had when it asked last.
     """
 
     def __init__(self, script: Callable[[ScriptedMailbox], Script]) -> None:
         self.reports: list[Any] = []
-        self.held: tuple[str, ...] = ()
+        self.active: tuple[str, ...] = ()
         self._script = script(self)
 
-    def orders(self, held: tuple[str, ...], *, wait: bool) -> Orders:
-        self.held = held
-        return next(self._script, Orders(stop=True))
+    def desired(self, active: tuple[str, ...], *, wait: bool) -> DesiredJobs:
+        self.active = active
+        return next(self._script, DesiredJobs(stop=True))
 
     def send(self, report: Any) -> None:
         self.reports.append(report)
