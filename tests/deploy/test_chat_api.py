@@ -36,7 +36,7 @@ from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.peft_format import adapter_files
 from lora_core.models.attention import PackedAttention
 from lora_core.models.base import BaseModel, load_base
-from lora_core.models.hooks.bank import AdapterBank, Run
+from lora_core.models.hooks.bank import AdapterBank, Segment
 from tests.support.models import random_adapter
 from tests.support.tiny_models import save_tiny_model
 
@@ -404,7 +404,7 @@ def clear_answer(app: App, adapter: Adapter | None, tokens: int = 4) -> tuple[st
         ids = list(app.base.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
         start = len(ids)
         while len(ids) < start + tokens:
-            with app.bank.routed([Run(adapter, len(ids))]):
+            with app.bank.routed([Segment(adapter, len(ids))]):
                 row = torch.tensor([ids])
                 hidden = app.base.hidden(row, torch.arange(len(ids))[None], PackedAttention([len(ids)]))
             logits = app.base.head(hidden[0, -1])
