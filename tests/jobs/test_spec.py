@@ -84,8 +84,8 @@ def test_every_problem_is_reported_at_once_and_none_twice() -> None:
 def test_options_of_evaluation_are_refused_without_held_out_rows() -> None:
     wanted = {"eval_steps": 10, "load_best_model_at_end": True, "early_stopping_patience": 3}
     assert problems(train=wanted, priority=True) == [
-        "train has eval_steps and load_best_model_at_end and early_stopping_patience but there are no validation rows to"
-        " judge by: give validation, a fraction such as 0.1 or the path of a second dataset",
+        "train has eval_steps and load_best_model_at_end and early_stopping_patience but there are no validation rows"
+        " to judge by: give validation, a fraction such as 0.1 or the path of a second dataset",
         "priority must be a whole number, not true",
     ]
     (alone,) = problems(train={"early_stopping_patience": 3})
