@@ -165,8 +165,7 @@ def _on_interrupt(handler: Callable[[int, FrameType | None], None]) -> Iterator[
 
 def _list(settings: Settings, _: argparse.Namespace) -> int:
     for job in JobQueue(settings.database_url).list():
-        progress = job.progress or {}
-        steps = f"{progress['step']}/{progress['steps']}" if progress else "-"
+        steps = f"{job.progress['step']}/{job.progress['steps']}" if job.progress else "-"
         print(f"{job.id}  {job.status:<10} {steps:>9}  {job.base}:{job.spec.adapter}")
     return 0
 
@@ -280,7 +279,8 @@ def _outcome(job: Job) -> int:
     if job.status is not JobStatus.SUCCEEDED:
         print(f"{job.id} {job.status}{f': {job.error}' if job.error else ''}", file=sys.stderr)
         return 1
-    progress, result = job.progress or {}, job.result or {}
+    progress, result = job.progress, job.result
+    assert progress is not None and result is not None
     share = progress["trainable_parameters"] / progress["base_parameters"]
     print(
         f"trained {progress['trainable_parameters']:,} parameters,"

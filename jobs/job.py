@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from jobs.spec import JobSpec
 
@@ -79,6 +79,46 @@ class SessionKey:
     forward_path: str | None = None
 
 
+class JobMetrics(TypedDict):
+    """What training has come to, as the manifest of an adapter has it too. The figures of validation are those of the
+    adapter as it is, or is published; where there are no validation rows there are none.
+    """
+
+    step: int
+    loss: float
+    first_loss: float
+    tokens: int
+    supervised_tokens: int
+    validation_loss_before: NotRequired[float]
+    validation_loss: NotRequired[float]
+    validation_accuracy: NotRequired[float]
+    validation_step: NotRequired[int]
+    best_validation_loss: NotRequired[float]
+    best_step: NotRequired[int]
+    stopped: NotRequired[str]
+
+
+class JobProgress(JobMetrics):
+    """What can be followed while a job trains."""
+
+    steps: int
+    tokens_per_second: float
+    step_seconds: float
+    trainable_parameters: int
+    base_parameters: int
+    base_bytes: int
+
+
+class JobResult(TypedDict):
+    """What a job has published."""
+
+    model: str
+    version: str
+    digest: str
+    adapter_bytes: int
+    metrics: JobMetrics
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One row of `jobs`, as it was read. Times are seconds since 1970. `attempt` counts how often the job was started,
@@ -114,8 +154,8 @@ class Job:
     max_colocated: int | None
     requested: RequestedAction | None
     error: str | None
-    progress: dict[str, Any] | None
-    result: dict[str, Any] | None
+    progress: JobProgress | None
+    result: JobResult | None
 
     @property
     def session_key(self) -> SessionKey:

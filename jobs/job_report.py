@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel
 
 from cluster.settings import Settings
-from jobs.job import TERMINAL, EventKind, Job, JobStatus, QueueEvent, Session
+from jobs.job import TERMINAL, EventKind, Job, JobMetrics, JobProgress, JobStatus, QueueEvent, Session
 from jobs.spec import JobSpec
 
 
-def progress_line(progress: Mapping[str, float]) -> str:
+def progress_line(progress: JobProgress) -> str:
     """`[#######-------] step 35/76  loss 0.0312  512 tokens/s  0:42 left`"""
-    step, steps = int(progress["step"]), int(progress["steps"])
+    step, steps = progress["step"], progress["steps"]
     filled = 24 * step // steps
     validation = f"  validation {progress['validation_loss']:.4f}" if "validation_loss" in progress else ""
     return (
@@ -71,8 +71,8 @@ def _progress(job: Job) -> str | None:
 
 def _result(job: Job) -> str | None:
     """What it has been judged by, if it has validation rows."""
-    figures = job.result["metrics"] if job.result else job.progress or {}
-    if "validation_loss" not in figures:
+    figures: JobMetrics | None = job.result["metrics"] if job.result else job.progress
+    if figures is None or "validation_loss" not in figures:
         return None
     before = figures.get("validation_loss_before")
     return (
@@ -115,7 +115,7 @@ def _differing(block: BaseModel) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _left(progress: Mapping[str, float]) -> str:
+def _left(progress: JobProgress) -> str:
     """Minutes and seconds until the last step, at the pace up to now."""
     step, pace = progress["step"], progress["tokens_per_second"]
     seconds = int((progress["steps"] - step) * progress["tokens"] / step / pace) if step and pace else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from typing import cast
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -70,9 +71,10 @@ class QueueCollector(Collector):
             if job.progress is None or (job.finished_at is not None and now - job.finished_at > RECENT_SECONDS):
                 continue
             tokens.add_metric([job.id, f"{job.base}:{job.spec.adapter}"], job.progress["tokens"])
+            figures = cast(dict[str, float], job.progress)
             for field, gauge in gauges.items():
-                if field in job.progress:  # a job without validation rows has no figures of them
-                    gauge.add_metric([job.id], job.progress[field])
+                if field in figures:  # a job without validation rows has no figures of them
+                    gauge.add_metric([job.id], figures[field])
         yield tokens
         yield from gauges.values()
 

@@ -32,7 +32,7 @@ from cluster.storage.keys import (
     committed_checkpoint,
     job_result_key,
 )
-from jobs.job import TERMINAL, EventKind, Job, JobStatus, RequestedAction, SessionState
+from jobs.job import TERMINAL, EventKind, Job, JobResult, JobStatus, RequestedAction, SessionState
 from jobs.session.messages import (
     Assignment,
     CheckpointWritten,
@@ -241,7 +241,7 @@ class SessionController:
             return
         job = self._queue.get(report.job_id)
         version = self._registry.publish(job.base, job.spec.adapter, report.files, report.manifest)
-        result = {
+        result: JobResult = {
             "model": f"{job.base}:{job.spec.adapter}",
             "version": version.version,
             "digest": version.digest,

@@ -12,6 +12,8 @@ from typing import Any
 
 import ray
 
+from jobs.job import JobProgress
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -49,7 +51,7 @@ class Report:
 class Progressed(Report):
     """The numbers a user follows: step, steps, loss, tokens and so on."""
 
-    progress: dict[str, Any]
+    progress: JobProgress
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Trained(Report):
 
     files: dict[str, bytes]
     manifest: dict[str, Any]
-    progress: dict[str, Any]
+    progress: JobProgress
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jobs.job import JobMetrics, JobProgress
 from jobs.session.messages import Assignment
 from jobs.spec import JobSpec
 from lora_core.data.dataset import Example
 from lora_core.models.base import BaseModel
 from lora_core.models.exactness import Exactness
 from lora_core.training.active_job import LiveJob
+from lora_core.training.job import Progress
 from lora_core.training.optimizer import Evaluation
 
 PROBES = 4
@@ -45,28 +47,28 @@ class ActiveJob:
         tokens = sum(len(example.ids) for example in job.examples) * job.train.epochs * (1 - progress.step / job.steps)
         return 4 * base.parameters * tokens / (flop_per_second * ranks * OF_PRODUCTS)
 
-    def progress(self, base: BaseModel) -> dict[str, Any]:
+    def progress(self, base: BaseModel) -> JobProgress:
         """Its figures up to now, as `Progressed` and `Trained` carry them."""
         progress, elapsed = self.live.progress, time.monotonic() - self.started
-        return {
-            "step": progress.step,
+        figures: JobProgress = {
+            **_metrics(progress, progress.evaluation),
             "steps": self.live.job.steps,
-            "loss": progress.loss,
-            "first_loss": progress.first_loss,
-            "tokens": progress.tokens,
-            "supervised_tokens": progress.supervised_tokens,
             "tokens_per_second": (progress.tokens - self.started_tokens) / elapsed,
             "step_seconds": self.step_seconds,
             "trainable_parameters": self.live.optimizer.parameters,
             "base_parameters": base.parameters,
             "base_bytes": base.nbytes,
-            **_validation(progress.before, progress.evaluation),
-            **({"best_validation_loss": progress.best.loss, "best_step": progress.best.step} if progress.best else {}),
         }
+        if progress.best is not None:
+            figures |= {"best_validation_loss": progress.best.loss, "best_step": progress.best.step}
+        return figures
 
     def manifest(self, base: BaseModel, exactness: Exactness) -> dict[str, Any]:
         """What is published beside the files of the adapter, once all probes are measured."""
         progress, train = self.live.progress, self.live.job.train
+        metrics = _metrics(progress, progress.best if train.keeps_best else progress.evaluation)
+        if progress.stopped is not None:
+            metrics["stopped"] = progress.stopped
         return {
             "job": self.assignment.job_id,
             "base_fingerprint": base.fingerprint,
@@ -76,15 +78,7 @@ class ActiveJob:
             "tokenizer": self.tokenizer,
             "lora": self.spec.lora.model_dump(),
             "train": self.spec.train.model_dump(),
-            "metrics": {
-                "step": progress.step,
-                "loss": progress.loss,
-                "first_loss": progress.first_loss,
-                "tokens": progress.tokens,
-                "supervised_tokens": progress.supervised_tokens,
-                **_validation(progress.before, progress.best if train.keeps_best else progress.evaluation),
-                **({"stopped": progress.stopped} if progress.stopped else {}),
-            },
+            "metrics": metrics,
             "probes": [
                 {"ids": example.ids, "labels_mask": example.labels_mask, "loss": loss}
                 for example, loss in zip(self.probed, self.probes, strict=True)
@@ -92,13 +86,21 @@ class ActiveJob:
         }
 
 
-def _validation(before: Evaluation | None, after: Evaluation | None) -> dict[str, float]:
-    """An evaluation as progress and manifest name its figures, beside that of what training started from."""
-    figures: dict[str, float] = {"validation_loss_before": before.loss} if before else {}
-    if after is not None and after is not before:
-        figures |= {
-            "validation_loss": after.loss,
-            "validation_accuracy": after.accuracy,
-            "validation_step": after.step,
+def _metrics(progress: Progress, evaluation: Evaluation | None) -> JobMetrics:
+    """The figures of a job whose adapter `evaluation` is about, beside what training started from."""
+    metrics: JobMetrics = {
+        "step": progress.step,
+        "loss": progress.loss,
+        "first_loss": progress.first_loss,
+        "tokens": progress.tokens,
+        "supervised_tokens": progress.supervised_tokens,
+    }
+    if progress.before is not None:
+        metrics["validation_loss_before"] = progress.before.loss
+    if evaluation is not None and evaluation is not progress.before:
+        metrics |= {
+            "validation_loss": evaluation.loss,
+            "validation_accuracy": evaluation.accuracy,
+            "validation_step": evaluation.step,
         }
-    return figures
+    return metrics

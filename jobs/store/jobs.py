@@ -24,6 +24,8 @@ from jobs.job import (
     IllegalTransitionError,
     Job,
     JobNotFoundError,
+    JobProgress,
+    JobResult,
     JobStatus,
     Lease,
     QueueEvent,
@@ -179,7 +181,7 @@ class JobQueue(SessionTable):
         fence: Fence | None = None,
         lease: Lease | None = None,
         error: str | None = None,
-        result: dict[str, Any] | None = None,
+        result: JobResult | None = None,
         max_colocated: int | None = None,
         lost_attempt: bool = False,
         kind: EventKind = EventKind.NOTE,
@@ -202,7 +204,7 @@ class JobQueue(SessionTable):
                 values["lost_attempts"] = jobs.c.lost_attempts + 1
             return self._move(conn, job_id, from_, to, message, values, fence, kind, data)
 
-    def progress(self, job_id: str, session_id: str, fence: int, progress: dict[str, Any]) -> bool:
+    def progress(self, job_id: str, session_id: str, fence: int, progress: JobProgress) -> bool:
         """Replace the figures of a running job."""
         change = (
             sa.update(jobs)
