@@ -27,7 +27,7 @@ def threshold(p: float) -> int:
     return int(p / FINEST_DROPOUT)
 
 
-def kept_share(p: float) -> float:
+def keep_probability(p: float) -> float:
     """The probability that a feature is kept."""
     return 1.0 - threshold(p) * FINEST_DROPOUT
 

@@ -139,7 +139,7 @@ class Generator:
 
     @torch.inference_mode()
     def step(self) -> list[GeneratedToken]:
-        """One token for every running request, in the order of the batch; nothing where nobody waits or segments."""
+        """One token for every running request, in the order of the batch; nothing where nobody waits or runs."""
         plan = self._scheduler.next_step()
         rows = [self._prefill(number, slot) for number, slot in plan.prefill]
         if plan.decode:

@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_core.kernels import dispatch
-from lora_core.kernels.batch_low_rank import expand_gradient_, shrink
 from lora_core.kernels.dora import apply_dora_scales_, dora_backward_
 from lora_core.kernels.low_rank import expand_, shrink_gradient
+from lora_core.kernels.masked_low_rank import expand_gradient_, shrink
 from lora_core.kernels.operands import LowRank, Norm, Rope
 
 

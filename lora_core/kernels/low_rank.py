@@ -8,7 +8,7 @@
 
 x W^T + h B^T is the layer's output and dy W + dh A its input gradient; those two sums are made in the elementwise
 kernels (`layer_ops.py`), which read the frozen product anyway. Where some adapter of a batch drops features of x, the
-first, third and last are those of `masked_low_rank.py`; `batch_low_rank.py` chooses.
+first, third and last are those of `masked_low_rank.py`, which asks here elsewhere.
 """
 
 from __future__ import annotations

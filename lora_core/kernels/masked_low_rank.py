@@ -1,11 +1,12 @@
-"""The low-rank products in a batch of which some adapter drops features of its linears' input, in training.
+"""The low-rank products that dropout changes: with masks where some adapter of a training batch drops features of its
+linears' input, as `low_rank.py` makes them elsewhere.
 
-    h  = scale / kept * (x * mask) A^T     shrink
-    dA += dh^T (x * mask) / kept           add_a_gradients
-    dx += mask * (dh A) / kept             expand_gradient_
+    h  = scale / keep * (x * mask) A^T     shrink
+    dA += dh^T (x * mask) / keep           add_a_gradients
+    dx += mask * (dh A) / keep             expand_gradient_
 
 mask `[T, in]` is `dropout_mask` of the row's key and the linear's: linears that share x drop other features of it. It
-is computed where it is used and never stored. `kept` is the share of features that stay, a number: as a bf16 tensor it
+is computed where it is used and never stored. `keep` is the probability that a feature stays, a number: as a bf16 tensor it
 would be 0.16 % off. Adapters without dropout get what they get in a batch of their own.
 """
 
@@ -17,7 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_core.adapters.dropout import dropout_mask, kept_share
+from lora_core.adapters.dropout import dropout_mask, keep_probability
 from lora_core.kernels import dispatch
 from lora_core.kernels import low_rank as plain
 from lora_core.kernels.operands import FusedLinearAdapter, LinearAdapter, LowRank, Norm
@@ -28,13 +29,15 @@ MASK_ROWS = 256
 
 def shrink(x: Tensor, low_rank: LowRank) -> Tensor:
     """See `low_rank.shrink`."""
+    if low_rank.dropout_keys is None:
+        return plain.shrink(x, low_rank)
     if dispatch.runs_in_triton(x):
         from lora_core.kernels import masked_low_rank_triton
 
         return masked_low_rank_triton.shrink(x, low_rank)
     h = plain.shrink(x, _without_dropout(low_rank))
     for adapter, part, rows, keys in _dropping(low_rank):
-        scales = adapter.scales[part.columns] / kept_share(adapter.dropout)
+        scales = adapter.scales[part.columns] / keep_probability(adapter.dropout)
         product = _masked(x[rows], adapter, part, keys) @ adapter.a[part.columns].t()
         h[rows, part.columns] = product * scales
     return h
@@ -42,6 +45,9 @@ def shrink(x: Tensor, low_rank: LowRank) -> Tensor:
 
 def add_a_gradients(x: Tensor, dh: Tensor, low_rank: LowRank, norm: Norm | None = None) -> None:
     """See `low_rank.add_a_gradients`."""
+    if low_rank.dropout_keys is None:
+        plain.add_a_gradients(x, dh, low_rank, norm)
+        return
     if dispatch.runs_in_triton(x):
         from lora_core.kernels import masked_low_rank_triton
 
@@ -51,11 +57,15 @@ def add_a_gradients(x: Tensor, dh: Tensor, low_rank: LowRank, norm: Norm | None 
     plain.add_a_gradients(x, dh, _without_dropout(low_rank))
     for adapter, part, rows, keys in _dropping(low_rank):
         gradient, left = adapter.a_gradient[part.columns], dh[rows, part.columns].t()
-        plain.add_product(gradient, left, _masked(x[rows], adapter, part, keys), 1.0 / kept_share(adapter.dropout))
+        plain.add_product(
+            gradient, left, _masked(x[rows], adapter, part, keys), 1.0 / keep_probability(adapter.dropout)
+        )
 
 
 def expand_gradient_(dx: Tensor, dh: Tensor, low_rank: LowRank) -> Tensor:
     """See `low_rank.expand_gradient_`."""
+    if low_rank.dropout_keys is None:
+        return plain.expand_gradient_(dx, dh, low_rank)
     if dispatch.runs_in_triton(dx):
         from lora_core.kernels import masked_low_rank_triton
 
@@ -63,7 +73,7 @@ def expand_gradient_(dx: Tensor, dh: Tensor, low_rank: LowRank) -> Tensor:
     plain.expand_gradient_(dx, dh, _without_dropout(low_rank))
     for adapter, part, rows, keys in _dropping(low_rank):
         update = _masked(dh[rows, part.columns] @ adapter.a[part.columns], adapter, part, keys)
-        dx[rows].add_(update, alpha=1.0 / kept_share(adapter.dropout))
+        dx[rows].add_(update, alpha=1.0 / keep_probability(adapter.dropout))
     return dx
 
 

@@ -14,7 +14,6 @@ pytest.importorskip("triton", reason="Triton has no build for this system")
 
 from lora_core.adapters.dropout import dropout_mask, key_of
 from lora_core.kernels import (
-    batch_low_rank,
     cross_entropy,
     cross_entropy_triton,
     dora,
@@ -175,7 +174,7 @@ in_one_stripe_and_in_two = pytest.mark.parametrize("blocks", [16, 1])
 def test_shrink(kind: str, dropouts: Sequence[float]) -> None:
     here, there = low_rank_on(kind, CPU, dropouts), low_rank_on(kind, DEVICE, dropouts)
     x = randn(T, here.group.inputs)
-    close(own(kernels(there).shrink(x.to(DEVICE), there), there), batch_low_rank.shrink(x, here))
+    close(own(kernels(there).shrink(x.to(DEVICE), there), there), masked_low_rank.shrink(x, here))
 
 
 @pytest.mark.parametrize("kind", list(GROUPS))
@@ -199,7 +198,7 @@ def test_weight_gradients_are_added(kind: str, with_norm: bool, dropouts: Sequen
     x, h, dy, dh = (randn(T, width) for width in (here.group.inputs, here.width, sum(here.group.outputs), here.width))
     norm, norm_there = norms(here.group.inputs) if with_norm else (None, None)
     for _ in range(2):
-        batch_low_rank.add_a_gradients(x if norm is None else norm.of(x), dh, here)
+        masked_low_rank.add_a_gradients(x if norm is None else norm.of(x), dh, here)
         low_rank.add_b_gradients(dy, h, here)
         kernels(there).add_a_gradients(x.to(DEVICE), dh.to(DEVICE), there, norm_there)
         low_rank_triton.add_b_gradients(dy.to(DEVICE), h.to(DEVICE), there)
@@ -213,7 +212,7 @@ def test_expand_gradient(kind: str, dropouts: Sequence[float]) -> None:
     here, there = low_rank_on(kind, CPU, dropouts), low_rank_on(kind, DEVICE, dropouts)
     dx, dh = randn(T, here.group.inputs), randn(T, here.width)
     ours = kernels(there).expand_gradient_(dx.to(DEVICE, copy=True), dh.to(DEVICE), there)
-    close(ours, batch_low_rank.expand_gradient_(dx.clone(), dh, here))
+    close(ours, masked_low_rank.expand_gradient_(dx.clone(), dh, here))
 
 
 @pytest.mark.parametrize("triton", [False, True])
@@ -242,9 +241,9 @@ def test_a_cpu_makes_masks_of_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPat
     def results() -> list[Tensor]:
         low = low_rank_on("qkv", CPU, DROPOUT)
         x, dh = randn(T, 96), randn(T, low.width)
-        batch_low_rank.add_a_gradients(x, dh, low)
+        masked_low_rank.add_a_gradients(x, dh, low)
         summed = [adapter.a_gradient for adapter in low.adapters if adapter is not None]
-        return [batch_low_rank.shrink(x, low), *summed, batch_low_rank.expand_gradient_(x, dh, low)]
+        return [masked_low_rank.shrink(x, low), *summed, masked_low_rank.expand_gradient_(x, dh, low)]
 
     at_once = results()
     monkeypatch.setattr(masked_low_rank, "MASK_ROWS", 32)
@@ -292,7 +291,7 @@ def test_norm_backward(
     below, below_there = low_rank_on(below_kind), low_rank_on(below_kind, DEVICE)
     dn, x, rstd, weight, residual = randn(T, 96), randn(T, 96, seed=1), randn(T).abs(), randn(96), randn(T, 96, seed=2)
     dh = randn(T, here.width) if with_update else None
-    whole = dn if dh is None else batch_low_rank.expand_gradient_(dn.clone(), dh, here)
+    whole = dn if dh is None else masked_low_rank.expand_gradient_(dn.clone(), dh, here)
     products = (whole * x * rstd[:, None] * weight).sum(1) if with_products else None
     rest = [x, rstd, weight, residual if with_residual else None, products]
     dx, shrunk = layer_ops.norm_backward(*copies([dn, dh]), here, *copies(rest), below)  # type: ignore[arg-type]

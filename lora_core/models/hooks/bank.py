@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.dora import RowNorms
-from lora_core.adapters.dropout import dropout_mask, kept_share
+from lora_core.adapters.dropout import dropout_mask, keep_probability
 from lora_core.adapters.targets import AdaptableModules
 
 
@@ -253,7 +253,7 @@ def _dropped(x: Tensor, keep: Tensor, p: float) -> Tensor:
     """x divided by the share that is kept (a number, since a bf16 tensor of it would be 0.16 % off), times a mask of 0
     and 1.
     """
-    return (x * (1.0 / kept_share(p))).mul_(keep)
+    return (x * (1.0 / keep_probability(p))).mul_(keep)
 
 
 def _is_activation(module: nn.Module) -> bool:

@@ -32,7 +32,6 @@ from torch import Tensor
 
 from lora_core.adapters.adapter import Adapter
 from lora_core.kernels import dispatch
-from lora_core.kernels.batch_low_rank import add_a_gradients, expand_gradient_, shrink
 from lora_core.kernels.dora import dora_backward
 from lora_core.kernels.layer_ops import (
     gate_up_again,
@@ -44,6 +43,7 @@ from lora_core.kernels.layer_ops import (
     swiglu_forward,
 )
 from lora_core.kernels.low_rank import add_b_gradients, shrink_gradient
+from lora_core.kernels.masked_low_rank import add_a_gradients, expand_gradient_, shrink
 from lora_core.kernels.operands import LowRank, Norm, Rope, Segments
 from lora_core.kernels.transfer import to_device
 from lora_core.models.attention import Backward, DocumentAttention
