@@ -18,8 +18,8 @@ FINEST_DROPOUT = 2**-16
 
 
 def pattern_key(pattern: Mapping[str, object], module: str) -> str | None:
-    """The first key of a rank or alpha pattern that is this module's: a regular expression that matches its full name
-    or its last parts (PEFT's `get_pattern_key`).
+    """Return the first key of a rank or alpha pattern that is this module's: a regular expression that matches its full
+    name or its last parts (PEFT's `get_pattern_key`).
     """
     return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", module)), None)
 
@@ -49,12 +49,12 @@ class RanksAndScales(BaseModel):
         return pattern
 
     def rank_of(self, module: str) -> int:
-        """The rank of this module's A and B."""
+        """Return the rank of this module's A and B."""
         key = pattern_key(self.rank_pattern, module)
         return self.r if key is None else self.rank_pattern[key]
 
     def scale_of(self, module: str) -> float:
-        """`lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora` (Kalajdzievski 2023,
+        """Return `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora` (Kalajdzievski 2023,
         https://arxiv.org/abs/2312.03732), with this module's alpha and rank.
         """
         key, rank = pattern_key(self.alpha_pattern, module), self.rank_of(module)

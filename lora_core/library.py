@@ -236,7 +236,7 @@ class _Checkpoints:
 
 
 def _source(job: TrainJob) -> str | None:
-    """What the examples of a job are made of, beside the tokenizer and its template; None where a file is missing."""
+    """Say what a job's examples are made of, beside the tokenizer and its template; None where a file is missing."""
     parts: list[str | float | None] = [job.train.model_dump_json()]
     for given in (job.dataset, job.validation):
         if not isinstance(given, str | Path):
@@ -253,8 +253,8 @@ def _source(job: TrainJob) -> str | None:
 def _add(
     engine: TrainEngine, jobs: Sequence[TrainJob], states: _Checkpoints, resume: bool, reports: dict[str, Reports]
 ) -> list[str]:
-    """Every job into the engine, as its checkpoint has it, and what its rows come to into `reports`; all that is wrong
-    with them.
+    """Put every job into the engine, as its checkpoint has it, and what its rows come to into `reports`; return all
+    that is wrong with them.
     """
     problems = [] if jobs else ["there are no jobs; give at least one TrainJob"]
     names = Counter(job.name for job in jobs)
@@ -288,7 +288,7 @@ def _add(
 
 
 def _datasets(base: BaseModel, job: TrainJob, states: _Checkpoints, resume: bool) -> Datasets:
-    """The examples to train and to validate on."""
+    """Return the examples to train and to validate on."""
     if isinstance(job.validation, int | float) and not 0.0 < job.validation < 0.5:
         raise ValueError(
             f"validation must be a fraction of the rows above 0 and below 0.5, or a second file, not {job.validation}"
@@ -300,7 +300,7 @@ def _datasets(base: BaseModel, job: TrainJob, states: _Checkpoints, resume: bool
 
 
 def _tell(name: str, dataset: DatasetReport, validation: DatasetReport | None) -> None:
-    """What the rows of a job come to; what is lost of them as warnings, which are seen where no log was asked for."""
+    """Log what the rows of a job come to; what is lost as warnings, which are seen where no log was asked for."""
     told: list[str] = []
     for title, report in (("dataset", dataset), ("validation", validation)):
         if report is not None:
@@ -312,7 +312,7 @@ def _tell(name: str, dataset: DatasetReport, validation: DatasetReport | None) -
 
 
 def _unwritable(out: Path) -> list[str]:
-    """Why nothing can be written there, found by writing."""
+    """Say why nothing can be written there, found by writing."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
@@ -344,7 +344,7 @@ def _result(engine: TrainEngine, live: LiveJob, folder: Path, error: str | None,
 
 
 def _write(files: dict[str, bytes], folder: Path) -> None:
-    """Each file whole or not at all, in place of one that an earlier run left."""
+    """Write each file whole or not at all, over one that an earlier run left."""
     folder.mkdir(exist_ok=True)
     for name, content in files.items():
         partial = folder / f".{name}.partial"

@@ -38,13 +38,13 @@ class Adapter:
         self.module_keys = {name: key_of(name) for name in self.a}
 
     def weights(self, module: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A and B as the product takes them."""
+        """Return A and B as the product takes them."""
         if self.cast is not None:
             return self.cast[module]
         return self.a[module].detach().to(dtype), self.b[module].detach().to(dtype)
 
     def folded(self, module: str) -> tuple[Tensor, Tensor]:
-        """A and B of the module's whole update with scale 1, in fp32 or wider: the residual's ranks come last."""
+        """Return A and B of a module's whole update with scale 1, in fp32 or wider: the residual's ranks come last."""
         wide = torch.promote_types(self.a[module].dtype, torch.float32)
         a, b = self.a[module].detach().to(wide), self.b[module].detach().to(wide) * self.scale[module]
         if self.residual is None:
@@ -58,5 +58,5 @@ class Adapter:
         return [*self.a.values(), *self.b.values(), *self.magnitude.values()]
 
     def dora_scale(self, module: str) -> Tensor:
-        """DoRA's g `[out]`, in the precision of m: in bf16 it could only be 1 or 0.4 % and more away from it."""
+        """Return DoRA's scale m / norm `[out]` in m's precision: in bf16 it could only be 1, or 0.4 % or more off."""
         return self.magnitude[module].detach() / self.norm[module]

@@ -32,7 +32,7 @@ class RowNorms:
 
     @torch.no_grad()
     def of(self, module: str, a: Tensor, b: Tensor) -> Tensor:
-        """[out] of A `[r, in]` and s B `[out, r]`, in fp32 or wider, where the base's weights are."""
+        """Return norms `[out]` with A `[r, in]` and s B `[out, r]`, in fp32 or wider, where the base's weights are."""
         weight = self._weight(module)
         wide = _wide(weight, a.dtype)
         a, b = a.to(weight.device, wide), b.to(weight.device, wide)
@@ -41,12 +41,12 @@ class RowNorms:
 
     @torch.no_grad()
     def of_base(self, module: str, dtype: torch.dtype) -> Tensor:
-        """The same where B is zero, for an A of this dtype."""
+        """Return the same where B is zero, for an A of this dtype."""
         weight = self._weight(module)
         return _root(self.squares(module, _wide(weight, dtype), weight))
 
     def squares(self, module: str, wide: torch.dtype, weight: Tensor) -> Tensor:
-        """[out]: ||W||^2 of every row; `weight` is W, which whoever asks has at hand."""
+        """Return ||W||^2 `[out]` of every row; `weight` is W, which whoever asks has at hand."""
         if (module, wide) not in self._squared:
             parts = weight.split(SLICE_ROWS)
             self._squared[module, wide] = torch.cat([part.to(wide).square().sum(1) for part in parts])
@@ -63,7 +63,7 @@ def _root(squared: Tensor) -> Tensor:
 
 
 def weight_of(linear: nn.Module) -> Tensor:
-    """W `[out, in]` of an `nn.Linear`, or of GPT-2's `Conv1D`, which keeps its transpose."""
+    """Return W `[out, in]` of an `nn.Linear`, or of GPT-2's `Conv1D`, which keeps its transpose."""
     weight = linear.weight
     assert isinstance(weight, Tensor)
     return weight.t() if isinstance(linear, Conv1D) else weight

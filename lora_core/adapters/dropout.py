@@ -11,7 +11,7 @@ from lora_core.config import FINEST_DROPOUT
 
 
 def dropout_mask(features: int, p: float, row_keys: Tensor, module_key: int) -> Tensor:
-    """bool `[rows, features]`, False with probability p: a function of (row key, module, feature) alone.
+    """Make a mask `[rows, features]`, False with probability p: a function of (row key, module, feature) alone.
 
     So it does not depend on neighbours, packing, recomputation or resume. Bits come from splitmix64's finaliser
     (Steele, Lea and Flood 2014) over int64, which wraps around alike on CPU and GPU; four features share one number, 16
@@ -23,17 +23,17 @@ def dropout_mask(features: int, p: float, row_keys: Tensor, module_key: int) -> 
 
 
 def threshold(p: float) -> int:
-    """p as the mask has it, in units of `FINEST_DROPOUT`: 16 bits below it drop a feature."""
+    """Return p as the mask has it, in units of `FINEST_DROPOUT`: 16 bits below it drop a feature."""
     return int(p / FINEST_DROPOUT)
 
 
 def keep_probability(p: float) -> float:
-    """The probability that a feature is kept."""
+    """Return the probability that a feature is kept."""
     return 1.0 - threshold(p) * FINEST_DROPOUT
 
 
 def mix64(z: Tensor) -> Tensor:
-    """splitmix64's finaliser on int64 tensors; the shifts are logical."""
+    """Apply splitmix64's finaliser to int64 tensors; the shifts are logical."""
     z = z ^ ((z >> 30) & 0x3FFFFFFFF)
     z *= _as_int64(0xBF58476D1CE4E5B9)
     z ^= (z >> 27).bitwise_and_(0x1FFFFFFFFF)
@@ -47,5 +47,5 @@ def _as_int64(value: int) -> int:
 
 
 def key_of(text: str) -> int:
-    """64 bits that stand for a text on every machine."""
+    """Return 64 bits that stand for a text on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)

@@ -26,7 +26,7 @@ class LoraConfigError(ValueError):
 
 
 def adapted_modules(adaptable: AdaptableModules, lora: LoraConfig) -> list[str]:
-    """Names of the linears that get an A and a B, in the model's order.
+    """Return the names of the linears that get an A and a B, in the model's order.
 
     Raises:
         LoraConfigError: an option matches nothing, or does not fit what it matches.
@@ -57,7 +57,7 @@ def adapted_modules(adaptable: AdaptableModules, lora: LoraConfig) -> list[str]:
 
 
 def check_without_dense_weights(adaptable: AdaptableModules, lora: LoraConfig, precision: str) -> None:
-    """On a base in fp8 or nf4 transformers' own modules are empty, and the decoder alone computes.
+    """See that the decoder computes the adapter: on a base in fp8 or nf4 transformers' own modules are empty.
 
     Raises:
         LoraConfigError: the adapter is one that the decoder does not compute.
@@ -73,7 +73,7 @@ def check_without_dense_weights(adaptable: AdaptableModules, lora: LoraConfig, p
 
 
 def init_adapter(adaptable: AdaptableModules, lora: LoraConfig, seed: int) -> Adapter:
-    """A fresh adapter, without gradients, whose product is zero at the start (with PiSSA by its residual).
+    """Make a fresh adapter, without gradients, whose product is zero at the start (with PiSSA by its residual).
 
     The random stream depends on the seed and the module's name alone, so that every rank, and every choice of other
     target modules, starts from the same numbers.
@@ -102,8 +102,8 @@ def init_adapter(adaptable: AdaptableModules, lora: LoraConfig, seed: int) -> Ad
 
 
 def continued_adapter(adaptable: AdaptableModules, lora: LoraConfig, given: Adapter) -> Adapter:
-    """An adapter of `lora` that computes what `given` does, which is as `read_adapter` returns it: A is the same, and B
-    takes up what the two scales differ by.
+    """Make an adapter of `lora` that computes what `given`, from `read_adapter`, does: A is the same, and B takes up
+    what the two scales differ by.
 
     Raises:
         LoraConfigError: `lora` does not fit the model, or wants other modules or ranks than `given` has.
@@ -134,7 +134,7 @@ def continued_adapter(adaptable: AdaptableModules, lora: LoraConfig, given: Adap
 
 
 def _with_magnitude(adapter: Adapter, adaptable: AdaptableModules, lora: LoraConfig) -> Adapter:
-    """With DoRA's m, if `lora` wants it: the row norms of the weights, which change nothing, where it has none yet.
+    """Give it DoRA's m, if `lora` wants it: the row norms of the weights, which change nothing, where it has none yet.
 
     A copy to or from a device waits for all that the device was given to do before, up to a step of those that train:
     so the common case has one, of all norms.
@@ -148,7 +148,7 @@ def _with_magnitude(adapter: Adapter, adaptable: AdaptableModules, lora: LoraCon
 
 
 def _without_zero_ranks(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Without the zeros of a published adapter up to its largest rank: where A and B are both zero, neither learns."""
+    """Drop the zeros that pad a published adapter to its largest rank: where A and B are both zero, neither learns."""
     used = a.any(dim=1) | b.any(dim=0)
     rank = int(used.nonzero().max()) + 1 if used.any() else 0
     return a[:rank], b[:, :rank]
@@ -156,7 +156,7 @@ def _without_zero_ranks(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _pissa(linear: torch.nn.Module, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """A and B with `scale B A` = the part of the weight in its `rank` largest singular vectors, in host memory. A
+    """Return A and B in host memory: `scale B A` is the part of the weight in its `rank` largest singular vectors. A
     singular vector's sign is free; the largest entry of each row of A is positive, so that ranks on different machines
     agree.
     """

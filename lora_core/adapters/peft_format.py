@@ -81,7 +81,7 @@ class AdapterFormatError(ValueError):
 
 
 def adapter_files(adapter: Adapter, adaptable: AdaptableModules, base_name: str) -> dict[str, bytes]:
-    """The two files of a published adapter. Equal weights give equal bytes, so their digest names the content."""
+    """Make the two files of a published adapter. Equal weights give equal bytes, so their digest names the content."""
     folded = {module: adapter.folded(module) for module in sorted(adapter.a)}
     r = max(a.shape[0] for a, _ in folded.values())
     tensors: dict[str, Tensor] = {}
@@ -186,7 +186,7 @@ def _split_key(key: str) -> tuple[str, _Part | None]:
 
 
 def _base_weight_problems(key: str, tensor: Tensor, adaptable: AdaptableModules) -> list[str]:
-    """PEFT saves the base's own weight of an adapted output head along; it must be the one here."""
+    """Compare the base's own weight of an adapted output head, which PEFT saves along, with the one here."""
     module = key.removeprefix(_PREFIX).removesuffix(".base_layer.weight")
     if key != f"{_PREFIX}{module}.base_layer.weight" or module not in adaptable.modules:
         return [f"{key} belongs to no linear of this base model"]
@@ -197,13 +197,13 @@ def _base_weight_problems(key: str, tensor: Tensor, adaptable: AdaptableModules)
 
 
 def _target_list(adapter: Adapter, adaptable: AdaptableModules) -> list[str]:
-    """Leaf names where they select exactly the adapted modules (vLLM wants those), else full names; sorted."""
+    """Return leaf names where they select exactly the adapted modules (vLLM wants those), else full names; sorted."""
     leaves = sorted({module.rpartition(".")[2] for module in adapter.a})
     return leaves if set(adaptable.select(leaves)) == set(adapter.a) else sorted(adapter.a)
 
 
 def _targets(config: _PeftConfig, adaptable: AdaptableModules) -> list[str]:
-    """The modules that the config names; an entry that names none is PEFT's way, since a list may serve several
+    """Return the modules that the config names. PEFT allows an entry that names none, since a list may serve several
     families. Layers count for a list's entries that are no module's whole name (PEFT, `check_target_module_exists`).
     """
     named, layers = config.target_modules, config.layers_to_transform

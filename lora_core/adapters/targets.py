@@ -78,13 +78,13 @@ def adaptable_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def layer_of(module: str) -> int | None:
-    """The first number in a name that two names precede, as PEFT finds it: `model.layers.3.mlp.up_proj` -> 3."""
+    """Return the first number in a name that two names precede, as PEFT does: `model.layers.3.mlp.up_proj` -> 3."""
     found = re.match(r".*?\.[^.]*\.(\d+)\.", module)
     return int(found[1]) if found else None
 
 
 def in_and_out(module: nn.Module) -> tuple[int, int]:
-    """How many numbers a linear takes and gives."""
+    """Return how many numbers a linear takes and gives."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     assert isinstance(module, Conv1D)

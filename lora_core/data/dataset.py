@@ -74,7 +74,7 @@ class DatasetReport:
         return sum(self.lengths)
 
     def packing_efficiency(self, capacity: int) -> float:
-        """Share of the tokens in micro-batches of `capacity` that are no padding, the examples laid in file order."""
+        """Return the share of tokens in micro-batches of `capacity` that are no padding, the examples in file order."""
         laid = batch = 0
         for length in self.lengths:
             if batch + length > capacity:
@@ -84,7 +84,7 @@ class DatasetReport:
         return self.tokens / (laid + max(batch, capacity))
 
     def lines(self, capacity: int | None = None) -> list[str]:
-        """The report for people, packing for micro-batches of `capacity` tokens (`max_seq_len` if not given)."""
+        """Write the report for people, packing for micro-batches of `capacity` tokens (`max_seq_len` if not given)."""
         return self.contents(capacity) + self.losses()
 
     def contents(self, capacity: int | None = None) -> list[str]:

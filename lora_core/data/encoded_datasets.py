@@ -47,7 +47,7 @@ def write_datasets(datasets: Datasets, path: Path, about: Any = None) -> None:
 
 
 def read_datasets(path: Path) -> tuple[Datasets, Any]:
-    """What `write_datasets` wrote.
+    """Read what `write_datasets` wrote.
 
     Raises:
         ValueError: it is no such file.
@@ -76,7 +76,7 @@ def _lengths(ends: list[int]) -> Iterator[int]:
 
 
 def _report_values(report: DatasetReport) -> dict[str, Any]:
-    """But for the lengths, which the examples have."""
+    """Return its fields but for the lengths, which the examples have."""
     values = asdict(report)
     del values["lengths"]
     return values | {"by_number": any(isinstance(line, RowNumber) for line in report.unlabelled)}

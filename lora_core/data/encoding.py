@@ -100,7 +100,7 @@ def encode_rows(
 def _texts(
     line: int, row: Row, row_format: RowFormat, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn
 ) -> list[_Text]:
-    """One for each answer to learn of a chat; one of anything else."""
+    """Make one text for each answer to learn of a chat, and one of any other row."""
     first = 1  # an opening message of the assistant answers nothing
     if row_format == "messages":
         messages = row["messages"]
@@ -136,7 +136,7 @@ def _alpaca_prompt(instruction: str, given: str) -> str:
 def _prompt_and_answer(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Row], index: int, number: int
 ) -> tuple[str, str]:
-    """The prompt of answer `number`, which is the message at `index`, and what the template makes of the answer."""
+    """Render the prompt of answer `number`, the message at `index`, and what the template makes of the answer."""
     for _ in range(2):  # a template with a clock may have read two times
         prompt = rendered(tokenizer, messages[:index], generation_prompt=True)
         whole = rendered(tokenizer, messages[: index + 1], generation_prompt=False)
@@ -149,7 +149,7 @@ def _prompt_and_answer(
 
 
 def _turns(texts: Sequence[_Text], tokenizer: PreTrainedTokenizerBase) -> list[_Turn]:
-    """The tokens of each text in the order of lines: the prompt as the server feeds it, the answer, one end."""
+    """Tokenise each text, in the order of lines: the prompt as the server feeds it, the answer, one end."""
     special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
     turns: list[_Turn] = []
     for is_rendered, ids_of in ((True, tokenised), (False, text_ids)):
@@ -166,7 +166,7 @@ def _turns(texts: Sequence[_Text], tokenizer: PreTrainedTokenizerBase) -> list[_
 
 
 def _grouped(turns: Sequence[_Turn]) -> Iterator[list[_Turn]]:
-    """Turns side by side of which each starts with the one before: one example."""
+    """Group turns side by side of which each starts with the one before: they are one example."""
     group: list[_Turn] = []
     for turn in turns:
         if group and (turn.line != group[-1].line or turn.ids[: len(group[-1].ids)] != group[-1].ids):
@@ -187,7 +187,7 @@ def _example(turns: Sequence[_Turn], train_on: TrainOn) -> Example:
 
 
 def _starting_with(prompt: list[int], whole: list[int], rest: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """`whole` if it starts with `prompt`; else (a token spans the boundary) the prompt and `rest`, tokenised apart."""
+    """Return `whole` if it starts with `prompt`; else (a token spans the boundary) join the prompt and `rest`'s ids."""
     if whole[: len(prompt)] == prompt:
         return whole
     # Apart, but behind some other text: SentencePiece-like tokenizers put a space before a text's first word.
@@ -199,7 +199,7 @@ def _starting_with(prompt: list[int], whole: list[int], rest: str, tokenizer: Pr
 
 
 def _until_end_of_turn(ids: list[int], start: int, special: set[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Up to the special token that ends the turn; with end of text where there is none, or no answer would end."""
+    """Return ids up to the special token that ends the turn; with end of text without one, or no answer would end."""
     end = len(ids)
     while end > start and ids[end - 1] not in special:
         end -= 1

@@ -38,7 +38,7 @@ _DECODER = json.JSONDecoder()
 
 
 def read_rows(path: Path | str) -> Rows:
-    """The rows of a file with their lines, or numbers, nulls left out.
+    """Read the rows of a file with their lines, or numbers, nulls left out.
 
     Raises:
         DatasetError: no such file, another kind of file, no rows, or rows that cannot be read. Where rows are
@@ -78,7 +78,7 @@ def _read(path: Path) -> Read:
 
 
 def _head(path: Path) -> bytes:
-    """The beginning of the first line that is not blank, with its end where that is near."""
+    """Return the beginning of the first line that is not blank, with its end where that is near."""
     with path.open("rb") as stream:
         while line := stream.readline(_HEAD):
             if line.removeprefix(codecs.BOM_UTF8).strip():
@@ -147,7 +147,7 @@ def _read_array(path: Path) -> Read:
 
 
 def _elements(text: str) -> Iterator[object]:
-    """Of the one array that `text` is."""
+    """Parse the elements of the one array that `text` is."""
     at, mark = _behind_space(text, 0), "["
     if text.startswith("]", first := _behind_space(text, at + 1)):
         at = first
@@ -169,7 +169,7 @@ def _behind_space(text: str, at: int) -> int:
 
 
 def _whole_object(path: Path) -> Row | None:
-    """The one object that is the file; None where it is something else, which lines tell of."""
+    """Return the one object that is the file; None where it is something else, which lines tell of."""
     try:
         row = json.loads(_text(path))
     except (ValueError, RecursionError):

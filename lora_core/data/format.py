@@ -58,12 +58,12 @@ class Rows(list[NumberedRow]):
         self.unread = tuple(unread)
 
     def part(self, indices: Iterable[int]) -> Rows:
-        """Some of them."""
+        """Return some of them."""
         return Rows((self[index] for index in indices), self.unread)
 
 
 def location(number: int) -> str:
-    """Where a user finds a row."""
+    """Say where a user finds a row."""
     return f"{'row' if isinstance(number, RowNumber) else 'line'} {number}"
 
 
@@ -81,7 +81,7 @@ class DatasetError(ValueError):
 
 
 def check_rows(rows: Sequence[NumberedRow]) -> RowFormat:
-    """The format that the rows have in common.
+    """Return the format that the rows have in common.
 
     Raises:
         DatasetError: rows of no known format or of another one than most, wrong types, nothing to learn in a row.
@@ -95,7 +95,7 @@ def check_rows(rows: Sequence[NumberedRow]) -> RowFormat:
 
 
 def ignored_columns(rows: Sequence[NumberedRow], row_format: RowFormat) -> tuple[str, ...]:
-    """Columns that the format does not use, and what turns of ShareGPT have besides, sorted."""
+    """Return the columns that the format does not use, and what turns of ShareGPT have besides, sorted."""
     ignored = {column for _, row in rows for column in row} - {*used_columns(row_format)}
     if isinstance(rows, Rows):
         ignored |= {*rows.unread}
@@ -105,22 +105,22 @@ def ignored_columns(rows: Sequence[NumberedRow], row_format: RowFormat) -> tuple
 
 
 def used_columns(row_format: RowFormat) -> tuple[str, ...]:
-    """Those that rows of the format must have, and those that they may."""
+    """Return the columns that rows of the format must have, and those that they may."""
     return (*REQUIRED_COLUMNS[row_format], *OPTIONAL_COLUMNS.get(row_format, ()))
 
 
 def without_nulls(row: Row) -> Row:
-    """Parquet has a null where JSON has no key: here both are the same."""
+    """Leave out nulls: Parquet has one where JSON has no key, and both mean the same."""
     return {column: value for column, value in row.items() if value is not None}
 
 
 def format_of(row: Mapping[str, Any]) -> RowFormat | None:
-    """The first one that a row has all columns of."""
+    """Return the first format that a row has all columns of."""
     return next((name for name, columns in REQUIRED_COLUMNS.items() if all(c in row for c in columns)), None)
 
 
 def _common_format(rows: Sequence[NumberedRow]) -> RowFormat | None:
-    """What most rows are; where no row is complete, what most have a column of."""
+    """Return what most rows are; where no row is complete, what most have a column of."""
     complete = Counter(row_format for _, row in rows if (row_format := format_of(row)))
     partial = Counter(
         row_format
@@ -133,14 +133,14 @@ def _common_format(rows: Sequence[NumberedRow]) -> RowFormat | None:
 
 
 def no_known_format(columns: Collection[str]) -> str:
-    """What to say of rows with other columns than a format has."""
+    """Say what is wrong with rows of other columns than a format has."""
     names = ", ".join(f"`{shown(column)}`" for column in list(columns)[:NAMED_COLUMNS]) or "none"
     rest = f" and {len(columns) - NAMED_COLUMNS} more" if len(columns) > NAMED_COLUMNS else ""
     return f"column {names}{rest}: no known format; use {KNOWN_FORMATS}"
 
 
 def problems_of(rows: Sequence[NumberedRow]) -> list[Problem]:
-    """Every mistake in the rows."""
+    """Find every mistake in the rows."""
     row_format = _common_format(rows)
     if row_format is None:
         return [(number, f"{location(number)}: {no_known_format(row)}") for number, row in rows]
@@ -152,7 +152,7 @@ def problems_of(rows: Sequence[NumberedRow]) -> list[Problem]:
 
 
 def _row_problems(row: Row, row_format: RowFormat) -> Iterator[tuple[str, str]]:
-    """(column, what to change)"""
+    """Yield (column, what to change) of every mistake in a row."""
     missing = [column for column in REQUIRED_COLUMNS[row_format] if column not in row]
     for column in missing:
         own = format_of(row)
@@ -197,7 +197,7 @@ def _prompt_completion_problems(row: Row) -> Iterator[tuple[str, str]]:
 
 
 def _message_problems(column: str, messages: Any, *, answer_from: int | None) -> Iterator[tuple[str, str]]:
-    """`answer_from`: the first index at which an assistant's message is an answer; None where none is needed."""
+    """Check a list of messages; from index `answer_from` on an assistant's message is an answer (None: none needed)."""
     of_sharegpt = column == "conversations"
     if not isinstance(messages, list) or not messages:
         found = "an empty list" if messages == [] else kind(messages)

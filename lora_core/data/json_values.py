@@ -16,12 +16,12 @@ _SHOWN = 60
 
 
 def whole_number(digits: str) -> int | float:
-    """A parser's integer; infinite where Python would not read it, so that whoever checks the value can name it."""
+    """Parse an integer; infinite where Python would not read it, so that whoever checks the value can name it."""
     return int(digits) if len(digits) < _DIGITS else float(digits)
 
 
 def encodable(text: str) -> bool:
-    """Whether there is no half character in it."""
+    """Return whether there is no half character in it."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -30,7 +30,7 @@ def encodable(text: str) -> bool:
 
 
 def unusable(value: object) -> Iterator[tuple[str, str]]:
-    """(path, what is wrong) of each such text, key and number within parsed values; a path is `messages.0.content`.
+    """Yield (path, what is wrong) of each such text, key and number in parsed values; a path is `messages.0.content`.
 
     Without recursion, since the values may nest as deep as a parser goes.
     """
@@ -52,6 +52,6 @@ def unusable(value: object) -> Iterator[tuple[str, str]]:
 
 
 def shown(name: str) -> str:
-    """A user's word as a message can hold it: on one line, of whole characters, and not too long."""
+    """Return a user's word as a message can hold it: on one line, of whole characters, and not too long."""
     text = repr(name)[1:-1]
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

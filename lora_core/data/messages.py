@@ -22,7 +22,7 @@ CALLS = ("tool_calls", "function_call")
 
 
 def message_problems(message: Any) -> Iterator[tuple[str, str]]:
-    """(key with a dot, what to change) of everything that is wrong with a message."""
+    """Yield (key with a dot, what to change) of everything that is wrong with a message."""
     if not isinstance(message, dict):
         yield "", f"{kind(message)}; write an object with `role` and `content`"
         return
@@ -50,7 +50,7 @@ def message_problems(message: Any) -> Iterator[tuple[str, str]]:
 
 
 def for_template(message: Mapping[str, Any]) -> dict[str, Any]:
-    """What the chat template is shown of a message that has no problems."""
+    """Return what the chat template is shown of a message that has no problems."""
     role = "system" if message["role"] == "developer" else message["role"]
     given = _given(message)
     texts = {key: given[key] for key in SHOWN_TEXTS if key in given}
@@ -58,14 +58,14 @@ def for_template(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_problem(value: Any, advice: str = "write a string") -> str | None:
-    """Why this is no text that can be tokenised, if it is none."""
+    """Say why this is no text that can be tokenised, if it is none."""
     if not isinstance(value, str):
         return f"{kind(value)}; {advice}"
     return None if encodable(value) else HALF_A_CHARACTER
 
 
 def kind(value: Any) -> str:
-    """What a value is, in the words of JSON."""
+    """Say what a value is, in the words of JSON."""
     if value is None:
         return "null"
     names = {str: "a string", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
@@ -77,7 +77,7 @@ def _given(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _joined(content: Any) -> Any:
-    """One text for a list of parts of type text; anything else as it is."""
+    """Join a list of parts of type text to one text; return anything else as it is."""
     if not isinstance(content, list) or not content:
         return content
     parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]

@@ -30,7 +30,7 @@ class NoTemplateError(ValueError):
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
-    """The tokens that an answer follows: of a plain prompt, or of the messages of a chat.
+    """Return the tokens that an answer follows: of a plain prompt, or of the messages of a chat.
 
     Raises:
         PromptError: there are none, or the chat template refuses the messages.
@@ -47,7 +47,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mappin
 def rendered(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool
 ) -> str:
-    """What the chat template makes of messages.
+    """Render messages by the chat template.
 
     Raises:
         PromptError: it refuses them, or fails.
@@ -75,8 +75,8 @@ def rendered(
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Plain texts that a model goes on from: with the tokens that the tokenizer puts before a text, which a text may
-    have already, and without those that it puts behind one.
+    """Tokenise plain texts that a model goes on from: with the tokens that the tokenizer puts before a text, which a
+    text may have already, and without those that it puts behind one.
     """
     first = _first_tokens(tokenizer)
     found = []
@@ -88,7 +88,7 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[l
 
 
 def tokenised(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
-    """Token ids of each text; with `special` those that the tokenizer puts around a text are among them."""
+    """Tokenise each text; with `special` the tokens that the tokenizer puts around a text are among them."""
     if not texts:
         return []
     # verbose: it would warn of texts longer than the model's context, which others deal with
@@ -103,7 +103,7 @@ def _first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The one for chats, where there are several."""
+    """Return the template for chats, where there are several."""
     template: Any = tokenizer.chat_template
     if isinstance(template, dict) and template:
         if "default" not in template:

@@ -22,12 +22,12 @@ USED_KEYS = {"from", "value", "weight"}
 
 
 def conversation(turns: list[Any], system: str = "") -> list[Any]:
-    """The messages of a conversation, a message of the system before them where there is one."""
+    """Return the messages of a conversation, a message of the system before them where there is one."""
     return ([{"role": "system", "content": system}] if system else []) + [as_message(turn) for turn in turns]
 
 
 def as_message(turn: Any) -> Any:
-    """A turn with mistakes keeps them."""
+    """Make a message of a turn; mistakes stay in it."""
     if not _is_turn(turn):
         return turn
     speaker = turn.get("from")
@@ -37,7 +37,7 @@ def as_message(turn: Any) -> Any:
 
 
 def turn_problems(turn: Any) -> Iterator[tuple[str, str]]:
-    """(key with a dot, what to change) of everything that is wrong with a turn."""
+    """Yield (key with a dot, what to change) of everything that is wrong with a turn."""
     names = {".role": ".from", ".content": ".value"} if _is_turn(turn) else {}
     if names and turn.get("from") in (*CALLS, "tool_call"):
         yield ".from", "calls are not supported; write the call into an answer, or leave the row out"
@@ -47,7 +47,7 @@ def turn_problems(turn: Any) -> Iterator[tuple[str, str]]:
 
 
 def unused_keys(turns: list[Any]) -> set[str]:
-    """What turns have besides."""
+    """Return the keys that turns have besides."""
     return {key for turn in turns if _is_turn(turn) for key, value in turn.items() if value is not None} - USED_KEYS
 
 

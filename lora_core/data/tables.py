@@ -40,7 +40,7 @@ _UNCONVERTIBLE = (pyarrow.ArrowException, ValueError, OverflowError, KeyError)  
 
 
 def read_csv(path: Path) -> Read:
-    """Rows of text, that of an empty cell too, and with the line on which each begins.
+    """Read rows of text, that of an empty cell too, with the line on which each begins.
 
     Raises:
         DatasetError: a header that has no format's columns.
@@ -71,7 +71,7 @@ def read_csv(path: Path) -> Read:
 
 
 def _delimiter(path: Path) -> str:
-    """The one with which the header has the columns of a format."""
+    """Return the delimiter with which the header has the columns of a format."""
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
         line = next((line for line in stream if line.strip()), "")
     headers = {one: next(csv.reader([line], delimiter=one), []) for one in _DELIMITERS}
@@ -79,7 +79,7 @@ def _delimiter(path: Path) -> str:
 
 
 def _checked_header(path: Path, names: list[str]) -> list[str]:
-    """Nothing where the line is blank."""
+    """Return the names of a header; none where the line is blank."""
     row_format = format_of(dict.fromkeys(names, ""))
     if not any(names):
         return []
@@ -111,7 +111,7 @@ def _refuse_twice(path: Path, names: Sequence[str], used: Sequence[str]) -> None
 
 
 def read_parquet(path: Path) -> Read:
-    """Rows of the columns that the format uses, with their numbers.
+    """Read the columns that the format uses, as rows with their numbers.
 
     Raises:
         DatasetError: no Parquet file, damaged pages of these columns, or no format's columns.
@@ -138,8 +138,9 @@ def read_parquet(path: Path) -> Read:
 
 
 def _without_dictionaries(path: Path) -> pyarrow.BufferReader:
-    """The file with each string as it is: of a dictionary of strings that has one that is no UTF-8 Arrow reads nothing,
-    and names no row. That a column is to become one is said in the footer, which ends with its length and a mark.
+    """Return the file with each string as it is: of a dictionary of strings with one that is no UTF-8 Arrow reads
+    nothing, and names no row. That a column is to become one is said in the footer, which ends with its length and a
+    mark.
     """
     content = path.read_bytes()
     footer = len(content) - int.from_bytes(content[-8:-4], "little") - 8
@@ -147,8 +148,8 @@ def _without_dictionaries(path: Path) -> pyarrow.BufferReader:
 
 
 def _used_table(path: Path, source: Path | pyarrow.BufferReader) -> tuple[pyarrow.Table, list[str]]:
-    """The columns of the format that most rows are of, as `problems_of` finds it where all columns are read; and the
-    names of all.
+    """Read the columns of the format that most rows are of, as `problems_of` finds it where all columns are read; and
+    the names of all.
     """
     with pyarrow.parquet.ParquetFile(source) as file:
         return _columns_of_format(path, file), file.schema_arrow.names
@@ -182,7 +183,7 @@ def _columns_of_format(path: Path, file: pyarrow.parquet.ParquetFile) -> pyarrow
 
 
 def _collect_one_by_one(first: int, batch: pyarrow.RecordBatch, rows: Rows, problems: list[Problem]) -> None:
-    """Where a value has no Python form, such as a string that is no UTF-8."""
+    """Read value by value where one has no Python form, such as a string that is no UTF-8."""
     for index in range(batch.num_rows):
         number, broken = RowNumber(first + index), False
         row: Row = {}

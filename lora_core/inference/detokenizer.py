@@ -30,7 +30,7 @@ class TextStream:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """Text that is certain now; after a stop string (`stopped`) there is no more."""
+        """Take a token and return the text that is certain now; after a stop string (`stopped`) there is no more."""
         self._tokens.append(token)
         text = self._decode(self._before)
         if text.endswith(_INCOMPLETE) or len(text) <= len(self._piece):
@@ -41,7 +41,7 @@ class TextStream:
         return self._release(new)
 
     def finish(self) -> str:
-        """The rest, when the answer ended without a stop string."""
+        """Return the rest, when the answer ended without a stop string."""
         rest = self._release(self._decode(self._before)[len(self._piece) :])
         if self.stopped:
             return rest
@@ -63,12 +63,12 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
+    """Return the length of the longest end of `text` that is a beginning of `stop`."""
     return next(n for n in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:n]))
 
 
 def end_tokens(base: BaseModel) -> frozenset[int]:
-    """Tokens that end an answer: the generation config's, the tokenizer's, and the one that closes a turn of a chat."""
+    """Return what ends an answer: tokens of the generation config, the tokenizer and the end of a chat's turn."""
     tokenizer = base.tokenizer
     config = base.model.generation_config
     configured = config.eos_token_id if config is not None else None
@@ -78,7 +78,7 @@ def end_tokens(base: BaseModel) -> frozenset[int]:
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template puts behind an answer; many bases name only another one as EOS."""
+    """Find the special token that the chat template puts behind an answer; many bases name only another as EOS."""
     said = "What the assistant says."
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": said}]
     try:

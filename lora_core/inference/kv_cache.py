@@ -33,13 +33,13 @@ class KVCache:
         self._finite = [0] * slots
 
     def prefill(self, slot: int, tokens: int) -> Attend:
-        """For a forward pass over `[1, tokens]`: the prompt that starts a new sequence in `slot`."""
+        """Attend in a forward pass over `[1, tokens]`, the prompt that starts a new sequence in `slot`."""
         assert 0 < tokens <= self.max_len
         self._finite[slot] = tokens
         return _Prefill(self, slot, tokens)
 
     def decode(self, slots: Sequence[int], positions: Sequence[int]) -> Attend:
-        """For a forward pass over `[n, 1]`: row i is the token at `positions[i]` of the sequence in `slots[i]`."""
+        """Attend in a forward pass over `[n, 1]`: token i is at `positions[i]` of the sequence in `slots[i]`."""
         length = max(positions) + 1
         assert length <= self.max_len and len(set(slots)) == len(slots)
         for slot in slots:
@@ -106,7 +106,7 @@ class _Decode:
         return out.reshape(self._used, heads, -1)[self._slots].view(rows, heads, 1, -1)
 
     def _mask(self, window: int | None) -> Tensor:
-        """bool `[slots, 1, 1, length]`: itself and the `window - 1` tokens before it."""
+        """Make a mask `[slots, 1, 1, length]` of each token itself and the `window - 1` tokens before it."""
         if window not in self._masks:
             seen = torch.arange(self._length, device=self._slots.device)
             mask = seen <= self._slot_positions[:, None]
@@ -121,7 +121,7 @@ _LayerShape = tuple[tuple[int, int], tuple[int, int], torch.dtype]
 
 @torch.inference_mode()
 def _shapes_of_layers(base: BaseModel) -> list[_LayerShape]:
-    """(kv heads, d) of k and of v, and their dtype, by layer: asked of the model, as configs name them in many ways."""
+    """Ask the model for (kv heads, d) of k and of v and their dtype by layer: configs name them in many ways."""
     shapes: dict[int, _LayerShape] = {}
 
     def record(layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:

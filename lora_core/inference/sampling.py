@@ -49,12 +49,12 @@ class Sampler:
             self._stream.manual_seed(params.seed)
 
     def uniform(self) -> float:
-        """The next number of the stream, in [0, 1)."""
+        """Draw the next number of the stream, in [0, 1)."""
         return float(torch.rand((), dtype=torch.float64, generator=self._stream))
 
 
 def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
-    """logits `[n, vocabulary]` and a sampler for each row -> n token ids."""
+    """Choose n token ids by logits `[n, vocabulary]` and a sampler for each row."""
     tokens: list[int] = logits.argmax(-1).tolist()
     drawn = [row for row, sampler in enumerate(samplers) if not sampler.params.greedy]
     if drawn:
@@ -68,7 +68,7 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
 
 
 def _draw(logits: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
-    """Scaled logits `[n, vocabulary]`, top_p and uniform float64 `[n, 1]` -> token ids `[n]`."""
+    """Draw token ids `[n]` by scaled logits `[n, vocabulary]`, top_p and uniform float64 `[n, 1]`."""
     probabilities = torch.softmax(logits, dim=-1)
     total = probabilities.double().sum(-1, keepdim=True)
     values, order = probabilities.topk(min(_LIKELY, logits.shape[-1]))
@@ -83,7 +83,7 @@ def _draw(logits: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _invert(values: Tensor, total: Tensor, top_p: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Where u falls among the k largest probabilities `[n, k]`, and whether they were enough to tell; both `[n, 1]`."""
+    """Find where u falls among the k largest probabilities `[n, k]`, and whether they suffice; both `[n, 1]`."""
     sums, k = values.double().cumsum(-1), values.shape[-1]
     before = (sums < top_p * total).sum(-1, keepdim=True)  # tokens ahead of the one that reaches top_p
     reached = before < k

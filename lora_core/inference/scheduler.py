@@ -51,7 +51,7 @@ class RequestScheduler:
         self._waiting.append(request)
 
     def remove(self, request: int) -> None:
-        """The request is over or given up: it leaves the line, or its slot is free for the next step."""
+        """Forget a request that is over or given up: it leaves the line, or its slot is free for the next step."""
         if request in self._running:
             heapq.heappush(self._free, self._running.pop(request)[1])
         else:

@@ -6,5 +6,5 @@ from torch import Tensor
 
 
 def runs_in_triton(x: Tensor) -> bool:
-    """Whether the Triton version takes x: on CUDA, but where `tests/bench/kernels_gpu.py` times the definitions."""
+    """Say whether Triton's version takes x: on CUDA, but where `tests/bench/kernels_gpu.py` times the definitions."""
     return x.is_cuda

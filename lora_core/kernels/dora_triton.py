@@ -143,7 +143,7 @@ def dora_backward(dy: Tensor, y: Tensor, low_rank: LowRank) -> Tensor:
 
 
 def magnitude_sums(low_rank: LowRank) -> Tensor | None:
-    """Room for the sums of dy y over the rows of each tile, fp32 `[tiles, out]`, where some adapter has DoRA."""
+    """Allocate the sums of dy y over the rows of each tile, fp32 `[tiles, out]`, where some adapter has DoRA."""
     if not low_rank.dora:
         return None
     tiles = low_rank.segments.tiles
@@ -151,7 +151,7 @@ def magnitude_sums(low_rank: LowRank) -> Tensor | None:
 
 
 def add_magnitude_gradients(sums: Tensor | None, low_rank: LowRank) -> None:
-    """Once they are there."""
+    """Add m's gradients once those sums are there."""
     if sums is not None:
         table, row_fields, adapters = table_arguments(low_rank)
         blocks = sum(triton.cdiv(size, MAGNITUDE_SUMS["COLUMNS"]) for size in low_rank.group.outputs)

@@ -6,8 +6,8 @@ linears' input, as `low_rank.py` makes them elsewhere.
     dx += mask * (dh A) / keep             expand_gradient_
 
 mask `[T, in]` is `dropout_mask` of the row's key and the linear's: linears that share x drop other features of it. It
-is computed where it is used and never stored. `keep` is the probability that a feature stays, a number: as a bf16 tensor it
-would be 0.16 % off. Adapters without dropout get what they get in a batch of their own.
+is computed where it is used and never stored. `keep` is the probability that a feature stays, a number: as a bf16
+tensor it would be 0.16 % off. Adapters without dropout get what they get in a batch of their own.
 """
 
 from __future__ import annotations
@@ -78,13 +78,13 @@ def expand_gradient_(dx: Tensor, dh: Tensor, low_rank: LowRank) -> Tensor:
 
 
 def _without_dropout(low_rank: LowRank) -> LowRank:
-    """The adapters that drop nothing."""
+    """Leave the adapters that drop nothing."""
     adapters = [None if adapter is None or adapter.dropout > 0 else adapter for adapter in low_rank.adapters]
     return replace(low_rank, adapters=adapters, dropout_keys=None)
 
 
 def _dropping(low_rank: LowRank) -> Iterator[tuple[FusedLinearAdapter, LinearAdapter, slice, Tensor]]:
-    """Each linear of each adapter that drops features, with its rows and their keys."""
+    """Yield each linear of each adapter that drops features, with its rows and their keys."""
     assert low_rank.dropout_keys is not None
     for adapter, rows in low_rank.present():
         for part in filter(None, adapter.parts):
@@ -93,7 +93,7 @@ def _dropping(low_rank: LowRank) -> Iterator[tuple[FusedLinearAdapter, LinearAda
 
 
 def _masked(x: Tensor, adapter: FusedLinearAdapter, part: LinearAdapter, keys: Tensor) -> Tensor:
-    """x `[rows, in]` with zeros where the linear drops it."""
+    """Return x `[rows, in]` with zeros where the linear drops it."""
     masked = torch.empty_like(x)
     for few, few_keys, target in zip(x.split(MASK_ROWS), keys.split(MASK_ROWS), masked.split(MASK_ROWS), strict=True):
         mask = dropout_mask(x.shape[1], adapter.dropout, few_keys, part.module_key)

@@ -104,7 +104,7 @@ class FusedLinearAdapter:
         return self.a.shape[0]
 
     def present(self, group: LinearGroup) -> list[tuple[LinearAdapter, slice, float]]:
-        """Each part that is there, with its columns of the group's output and its scale."""
+        """Return each part that is there, with its columns of the group's output and its scale."""
         found = zip(self.parts, group.columns, self.part_scales, strict=True)
         return [(part, columns, scale) for part, columns, scale in found if part is not None]
 
@@ -151,7 +151,7 @@ class Segments:
         return self._moved([piece for piece in self._pieces(SPAN_ROWS) if piece[0] != NO_ADAPTER])
 
     def slices(self) -> list[tuple[int, slice]]:
-        """(adapter's index, its rows) of each segment that has an adapter."""
+        """Return (adapter's index, its rows) of each segment that has an adapter."""
         found, start = [], 0
         for adapter, rows in self._segments:
             if adapter != NO_ADAPTER:
@@ -191,7 +191,7 @@ class LowRank:
     dora: bool = False
 
     def present(self) -> list[tuple[FusedLinearAdapter, slice]]:
-        """Each adapter that has something here, with its rows."""
+        """Return each adapter that has something here, with its rows."""
         found = [(self.adapters[index], rows) for index, rows in self.segments.slices()]
         return [(adapter, rows) for adapter, rows in found if adapter is not None]
 
@@ -207,7 +207,7 @@ class Norm:
     weight: Tensor
 
     def of(self, x: Tensor) -> Tensor:
-        """x normed, rounded where transformers rounds it."""
+        """Return x normed, rounded where transformers rounds it."""
         return (x * self.rstd[..., None]).to(x.dtype) * self.weight
 
 

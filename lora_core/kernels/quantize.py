@@ -42,7 +42,7 @@ def quantize_nf4(weight: Tensor) -> Nf4:
 
 
 def dequantize_nf4(packed: Nf4, dtype: torch.dtype) -> Tensor:
-    """The matrix again, `[out, in]` in `dtype`."""
+    """Return the matrix again, `[out, in]` in `dtype`."""
     if dispatch.runs_in_triton(packed.codes):
         from lora_core.kernels import quantize_triton
 

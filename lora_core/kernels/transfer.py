@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Queued behind what a GPU still computes: with memory that is not pinned, the host might be held up till then."""
+    """Queue a copy behind what a GPU computes: with memory that is not pinned, the host might wait for that."""
     if device.type != "cuda":
         return tensor.to(device)
     pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -18,7 +18,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy in host memory. From a GPU it comes beside what is queued after it, into pinned memory, and is there when
+    """Copy into host memory. From a GPU it comes beside what is queued after it, into pinned memory, and is there when
     `arrival` says so: into other memory it takes thirty times as long, and the thread that launches kernels waits.
     """
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
@@ -26,7 +26,7 @@ def to_host(tensor: Tensor) -> Tensor:
 
 
 def arrival(device: torch.device) -> Callable[[], object]:
-    """Waits, when it is called, for the copies that were begun by now."""
+    """Return what waits, when it is called, for the copies that were begun by now."""
     if device.type != "cuda":
         return lambda: None
     event = torch.cuda.Event()
