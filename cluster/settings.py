@@ -16,7 +16,10 @@ from typing import Annotated, Any
 from urllib.parse import unquote
 
 from pydantic import Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from cluster.requirements import requirement
 
 PREFIX = "LORA_"
 DEMO_MODEL = "smollm2-135m"
@@ -113,7 +116,7 @@ class Settings(BaseSettings):
         try:
             return json.loads(value)
         except json.JSONDecodeError as error:
-            raise ValueError(f'should be JSON like {{"name": "value"}} ({error})') from None
+            raise ValueError(f'must be JSON like {{"name": "value"}} ({error})') from None
 
     @field_validator("base_models")
     @classmethod
@@ -121,7 +124,7 @@ class Settings(BaseSettings):
         """Aliases are the part before the colon in `model="<base>:<adapter>"`; relative paths are of this directory."""
         bad = [alias for alias in models if not ALIAS.fullmatch(alias)]
         if bad:
-            raise ValueError(f"should have aliases of letters, digits, '.', '_' and '-' only (not {bad})")
+            raise ValueError(f"must have aliases of letters, digits, '.', '_' and '-' only (not {bad})")
         return {alias: _located(source) for alias, source in models.items()}
 
     @property
@@ -180,7 +183,7 @@ def load_settings() -> Settings:
     try:
         settings = Settings()
     except ValidationError as error:
-        problems += [_sentence(problem["loc"], problem["input"], problem["msg"]) for problem in error.errors()
+        problems += [_sentence(problem) for problem in error.errors()
                      if problem["type"] != "default_factory_not_called"]  # fmt: skip
     if problems:
         raise SettingsError("\n".join(problems))
@@ -195,10 +198,11 @@ def _misspelt() -> list[str]:
     return [f"{name} is no setting; did you mean {names[0]}?" for name, names in nearest.items() if names]
 
 
-def _sentence(location: tuple[int | str, ...], value: Any, message: str) -> str:
+def _sentence(problem: ErrorDetails) -> str:
+    location, value = problem["loc"], problem["input"]
     name = PREFIX + str(location[0]).upper()
-    reason = message.removeprefix("Value error, ").replace("Input should", "should", 1)
     where = f" at {location[1]!r}" if len(location) > 1 else ""
+    reason = requirement(problem)
     if str(value).startswith("tcp://"):  # what Kubernetes puts into LORA_SERVE_PORT for a Service named `lora-serve`
         reason = "that comes from a Kubernetes Service of this name: set enableServiceLinks: false in the pod"
     return f"{name}{where} is {value!r}, but {reason}"

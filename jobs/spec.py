@@ -21,6 +21,7 @@ from typing import Any, Literal, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
+from cluster.requirements import expected, requirement
 from jobs.spec_text import parse
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.data.json_values import shown, unusable
@@ -193,24 +194,6 @@ def _split(loc: tuple[int | str, ...]) -> tuple[str, list[int], type[BaseModel]]
     return ".".join(names), [part for part in loc[len(names) :] if isinstance(part, int)], model
 
 
-_EXPECTED = {
-    "string_type": "text",
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "list_type": "a list",
-    "model_type": "a block of options",
-    "dict_type": "a block of options",
-}
-_BOUNDS = {
-    "greater_than_equal": ("at least", "ge"),
-    "greater_than": ("more than", "gt"),
-    "less_than_equal": ("at most", "le"),
-    "less_than": ("less than", "lt"),
-    "literal_error": ("one of", "expected"),
-}
-
-
 def _sentences(failed: ValidationError) -> Iterator[str]:
     """One sentence an option, in plain words; the branches of a union become one sentence."""
     options: dict[str, list[ErrorDetails]] = {}
@@ -219,7 +202,7 @@ def _sentences(failed: ValidationError) -> Iterator[str]:
     for option, errors in options.items():
         deeper = [error for error in errors if _split(error["loc"])[1]]
         if len(errors) > 1 and not deeper:
-            kinds = " or ".join(_EXPECTED[error["type"]] for error in errors)
+            kinds = " or ".join(map(expected, errors))
             yield f"{option} must be {kinds}, not {_shown(errors[0]['input'])}"
             continue
         for error in deeper or errors:
@@ -229,21 +212,13 @@ def _sentences(failed: ValidationError) -> Iterator[str]:
 def _sentence(error: ErrorDetails) -> str:
     option, indices, model = _split(error["loc"])
     place = option + "".join(f"[{index}]" for index in indices)
-    kind, context, given = error["type"], error.get("ctx", {}), _shown(error["input"])
+    kind = error["type"]
     if kind == "missing":
         return f"{place} is missing: every job needs it"
     if kind in ("extra_forbidden", "invalid_key"):
         return _unknown(option, model)
-    if kind == "value_error":
-        return f"{place} {context['error']}"
-    if kind in _BOUNDS:
-        words, bound = _BOUNDS[kind]
-        return f"{place} must be {words} {str(context[bound]).replace('True', 'true')}, not {given}"
-    if kind in ("string_too_short", "too_short"):
-        return f"{place} must not be empty"
-    if kind in _EXPECTED:
-        return f"{place} must be {_EXPECTED[kind]}, not {given}"
-    return f"{place}: {error['msg']}, not {given}"
+    given = "" if kind in ("value_error", "string_too_short", "too_short") else f", not {_shown(error['input'])}"
+    return f"{place} {requirement(error)}{given}"
 
 
 def _unknown(option: str, model: type[BaseModel]) -> str:

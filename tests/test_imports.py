@@ -17,7 +17,17 @@ ROOT = Path(__file__).parent.parent
 # files are free to import each other, but not in a circle; no list says how they stand.
 ORDER = {
     "lora_core": ["config", "lora", "adapters", "kernels", "data", "models", "training", "inference", "library"],
-    "cluster": ["settings", "metrics", "proxies", "storage", "sources", "registry", "ray_runtime", "embedded_ray"],
+    "cluster": [
+        "requirements",
+        "settings",
+        "metrics",
+        "proxies",
+        "storage",
+        "sources",
+        "registry",
+        "ray_runtime",
+        "embedded_ray",
+    ],
     "jobs": [
         "spec_text",
         "spec",

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 
+from cluster.requirements import requirement
 from deploy.serving.protocol import GenerateRequest
 from lora_core.data.json_values import shown, unusable, whole_number
 from lora_core.data.messages import for_template, message_problems
@@ -185,7 +187,7 @@ def parse_request(body: bytes, kind: type[R]) -> R:
     try:
         request = kind.model_validate(document)
     except ValidationError as error:
-        problems += [_invalid(problem["loc"], problem["msg"]) for problem in error.errors()]
+        problems += map(_invalid, error.errors())
     problems += _unsupported(document, kind)
     if request is not None:
         problems += request.contradictions()
@@ -215,12 +217,11 @@ def _refused(problems: Sequence[Problem]) -> ApiError:
     return ApiError(400, message, problems[0][1], problems[0][0])
 
 
-def _invalid(location: tuple[int | str, ...], message: str) -> Problem:
-    name = ".".join(map(str, location))
-    if message == "Field required":
+def _invalid(error: ErrorDetails) -> Problem:
+    name = ".".join(map(str, error["loc"]))
+    if error["type"] == "missing":
         return name, "missing_parameter", f"{name} is missing"
-    text = message.removeprefix("Value error, ").removeprefix("Input ")
-    return name, "invalid_value", f"{name} {text[0].lower()}{text[1:]}"
+    return name, "invalid_value", f"{name} {requirement(error)}"
 
 
 def _unsupported(document: Mapping[str, Any], kind: type[CompletionRequest]) -> list[Problem]:

@@ -142,26 +142,26 @@ def test_so_is_one_of_text_completions(parameter: str) -> None:
 @pytest.mark.parametrize(
     ("parameters", "sentence"),
     [
-        ({"temperature": 2.5}, "temperature should be less than or equal to 2"),
-        ({"temperature": -1}, "temperature should be greater than or equal to 0"),
-        ({"temperature": float("nan")}, "temperature should be"),
-        ({"top_p": 0}, "top_p should be greater than 0"),
-        ({"max_tokens": 0}, "max_tokens should be greater than or equal to 1"),
-        ({"max_tokens": "5"}, "max_tokens should be a valid integer"),
+        ({"temperature": 2.5}, "temperature must be at most 2"),
+        ({"temperature": -1}, "temperature must be at least 0"),
+        ({"temperature": float("nan")}, "temperature must be"),
+        ({"top_p": 0}, "top_p must be more than 0"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"max_tokens": "5"}, "max_tokens must be a whole number"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens and max_completion_tokens differ"),
-        ({"stream": "yes"}, "stream should be a valid boolean"),
+        ({"stream": "yes"}, "stream must be true or false"),
         ({"stream_options": {"include_usage": True}}, "stream_options is only allowed when stream is true"),
-        ({"stop": [""]}, "stop.0 string should have at least 1 character"),
-        ({"seed": 2**63}, "seed should be less than"),
-        ({"messages": []}, "messages list should have at least 1 item"),
-        ({"messages": "hi"}, "messages should be a valid list"),
+        ({"stop": [""]}, "stop.0 must not be empty"),
+        ({"seed": 2**63}, "seed must be less than"),
+        ({"messages": []}, "messages must not be empty"),
+        ({"messages": "hi"}, "messages must be a list"),
         ({"messages": [{"role": "user"}]}, "messages.0.content: missing; add a string"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role: `wizard` is unknown; use system"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content: a list; write"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages.0.tool_calls: calls are"),
-        ({"messages": ["hi"]}, "messages.0 should be a valid dictionary"),
+        ({"messages": ["hi"]}, "messages.0 must be a block of options"),
         ({"max_token": 5}, "max_token is no parameter here; did you mean max_tokens?"),
-        ({"model": None}, "model should be a valid string"),
+        ({"model": None}, "model must be text"),
     ],
 )
 def test_bad_values_get_a_sentence(parameters: dict[str, Any], sentence: str) -> None:
@@ -482,7 +482,7 @@ def test_errors_are_openais(app: App) -> None:
         app.ask("tiny:known@0000", "x")
     with pytest.raises(openai.BadRequestError) as bad:
         app.ask("tiny", "x", temperature=3, n=2)
-    assert "temperature should be" in bad.value.message and "n is not supported" in bad.value.message
+    assert "temperature must be" in bad.value.message and "n is not supported" in bad.value.message
     with pytest.raises(openai.BadRequestError, match="context of 4096") as long:
         app.ask("tiny", "x" * 5000, stream=True)
     assert long.value.code == "context_length_exceeded"
