@@ -73,7 +73,7 @@ class OwnerLock:
 
 
 def has_owner(settings: Settings) -> bool:
-    """Whether an owner of the embedded Ray runs, or is just starting."""
+    """Return whether an owner of the embedded Ray runs, or is just starting."""
     lock = OwnerLock(settings)
     free = lock.acquire()
     if free:
@@ -82,7 +82,7 @@ def has_owner(settings: Settings) -> bool:
 
 
 def find_embedded(settings: Settings) -> EmbeddedRay | None:
-    """The running embedded Ray of this LORA_HOME, if there is one."""
+    """Return the running embedded Ray of this LORA_HOME, if there is one."""
     try:
         embedded = EmbeddedRay(**json.loads(_record(settings).read_text()))
     except FileNotFoundError:
@@ -91,8 +91,9 @@ def find_embedded(settings: Settings) -> EmbeddedRay | None:
 
 
 def embedded_environment(settings: Settings) -> dict[str, str]:
-    """What the owner of the embedded Ray needs in its environment before it imports Ray, which reads it then and never
-    again."""
+    """Return what the owner of the embedded Ray needs in its environment before it imports Ray, which reads it then and
+    never again.
+    """
     token = settings.home / "ray_token"
     if not token.exists():
         token.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +108,9 @@ def embedded_environment(settings: Settings) -> dict[str, str]:
 
 
 def _token(path: str) -> dict[str, str]:
-    """RAY_AUTH_TOKEN, which would count before the path, may be another cluster's."""
+    """Return the variables that name a token. RAY_AUTH_TOKEN, which would count before the path, may be another
+    cluster's.
+    """
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": path, "RAY_AUTH_TOKEN": ""}
 
 
@@ -187,7 +190,7 @@ def stop_recorded(settings: Settings) -> list[str]:
 
 
 def is_process(pid: int, started: float) -> bool:
-    """Whether process `pid` runs and is the one that started then."""
+    """Return whether process `pid` runs and is the one that started then."""
     try:
         process = psutil.Process(pid)
         return abs(process.create_time() - started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
@@ -196,7 +199,7 @@ def is_process(pid: int, started: float) -> bool:
 
 
 def end_process(pid: int, timeout: float) -> None:
-    """SIGTERM, then SIGKILL after `timeout` seconds."""
+    """Send SIGTERM, then SIGKILL after `timeout` seconds."""
     try:
         process = psutil.Process(pid)
         process.send_signal(signal.SIGTERM)
@@ -210,8 +213,9 @@ def end_process(pid: int, timeout: float) -> None:
 
 
 def _processes_of(folder: str) -> Iterator[psutil.Process]:
-    """This user's processes of the Ray whose folder this is: named on the command line, or (workers) in the
-    environment."""
+    """Yield this user's processes of the Ray whose folder this is: named on the command line, or (workers) in the
+    environment.
+    """
     for process in psutil.process_iter(["pid", "uids", "cmdline"]):
         if process.pid == os.getpid() or process.info["uids"] is None or process.info["uids"].real != os.getuid():
             continue
@@ -229,7 +233,7 @@ def _record(settings: Settings) -> Path:
 
 
 def _ray_folder(settings: Settings) -> Path:
-    """Ray's folder: below LORA_HOME, or, as a socket's path may have 107 characters, a short name below /tmp."""
+    """Return Ray's folder: below LORA_HOME, or, as a socket's path may have 107 characters, a short name below /tmp."""
     folder = settings.home.resolve() / "ray"
     if len(str(folder)) <= 40:
         return folder

@@ -27,7 +27,9 @@ def reach_this_machine_directly() -> None:
 
 
 def _addresses() -> list[str]:
-    """Those of this machine's interfaces, which Ray prefers to loopback; no link-local ones, which nobody writes."""
+    """Return those of this machine's interfaces, which Ray prefers to loopback; no link-local ones, which nobody
+    writes.
+    """
     found = {address.address for interface in psutil.net_if_addrs().values() for address in interface
              if address.family.name in ("AF_INET", "AF_INET6")}  # fmt: skip
     return sorted(address for address in found if "%" not in address)

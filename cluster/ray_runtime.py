@@ -27,7 +27,9 @@ class NoClusterError(RuntimeError):
 
 
 def log_to_stderr() -> None:
-    """One line an event from this project's loggers, also in Ray's workers, which set up the root logger themselves."""
+    """Write one line an event from this project's loggers, also in Ray's workers, which set up the root logger
+    themselves.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logger = logging.getLogger("lora")
@@ -37,12 +39,12 @@ def log_to_stderr() -> None:
 
 
 def cluster_name(settings: Settings) -> str:
-    """The name under which this cluster's jobs stand in the queue."""
+    """Return the name under which this cluster's jobs stand in the queue."""
     return settings.cluster or _named_cluster() or LOCAL_CLUSTER
 
 
 def on_a_cluster() -> bool:
-    """Whether the environment names a Ray cluster (Ray sets RAY_ADDRESS inside its jobs)."""
+    """Return whether the environment names a Ray cluster (Ray sets RAY_ADDRESS inside its jobs)."""
     return bool(_named_cluster())
 
 
@@ -64,14 +66,15 @@ def use_own_ray() -> None:
 
 
 def _gcs_address(raylet: list[str]) -> str | None:
-    """The address in a raylet's command line."""
+    """Return the address in a raylet's command line."""
     flag = "--gcs-address="
     return next((part.removeprefix(flag) for part in raylet if part.startswith(flag)), None)
 
 
 def job_runtime_env() -> dict[str, Any]:
-    """The runtime environment of the Ray job that this process is part of: code package and variables, but those that
-    say which Ray it is; empty outside one."""
+    """Return the runtime environment of the Ray job that this process is part of: code package and variables, but those
+    that say which Ray it is; empty outside one.
+    """
     config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     runtime_env: dict[str, Any] = config.get("runtime_env") or {}
     kept = {
@@ -85,7 +88,7 @@ def job_runtime_env() -> dict[str, Any]:
 
 
 def code_version() -> str:
-    """12 hex digits over this project's Python files: which code a job was submitted with."""
+    """Return 12 hex digits over this project's Python files: which code a job was submitted with."""
     digest = hashlib.sha256()
     root = Path(__file__).resolve().parent.parent
     for package in ("cluster", "jobs", "lora_core"):

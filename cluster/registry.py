@@ -104,7 +104,7 @@ class AdapterRegistry:
         return published
 
     def resolve(self, base: str, name: str, version: str = LATEST) -> AdapterVersion:
-        """The version of this id, or the one that `latest` is now.
+        """Return the version of this id, or the one that `latest` is now.
 
         Raises:
             AdapterNotFound: naming what exists.
@@ -134,12 +134,14 @@ class AdapterRegistry:
         return folder
 
     def versions(self, base: str, name: str) -> list[str]:
-        """Ids of the versions that exist, in no particular order of time."""
+        """Return the ids of the versions that exist, in no particular order of time."""
         keys = self._storage.list(adapter_versions_prefix(self._tenant, base, name))
         return [key.split("/")[-2] for key in keys if key.endswith(f"/{MANIFEST}")]
 
     def list_adapters(self) -> list[AdapterEntry]:
-        """Every adapter with its latest version, sorted by base and name. One small read an adapter, 16 at a time."""
+        """Return every adapter with its latest version, sorted by base and name. One small read an adapter, 16 at a
+        time.
+        """
         keys = self._storage.list(aliases_prefix(self._tenant))
         with ThreadPoolExecutor(READERS) as readers:
             pointers = [json.loads(content) for content in readers.map(self._storage.get, keys)]
@@ -166,7 +168,7 @@ class AdapterRegistry:
 
 
 def content_digest(entries: Mapping[str, Mapping[str, Any]]) -> str:
-    """sha256 (hex) over the sorted file names with the sha256 of each file."""
+    """Return the sha256 (hex) over the sorted file names with the sha256 of each file."""
     lines = [f"{file}\n{entries[file]['sha256']}\n" for file in sorted(entries)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

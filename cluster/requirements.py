@@ -27,7 +27,7 @@ _BOUNDS = {
 
 
 def requirement(error: ErrorDetails) -> str:
-    """`must be at least 1`; a validator's own words are taken as they are."""
+    """Return `must be at least 1`, say; a validator's own words are taken as they are."""
     kind, context = error["type"], error.get("ctx", {})
     if kind == "value_error":
         return str(context["error"])
@@ -42,5 +42,5 @@ def requirement(error: ErrorDetails) -> str:
 
 
 def expected(error: ErrorDetails) -> str:
-    """The type of value that was expected."""
+    """Return the type of value that was expected."""
     return _EXPECTED[error["type"]]

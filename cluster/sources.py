@@ -13,7 +13,8 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgp
 
 
 def local_source(source: str, cache_dir: Path, *, weights: bool = True) -> str:
-    """A source that `lora_core.models.base` can read: itself, or for an `s3://` prefix (or GGUF object) its local copy.
+    """Return a source that `lora_core.models.base` can read: itself, or for an `s3://` prefix (or GGUF object) its
+    local copy.
 
     Without `weights` only the small files come: config, tokenizer, templates.
 
@@ -40,7 +41,7 @@ def local_source(source: str, cache_dir: Path, *, weights: bool = True) -> str:
 
 
 def listed_files(source: str) -> list[str] | None:
-    """The names of a bucket's files below an `s3://` prefix; None for a source of another kind.
+    """Return the names of a bucket's files below an `s3://` prefix; None for a source of another kind.
 
     Raises:
         StorageError: the store does not answer.
@@ -49,7 +50,7 @@ def listed_files(source: str) -> list[str] | None:
 
 
 def fetch_url(url: str, path: Path) -> Path:
-    """One object by its full URL into `path`, unless that is there already."""
+    """Fetch one object by its full URL into `path`, unless that is there already."""
     if not path.exists():
         prefix, _, name = url.rpartition("/")
         open_storage(prefix).fetch(name, path)

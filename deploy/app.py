@@ -20,7 +20,9 @@ _GATEWAY_ONGOING = 1024
 
 
 def build_app(settings: Settings) -> Application:
-    """Every base in `settings.base_models`. Replicas ask for no CPUs, which training needs all of; see `_resources`."""
+    """Serve every base in `settings.base_models`. Replicas ask for no CPUs, which training needs all of; see
+    `_resources`.
+    """
     deployment: Deployment = serve.deployment(
         max_ongoing_requests=_ONGOING,
         max_queued_requests=_QUEUED,
@@ -37,15 +39,15 @@ def build_app(settings: Settings) -> Application:
 
 
 def _resources(settings: Settings) -> dict[str, Any]:
-    """A share of a GPU where there are GPUs, or where one is set: the nodes that have them may not be up yet."""
+    """Return a share of a GPU where there are GPUs, or where one is set: the nodes that have them may not be up yet."""
     if "gpus_per_replica" in settings.model_fields_set or _has_gpus():
         return {"num_cpus": 0, "num_gpus": settings.gpus_per_replica}
     return {"num_cpus": 0}
 
 
 def _has_gpus() -> bool:
-    """The cluster's, or before there is one (`serve run` imports this file first) those of this machine that Ray sees:
-    a replica that asked for one that is hidden would wait for ever.
+    """Return the cluster's, or before there is one (`serve run` imports this file first) those of this machine that Ray
+    sees: a replica that asked for one that is hidden would wait for ever.
     """
     if ray.is_initialized():
         return bool(ray.cluster_resources().get("GPU"))

@@ -129,7 +129,7 @@ def _submit(settings: Settings, arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def _interrupted_later() -> Iterator[None]:
-    """A Ctrl-C within it is raised when it ends."""
+    """Raise a Ctrl-C within it when it ends."""
     pressed: list[int] = []
     with _on_interrupt(lambda number, _: pressed.append(number)):
         yield
@@ -139,8 +139,9 @@ def _interrupted_later() -> Iterator[None]:
 
 @contextmanager
 def _interrupts_noted() -> Iterator[list[int]]:
-    """The Ctrl-Cs within it, each raised as usual and noted: Python prints and drops what is raised while a weak
-    reference's callback or a finalizer runs, and any allocation may be the one that collects and calls them."""
+    """Note the Ctrl-Cs within it, each of which is raised as usual: Python prints and drops what is raised while a weak
+    reference's callback or a finalizer runs, and any allocation may be the one that collects and calls them.
+    """
     pressed: list[int] = []
 
     def interrupt(number: int, _: FrameType | None) -> None:
@@ -153,7 +154,7 @@ def _interrupts_noted() -> Iterator[list[int]]:
 
 @contextmanager
 def _on_interrupt(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Ctrl-C is ignored where it was: in the background of a script it is meant for others."""
+    """Handle Ctrl-C, unless it was ignored: in the background of a script it is meant for others."""
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, handler)
@@ -247,7 +248,7 @@ class _SchedulerWatch:
         self._told: str | None = None
 
     def look(self, cluster: str) -> str | None:
-        """What there is to say that has not been said."""
+        """Return what there is to say that has not been said."""
         now, trouble = time.monotonic(), None
         if self._watch is not None and now - self._watched > WATCH_SECONDS:
             self._watched = now

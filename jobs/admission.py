@@ -51,7 +51,7 @@ class Admitted:
     summary: list[str]
 
     def record(self, job: Job) -> None:
-        """The write-once second record of a submission, from which a lost database is rebuilt."""
+        """Write the write-once second record of a submission, from which a lost database is rebuilt."""
         self.storage.put(job_spec_key(job.id), job.spec_json.encode(), if_absent=True)
 
 
@@ -147,7 +147,7 @@ def _writable(settings: Settings) -> Storage:
 
 
 def _checked(check: Callable[[], T], problems: list[str], option: str) -> T | None:
-    """The result, or None and a problem more."""
+    """Return the result, or None and add a problem."""
     try:
         return check()
     except (BaseModelError, DatasetError, StorageError, ValueError) as error:
@@ -157,7 +157,7 @@ def _checked(check: Callable[[], T], problems: list[str], option: str) -> T | No
 
 @contextmanager
 def _local(location: str | float | None, problems: list[str], option: str) -> Iterator[Path | None]:
-    """A dataset as a local file: itself, or a copy of an s3:// object while the block runs."""
+    """Yield a dataset as a local file: itself, or a copy of an s3:// object while the block runs."""
     if not isinstance(location, str):
         yield None
         return

@@ -32,7 +32,7 @@ QUESTION = (
 
 
 def main() -> int:
-    """The whole journey; returns the exit code."""
+    """Run the whole journey; returns the exit code."""
     settings = load_settings()
     reach_this_machine_directly()
     for name in WHICH_RAY:
@@ -64,7 +64,7 @@ def main() -> int:
 
 
 def _answers(client: Any, model: str, rows: list[dict[str, Any]]) -> list[bool]:
-    """Whether each row's answer is, to the letter, the one that was held out."""
+    """Return whether each row's answer is, to the letter, the one that was held out."""
 
     def right(row: dict[str, Any]) -> bool:
         *prompt, answer = row["messages"]
@@ -80,7 +80,7 @@ def _ask(client: Any, model: str, messages: list[dict[str, str]], max_tokens: in
 
 
 def _served(settings: Settings, timeout: float = 120.0) -> str:
-    """The address of the Serve application, which is started unless it answers already."""
+    """Return the address of the Serve application, which is started unless it answers already."""
     url = f"http://127.0.0.1:{settings.serve_port}"
     if _healthy(url):
         return url

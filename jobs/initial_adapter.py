@@ -61,7 +61,7 @@ def store_initial(storage: Storage, folder: Path) -> str:
 
 
 def load_initial(storage: Storage, digest: str, adaptable: AdaptableModules, fingerprint: str) -> Adapter:
-    """The adapter of this digest, on the base of `adaptable`, whose weights have this fingerprint.
+    """Return the adapter of this digest, on the base of `adaptable`, whose weights have this fingerprint.
 
     Raises:
         StorageCorrupt: the files are others.

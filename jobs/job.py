@@ -219,7 +219,7 @@ class Session:
 
 
 def lease_name(cluster: str) -> str:
-    """The lease row of a cluster's scheduler."""
+    """Return the lease row of a cluster's scheduler."""
     return f"scheduler:{cluster}"
 
 

@@ -15,7 +15,7 @@ from jobs.spec import JobSpec
 
 
 def progress_line(progress: JobProgress) -> str:
-    """`[#######-------] step 35/76  loss 0.0312  512 tokens/s  0:42 left`"""
+    """Draw `[#######-------] step 35/76  loss 0.0312  512 tokens/s  0:42 left`"""
     step, steps = progress["step"], progress["steps"]
     filled = 24 * step // steps
     validation = f"  validation {progress['validation_loss']:.4f}" if "validation_loss" in progress else ""
@@ -26,7 +26,9 @@ def progress_line(progress: JobProgress) -> str:
 
 
 def report(job: Job, session: Session | None, events: Sequence[QueueEvent], settings: Settings) -> Iterator[str]:
-    """The job, whose session this is, if it has one, with its history; `settings` are those of whoever asks."""
+    """Describe the job, whose session this is, if it has one, with its history; `settings` are those of whoever
+    asks.
+    """
     model = f"{job.base}:{job.spec.adapter}"
     moved = [event.at for event in events if (event.data or {}).get("to") == job.status]
     since = moved[-1] if moved else job.created_at
@@ -51,7 +53,7 @@ def _when(at: float) -> str:
 
 
 def _why(job: Job, events: Sequence[QueueEvent], since: float) -> str | None:
-    """Its error and what to do about it, or what it waits for."""
+    """Tell its error and what to do about it, or what it waits for."""
     if job.error:
         return f"{job.error.rstrip('.')}. Change that, and submit it again: a job that failed is in nobody's way"
     waits = [event.message for event in events if event.at >= since and event.kind is EventKind.WAITS]
@@ -70,7 +72,7 @@ def _progress(job: Job) -> str | None:
 
 
 def _result(job: Job) -> str | None:
-    """What it has been judged by, if it has validation rows."""
+    """Return what it has been judged by, if it has validation rows."""
     figures: JobMetrics | None = job.result["metrics"] if job.result else job.progress
     if figures is None or "validation_loss" not in figures:
         return None
@@ -82,7 +84,7 @@ def _result(job: Job) -> str | None:
 
 
 def _chat(job: Job, model: str, settings: Settings) -> str:
-    """A command that works where a server of these settings runs."""
+    """Return a command that works where a server of these settings runs."""
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
     url = f"http://127.0.0.1:{settings.serve_port}/v1/chat/completions"
     lacking = "" if job.base in settings.base_models else f", with an alias {job.base} of its base in LORA_BASE_MODELS"
@@ -100,7 +102,7 @@ def _session(job: Job, session: Session | None) -> str:
 
 
 def _settings(spec: JobSpec) -> Iterator[str]:
-    """Those that differ from what they are where nobody says anything."""
+    """Name those that differ from what they are where nobody says anything."""
     yield f"dataset {spec.dataset}"
     for prefix, block in (("", spec), ("lora.", spec.lora), ("train.", spec.train)):
         for name, value in _differing(block):
@@ -116,7 +118,7 @@ def _differing(block: BaseModel) -> Iterator[tuple[str, Any]]:
 
 
 def _left(progress: JobProgress) -> str:
-    """Minutes and seconds until the last step, at the pace up to now."""
+    """Return minutes and seconds until the last step, at the pace up to now."""
     step, pace = progress["step"], progress["tokens_per_second"]
     seconds = int((progress["steps"] - step) * progress["tokens"] / step / pace) if step and pace else 0
     return f"{seconds // 60}:{seconds % 60:02d}"

@@ -96,15 +96,18 @@ class JobSpec(BaseModel):
         return train
 
     def canonical_json(self) -> str:
-        """The spec as one line in which equal specs are equal bytes; `JobSpec.model_validate_json` reads it back."""
+        """Return the spec as one line in which equal specs are equal bytes; `JobSpec.model_validate_json` reads it
+        back.
+        """
         return _canonical(self.model_dump(mode="json"))
 
     def content_key(
         self, dataset_sha: str, validation_sha: str | None = None, init_adapter_sha: str | None = None
     ) -> str:
-        """Sha256 of what would be trained: datasets and the first adapter count by their content, not by where they
-        lie, and `priority` does not count, since it changes when a job runs and not what comes out. Two submissions
-        with one key ask for the same adapter."""
+        """Return the sha256 of what would be trained: datasets and the first adapter count by their content, not by
+        where they lie, and `priority` does not count, since it changes when a job runs and not what comes out. Two
+        submissions with one key ask for the same adapter.
+        """
         assert isinstance(self.validation, str) == (validation_sha is not None), "one sha256 for each dataset"
         assert (self.init_adapter is None) == (init_adapter_sha is None), "and one for the adapter to start from"
         content = self.model_dump(mode="json", exclude={"priority"}) | {"dataset": dataset_sha}
@@ -140,7 +143,7 @@ def load_spec(source: Path | str) -> JobSpec:
 
 
 def check_spec(values: object, source: str = "the job spec") -> JobSpec:
-    """A spec from parsed values (of YAML, JSON or a request). Raises SpecError with every problem."""
+    """Make a spec from parsed values (of YAML, JSON or a request). Raises SpecError with every problem."""
     if not isinstance(values, Mapping):
         raise SpecError(["it must be options, one 'key: value' a line, such as 'base_model: smollm2-135m'"], source)
     if found := [f"{place} {what}" for place, what in unusable(values)]:
@@ -153,12 +156,12 @@ def check_spec(values: object, source: str = "the job spec") -> JobSpec:
 
 
 def is_published_adapter(source: str) -> bool:
-    """Whether it is `<base>:<adapter>`, and no path or URL."""
+    """Return whether it is `<base>:<adapter>`, and no path or URL."""
     return ":" in source and "://" not in source and not source.startswith(("/", ".", "~"))
 
 
 def _canonical(values: dict[str, Any]) -> str:
-    """Options in alphabetic order, but a pattern's keys as they are, since the first that matches counts."""
+    """Write options in alphabetic order, but a pattern's keys as they are, since the first that matches counts."""
     in_order = {
         key: dict(sorted(value.items())) if isinstance(value, dict) else value for key, value in sorted(values.items())
     }
@@ -175,14 +178,15 @@ def _absolute(location: str) -> str:
 
 
 def _fields_of(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
-    """Each field of a model with the model of its own block, where it is one."""
+    """Return each field of a model with the model of its own block, where it is one."""
     blocks = {name: field.annotation for name, field in model.model_fields.items()}
     return {name: a if isinstance(a, type) and issubclass(a, BaseModel) else None for name, a in blocks.items()}
 
 
 def _split(loc: tuple[int | str, ...]) -> tuple[str, list[int], type[BaseModel]]:
-    """An error's place as the dotted option, indices in it, and the model that holds the option. Pydantic also puts
-    the branch of a union there, which is not the user's word."""
+    """Part an error's place into the dotted option, indices in it, and the model that holds the option. Pydantic also
+    puts the branch of a union there, which is not the user's word.
+    """
     names: list[str] = [str(loc[0])]
     model: type[BaseModel] = JobSpec
     block = _fields_of(model).get(names[0])
@@ -195,7 +199,7 @@ def _split(loc: tuple[int | str, ...]) -> tuple[str, list[int], type[BaseModel]]
 
 
 def _sentences(failed: ValidationError) -> Iterator[str]:
-    """One sentence an option, in plain words; the branches of a union become one sentence."""
+    """Yield one sentence an option, in plain words; the branches of a union become one sentence."""
     options: dict[str, list[ErrorDetails]] = {}
     for error in failed.errors(include_url=False):
         options.setdefault(_split(error["loc"])[0], []).append(error)
@@ -222,7 +226,7 @@ def _sentence(error: ErrorDetails) -> str:
 
 
 def _unknown(option: str, model: type[BaseModel]) -> str:
-    """`unknown key`, and the nearest key that there is: in the same block, or the block that has it."""
+    """Say `unknown key`, and the nearest key that there is: in the same block, or the block that has it."""
     key, option = option.rpartition(".")[2], shown(option)
     homes = {"": JobSpec} | {name: block for name, block in _fields_of(JobSpec).items() if block is not None}
     for home, owner in homes.items():
@@ -234,7 +238,7 @@ def _unknown(option: str, model: type[BaseModel]) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value as a user would name it."""
+    """Return a value as a user would name it."""
     if isinstance(value, str):
         return f"the text {value[:60]!r}"
     if isinstance(value, bool):

@@ -70,7 +70,7 @@ for _tag, _pattern, _first in (
 
 
 def _scalar(read: Callable[[str], object]) -> Callable[[yaml.SafeLoader, Any], object]:
-    """A constructor; what was tagged by hand may be anything."""
+    """Return a constructor; what was tagged by hand may be anything."""
 
     def construct(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> object:
         value = loader.construct_scalar(node)
@@ -93,7 +93,7 @@ for _tag, _read in (
 
 
 def parse(text: str) -> object:
-    """The values that a text spells.
+    """Return the values that a text spells.
 
     Raises:
         ValueError: it is neither JSON nor YAML, with line and column.

@@ -25,7 +25,7 @@ from lora_core.models.files import chat_template_hash
 def examples_of(
     spec: JobSpec, dataset: Path, validation: Path | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Datasets:
-    """Examples to train on, and those held out; `validation` is the file, where the spec names one."""
+    """Return examples to train on, and those held out; `validation` is the file, where the spec names one."""
     fraction = spec.validation if isinstance(spec.validation, float) else None
     held_out = fraction if validation is None else validation
     return build_datasets(dataset, held_out, tokenizer, spec.train, token_rows(model))
@@ -43,7 +43,7 @@ def store_examples(storage: Storage, datasets: Datasets, tokenizer: PreTrainedTo
 
 
 def load_examples(storage: Storage, sha256: str) -> tuple[Datasets, str]:
-    """They, and the hash of the tokenizer and chat template that made them.
+    """Return them, and the hash of the tokenizer and chat template that made them.
 
     Raises:
         StorageError: they are not there, or are not what was stored.

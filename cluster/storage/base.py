@@ -60,7 +60,7 @@ class Storage(ABC):
 
     @abstractmethod
     def get(self, key: str, *, sha256: str | None = None) -> bytes:
-        """The content.
+        """Return the content.
 
         Raises:
             StorageNotFound: there is no such object.
@@ -69,15 +69,17 @@ class Storage(ABC):
 
     @abstractmethod
     def fetch(self, key: str, path: Path, *, sha256: str | None = None) -> None:
-        """As `get`, into a file that appears, or is replaced, only once all of the content is there and checked."""
+        """Copy what `get` returns into a file that appears, or is replaced, only once all of the content is there and
+        checked.
+        """
 
     @abstractmethod
     def exists(self, key: str) -> bool:
-        """Whether `get` would find it."""
+        """Return whether `get` would find it."""
 
     @abstractmethod
     def list(self, prefix: str = "") -> Keys:
-        """Every key that starts with `prefix`, sorted."""
+        """Return every key that starts with `prefix`, sorted."""
 
     @abstractmethod
     def delete(self, key: str) -> None:
@@ -99,7 +101,7 @@ class Storage(ABC):
 
 
 def checked_key(key: str) -> str:
-    """The key, or ValueError: keys come from users too, and must stay below the storage's root."""
+    """Return the key, or raise ValueError: keys come from users too, and must stay below the storage's root."""
     for part in key.split("/"):
         if part in ("", ".", "..") or part.startswith(TEMPORARY):
             raise ValueError(f"{key!r} is no storage key: {part!r} cannot be one of its parts")
@@ -107,7 +109,7 @@ def checked_key(key: str) -> str:
 
 
 def checked_prefix(prefix: str) -> str:
-    """The same for the beginning of a key, which may be empty or end anywhere."""
+    """Check likewise the beginning of a key, which may be empty or end anywhere."""
     if prefix.rstrip("/"):
         checked_key(prefix.rstrip("/"))
     return prefix
@@ -118,7 +120,7 @@ def opened(content: bytes | Path) -> BinaryIO:
 
 
 def sha256_of(source: BinaryIO) -> str:
-    """Of all of it; it is back at its beginning afterwards."""
+    """Hash all of it; it is back at its beginning afterwards."""
     source.seek(0)
     digest = hashlib.file_digest(cast(io.BytesIO, source), "sha256").hexdigest()
     source.seek(0)
@@ -126,7 +128,7 @@ def sha256_of(source: BinaryIO) -> str:
 
 
 def verify(what: str, actual: str, expected: str | None) -> None:
-    """Raises StorageCorrupt where two hashes differ."""
+    """Raise StorageCorrupt where two hashes differ."""
     if expected is not None and actual != expected:
         raise StorageCorrupt(f"{what} is damaged: its sha256 is {actual}, not {expected}; restore it or write it again")
 
@@ -141,7 +143,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _make_folder(folder: Path) -> None:
-    """As mkdir -p, durably."""
+    """Make a folder as mkdir -p does, durably."""
     if not folder.is_dir():
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -150,7 +152,7 @@ def _make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def temporary_file(target: Path) -> Iterator[BinaryIO]:
-    """A new file in the folder of `target`, which is made; removed afterwards unless it was renamed."""
+    """Open a new file in the folder of `target`, which is made; removed afterwards unless it was renamed."""
     _make_folder(target.parent)
     path = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
     try:

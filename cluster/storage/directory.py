@@ -39,7 +39,8 @@ ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 def open_storage(url: str) -> Storage:
-    """`file:///absolute/path` or `s3://bucket/prefix`. Nothing is connected to yet (see `Storage.check`).
+    """Return the storage of `file:///absolute/path` or `s3://bucket/prefix`. Nothing is connected to yet (see
+    `Storage.check`).
 
     Raises:
         StorageConfigError: the URL is of neither form.

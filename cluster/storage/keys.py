@@ -23,7 +23,7 @@ def dataset_key(sha256: str) -> str:
 
 
 def examples_key(sha256: str) -> str:
-    """Of what the rows of a job became."""
+    """Name what the rows of a job became."""
     return f"examples/{sha256}"
 
 
@@ -48,12 +48,12 @@ def checkpoint_state_key(job_id: str, attempt: int, step: int) -> str:
 
 
 def checkpoint_marker_key(job_id: str, attempt: int, step: int) -> str:
-    """Written last: a checkpoint counts once this exists."""
+    """Name what is written last: a checkpoint counts once this exists."""
     return f"{checkpoints_prefix(job_id)}{attempt}-{step}/COMMITTED"
 
 
 def committed_checkpoint(key: str) -> tuple[int, int] | None:
-    """(attempt, step) if the key is a checkpoint's marker, else None: the inverse of `checkpoint_marker_key`."""
+    """Return (attempt, step) if the key is a checkpoint's marker, else None: the inverse of `checkpoint_marker_key`."""
     match = re.fullmatch(r"jobs/[^/]+/checkpoints/(\d+)-(\d+)/COMMITTED", key)
     return (int(match[1]), int(match[2])) if match else None
 
@@ -76,7 +76,7 @@ def alias_key(tenant: str, base: str, name: str, alias: str) -> str:
 
 
 def adapter_of_alias(key: str) -> tuple[str, str, str]:
-    """(base, name, alias): the inverse of `alias_key`."""
+    """Return (base, name, alias): the inverse of `alias_key`."""
     _, _, base, name, file = key.split("/")
     return _name(base), _name(name), _name(file.removesuffix(".json"))
 

@@ -76,7 +76,7 @@ class S3Storage(Storage):
 
     @functools.cached_property
     def client(self) -> Any:
-        """Made on first use, in a session of its own: boto3's default session is not safe between threads."""
+        """Make it on first use, in a session of its own: boto3's default session is not safe between threads."""
         reach_this_machine_directly()  # where the server may be, and boto3 reads the environment's proxies now
         try:
             return boto3.session.Session().client("s3", config=CONFIG)
@@ -166,7 +166,7 @@ class S3Storage(Storage):
 
     @contextlib.contextmanager
     def _explained(self, verb: str, key: str) -> Iterator[None]:
-        """botocore's exceptions as ours, each with what to change."""
+        """Raise botocore's exceptions as ours, each with what to change."""
         try:
             yield
         except aws.ClientError as error:

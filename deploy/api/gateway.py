@@ -35,7 +35,7 @@ api = FastAPI(title="LoRA service", openapi_url=None)
 
 
 async def _asked(result: Any) -> Any:
-    """What a server answers; that it has too much to do, or is just being replaced, is worth another try."""
+    """Return what a server answers; that it has too much to do, or is just being replaced, is worth another try."""
     try:
         return await result
     except BackPressureError as error:
@@ -64,7 +64,7 @@ async def _on_storage_error(_: Request, error: StorageError) -> Response:
 
 @api.exception_handler(HTTPException)
 async def _on_http_error(request: Request, error: HTTPException) -> Response:
-    """No such path, or not with this method."""
+    """Answer that there is no such path, or not with this method."""
     message = f"{request.method} {request.url.path}: {HTTPStatus(error.status_code).phrase.lower()}"
     return _answer_error(ApiError(error.status_code, message, "unknown_url"))
 
@@ -158,7 +158,7 @@ class Gateway:
         return _error_of(refusal)
 
     async def _unknown(self, model: str, reason: str = "") -> ApiError:
-        """404, with the models that exist; the reason says which versions do."""
+        """Return a 404 with the models that exist; the reason says which versions do."""
         names = [*self._servers, *(f"{entry.base}:{entry.name}" for entry in await self._adapters())]
         more = f" and {len(names) - _NAMES_SHOWN} more, see /v1/models" if len(names) > _NAMES_SHOWN else ""
         message = f"the model {model!r} does not exist{f' ({reason})' if '@' in model and reason else ''}"
@@ -166,7 +166,7 @@ class Gateway:
         return ApiError(404, message, "model_not_found", "model")
 
     async def _adapters(self) -> list[AdapterEntry]:
-        """Published adapters of the bases that are served, at most two seconds old."""
+        """Return the published adapters of the bases that are served, at most two seconds old."""
         now = time.monotonic()
         if self._listed is None or now - self._listed[0] > _LISTED_SECONDS:
             entries = await asyncio.to_thread(self._registry.list_adapters)

@@ -25,7 +25,7 @@ class ModelName:
 
 
 def parse_model(model: str, bases: Sequence[str]) -> ModelName | None:
-    """None where the base is none of `bases`, or a part is empty."""
+    """Part a model's name; None where the base is none of `bases`, or a part is empty."""
     base, colon, rest = model.partition(":")
     adapter, at, version = rest.partition("@")
     if base not in bases or (colon and not adapter) or (at and not version):
@@ -34,7 +34,7 @@ def parse_model(model: str, bases: Sequence[str]) -> ModelName | None:
 
 
 def model_object(model: str, base: str, created: float, digest: str | None = None) -> dict[str, Any]:
-    """OpenAI's Model; `root` is the base, as in vLLM, and `digest` that of the adapter's content."""
+    """Return OpenAI's Model; `root` is the base, as in vLLM, and `digest` that of the adapter's content."""
     fields = {"id": model, "object": "model", "created": int(created), "owned_by": "lora", "root": base}
     return fields if digest is None else {**fields, "digest": digest}
 
@@ -56,18 +56,18 @@ class CompletionResponse(ABC):
         self._start = StreamStart("", 0)
 
     def whole(self, answer: Completion) -> dict[str, Any]:
-        """The answer at once."""
+        """Return the answer at once."""
         self._start = answer.start
         choice = self.whole_choice(answer.text, answer.finish_reason)
         return self._document(self.whole_object, [choice], {"usage": self._usage(answer.completion_tokens)})
 
     def first_chunk(self, start: StreamStart) -> str:
-        """What a stream begins with; to be called before `chunks`."""
+        """Return what a stream begins with; to be called before `chunks`."""
         self._start = start
         return ""
 
     def chunks(self, delta: Delta) -> str:
-        """One more piece of text; the last brings finish reason, usage and the end of the stream with it."""
+        """Format one more piece of text; the last brings finish reason, usage and the end of the stream with it."""
         text = self._chunk(self.chunk_choice(delta.text, None)) if delta.text else ""
         if delta.finish_reason is None:
             return text
@@ -78,11 +78,11 @@ class CompletionResponse(ABC):
 
     @abstractmethod
     def whole_choice(self, text: str, finish_reason: str) -> dict[str, Any]:
-        """The one entry of `choices` in a whole answer."""
+        """Return the one entry of `choices` in a whole answer."""
 
     @abstractmethod
     def chunk_choice(self, text: str, finish_reason: str | None) -> dict[str, Any]:
-        """The one entry of `choices` in a chunk of a stream."""
+        """Return the one entry of `choices` in a chunk of a stream."""
 
     def _chunk(self, choice: dict[str, Any]) -> str:
         usage: dict[str, Any] = {"usage": None} if self._include_usage else {}
@@ -132,5 +132,5 @@ def _choice(finish_reason: str | None, **content: Any) -> dict[str, Any]:
 
 
 def event(document: Mapping[str, Any]) -> str:
-    """One server-sent event."""
+    """Format one server-sent event."""
     return f"data: {json.dumps(document, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -114,13 +114,13 @@ class CompletionRequest(_Strict):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def contradictions(self) -> list[Problem]:
-        """Parameters that do not go together."""
+        """Name parameters that do not go together."""
         if self.stream_options is not None and not self.stream:
             return [("stream_options", "invalid_value", "stream_options is only allowed when stream is true")]
         return []
 
     def generate_request(self, adapter: str | None, version: str) -> GenerateRequest:
-        """What an adapter server is asked."""
+        """Return what an adapter server is asked."""
         return GenerateRequest(
             prompt=self._prompt(),
             adapter=adapter,
@@ -134,7 +134,7 @@ class CompletionRequest(_Strict):
 
     @abstractmethod
     def _prompt(self) -> str | tuple[dict[str, Any], ...]:
-        """Plain text, or the messages of a conversation."""
+        """Return plain text, or the messages of a conversation."""
 
     def _max_tokens(self) -> int | None:
         return self.max_tokens
@@ -180,7 +180,7 @@ R = TypeVar("R", bound=CompletionRequest)
 
 
 def parse_request(body: bytes, kind: type[R]) -> R:
-    """Raises ApiError (400) with everything that is wrong; its `param` is the first of it."""
+    """Check a request. Raises ApiError (400) with everything that is wrong; its `param` is the first of it."""
     document = _document(body)
     request: R | None = None
     problems: list[Problem] = []
@@ -197,7 +197,7 @@ def parse_request(body: bytes, kind: type[R]) -> R:
 
 
 def _document(body: bytes) -> dict[str, Any]:
-    """The values of a request; ApiError also for those that JSON can spell and nothing can use."""
+    """Return the values of a request; raises ApiError also for those that JSON can spell and nothing can use."""
     try:
         document = json.loads(body, parse_int=whole_number)
     except ValueError as error:
@@ -225,7 +225,9 @@ def _invalid(error: ErrorDetails) -> Problem:
 
 
 def _unsupported(document: Mapping[str, Any], kind: type[CompletionRequest]) -> list[Problem]:
-    """Parameters that are not supported, and what is wrong with messages; null passes, and a value without effect."""
+    """Name parameters that are not supported, and what is wrong with messages; null passes, and a value without
+    effect.
+    """
     problems = []
     for name, value in document.items():
         if name in kind.model_fields or name in _HARMLESS or value is None:

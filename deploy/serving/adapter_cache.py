@@ -81,7 +81,7 @@ class AdapterCache:
         self._in_flight: dict[object, asyncio.Task[Any]] = {}
 
     async def resolve(self, adapter: str, version: str) -> AdapterVersion:
-        """What the registry names now.
+        """Return what the registry names now.
 
         Raises:
             AdapterNotFound: naming what exists.
@@ -101,7 +101,7 @@ class AdapterCache:
 
     @asynccontextmanager
     async def use(self, version: AdapterVersion) -> AsyncIterator[Adapter]:
-        """The adapter of this version, in memory while the block lasts.
+        """Yield the adapter of this version, in memory while the block lasts.
 
         Raises:
             AdapterRefusedError: it belongs to another base, or computes something else than in training.
@@ -121,7 +121,7 @@ class AdapterCache:
             self._evict()
 
     async def _once(self, key: object, start: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """One load for all who ask for the same at once; it goes on when the one who started it leaves."""
+        """Share one load between all who ask for the same at once; it goes on when the one who started it leaves."""
         load: asyncio.Task[T] | None = self._in_flight.get(key)
         if load is None:
             load = self._in_flight[key] = asyncio.create_task(start())
@@ -150,7 +150,9 @@ class AdapterCache:
         return entry
 
     def _check_origin(self, what: str, version: AdapterVersion) -> None:
-        """Before anything is fetched: the same base weights, and prompts that mean the same tokens."""
+        """Check, before anything is fetched, that it has the same base weights, and prompts that mean the same
+        tokens.
+        """
         if version.digest in self._refused:
             raise AdapterRefusedError(self._refused[version.digest])
         fingerprint = version.manifest.get("base_fingerprint")
@@ -176,7 +178,7 @@ class AdapterCache:
         return adapter
 
     async def _replay_probes(self, what: str, version: AdapterVersion, adapter: Adapter) -> None:
-        """What training measured last is measured again here; a step of the decode loop fits between two probes."""
+        """Measure again what training measured last; a step of the decode loop fits between two probes."""
         began = time.monotonic()
         precisions = (str(version.manifest.get("precision")), self._base.precision)
         mixed = _TOLERANCE_NF4 if "nf4" in precisions else _TOLERANCE_MIXED

@@ -53,7 +53,7 @@ class DecodeLoop:
         threading.Thread(target=self._run, name="decode", daemon=True).start()
 
     async def call(self, function: Callable[[], T]) -> T:
-        """The result of a function that ran on the thread, between two steps."""
+        """Return the result of a function that ran on the thread, between two steps."""
         future: Future[T] = Future()
 
         def command() -> None:
@@ -71,7 +71,7 @@ class DecodeLoop:
 
     @asynccontextmanager
     async def answering(self, request: GenerationRequest) -> AsyncIterator[AsyncIterator[list[GeneratedToken]]]:
-        """The events of a request, those that came together together; leaving the block gives the request up.
+        """Yield the events of a request, those that came together together; leaving the block gives the request up.
 
         Raises:
             PromptTooLongError: and what else `Generator.add` refuses.
@@ -100,7 +100,7 @@ class DecodeLoop:
             self._handles.pop(handle.number, None)
 
     def _post(self, command: Callable[[], None]) -> bool:
-        """Whether the thread lives to take it."""
+        """Return whether the thread lives to take it."""
         with self._lock:
             if self.error is None:
                 self._commands.put(command)
@@ -119,7 +119,7 @@ class DecodeLoop:
             self._die(DecodeLoopError(f"decoding failed: {type(error).__name__}: {error}"))
 
     def _take_commands(self) -> None:
-        """All that are there; where nobody is being answered, wait for one."""
+        """Run all that are there; where nobody is being answered, wait for one."""
         busy = self._generator.running or self._generator.waiting
         try:
             command = self._commands.get(block=not busy, timeout=_IDLE_SECONDS)

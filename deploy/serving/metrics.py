@@ -58,7 +58,7 @@ class ServingMetrics:
         self._first_token.observe(seconds, tags={"base": self._base})
 
     def answered(self, adapter: str, reason: str, seconds: float, prompt_tokens: int, tokens: int) -> None:
-        """A request that was taken is over; `reason` is a finish reason, `abort` or `error`."""
+        """Count a request that is over; `reason` is a finish reason, `abort` or `error`."""
         tags = {"base": self._base, "adapter": adapter}
         self._requests.inc(1, tags={**tags, "finish_reason": reason})
         self._prompt_tokens.inc(prompt_tokens, tags=tags)

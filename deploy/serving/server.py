@@ -64,12 +64,14 @@ class AdapterServer:
         )  # fmt: skip
 
     def check_health(self) -> None:
-        """Serve asks every few seconds, and replaces the replica when this raises."""
+        """Raise what killed the decode loop. Serve asks every few seconds, and replaces the replica when this
+        raises.
+        """
         if self._loop.error is not None:
             raise self._loop.error
 
     async def answer(self, asked: GenerateRequest) -> Completion | ErrorResponse:
-        """The whole answer."""
+        """Return the whole answer."""
         items = [item async for item in self.stream(asked)]
         start, *deltas = items
         last = items[-1]
@@ -80,7 +82,7 @@ class AdapterServer:
         return Completion(start, text, last.finish_reason, last.completion_tokens)
 
     async def stream(self, asked: GenerateRequest) -> AsyncGenerator[StreamStart | Delta | ErrorResponse]:
-        """The answer as it comes. A caller who stops listening gives the request up."""
+        """Return the answer as it comes. A caller who stops listening gives the request up."""
         account = _Account(self._metrics, asked.adapter or "")
         async with AsyncExitStack() as stack:
             try:
@@ -98,7 +100,7 @@ class AdapterServer:
                 yield _refusal(error)
 
     async def _request(self, asked: GenerateRequest, stack: AsyncExitStack) -> tuple[str, GenerationRequest]:
-        """Digest and request; the adapter stays in memory as long as the stack is open."""
+        """Return digest and request; the adapter stays in memory as long as the stack is open."""
         from lora_core.inference.engine import GenerationRequest
         from lora_core.inference.sampling import SamplingParams
 
@@ -115,7 +117,7 @@ class AdapterServer:
         )
 
     def _prompt(self, asked: GenerateRequest) -> list[int]:
-        """Tokens that the answer follows, made as in training."""
+        """Return the tokens that the answer follows, made as in training."""
         from lora_core.data.prompts import prompt_ids
 
         return prompt_ids(self._tokenizer, asked.prompt)
@@ -146,7 +148,9 @@ class _Account:
 
 
 def _refusal(error: Exception) -> ErrorResponse:
-    """What went wrong, for the one who asked. Anything unforeseen is a bug: it is raised, and logged with its stack."""
+    """Return what went wrong, for the one who asked. Anything unforeseen is a bug: it is raised, and logged with its
+    stack.
+    """
     from deploy.serving.adapter_cache import AdapterRefusedError
     from deploy.serving.decode_loop import DecodeLoopError
     from lora_core.adapters.peft_format import AdapterFormatError

@@ -33,7 +33,7 @@ AGENT_SECONDS = 30.0
 
 
 def scheduler_id(number: int) -> str:
-    """The submission id of a cluster's scheduler, which callers that start one at once share."""
+    """Return the submission id of a cluster's scheduler, which callers that start one at once share."""
     return f"{SCHEDULERS}{number}"
 
 
@@ -87,7 +87,7 @@ class Launcher:
         self._submit(submission_id, [sys.executable, "-m", "jobs", "scheduler"], {})
 
     def state(self, submission_id: str) -> SubmissionStatus:
-        """What Ray knows of a submission."""
+        """Return what Ray knows of a submission."""
         try:
             info = self._client().get_job_info(submission_id)
         except RuntimeError as error:
@@ -112,14 +112,14 @@ class Launcher:
             return
 
     def logs(self, submission_id: str) -> str:
-        """The log of a submission, as long as the node that holds it lives."""
+        """Return the log of a submission, as long as the node that holds it lives."""
         try:
             return self._client().get_job_logs(submission_id)
         except NO_ANSWER as error:
             return f"(the log of {submission_id} is not to be had: {error})"
 
     def size(self) -> ClusterSize:
-        """What the cluster holds now.
+        """Return what the cluster holds now.
 
         Raises:
             RayUnreachableError: Ray does not answer.
@@ -134,7 +134,7 @@ class Launcher:
         return ClusterSize(workers=gpus or cpus, nodes=len(nodes))
 
     def others_running(self) -> bool:
-        """Whether anything but schedulers uses this cluster: a session, a Serve application, somebody's driver.
+        """Return whether anything but schedulers uses this cluster: a session, a Serve application, somebody's driver.
 
         Raises:
             RayUnreachableError: Ray does not answer.

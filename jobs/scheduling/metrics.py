@@ -36,11 +36,11 @@ class QueueCollector(Collector):
         self._queue, self._cluster, self._clock = queue, cluster, clock
 
     def describe(self) -> list[Metric]:
-        """Nothing: registering must not ask the database."""
+        """Describe nothing: registering must not ask the database."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """One family a metric."""
+        """Yield one family a metric."""
         counts = _gauge(JOBS)
         for status, number in self._queue.counts(self._cluster).items():
             counts.add_metric([status], number)

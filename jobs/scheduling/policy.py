@@ -56,16 +56,17 @@ Action = Launch | Assign | Stop
 
 
 def plan(queued: Sequence[Job], running: Sequence[Job], sessions: Sequence[Session], cluster: Cluster) -> list[Action]:
-    """The next actions, from the jobs that wait, those that run and the sessions that have not ended. They depend on
-    nothing but the arguments, and not on the order in which those are listed. A job that needs more workers than the
-    cluster will ever have is left out (`submit` refuses it; the cluster may have shrunk)."""
+    """Return the next actions, from the jobs that wait, those that run and the sessions that have not ended. They
+    depend on nothing but the arguments, and not on the order in which those are listed. A job that needs more workers
+    than the cluster will ever have is left out (`submit` refuses it; the cluster may have shrunk).
+    """
     return _planned(queued, running, sessions, cluster)[0]
 
 
 def reasons(
     queued: Sequence[Job], running: Sequence[Job], sessions: Sequence[Session], cluster: Cluster
 ) -> dict[str, str]:
-    """Why each job that still waits when the plan is carried out does, in a sentence for whoever follows it."""
+    """Tell why each job that still waits when the plan is carried out does, in a sentence for whoever follows it."""
     return _planned(queued, running, sessions, cluster)[1]
 
 
@@ -105,7 +106,9 @@ def _planned(
 
 
 def _in_line(waiting: Sequence[Job], cluster: Cluster) -> dict[str, str]:
-    """Of jobs for which there is no room, the first in line first. No number grows without end: each is recorded."""
+    """Tell jobs for which there is no room why, the first in line first. No number grows without end: each is
+    recorded.
+    """
     first, *others = waiting
     why = {
         first.id: f"waits: others have the workers of which it needs {first.num_workers}; the cluster has"
@@ -150,21 +153,23 @@ class _Targets:
         ]
 
     def idle(self) -> list[Session]:
-        """Sessions without a job."""
+        """Return the sessions without a job."""
         return [target.session for target in self._targets if target.session is not None and not target.colocated]
 
     def idle_for(self, job: Job) -> _Target | None:
-        """One without a job, and one that runs before one that is still being launched."""
+        """Find one without a job, and one that runs before one that is still being launched."""
         same = [target for target in self._targets if job.session_key in target.keys and not target.colocated]
         return min(same, key=lambda target: target.comes_later, default=None)
 
     def launched(self, job: Job) -> _Target:
-        """A session that is to be launched for it."""
+        """Return a session that is to be launched for it."""
         self._targets.append(_Target((job.session_key,), None, []))
         return self._targets[-1]
 
     def beside_others(self, job: Job) -> _Target | None:
-        """The one with the fewest jobs, of those where everybody agrees to one more; it runs if one of them does."""
+        """Find the one with the fewest jobs, of those where everybody agrees to one more; it runs if one of them
+        does.
+        """
         room = [target for target in self._targets if job.session_key in target.keys and self._has_room(target, job)]
         return min(room, key=lambda target: (target.comes_later, len(target.colocated)), default=None)
 
@@ -174,8 +179,9 @@ class _Targets:
 
 
 def _to_stop(idle: Sequence[Session], missing: int) -> list[Session]:
-    """Sessions that together hold `missing` workers, none more than needed; none at all where all of them are not
-    enough."""
+    """Choose sessions that together hold `missing` workers, none more than needed; none at all where all of them are
+    not enough.
+    """
     if sum(session.num_workers for session in idle) < missing:
         return []
     chosen = list(idle)

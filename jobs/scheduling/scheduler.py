@@ -54,7 +54,7 @@ class Scheduler:
     """What the waiting jobs' histories say of why they wait: a reason is recorded once."""
 
     def step(self) -> bool:
-        """One round; returns whether there is anything to do, now or soon."""
+        """Make one round; returns whether there is anything to do, now or soon."""
         self._reconcile()
         queued = self.queue.list(self.cluster, {JobStatus.QUEUED})
         running = self.queue.list(self.cluster, {JobStatus.RUNNING})
@@ -84,7 +84,7 @@ class Scheduler:
         self.told.update(why)
 
     def _slow_start(self, session: Session) -> str | None:
-        """What Ray says of a session that it should have started by now."""
+        """Return what Ray says of a session that it should have started by now."""
         if session.state is not SessionState.LAUNCHING or time.time() - session.created_at < SLOW_SECONDS:
             return None
         said = self.launcher.state(session.ray_submission_id).message
@@ -108,8 +108,9 @@ class Scheduler:
 
     @staticmethod
     def _lease_ran_out(session: Session) -> bool:
-        """A driver outlives a lost head, so that Ray does not know it is not enough: its own sign of life must be old
-        too."""
+        """Return whether a driver's own sign of life is old: it outlives a lost head, so that it may live although Ray
+        does not know it.
+        """
         return session.lease_until is None or session.lease_until < time.time()
 
     def _mark_ended(self, session: Session, reason: str) -> None:
@@ -130,8 +131,8 @@ class Scheduler:
                 )
 
     def _requeue(self, job: Job) -> None:
-        """A running job whose session has ended: back to the queue, or failed when that was the third. The third is its
-        own: of several jobs it would not be known whose fault it was.
+        """Put a running job whose session has ended back to the queue, or fail it when that was the third. The third is
+        its own: of several jobs it would not be known whose fault it was.
         """
         session = self.queue.session(job.session_id) if job.session_id else None
         reason = (session.reason if session else None) or "its session ended"
@@ -232,8 +233,9 @@ def _schedule(settings: Settings, cluster: str, owner: OwnerLock | None, stopped
 
 
 def run_step(scheduler: Scheduler) -> bool:
-    """`Scheduler.step`, and its failure told to those who wait. Ray that does not answer is unknown, and not dead: the
-    rows stay as they are."""
+    """Run `Scheduler.step`, and tell its failure to those who wait. Ray that does not answer is unknown, and not dead:
+    the rows stay as they are.
+    """
     try:
         return scheduler.step()
     except RayUnreachableError as error:
@@ -248,7 +250,7 @@ def run_step(scheduler: Scheduler) -> bool:
 
 
 def _brief(text: str) -> str:
-    """The beginning of what somebody else said, on one line."""
+    """Return the beginning of what somebody else said, on one line."""
     return " ".join(text.split())[:300]
 
 

@@ -17,7 +17,7 @@ from jobs.session.driver import run_session
 
 
 def main() -> None:
-    """Entry point of the Ray job."""
+    """Run the Ray job."""
     parser = argparse.ArgumentParser(prog="python -m jobs.session")
     parser.add_argument("--id", required=True)
     parser.add_argument("--fence", type=int, required=True)

@@ -45,14 +45,14 @@ class Collectives:
         _run(lambda: dist.broadcast(tensor, src=0))
 
     def agree(self, ask: Callable[[], T]) -> T:
-        """Rank 0's answer, on every rank. Ranks that each asked would leave at different steps and hang."""
+        """Return rank 0's answer on every rank. Ranks that each asked would leave at different steps and hang."""
         answer: list[T | None] = [ask() if self.rank == 0 else None]
         _run(lambda: dist.broadcast_object_list(answer, src=0, group=self._control))
         assert answer[0] is not None
         return answer[0]
 
     def gather(self, value: str | None) -> list[str | None]:
-        """Every rank's value, on every rank."""
+        """Return every rank's value on every rank."""
         values: list[str | None] = [value] * self.ranks
         _run(lambda: dist.all_gather_object(values, value, group=self._control))
         return values

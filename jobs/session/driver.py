@@ -98,7 +98,7 @@ class SessionController:
             self._ended.wait(RECONCILE_SECONDS)
 
     def _reconcile(self, stop: bool) -> bool:
-        """One round; returns whether the ranks should end."""
+        """Make one round; returns whether the ranks should end."""
         self._renew()
         jobs = {job.id: job for job in self._queue.assigned(self._session_id)}
         wanted = [self._assignment(job) for job in jobs.values() if job.requested is not RequestedAction.CANCEL]
@@ -142,7 +142,7 @@ class SessionController:
         return session is not None and session.requested == "stop"
 
     def _assignment(self, job: Job) -> Assignment:
-        """What the ranks need; the checkpoint is looked up once, and known from reports afterwards."""
+        """Return what the ranks need; the checkpoint is looked up once, and known from reports afterwards."""
         if job.id not in self._known:
             newest = self._newest_checkpoint(job.id)
             self._known[job.id] = Assignment(
@@ -157,7 +157,7 @@ class SessionController:
         return self._known[job.id]
 
     def _commits(self, job_id: str) -> list[tuple[tuple[int, int], str]]:
-        """((attempt, step), marker's key) of every committed checkpoint, oldest first."""
+        """List ((attempt, step), marker's key) of every committed checkpoint, oldest first."""
         keys = self._storage.list(checkpoints_prefix(job_id))
         return sorted((place, key) for key in keys if (place := committed_checkpoint(key)) is not None)
 
@@ -235,8 +235,9 @@ class SessionController:
             self._storage.delete(commit["key"])
 
     def _publish(self, report: Trained) -> None:
-        """Adapter, then result, then the row: a crash in between is repeated from the last checkpoint to the same
-        content."""
+        """Write adapter, then result, then the row: a crash in between is repeated from the last checkpoint to the same
+        content.
+        """
         if not self._runs_here(report.job_id):
             return
         job = self._queue.get(report.job_id)
@@ -253,7 +254,9 @@ class SessionController:
         self._move(job.id, JobStatus.SUCCEEDED, f"published {result['model']} version {version.version}", result=result)
 
     def _blame(self, suspects: Iterable[str], reason: str) -> None:
-        """A rank's code raised. One suspect is the culprit; of several each is tried again by itself."""
+        """Fail or requeue those whose rank raised. One suspect is the culprit; of several each is tried again by
+        itself.
+        """
         suspects = list(suspects)
         for job_id in suspects:
             if len(suspects) == 1:
@@ -263,7 +266,7 @@ class SessionController:
                 self._move(job_id, JobStatus.QUEUED, message, lost_attempt=True, max_colocated=0)
 
     def _runs_here(self, job_id: str) -> bool:
-        """Whether the job is still ours: asked right before something that others will see is written."""
+        """Return whether the job is still ours: asked right before something that others will see is written."""
         holds = self._queue.renew_session(self._session_id, self._fence, self._settings.lease_seconds)
         return holds and any(job.id == job_id for job in self._queue.assigned(self._session_id))
 
@@ -330,7 +333,7 @@ def run_session(settings: Settings, session_id: str, fence: int) -> int:
 
 
 def _root_cause(error: TrainingFailedError) -> str:
-    """The rank that died rather than the neighbours that noticed, in one line."""
+    """Return the rank that died rather than the neighbours that noticed, in one line."""
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     died = {rank: failure for rank, failure in failures.items() if "PeerLostError" not in str(failure)} or failures
     if not died:
@@ -340,8 +343,8 @@ def _root_cause(error: TrainingFailedError) -> str:
 
 
 def _train_loop(config: dict[str, Any]) -> None:
-    """What Ray Train runs on every rank. It is imported there: neither the driver nor Ray's controller needs
-    transformers, which takes each of them seconds and 0.2 GB.
+    """Run one rank. Its code is imported there: neither the driver nor Ray's controller needs transformers, which takes
+    each of them seconds and 0.2 GB.
     """
     from jobs.session.rank import train_loop
 

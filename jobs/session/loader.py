@@ -43,7 +43,9 @@ class JobReader:
                 self.reading[assignment.job_id] = assignment, work
 
     def _read(self, assignment: Assignment) -> tuple[JobSpec, PreparedJob, str]:
-        """With patience while the storage does not answer: what a job has reached is worth more than a few minutes."""
+        """Read with patience while the storage does not answer: what a job has reached is worth more than a few
+        minutes.
+        """
         deadline = time.monotonic() + STORAGE_PATIENCE
         while True:
             try:

@@ -138,7 +138,7 @@ class Mailbox:
         self._state = _State()
 
     def desired(self, active: tuple[str, ...]) -> DesiredJobs:
-        """Rank 0: these jobs I have; what should I have?
+        """Rank 0 asks: these jobs I have; what should I have?
 
         Not what is over: until the driver has taken the report of an end, it still desires the job, and ranks that
         believed it would train it once more.
@@ -149,7 +149,7 @@ class Mailbox:
         return replace(state.desired, assignments=wanted)
 
     def report(self, report: Report | RankBroke | RanksStarted) -> None:
-        """Any rank: this happened."""
+        """Any rank reports: this happened."""
         state = self._state
         if isinstance(report, (Trained, JobFailed, NoRoom)):
             state.over |= {
@@ -158,14 +158,14 @@ class Mailbox:
         state.reports.append(report)
 
     def exchange(self, desired: DesiredJobs) -> tuple[frozenset[str], list[Report | RankBroke | RanksStarted]]:
-        """The driver: post what is desired, take what was reported since the last time and which jobs are active."""
+        """Post what the driver desires, and take what was reported since the last time and which jobs are active."""
         reports, self._state.reports = self._state.reports, []
         self._state.desired = desired
         return self._state.active, reports
 
 
 def start_mailbox() -> Any:
-    """A handle of a mailbox that ends with this process."""
+    """Return a handle of a mailbox that ends with this process."""
     return ray.remote(Mailbox).options(num_cpus=0, max_concurrency=8).remote()
 
 

@@ -65,7 +65,7 @@ IDLE_POLL_SECONDS = 0.1
 
 
 def train_loop(config: dict[str, Any]) -> None:
-    """The function that Ray Train runs on every rank; see `Rank.run`."""
+    """Run one rank, as Ray Train does on each; see `Rank.run`."""
     log_to_stderr()
     settings: Settings = config["settings"]
     mailbox, storage = RanksMailbox(config["mailbox"]), open_storage(settings.storage_url)
@@ -97,7 +97,7 @@ class Rank:
         torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) // collectives.local_ranks))
 
     def run(self) -> None:
-        """Until told to stop. What breaks it is told, with the jobs that it may be blamed on."""
+        """Train until told to stop. What breaks it is told, with the jobs that it may be blamed on."""
         try:
             self._train()
         except PeerLostError:
@@ -170,7 +170,9 @@ class Rank:
         return base
 
     def _share_of_memory(self) -> int:
-        """Of what this node can give: GPUs are each rank's own, while ranks on CPUs share one memory."""
+        """Return this rank's share of what its node can give: GPUs are each rank's own, while ranks on CPUs share one
+        memory.
+        """
         available = available_bytes(self.base.device)
         return available if self.base.device.type == "cuda" else available // self.collectives.local_ranks
 
@@ -180,7 +182,7 @@ class Rank:
         return {job_id: active.assignment for job_id, active in self.active.items()} | self.publishing
 
     def _desired_jobs(self) -> DesiredJobs:
-        """Asked for without waiting while there is work: an answer that is not there yet is taken at the next step."""
+        """Ask without waiting while there is work: an answer that is not there yet is taken at the next step."""
         desired = self.mailbox.desired(tuple(self.assigned), wait=not self.active)
         if desired is not None:
             return desired
@@ -188,7 +190,7 @@ class Rank:
         return DesiredJobs((*self.assigned.values(), *reading))
 
     def _prepared_everywhere(self) -> list[str]:
-        """Jobs that every rank has read, or failed to; in the same order on all."""
+        """Name the jobs that every rank has read, or failed to; in the same order on all."""
         if not self.reader.reading:
             return []
         done = json.dumps([job_id for job_id, (_, work) in self.reader.reading.items() if work.done()])
@@ -269,7 +271,9 @@ class Rank:
         self.mailbox.send(CheckpointWritten(assignment.job_id, step, key, sha256))
 
     def _probe(self, active: ActiveJob) -> None:
-        """One probe between two micro-batches, which all ranks count and one measures: the others go on meanwhile."""
+        """Take one probe between two micro-batches, which all ranks count and one measures: the others go on
+        meanwhile.
+        """
         example, adapter = active.probed[len(active.probes)], active.live.adapter
         active.probes += probe_losses(self.base, self.engine.bank, adapter, [example]) if self.rank == 0 else [0.0]
         if len(active.probes) == len(active.probed):

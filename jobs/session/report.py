@@ -42,7 +42,7 @@ class ActiveJob:
         return self.live.job.examples[:PROBES]
 
     def expected_seconds(self, base: BaseModel, flop_per_second: float, ranks: int) -> float:
-        """What is left of its training, by the rate of each rank's products."""
+        """Return what is left of its training, by the rate of each rank's products."""
         job, progress = self.live.job, self.live.progress
         tokens = sum(len(example.ids) for example in job.examples) * job.train.epochs * (1 - progress.step / job.steps)
         return 4 * base.parameters * tokens / (flop_per_second * ranks * OF_PRODUCTS)
@@ -64,7 +64,7 @@ class ActiveJob:
         return figures
 
     def manifest(self, base: BaseModel, exactness: Exactness) -> dict[str, Any]:
-        """What is published beside the files of the adapter, once all probes are measured."""
+        """Return what is published beside the files of the adapter, once all probes are measured."""
         progress, train = self.live.progress, self.live.job.train
         metrics = _metrics(progress, progress.best if train.keeps_best else progress.evaluation)
         if progress.stopped is not None:
@@ -87,7 +87,7 @@ class ActiveJob:
 
 
 def _metrics(progress: Progress, evaluation: Evaluation | None) -> JobMetrics:
-    """The figures of a job whose adapter `evaluation` is about, beside what training started from."""
+    """Return the figures of a job whose adapter `evaluation` is about, beside what training started from."""
     metrics: JobMetrics = {
         "step": progress.step,
         "loss": progress.loss,

@@ -63,13 +63,13 @@ class Database:
 
     @contextlib.contextmanager
     def read(self) -> Iterator[sa.Connection]:
-        """A transaction that only reads. Raises DatabaseUnavailableError."""
+        """Begin a transaction that only reads. Raises DatabaseUnavailableError."""
         with self._names_outages(), self._engine.begin() as connection:
             yield connection
 
     @contextlib.contextmanager
     def write(self) -> Iterator[sa.Connection]:
-        """A transaction that writes: all of it or, after any error, none. Raises DatabaseUnavailableError."""
+        """Begin a transaction that writes: all of it or, after any error, none. Raises DatabaseUnavailableError."""
         with self._names_outages(), self._file_lock(), self._writing.begin() as connection:
             yield connection
 
@@ -109,7 +109,7 @@ class Database:
 
 
 def _parsed(url: str) -> sa.URL:
-    """The URL with the driver that is installed. Raises DatabaseSettingError, without repeating a password."""
+    """Return the URL with the driver that is installed. Raises DatabaseSettingError, without repeating a password."""
     try:
         parsed = sa.make_url(url)
     except (sa.exc.ArgumentError, ValueError):
@@ -138,9 +138,10 @@ def _sqlite_engine(url: sa.URL) -> sa.Engine:
 
 
 def _postgresql_engine(url: sa.URL) -> sa.Engine:
-    """Few connections a process, since every process of a cluster has its own; each is tried before use and not kept
-    for long, as the server, a failover or a proxy may have closed it. No prepared statements: poolers such as
-    PgBouncer mix them up."""
+    """Keep few connections a process, since every process of a cluster has its own; each is tried before use and not
+    kept for long, as the server, a failover or a proxy may have closed it. No prepared statements: poolers such as
+    PgBouncer mix them up.
+    """
     return sa.create_engine(
         url,
         isolation_level="READ COMMITTED",

@@ -64,9 +64,10 @@ class JobQueue(SessionTable):
         status: JobStatus = JobStatus.QUEUED,
         again: bool = False,
     ) -> tuple[Job, bool]:
-        """A job for `spec`, and whether it is new. The same content gives the same job, however often and from
+        """Return a job for `spec`, and whether it is new. The same content gives the same job, however often and from
         however many processes it is sent, unless that job failed or was cancelled, or `again` asks for another one. A
-        waiting job takes the priority of its newest submission. `base` is the short name in "<base>:<adapter>"."""
+        waiting job takes the priority of its newest submission. `base` is the short name in "<base>:<adapter>".
+        """
         assert status in (JobStatus.QUEUED, JobStatus.VALIDATING_FILES)
         now, job_id = self._clock(), f"job-{secrets.token_hex(6)}"
         row = {
@@ -98,7 +99,9 @@ class JobQueue(SessionTable):
             return self._insert_or_find(row, spec, again)
 
     def get(self, id_or_prefix: str) -> Job:
-        """The job with this id, or the only one whose id starts so, with or without "job-". Raises JobNotFoundError."""
+        """Return the job with this id, or the only one whose id starts so, with or without "job-". Raises
+        JobNotFoundError.
+        """
         digits = id_or_prefix.removeprefix("job-")
         query = sa.select(jobs).where(jobs.c.id.startswith(f"job-{digits}", autoescape=True))
         with self._db.read() as conn:
@@ -108,7 +111,7 @@ class JobQueue(SessionTable):
         return found[0]
 
     def list(self, cluster: str | None = None, statuses: Collection[JobStatus] | None = None) -> Sequence[Job]:
-        """Jobs, oldest first."""
+        """List jobs, oldest first."""
         query = sa.select(jobs).order_by(jobs.c.created_at, jobs.c.id)
         if cluster is not None:
             query = query.where(jobs.c.cluster == cluster)
@@ -118,15 +121,16 @@ class JobQueue(SessionTable):
             return [_job(row) for row in conn.execute(query)]
 
     def counts(self, cluster: str) -> dict[JobStatus, int]:
-        """How many jobs of a cluster are in each state, zeros included."""
+        """Return how many jobs of a cluster are in each state, zeros included."""
         query = sa.select(jobs.c.status, sa.func.count()).where(jobs.c.cluster == cluster).group_by(jobs.c.status)
         with self._db.read() as conn:
             found = {JobStatus(status): int(number) for status, number in conn.execute(query)}
         return {status: found.get(status, 0) for status in JobStatus}
 
     def events(self, subject: str, after: int = 0) -> Sequence[QueueEvent]:
-        """The history of a job or session from the event `after` on, oldest first. Within a subject ids grow in the
-        order in which events become visible, so that a reader who remembers the last one misses none."""
+        """Return the history of a job or session from the event `after` on, oldest first. Within a subject ids grow in
+        the order in which events become visible, so that a reader who remembers the last one misses none.
+        """
         query = sa.select(events).where(events.c.subject == subject, events.c.id > after).order_by(events.c.id)
         with self._db.read() as conn:
             return [QueueEvent(**dict(row._mapping) | {"kind": EventKind(row.kind)}) for row in conn.execute(query)]
@@ -159,7 +163,9 @@ class JobQueue(SessionTable):
             return count
 
     def assign(self, job_id: str, session_id: str, *, lease: Lease | None = None) -> bool:
-        """queued -> running in a session that is running and not asked to stop. This begins the job's next attempt."""
+        """Move a job queued -> running in a session that is running and not asked to stop. This begins the job's next
+        attempt.
+        """
         with self._db.write() as conn:
             if not lease_holds(conn, lease):
                 return False
@@ -230,7 +236,7 @@ class JobQueue(SessionTable):
             return self._locked_job(conn, job_id)
 
     def assigned(self, session_id: str) -> Sequence[Job]:
-        """The jobs that run in a session, in the order of their submission."""
+        """Return the jobs that run in a session, in the order of their submission."""
         query = sa.select(jobs).where(jobs.c.session_id == session_id, jobs.c.status == JobStatus.RUNNING)
         with self._db.read() as conn:
             return [_job(row) for row in conn.execute(query.order_by(jobs.c.created_at, jobs.c.id))]
@@ -247,7 +253,7 @@ class JobQueue(SessionTable):
         kind: EventKind = EventKind.NOTE,
         data: dict[str, Any] | None = None,
     ) -> bool:
-        """The one statement that changes a job's status."""
+        """Run the one statement that changes a job's status."""
         if to not in TRANSITIONS[from_]:
             raise IllegalTransitionError(job_id, from_, to)
         now = self._clock()
@@ -274,7 +280,9 @@ class JobQueue(SessionTable):
         return _job(row)
 
     def _insert_or_find(self, row: dict[str, Any], spec: JobSpec, again: bool) -> tuple[Job, bool]:
-        """The newest job with the content of `row` that has not failed or been cancelled, else `row` as a new one."""
+        """Return the newest job with the content of `row` that has not failed or been cancelled, else `row` as a new
+        one.
+        """
         same = [jobs.c[name] == row[name] for name in ("tenant", "cluster", "content_key")]
         twins = sa.select(jobs).where(*same, jobs.c.status.not_in([JobStatus.FAILED, JobStatus.CANCELLED]))
         with self._db.write() as conn:

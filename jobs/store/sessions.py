@@ -74,7 +74,7 @@ class SessionTable:
         return None if row is None else _session(row)
 
     def sessions(self, cluster: str, states: Collection[SessionState] = ALIVE) -> Sequence[Session]:
-        """Sessions of a cluster, oldest first; without `states` those that have not ended."""
+        """List the sessions of a cluster, oldest first; without `states` those that have not ended."""
         query = sa.select(sessions).where(sessions.c.cluster == cluster, sessions.c.state.in_(sorted(states)))
         with self._db.read() as conn:
             return [_session(row) for row in conn.execute(query.order_by(sessions.c.created_at, sessions.c.id))]
@@ -118,15 +118,16 @@ class SessionTable:
             return asked or self._change_session(conn, session, reason, {"requested": "stop"}, "asked to stop")
 
     def renew_session(self, session_id: str, fence: int, seconds: float) -> bool:
-        """A session's driver says that it is alive, for `seconds` more. False: it was given up on, and must leave."""
+        """Record that a session's driver is alive, for `seconds` more. False: it was given up on, and must leave."""
         values = {"lease_until": self._clock() + seconds, "updated_at": self._clock()}
         change = sa.update(sessions).where(sessions.c.id == session_id).values(values)
         with self._db.write() as conn:
             return fence_holds(conn, (session_id, fence)) and conn.execute(change).rowcount == 1
 
     def resolve_session(self, session_id: str, fence: int, facts: dict[str, Any]) -> bool:
-        """What a session computes in, now that its ranks know (`facts`: precision, why, exactness). Its jobs keep that
-        precision, so that one which is continued elsewhere goes on as it began."""
+        """Record what a session computes in, now that its ranks know (`facts`: precision, why, exactness). Its jobs
+        keep that precision, so that one which is continued elsewhere goes on as it began.
+        """
         with self._db.write() as conn:
             session = locked_session(conn, session_id)
             if session is None or session.fence != fence:
@@ -187,7 +188,7 @@ class SessionTable:
     def _change_session(
         self, conn: sa.Connection, session: Session, reason: str, values: dict[str, Any], message: str
     ) -> bool:
-        """The one statement that changes a session, whose row is locked; its state is compared all the same."""
+        """Run the one statement that changes a session, whose row is locked; its state is compared all the same."""
         change = sa.update(sessions).where(sessions.c.id == session.id, sessions.c.state == session.state)
         if conn.execute(change.values(values | {"reason": reason, "updated_at": self._clock()})).rowcount != 1:
             return False

@@ -51,7 +51,7 @@ def upgrade() -> None:
 
 
 def _part_keys(table: sa.TableClause) -> None:
-    """`base_model` still holds the whole key."""
+    """Part the whole key that `base_model` still holds."""
     for key in op.get_bind().execute(sa.select(table.c.base_model).distinct()).scalars().all():
         base_model, precision, _ = key.rsplit("|", 2)
         values = {"base_model": base_model, "precision": precision}
