@@ -6,7 +6,6 @@ cluster. All mistakes come together, each in one sentence.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cluster.settings import ALIAS, Settings
 from cluster.sources import fetch_url, listed_files, local_source
-from cluster.storage.base import Storage, StorageError
+from cluster.storage.base import Storage, StorageError, put_by_content
 from cluster.storage.directory import open_storage
 from cluster.storage.keys import dataset_key, job_spec_key
 from jobs.initial_adapter import fetch_initial, store_initial
@@ -98,11 +97,11 @@ def admit(spec: JobSpec, settings: Settings, max_workers: int | None) -> Admitte
                     problems.append(f"train.max_seq_len: {problem}")
         if problems or storage is None or described is None or dataset is None or examples is None:
             raise SpecError(problems)
-        stored = [_store(storage, path) if path is not None else None for path in (dataset, validation)]
+        dataset_sha = put_by_content(storage, dataset, dataset_key)
+        validation_sha = None if validation is None else put_by_content(storage, validation, dataset_key)
         examples_sha = store_examples(storage, examples, described[1])
         init_adapter_sha = None if spec.init_adapter is None else store_initial(storage, adapter)
-    assert stored[0] is not None
-    return Admitted(storage, stored[0], stored[1], examples_sha, init_adapter_sha, summary)
+    return Admitted(storage, dataset_sha, validation_sha, examples_sha, init_adapter_sha, summary)
 
 
 def _check_initial(
@@ -171,10 +170,3 @@ def _local(location: str | float | None, problems: list[str], option: str) -> It
         target = Path(folder) / Path(location).name
         found = _checked(lambda: fetch_url(location, target), problems, option)
         yield found
-
-
-def _store(storage: Storage, path: Path) -> str:
-    with path.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    storage.put(dataset_key(sha256), path, if_absent=True)
-    return sha256

@@ -7,13 +7,12 @@ or whose ranks lie on two sides of midnight, would be another job.
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cluster.storage.base import Storage
+from cluster.storage.base import Storage, put_by_content
 from cluster.storage.keys import examples_key
 from jobs.spec import JobSpec
 from lora_core.data.dataset import build_datasets
@@ -36,10 +35,7 @@ def store_examples(storage: Storage, datasets: Datasets, tokenizer: PreTrainedTo
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "examples"
         write_datasets(datasets, path, {"tokenizer": chat_template_hash(tokenizer)})
-        with path.open("rb") as stream:
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-        storage.put(examples_key(sha256), path, if_absent=True)
-    return sha256
+        return put_by_content(storage, path, examples_key)
 
 
 def load_examples(storage: Storage, sha256: str) -> tuple[Datasets, str]:

@@ -8,7 +8,7 @@ import io
 import os
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -125,6 +125,14 @@ def sha256_of(source: BinaryIO) -> str:
     digest = hashlib.file_digest(cast(io.BytesIO, source), "sha256").hexdigest()
     source.seek(0)
     return digest
+
+
+def put_by_content(storage: Storage, path: Path, key: Callable[[str], str]) -> str:
+    """Write a file where the sha256 of its content says, unless it is there; returns that."""
+    with path.open("rb") as file:
+        sha256 = sha256_of(file)
+    storage.put(key(sha256), path, if_absent=True)
+    return sha256
 
 
 def verify(what: str, actual: str, expected: str | None) -> None:

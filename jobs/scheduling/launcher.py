@@ -11,6 +11,8 @@ import shlex
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -125,10 +127,8 @@ class Launcher:
             RayUnreachableError: Ray does not answer.
         """
         client = self._client()
-        try:
+        with _must_answer():
             nodes = [node for node in list_nodes(client.get_address(), detail=True) if node.state == "ALIVE"]
-        except NO_ANSWER as error:
-            raise RayUnreachableError(f"Ray's API does not answer: {error}") from error
         gpus = int(sum((node.resources_total or {}).get("GPU", 0) for node in nodes))
         cpus = int(sum((node.resources_total or {}).get("CPU", 0) for node in nodes))
         return ClusterSize(workers=gpus or cpus, nodes=len(nodes))
@@ -140,10 +140,8 @@ class Launcher:
             RayUnreachableError: Ray does not answer.
         """
         client = self._client()
-        try:
+        with _must_answer():
             jobs = client.list_jobs()
-        except NO_ANSWER as error:
-            raise RayUnreachableError(f"Ray's API does not answer: {error}") from error
         return any(
             job.status in (RayStatus.PENDING, RayStatus.RUNNING)
             for job in jobs
@@ -152,11 +150,9 @@ class Launcher:
 
     def _client(self) -> JobSubmissionClient:
         if self._connected is None:
-            try:
+            with _must_answer():
                 _knock(self._api_url or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS", ""))
                 self._connected = JobSubmissionClient(self._api_url)
-            except (*NO_ANSWER, OSError) as error:
-                raise RayUnreachableError(f"Ray's API does not answer: {error}") from error
         return self._connected
 
     def _submit(self, submission_id: str, command: list[str], env_vars: dict[str, str]) -> None:
@@ -181,6 +177,15 @@ class Launcher:
             except (requests.RequestException, ConnectionError) as error:
                 raise RayUnreachableError(f"Ray's API does not answer: {error}") from error
             time.sleep(0.5)
+
+
+@contextmanager
+def _must_answer() -> Iterator[None]:
+    """Raise RayUnreachableError where Ray does not answer."""
+    try:
+        yield
+    except (*NO_ANSWER, OSError) as error:
+        raise RayUnreachableError(f"Ray's API does not answer: {error}") from error
 
 
 def _knock(address: str) -> None:

@@ -55,24 +55,16 @@ class Stop:
 Action = Launch | Assign | Stop
 
 
-def plan(queued: Sequence[Job], running: Sequence[Job], sessions: Sequence[Session], cluster: Cluster) -> list[Action]:
-    """Return the next actions, from the jobs that wait, those that run and the sessions that have not ended. They
-    depend on nothing but the arguments, and not on the order in which those are listed. A job that needs more workers
-    than the cluster will ever have is left out (`submit` refuses it; the cluster may have shrunk).
-    """
-    return _planned(queued, running, sessions, cluster)[0]
-
-
-def reasons(
-    queued: Sequence[Job], running: Sequence[Job], sessions: Sequence[Session], cluster: Cluster
-) -> dict[str, str]:
-    """Tell why each job that still waits when the plan is carried out does, in a sentence for whoever follows it."""
-    return _planned(queued, running, sessions, cluster)[1]
-
-
-def _planned(
+def plan(
     queued: Sequence[Job], running: Sequence[Job], sessions: Sequence[Session], cluster: Cluster
 ) -> tuple[list[Action], dict[str, str]]:
+    """Return the next actions, and why each job that still waits once they are carried out does, in a sentence for
+    whoever follows it.
+
+    Both depend on nothing but the arguments (the jobs that wait, those that run and the sessions that have not ended),
+    and not on the order in which those are listed. A job that needs more workers than the cluster will ever have is
+    left out (`submit` refuses it; the cluster may have shrunk).
+    """
     targets = _Targets(running, sessions, cluster.jobs_per_session)
     free = cluster.workers - sum(session.num_workers for session in sessions)
     coming = sum(session.num_workers for session in sessions if session.leaving)

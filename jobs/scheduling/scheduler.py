@@ -30,7 +30,7 @@ from cluster.settings import Settings
 from jobs.job import EventKind, Job, JobError, JobStatus, Lease, Session, SessionState, lease_name
 from jobs.scheduling.launcher import Launcher, RayUnreachableError, SubmissionState, scheduler_id
 from jobs.scheduling.metrics import QueueCollector
-from jobs.scheduling.policy import Assign, Cluster, Launch, Stop, plan, reasons
+from jobs.scheduling.policy import Assign, Cluster, Launch, Stop, plan
 from jobs.store.jobs import JobQueue
 
 log = logging.getLogger("lora.scheduler")
@@ -64,10 +64,10 @@ class Scheduler:
             size = self.launcher.size()
             workers = max(size.workers, self.settings.max_workers or 0)
             cluster = Cluster(workers=workers, jobs_per_session=self.settings.jobs_per_session)
-            for action in plan(queued, running, sessions, cluster):
+            actions, why = plan(queued, running, sessions, cluster)
+            for action in actions:
                 self._act(action)
             slow = {session.session_key: reason for session in sessions if (reason := self._slow_start(session))}
-            why = reasons(queued, running, sessions, cluster)
             why |= {job.id: slow[job.session_key] for job in queued if job.id in why and job.session_key in slow}
         self._tell(why)
         return bool(queued or running or sessions)

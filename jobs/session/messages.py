@@ -7,7 +7,7 @@ restarted needs no history.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -123,19 +123,14 @@ class RanksStarted:
     exactness: str
 
 
-@dataclass
-class _State:
-    desired: DesiredJobs = field(default_factory=DesiredJobs)
-    active: frozenset[str] = frozenset()
-    over: set[tuple[str, int]] = field(default_factory=set)
-    reports: list[Report | RankBroke | RanksStarted] = field(default_factory=list)
-
-
 class Mailbox:
     """Lives with the driver, survives restarts of the worker group."""
 
     def __init__(self) -> None:
-        self._state = _State()
+        self._desired = DesiredJobs()
+        self._active: frozenset[str] = frozenset()
+        self._over: set[tuple[str, int]] = set()  # jobs and their attempts
+        self._reports: list[Report | RankBroke | RanksStarted] = []
 
     def desired(self, active: tuple[str, ...]) -> DesiredJobs:
         """Rank 0 asks: these jobs I have; what should I have?
@@ -143,25 +138,23 @@ class Mailbox:
         Not what is over: until the driver has taken the report of an end, it still desires the job, and ranks that
         believed it would train it once more.
         """
-        state = self._state
-        state.active = frozenset(active)
-        wanted = tuple(job for job in state.desired.assignments if (job.job_id, job.attempt) not in state.over)
-        return replace(state.desired, assignments=wanted)
+        self._active = frozenset(active)
+        wanted = tuple(job for job in self._desired.assignments if (job.job_id, job.attempt) not in self._over)
+        return replace(self._desired, assignments=wanted)
 
     def report(self, report: Report | RankBroke | RanksStarted) -> None:
         """Any rank reports: this happened."""
-        state = self._state
         if isinstance(report, (Trained, JobFailed, NoRoom)):
-            state.over |= {
-                (job.job_id, job.attempt) for job in state.desired.assignments if job.job_id == report.job_id
+            self._over |= {
+                (job.job_id, job.attempt) for job in self._desired.assignments if job.job_id == report.job_id
             }
-        state.reports.append(report)
+        self._reports.append(report)
 
     def exchange(self, desired: DesiredJobs) -> tuple[frozenset[str], list[Report | RankBroke | RanksStarted]]:
         """Post what the driver desires, and take what was reported since the last time and which jobs are active."""
-        reports, self._state.reports = self._state.reports, []
-        self._state.desired = desired
-        return self._state.active, reports
+        reports, self._reports = self._reports, []
+        self._desired = desired
+        return self._active, reports
 
 
 def start_mailbox() -> Any:

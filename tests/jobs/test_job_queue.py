@@ -412,7 +412,7 @@ WIDE = SessionKey("base", "auto", 2)
 def test_the_policy_plans_from_rows(queue: JobQueue) -> None:
     def planned(workers: int) -> list[Action]:
         rows = queue.list("c", {QUEUED}), queue.list("c", {RUNNING}), queue.sessions("c")
-        return plan(*rows, Cluster(workers=workers, jobs_per_session=1))
+        return plan(*rows, Cluster(workers=workers, jobs_per_session=1))[0]
 
     job, _ = submit(queue, priority=1)
     later, _ = submit(queue, "b", priority=2, num_workers=2)

@@ -6,17 +6,28 @@ import random
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.job import Job, JobStatus, Session, SessionKey, SessionState
-from jobs.scheduling.policy import Action, Assign, Cluster, Launch, Stop, plan, reasons
+from jobs.scheduling import policy
+from jobs.scheduling.policy import Action, Assign, Cluster, Launch, Stop
 from tests.support.queue_kit import job_row, session_row
+
+pytest_plugins = ["tests.support.queue_kit"]
 
 T = TypeVar("T")
 WIDTH = {"a": 1, "b": 1, "c": 2, "d": 3, "e": 5}  # a base model stands for its number of workers too
+
+
+def plan(*rows: Any) -> list[Action]:
+    return policy.plan(*rows)[0]
+
+
+def reasons(*rows: Any) -> dict[str, str]:
+    return policy.plan(*rows)[1]
 
 
 def key(base_model: str) -> SessionKey:
