@@ -26,12 +26,14 @@ from jobs.job import Job
 from jobs.spec import JobSpec, SpecError
 from jobs.stored_examples import examples_of, store_examples
 from lora_core.adapters.adapter import Adapter
-from lora_core.adapters.init import LoraConfigError, adapted_modules, check_without_dense_weights, continued_adapter
+from lora_core.adapters.init import LoraConfigError, continued_adapter
 from lora_core.adapters.peft_format import read_adapter
 from lora_core.adapters.targets import AdaptableModules
 from lora_core.data.dataset import DatasetError
-from lora_core.models.base import QUANTISED, describe_base, not_quantised, too_long
+from lora_core.models.base import describe_base, not_quantised, too_long
 from lora_core.models.checks import BaseModelError
+from lora_core.models.forward import forward_path
+from lora_core.models.precision import QUANTISED
 
 T = TypeVar("T")
 
@@ -75,8 +77,8 @@ def admit(spec: JobSpec, settings: Settings, max_workers: int | None) -> Admitte
     storage = _checked(lambda: _writable(settings), problems, "storage")
     described = _checked(lambda: _described(spec, settings), problems, "base_model")
     if described is not None:
-        adaptable = AdaptableModules(described[0])
-        _fits(lambda: _adapted(spec, adaptable), problems)
+        adaptable, config = AdaptableModules(described[0]), described[0].config
+        _fits(lambda: forward_path(config, adaptable, spec.lora, spec.precision), problems)
         if spec.precision in QUANTISED and (problem := not_quantised(described[0], spec.precision)):
             problems.append(f"precision: {problem}")
     with (
@@ -118,12 +120,6 @@ def _check_initial(
     given = _checked(fetch, problems, "init_adapter")
     if given is not None and not any(problem.startswith("lora.") for problem in problems):
         _fits(lambda: continued_adapter(adaptable, spec.lora, given), problems)
-
-
-def _adapted(spec: JobSpec, adaptable: AdaptableModules) -> None:
-    adapted_modules(adaptable, spec.lora)
-    if spec.precision in QUANTISED:
-        check_without_dense_weights(adaptable, spec.lora, spec.precision)
 
 
 def _fits(check: Callable[[], object], problems: list[str]) -> None:

@@ -22,10 +22,12 @@ from safetensors import SafetensorError
 
 from lora_core.adapters.init import LoraConfigError
 from lora_core.adapters.peft_format import AdapterFormatError, adapter_files, read_adapter
+from lora_core.adapters.targets import AdaptableModules
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.data.dataset import DatasetError, DatasetReport, build_datasets
 from lora_core.data.encoded_datasets import Datasets, read_datasets, write_datasets
 from lora_core.models.base import BaseModel, token_rows, too_long
+from lora_core.models.forward import ForwardPath, forward_path, open_forward
 from lora_core.training.active_job import CheckpointMismatchError, LiveJob
 from lora_core.training.checkpoints import CheckpointWriter
 from lora_core.training.engine import TrainEngine
@@ -65,7 +67,8 @@ class TrainResult:
 
     Losses are means over the supervised tokens of a step: the first, and the last of `steps`. Where there are
     validation rows, `evaluation` is the last one and `best` the one of the lowest loss (after a step; the start does
-    not count). `stopped` says why training ended before all epochs were done.
+    not count). `stopped` says why training ended before all epochs were done, `path` how the base computed
+    (`models/forward.py`).
 
     `dataset` is what the rows to train on came to, with those that were dropped or truncated and the columns that were
     ignored, and `validation` the same of the validation rows; `lines()` of either are for people.
@@ -81,6 +84,7 @@ class TrainResult:
     evaluation: Evaluation | None = None
     best: Evaluation | None = None
     stopped: str | None = None
+    path: ForwardPath = "llama"
 
 
 class TrainJobsError(ValueError):
@@ -102,7 +106,9 @@ def train(
     resume: bool = False,
     checkpoint_seconds: float | None = 300.0,
 ) -> dict[str, TrainResult]:
-    """Train all jobs at once, each exactly as if it were alone, and write one PEFT directory a job below `out`.
+    """Train all jobs at once, each exactly as if it were alone, and write one PEFT directory a job below `out`. Jobs
+    that take another path through the base than others (`models/forward.py`: PiSSA, an adapted head) are trained
+    together after those.
 
     Returns what became of each job by its name. A job that diverges, or whose files cannot be written, has an `error`
     there; the others go on.
@@ -117,12 +123,12 @@ def train(
         TrainJobsError: names, datasets, target modules or `out` are no good, or a checkpoint is of other settings, rows
             or another base; nothing was trained.
     """
-    engine = TrainEngine(base, capacity=None)
+    engines: dict[ForwardPath, TrainEngine] = {}
     checkpoints = _Checkpoints(Path(out) / CHECKPOINTS, base, checkpoint_seconds)
     results: dict[str, TrainResult] = {}
     reports: dict[str, Reports] = {}
 
-    def end(name: str, error: str | None = None) -> None:
+    def end(engine: TrainEngine, name: str, error: str | None = None) -> None:
         live = engine.live[name]
         engine.remove(name)
         results[name] = _result(engine, live, Path(out) / name, error, reports[name])
@@ -132,25 +138,27 @@ def train(
             checkpoints.remove(name)  # from there it would diverge again
 
     try:
-        problems = _add(engine, jobs, checkpoints, resume, reports) + _unwritable(Path(out))
+        problems = _add(base, engines, jobs, checkpoints, resume, reports) + _unwritable(Path(out))
         if problems:
             raise TrainJobsError(problems)
         for name, of_job in reports.items():
             _tell(name, *of_job)
         if not resume:
-            checkpoints.clear(list(engine.live))
-        for name in [name for name, live in engine.live.items() if live.done]:  # before they were interrupted
-            end(name)
-        while engine.live:
-            for name, outcome in engine.step().items():
-                if isinstance(outcome, JobDiverged):
-                    end(name, str(outcome))
-                elif engine.live[name].done:
-                    end(name)
-            checkpoints.writer.write_oldest(engine.live)
+            checkpoints.clear([job.name for job in jobs])
+        for engine in engines.values():
+            for name in [name for name, live in engine.live.items() if live.done]:  # before they were interrupted
+                end(engine, name)
+            while engine.live:
+                for name, outcome in engine.step().items():
+                    if isinstance(outcome, JobDiverged):
+                        end(engine, name, str(outcome))
+                    elif engine.live[name].done:
+                        end(engine, name)
+                checkpoints.writer.write_oldest(engine.live)
     finally:
         checkpoints.writer.close()
-        engine.bank.close()
+        for engine in engines.values():
+            engine.forward.close()
     if all(result.folder is not None for result in results.values()):
         checkpoints.clear(list(results))
     return {job.name: results[job.name] for job in jobs}
@@ -251,10 +259,15 @@ def _source(job: TrainJob) -> str | None:
 
 
 def _add(
-    engine: TrainEngine, jobs: Sequence[TrainJob], states: _Checkpoints, resume: bool, reports: dict[str, Reports]
+    base: BaseModel,
+    engines: dict[ForwardPath, TrainEngine],
+    jobs: Sequence[TrainJob],
+    states: _Checkpoints,
+    resume: bool,
+    reports: dict[str, Reports],
 ) -> list[str]:
-    """Put every job into the engine, as its checkpoint has it, and what its rows come to into `reports`; return all
-    that is wrong with them.
+    """Put every job into the engine of its path, as its checkpoint has it, and what its rows come to into `reports`;
+    return all that is wrong with them.
     """
     problems = [] if jobs else ["there are no jobs; give at least one TrainJob"]
     names = Counter(job.name for job in jobs)
@@ -268,10 +281,12 @@ def _add(
     ]
     for job in jobs:
         try:
-            dataset, validating = _datasets(engine.base, job, states, resume and bool(NAME.fullmatch(job.name)))
+            dataset, validating = _datasets(base, job, states, resume and bool(NAME.fullmatch(job.name)))
             reports[job.name] = dataset.report, validating.report if validating else None
             validation = validating.examples if validating else []
-            start = None if job.init_adapter is None else read_adapter(Path(job.init_adapter), engine.bank)
+            engine = _engine(base, engines, job.lora)
+            modules = engine.forward.modules
+            start = None if job.init_adapter is None else read_adapter(Path(job.init_adapter), modules)
             checkpoint = states.read(job.name) if resume and NAME.fullmatch(job.name) else None
             engine.add(EngineJob(job.name, job.lora, job.train, dataset.examples, validation, start), checkpoint)
         except DatasetError as error:
@@ -285,6 +300,16 @@ def _add(
         except ValueError as error:
             problems.append(f"{job.name}: {error}")
     return problems
+
+
+def _engine(base: BaseModel, engines: dict[ForwardPath, TrainEngine], lora: LoraConfig) -> TrainEngine:
+    """The one whose path such an adapter takes."""
+    path = forward_path(base.model.config, AdaptableModules(base.model), lora, base.precision)
+    if base.decoder is None:
+        path = "hooks"
+    if path not in engines:
+        engines[path] = TrainEngine(base, forward=open_forward(base, path), capacity=None)
+    return engines[path]
 
 
 def _datasets(base: BaseModel, job: TrainJob, states: _Checkpoints, resume: bool) -> Datasets:
@@ -324,7 +349,7 @@ def _unwritable(out: Path) -> list[str]:
 def _result(engine: TrainEngine, live: LiveJob, folder: Path, error: str | None, reports: Reports) -> TrainResult:
     if error is None:
         try:
-            _write(adapter_files(live.adapter, engine.bank, engine.base.source), folder)
+            _write(adapter_files(live.adapter, engine.forward.modules, engine.base.source), folder)
         except OSError as problem:
             error = f"the adapter could not be written to {folder} ({problem.strerror})"
     progress = live.progress
@@ -340,6 +365,7 @@ def _result(engine: TrainEngine, live: LiveJob, folder: Path, error: str | None,
         evaluation=progress.evaluation,
         best=progress.best,
         stopped=progress.stopped,
+        path=engine.forward.name,
     )
 
 

@@ -30,8 +30,8 @@ from lora_core.data.dataset import Example
 from lora_core.inference.engine import for_inference
 from lora_core.models.base import BaseModel
 from lora_core.models.files import chat_template_hash
-from lora_core.models.hooks.bank import AdapterBank
-from lora_core.training.engine import probe_losses
+from lora_core.models.forward import Forward
+from lora_core.models.probes import probe_losses
 
 log = logging.getLogger("ray.serve.lora")
 
@@ -67,12 +67,12 @@ class AdapterCache:
         registry: AdapterRegistry,
         name: str,
         base: BaseModel,
-        bank: AdapterBank,
+        forward: Forward,
         loop: DecodeLoop,
         metrics: ServingMetrics,
         capacity_bytes: int = _CAPACITY_BYTES,
     ) -> None:
-        self._registry, self._name, self._base, self._bank = registry, name, base, bank
+        self._registry, self._name, self._base, self._forward = registry, name, base, forward
         self._loop, self._metrics, self._capacity = loop, metrics, capacity_bytes
         self._template = chat_template_hash(base.tokenizer)
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # by digest, the one used longest ago first
@@ -172,7 +172,7 @@ class AdapterCache:
         with tempfile.TemporaryDirectory(prefix="lora-adapter-") as folder:
             self._registry.fetch(version, Path(folder))
             fetched = time.monotonic()
-            adapter = for_inference(read_adapter(Path(folder), self._bank), self._base)
+            adapter = for_inference(read_adapter(Path(folder), self._forward.modules), self._base)
         self._metrics.adapter_stage("fetch", fetched - began)
         self._metrics.adapter_stage("parse", time.monotonic() - fetched)
         return adapter
@@ -186,7 +186,7 @@ class AdapterCache:
         for probe in version.manifest.get("probes", []):
             example = Example(probe["ids"], probe["labels_mask"])
             labels = sum(probe["labels_mask"])
-            (loss,) = await self._loop.call(partial(probe_losses, self._base, self._bank, adapter, [example]))
+            (loss,) = await self._loop.call(partial(probe_losses, self._forward, adapter, [example]))
             here, there = loss / labels, probe["loss"] / labels
             if not abs(here - there) <= tolerance * (1 + there):
                 raise AdapterRefusedError(

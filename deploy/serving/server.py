@@ -43,21 +43,21 @@ class AdapterServer:
         from deploy.serving.metrics import QueueGauges, ServingMetrics
         from lora_core.inference.engine import Generator
         from lora_core.models.base import load_base
-        from lora_core.models.hooks.bank import AdapterBank
+        from lora_core.models.hooks.forward import HooksForward
 
         began = time.monotonic()
         source = local_source(settings.resolve_base(name), settings.cache_dir)
         self._base = load_base(source, precision="auto", cache_dir=settings.cache_dir, for_training=False)
         self._tokenizer = copy.deepcopy(self._base.tokenizer)  # the decode loop uses the other in its thread
-        bank = AdapterBank(self._base.model)
+        forward = HooksForward(self._base)
         self._metrics = ServingMetrics(name)
         self._loop = DecodeLoop(
-            Generator(self._base, bank),
+            Generator(self._base, forward.modules),
             threads=settings.threads or len(os.sched_getaffinity(0)),
             observe=QueueGauges(name).show,
         )
         registry = AdapterRegistry(open_storage(settings.storage_url), settings.tenant)
-        self._adapters = AdapterCache(registry, name, self._base, bank, self._loop, self._metrics)
+        self._adapters = AdapterCache(registry, name, self._base, forward, self._loop, self._metrics)
         log.info(
             "event=base_loaded base=%s fingerprint=%s precision=%s device=%s seconds=%.1f",
             name, self._base.fingerprint[:16], self._base.precision, self._base.device, time.monotonic() - began,

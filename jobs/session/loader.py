@@ -66,7 +66,7 @@ class JobReader:
         if assignment.checkpoint_key is not None:
             checkpoint = self._storage.get(assignment.checkpoint_key, sha256=assignment.checkpoint_sha256)
         if assignment.init_adapter_sha is not None:
-            base = self._engine.base
-            start = load_initial(self._storage, assignment.init_adapter_sha, self._engine.bank, base.fingerprint)
+            base, modules = self._engine.base, self._engine.forward.modules
+            start = load_initial(self._storage, assignment.init_adapter_sha, modules, base.fingerprint)
         job = EngineJob(assignment.job_id, spec.lora, spec.train, train.examples, validation, start)
         return spec, self._engine.prepare(job, checkpoint), tokenizer

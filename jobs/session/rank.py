@@ -52,8 +52,10 @@ from lora_core.adapters.peft_format import adapter_files
 from lora_core.kernels.transfer import arrival
 from lora_core.models.base import BaseModel, Precision, load_base, resolve_precision
 from lora_core.models.exactness import Exactness
+from lora_core.models.forward import open_forward
+from lora_core.models.probes import probe_losses
 from lora_core.training.checkpoints import CheckpointWriter
-from lora_core.training.engine import TrainEngine, probe_losses
+from lora_core.training.engine import TrainEngine
 from lora_core.training.job import JobDiverged
 from lora_core.training.memory.predictor import NoRoomBesideError, available_bytes
 from lora_core.training.optimizer import Snapshot
@@ -114,7 +116,8 @@ class Rank:
         # Python's collector need not look through the base and the libraries again: that held up steps for 0.25 s.
         gc.collect()
         gc.freeze()
-        answers = self.collectives.gather(json.dumps(self.base.exactness().values()))
+        forward = open_forward(self.base)
+        answers = self.collectives.gather(json.dumps(forward.exactness().values()))
         exactness = Exactness.of_all([Exactness(**json.loads(answer or "{}")) for answer in answers])
         if self.rank == 0:
             self.mailbox.send(RanksStarted(self.base.precision, self.base.why, str(exactness)))
@@ -122,6 +125,7 @@ class Rank:
         self.collectives.all_reduce(torch.zeros(1, device=self.base.device))
         self.engine = TrainEngine(
             self.base,
+            forward=forward,
             capacity=None,
             budget_bytes=min(int(share or 0) for share in self.collectives.gather(str(self._share_of_memory()))),
             exactness=exactness,
@@ -274,8 +278,8 @@ class Rank:
         """Take one probe between two micro-batches, which all ranks count and one measures: the others go on
         meanwhile.
         """
-        example, adapter = active.probed[len(active.probes)], active.live.adapter
-        active.probes += probe_losses(self.base, self.engine.bank, adapter, [example]) if self.rank == 0 else [0.0]
+        example, adapter = active.probed[len(active.probes)], active.live.bound
+        active.probes += probe_losses(self.engine.forward, adapter, [example]) if self.rank == 0 else [0.0]
         if len(active.probes) == len(active.probed):
             self._finish(active)
 
@@ -291,7 +295,7 @@ class Rank:
 
             def publish() -> None:
                 arrived()
-                files = adapter_files(adapter, self.engine.bank, self._base_model)
+                files = adapter_files(adapter, self.engine.forward.modules, self._base_model)
                 self.mailbox.deliver(Trained(job, files, manifest, progress))
 
             self._publishes[job] = self._publisher.submit(publish)

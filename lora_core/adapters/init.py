@@ -56,22 +56,6 @@ def adapted_modules(adaptable: AdaptableModules, lora: LoraConfig) -> list[str]:
     return modules
 
 
-def check_without_dense_weights(adaptable: AdaptableModules, lora: LoraConfig, precision: str) -> None:
-    """See that the decoder computes the adapter: on a base in fp8 or nf4 transformers' own modules are empty.
-
-    Raises:
-        LoraConfigError: the adapter is one that the decoder does not compute.
-    """
-    used = {"init_lora_weights": lora.init_lora_weights == "pissa"}
-    heads = [name for name in adapted_modules(adaptable, lora) if not name.startswith("model.layers.")]
-    used |= {f"target_modules: {name}": True for name in heads}
-    names = [name for name, is_used in used.items() if is_used]
-    if names:
-        raise LoraConfigError(
-            [f"{name} is not possible on a base in {precision}: leave it out, or use bf16" for name in names]
-        )
-
-
 def init_adapter(adaptable: AdaptableModules, lora: LoraConfig, seed: int) -> Adapter:
     """Make a fresh adapter, without gradients, whose product is zero at the start (with PiSSA by its residual).
 

@@ -23,7 +23,7 @@ from lora_core.adapters.targets import adaptable_linears, in_and_out
 from lora_core.kernels.operands import NO_ADAPTER
 from lora_core.models.attention import ATTENTION_NAME, Attend, PackedAttention
 from lora_core.models.checks import SUPPORTED, BaseModelError, moving_positions
-from lora_core.models.exactness import Exactness, ask_for_exact_products, exactness_of
+from lora_core.models.exactness import ask_for_exact_products
 from lora_core.models.fastest_precision import Choice, fastest_precision
 from lora_core.models.files import (
     DTYPES,
@@ -35,12 +35,19 @@ from lora_core.models.files import (
     readable,
 )
 from lora_core.models.llama.decoder import Decoder, Rows
-from lora_core.models.precision import DenseWeight, Fp8Weight, FrozenWeight, Nf4Weight, quantised_layers, stacked_dense
+from lora_core.models.precision import (
+    QUANTISED,
+    DenseWeight,
+    Fp8Weight,
+    FrozenWeight,
+    Nf4Weight,
+    quantised_layers,
+    stacked_dense,
+)
 
 log = logging.getLogger("lora.engine")
 
 Precision = Literal["auto", "fp32", "bf16", "fp8", "nf4"]
-QUANTISED = ("fp8", "nf4")
 CACHE_DIR = Path("~/.lora/cache")
 """Where the service keeps the same files if nothing else is set."""
 
@@ -76,12 +83,6 @@ class BaseModel:
         logits: Tensor = self.model.get_output_embeddings()(hidden)
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
-
-    def exactness(self) -> Exactness:
-        """How training here keeps a job in company equal to the same job alone; see `exactness.py`."""
-        if self.decoder is not None:
-            return Exactness()
-        return exactness_of(adaptable_linears(self.model).values(), self.device, self.model.dtype)
 
     @property
     def is_quantised(self) -> bool:

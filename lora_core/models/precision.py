@@ -18,6 +18,9 @@ from torch import Tensor
 
 from lora_core.kernels.quantize import dequantize_nf4, quantize_nf4, quantize_rows
 
+QUANTISED = ("fp8", "nf4")
+"""Precisions of a base whose linears have no dense weights."""
+
 FP8_DENSE_ENDS = 2
 """Layers at each end of an fp8 base that are not quantised, of 16 layers or more; of 8 or more one."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.dropout import mix64
 from lora_core.data.packing import PAD_TO_MULTIPLE_OF, Chunk, PackedChunk, chunked
-from lora_core.models.llama.adapters import KernelArgs
+from lora_core.models.forward import Bound
 from lora_core.training.job import EngineJob, Progress
 from lora_core.training.optimizer import FlatAdamW, HostState, Snapshot
 
@@ -55,13 +55,15 @@ class Standing(NamedTuple):
 
 
 class LiveJob:
-    """A job in training: its optimizer, its adapter's weights and its progress."""
+    """A job in training: its optimizer, its adapter's weights, these as the base's path has `bound` them, and its
+    progress.
+    """
 
-    def __init__(self, job: EngineJob, optimizer: FlatAdamW) -> None:
+    def __init__(self, job: EngineJob, optimizer: FlatAdamW, bound: Bound) -> None:
         self.job = job
         self.optimizer = optimizer
+        self.bound = bound
         self.progress = Progress()
-        self.kernel_args: KernelArgs | None = None  # of the adapter, where the decoder computes it
         # Of the evaluation that is under way: sum of token losses, tokens that the model would have written, tokens.
         self.scores = torch.zeros(3, dtype=torch.float64, device=optimizer.flat.device)
 

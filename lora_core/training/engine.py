@@ -14,30 +14,25 @@ leaves or diverges changes nothing (DESIGN rule 4).
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from lora_core.adapters.adapter import Adapter
-from lora_core.adapters.init import check_without_dense_weights, continued_adapter, init_adapter
-from lora_core.data.dataset import Example
-from lora_core.data.packing import Chunk, pack
-from lora_core.kernels.operands import NO_ADAPTER
+from lora_core.adapters.init import LoraConfigError, continued_adapter, init_adapter
+from lora_core.data.packing import Chunk
 from lora_core.models.base import BaseModel
 from lora_core.models.exactness import Exactness
-from lora_core.models.hooks.bank import AdapterBank, Segment
-from lora_core.models.hooks.checkpointing import recomputed_layers
-from lora_core.models.hooks.loss import batch_losses, batch_scores
-from lora_core.models.llama.decoder import Checkpointing, Decoder
+from lora_core.models.forward import Forward, open_forward
+from lora_core.models.llama.decoder import Checkpointing
 from lora_core.training.active_job import LiveJob, PreparedJob, Standing
 from lora_core.training.fair_queue import FairQueue
 from lora_core.training.job import VALIDATION_NOT_FINITE, EngineJob, JobDiverged
 from lora_core.training.memory.predictor import DoesNotFitError, NoRoomBesideError
-from lora_core.training.micro_batch import ReadyBatch, decoder_rows, make_ready
+from lora_core.training.micro_batch import ReadyBatch, make_ready
 from lora_core.training.optimizer import (
     AllReduce,
     Evaluation,
@@ -48,7 +43,6 @@ from lora_core.training.optimizer import (
     learning_rate,
 )
 from lora_core.training.room import Room
-from lora_core.training.warmup import Rehearsals
 
 
 @dataclass(frozen=True)
@@ -64,11 +58,12 @@ class _Turn:
 
 
 class TrainEngine:
-    """One rank's training of any number of jobs on one base.
+    """One rank's training of any number of jobs on one base, all of them through its `forward` path (None: the one
+    that plain adapters take).
 
     `all_reduce` sums a tensor over the ranks in place (None: one rank). `capacity` is the tokens of one micro-batch.
     `checkpointing` "full" keeps little but the inputs of the model's layers and computes the rest twice; "selective"
-    computes gate and up twice, of adapters that the decoder computes, and nothing of others. Where `capacity` is None,
+    computes gate and up twice on the llama path, and nothing on the other. Where `capacity` is None,
     both are chosen whenever a job joins or leaves, so that training fits into `budget_bytes` (None: what this machine
     can give now). `exactness` says how chunks are laid out (None: what this machine's products ask for). Ranks stay in
     step as long as their budgets and exactness are equal and they add and remove the same jobs in the same order
@@ -79,6 +74,7 @@ class TrainEngine:
         self,
         base: BaseModel,
         *,
+        forward: Forward | None = None,
         capacity: int | None = 2048,
         checkpointing: Checkpointing = "none",
         budget_bytes: int | None = None,
@@ -89,16 +85,15 @@ class TrainEngine:
     ) -> None:
         assert ranks == 1 or all_reduce is not None
         self.base = base
-        self.bank = AdapterBank(base.model, base.decoder.row_norms if base.decoder and base.is_quantised else None)
+        self.forward = forward or open_forward(base)
         self.live: dict[str, LiveJob] = {}
-        self.room = Room(base, capacity, checkpointing, budget_bytes)
-        self.exactness = exactness or base.exactness()
+        self.room = Room(base, self.forward.name, capacity, checkpointing, budget_bytes)
+        self.exactness = exactness or self.forward.exactness()
         self._rank, self._ranks, self._all_reduce = rank, ranks, all_reduce
         # Every rank's, so that this one knows when a job is complete.
         self._queues = [FairQueue() for _ in range(ranks)]
         self._ahead: _Turn | None = None  # of the next micro-batch
         self._prepared = WeakSet[PreparedJob]()  # and not admitted, as far as somebody still wants to
-        self._rehearsals = Rehearsals(base.decoder) if base.decoder and base.device.type == "cuda" else None
 
     def add(self, job: EngineJob, checkpoint: bytes | None = None) -> LiveJob:
         """Take a job in, from the start or from `LiveJob.checkpoint`: `prepare` and `admit` in one."""
@@ -111,14 +106,15 @@ class TrainEngine:
         checkpoint do, in the room for one that is written.
 
         Raises:
-            ValueError: the target modules match nothing, the job lacks examples, the checkpoint is another job's, or a
-                base in fp8 or nf4 cannot have such an adapter.
+            ValueError: the target modules match nothing, the job lacks examples, the checkpoint is another job's, or
+                such an adapter cannot take the path of this engine.
             DoesNotFitError: training does not fit into memory with it; NoRoomBesideError: but would without the others.
         """
         if problems := job.problems():
             raise ValueError("; ".join(problems))
-        if self.base.is_quantised:
-            check_without_dense_weights(self.bank, job.lora, self.base.precision)
+        if problems := self.forward.problems(job.lora):
+            raise LoraConfigError(problems)
+        modules = self.forward.modules
         beside = [live.job for live in list(self.live.values())]
         try:
             plan = self.room.plan([*beside, job])
@@ -126,19 +122,17 @@ class TrainEngine:
             self.room.plan([job])
             raise NoRoomBesideError(*error.args) from error
         if job.init_adapter is None:
-            start = init_adapter(self.bank, job.lora, job.train.seed)
+            start = init_adapter(modules, job.lora, job.train.seed)
         else:
-            start = continued_adapter(self.bank, job.lora, job.init_adapter)
+            start = continued_adapter(modules, job.lora, job.init_adapter)
         waiting = {prepared.job.name: prepared.job for prepared in self._prepared}
         self.room.plan_ahead([*({other.name: other for other in beside} | waiting | {job.name: job}).values()])
         prepared = PreparedJob(job, HostState(start, self.base.model.dtype, pinned=self.base.device.type == "cuda"))
         if checkpoint is not None:
             prepared.restore(checkpoint)
-        if self._rehearsals is not None and Decoder.adapts(start):
-            others = [live.adapter for live in list(self.live.values())]
-            others += [other.state.trained.adapter for other in self._prepared if other.state.residual is None]
-            plays = [other for other in others if Decoder.adapts(other)]
-            self._rehearsals.before(start, plays, (plan or self.room).checkpointing)
+        others = [live.adapter for live in list(self.live.values())]
+        others += [other.state.trained.adapter for other in self._prepared]
+        self.forward.warm_up(start, others, (plan or self.room).checkpointing)
         self._prepared.add(prepared)
         return prepared
 
@@ -157,9 +151,8 @@ class TrainEngine:
                 raise
             raise NoRoomBesideError(*error.args) from error
         try:
-            live = LiveJob(job, FlatAdamW(prepared.state, job.train, base.device, base.model.dtype))
-            if base.decoder is not None and Decoder.adapts(live.adapter):
-                live.kernel_args = base.decoder.kernel_args(live.adapter)
+            optimizer = FlatAdamW(prepared.state, job.train, base.device, base.model.dtype)
+            live = LiveJob(job, optimizer, self.forward.bind(optimizer.adapter))
         except Exception:  # as the other ranks will, that let the job go again
             self._fit_again()
             raise
@@ -230,13 +223,9 @@ class TrainEngine:
                     queue.put(name, chunks, training=not standing.evaluation_due)
         taken = [queue.take(self.room.capacity) for queue in queues]
         chunks, training = taken[self._rank]  # the other ranks may have some where this one has none
-        in_decoder = [chunk for chunk in chunks if self.live[chunk.job].kernel_args is not None]
-        in_hooks = [chunk for chunk in chunks if self.live[chunk.job].kernel_args is None]
-        in_decoder.sort(key=lambda chunk: chunk.job)  # chunks of one job lie side by side there
-        parts = [part for part in (in_decoder, in_hooks) if part]
-        if not self.exactness.joined:
-            parts = [[chunk] for part in parts for chunk in part]
-        return _Turn(standings, queues, [self.ready(part) for part in parts], training)
+        chunks.sort(key=lambda chunk: chunk.job)  # those of one job lie side by side
+        parts = [chunks] if self.exactness.joined else [[chunk] for chunk in chunks]
+        return _Turn(standings, queues, [self.ready(part) for part in parts if part], training)
 
     def _compute_turn(self) -> None:
         """This rank's share of the next micro-batch: what was made ready, if all came as it was foreseen."""
@@ -248,33 +237,22 @@ class TrainEngine:
             (self.forward_backward if turn.training else self.evaluate)(batch)
 
     def ready(self, chunks: Sequence[Chunk]) -> ReadyBatch:
-        """Make all that `forward_backward` or `evaluate` takes of chunks whose jobs have kernel args all, or none."""
-        return make_ready(self.base, self.live, chunks)
+        """Make all that `forward_backward` or `evaluate` takes of chunks."""
+        return make_ready(self.forward, self.live, chunks)
 
     def forward_backward(self, batch: ReadyBatch) -> None:
         """Add every chunk's loss and gradient to its job."""
         chunks = batch.packed.chunks
         assert all(chunk.step is not None for chunk in chunks)
-        if batch.in_decoder is not None:
-            assert self.base.decoder is not None
-            losses = self.base.decoder.forward_backward(batch.in_decoder, batch.packed.labels, self.room.checkpointing)
-        else:
-            with recomputed_layers(self.base.model, self.bank) if self.room.checkpointing == "full" else nullcontext():
-                losses = batch_losses(self.base, self.bank, batch.segments, batch.packed)
-            losses.sum().backward()
-        for chunk, loss in zip(chunks, losses.detach(), strict=True):
+        losses = self.forward.forward_backward(batch.ready, self.room.checkpointing)
+        for chunk, loss in zip(chunks, losses, strict=True):
             self.live[chunk.job].optimizer.add_loss(loss, chunk.labels.numel())
 
-    @torch.no_grad()
     def evaluate(self, batch: ReadyBatch) -> None:
         """Add every chunk's loss and number of correct labels to its job's evaluation."""
         chunks = batch.packed.chunks
         assert all(chunk.step is None for chunk in chunks)
-        if batch.in_decoder is not None:
-            assert self.base.decoder is not None
-            scores = torch.stack(self.base.decoder.evaluate(batch.in_decoder, batch.packed.labels), dim=1)
-        else:
-            scores = batch_scores(self.base, self.bank, batch.segments, batch.packed)
+        scores = torch.stack(self.forward.evaluate(batch.ready), dim=1)
         for chunk, score in zip(chunks, scores, strict=True):
             self.live[chunk.job].scores[:2] += score
             self.live[chunk.job].scores[2] += chunk.labels.numel()
@@ -328,23 +306,3 @@ class TrainEngine:
         if live.done and train.keeps_best:
             live.optimizer.load_best()
         return progress.outcome
-
-
-@torch.no_grad()
-def probe_losses(
-    base: BaseModel, bank: AdapterBank, adapter: Adapter | None, examples: Iterable[Example]
-) -> list[float]:
-    """Summed loss of each example's labels under `adapter` (no dropout), each example alone: what training leaves for
-    serving to check. So it goes the way that serving does, where the base has it.
-    """
-    losses = []
-    for place, example in enumerate(examples):
-        batch = pack([Chunk("probe", ((place, example),), None)], base.device)
-        if base.decoder is not None and base.is_quantised:
-            rows = decoder_rows(batch, [NO_ADAPTER if adapter is None else 0])
-            views = [] if adapter is None else [base.decoder.kernel_args(adapter)]
-            loss, _ = base.decoder.evaluate(base.decoder.batch(rows, views), batch.labels)
-        else:
-            loss = batch_losses(base, bank, [Segment(adapter, batch.chunks[0].padded_tokens)], batch)
-        losses.append(float(loss[0]))
-    return losses

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from lora_core.models.base import BaseModel
+from lora_core.models.forward import ForwardPath
 from lora_core.models.llama.decoder import Checkpointing
 from lora_core.training.job import EngineJob
 from lora_core.training.memory.predictor import DoesNotFitError, Plan, available_bytes, predictor, return_freed_memory
@@ -20,11 +21,16 @@ LEFT_FREE = {"nf4": 0.045}
 
 class Room:
     """`capacity` and `checkpointing`, as given; or, where `capacity` is None, chosen for the jobs that are to train so
-    that they fit into `budget_bytes` (None: what this machine can give now).
+    that on this path they fit into `budget_bytes` (None: what this machine can give now).
     """
 
     def __init__(
-        self, base: BaseModel, capacity: int | None, checkpointing: Checkpointing, budget_bytes: int | None
+        self,
+        base: BaseModel,
+        path: ForwardPath,
+        capacity: int | None,
+        checkpointing: Checkpointing,
+        budget_bytes: int | None,
     ) -> None:
         self.capacity, self.checkpointing = capacity or 0, checkpointing
         self.budget: int | None = None
@@ -33,7 +39,7 @@ class Room:
             given = budget_bytes or available_bytes(base.device)
             self.budget = int(given * (1 - LEFT_FREE.get(base.precision, 0.0)))
             quantised = base.precision if base.is_quantised else None
-            self.predictor = predictor(base.model.config, base.model.dtype, self._device, quantised)
+            self.predictor = predictor(base.model.config, base.model.dtype, path, self._device, quantised)
 
     def plan(self, jobs: Sequence[EngineJob]) -> Plan | None:
         """Capacity and checkpointing for these jobs, if they are to be chosen.

@@ -119,7 +119,7 @@ def ours(ranks: Ranks) -> None:
             if ranks.report is not None:
                 ranks.report.figure("MiB summed over the ranks in a step of all jobs", sent)
                 ranks.report.figure("1 if all ranks end with the same bits", float(same))
-        engine.bank.close()
+        engine.forward.close()
     _first_step_of_one_batch(ranks, base)
 
 
@@ -133,7 +133,7 @@ def _first_step_of_one_batch(ranks: Ranks, base: BaseModel) -> None:
         documents = 2 * ranks.ranks + 1  # which divides unevenly
         engine.add(bench_job("one", documents, conditions.tokens, base.model.config.vocab_size))
         outcomes.append(engine.step()["one"])
-        engine.bank.close()
+        engine.forward.close()
     if ranks.report is not None:
         one, many = outcomes
         assert isinstance(one, StepOutcome) and isinstance(many, StepOutcome) and one.tokens == many.tokens

@@ -23,13 +23,12 @@ from torch._dynamo.utils import counters
 from lora_core.adapters.peft_format import adapter_files
 from lora_core.config import LoraConfig
 from lora_core.data.packing import pack
-from lora_core.kernels.operands import NO_ADAPTER
 from lora_core.kernels.transfer import arrival
 from lora_core.models.attention import ATTENTION_NAME
+from lora_core.models.probes import probe_losses
 from lora_core.training.active_job import LiveJob, PreparedJob
-from lora_core.training.engine import TrainEngine, probe_losses
+from lora_core.training.engine import TrainEngine
 from lora_core.training.job import EngineJob, JobDiverged
-from lora_core.training.micro_batch import decoder_rows
 from lora_core.training.optimizer import StepOutcome
 from tests.bench.engines import CountingEngine, base_of, bench_job, checked_step, session_step, set_jobs
 from tests.bench.peers import SHAPES, random_llama
@@ -76,12 +75,13 @@ def overhead(report: Report, conditions: Conditions, precision: str) -> None:
     """What one job takes beyond the frozen model's own forward pass and input gradient, on the same rows."""
     engine = fresh_engine(conditions, precision)
     set_jobs(engine, 1, _documents(1, conditions.tokens), conditions.tokens)
-    (live,), decoder = engine.live.values(), engine.base.decoder
-    assert decoder is not None and live.standing is not None
+    (live,), forward = engine.live.values(), engine.forward
+    assert live.standing is not None
     packed = pack(live.chunks(live.standing, 0, 1), conditions.device)
-    batch = decoder.batch(decoder_rows(packed, [NO_ADAPTER] * len(packed.chunks)), [])
+    nobody = [None] * len(packed.chunks)
+    batch = forward.ready(packed, nobody, nobody)
     steps: dict[str, Step] = {
-        "frozen": functools.partial(decoder.forward_backward, batch, packed.labels),
+        "frozen": functools.partial(forward.forward_backward, batch, "none"),
         "lora": functools.partial(checked_step, engine),
     }
     times = time_steps(steps, warm=conditions.warm, timed=conditions.timed, device=conditions.device)
@@ -246,7 +246,7 @@ def ends(report: Report, conditions: Conditions, precision: str) -> None:
             with ThreadPoolExecutor(1) as thread:
                 beside = seconds_of(functools.partial(_step_beside, thread, begin, engine, live, step), device)
             taken[name].append(1000 * (beside - usual))
-        probe = functools.partial(probe_losses, engine.base, engine.bank, live.adapter, live.job.examples[:1])
+        probe = functools.partial(probe_losses, engine.forward, live.bound, live.job.examples[:1])
         taken["a probe"].append(1000 * seconds_of(probe, device))
     for name, of_jobs in taken.items():  # the first takes memory, and the hooks' kernels
         report.figure(f"{precision}: ms that {name} takes, first", of_jobs[0])
@@ -281,7 +281,7 @@ def _hand_over(engine: TrainEngine, live: LiveJob) -> Callable[[], object]:
 
     def make_files() -> None:
         arrived()
-        pickle.dumps(adapter_files(adapter, engine.bank, "base"))
+        pickle.dumps(adapter_files(adapter, engine.forward.modules, "base"))
 
     return make_files
 

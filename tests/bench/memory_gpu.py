@@ -20,8 +20,8 @@ import torch
 
 from lora_core.config import LoraConfig
 from lora_core.models.attention import ATTENTION_NAME
-from lora_core.models.base import QUANTISED
 from lora_core.models.llama.decoder import Checkpointing
+from lora_core.models.precision import QUANTISED
 from lora_core.training.engine import TrainEngine
 from lora_core.training.memory.predictor import CONTEXT, Predictor, predictor
 from tests.bench.engines import base_of, checked_step, set_jobs
@@ -113,7 +113,9 @@ def measure_base(
 ) -> None:
     """Every case of one base."""
     base = base_of(random_llama(shape, device, ATTENTION_NAME), precision)
-    of = predictor(base.model.config, torch.bfloat16, device.type, precision if precision in QUANTISED else None)
+    of = predictor(
+        base.model.config, torch.bfloat16, "llama", device.type, precision if precision in QUANTISED else None
+    )
     engine = TrainEngine(base)
     alike = None
     for case in cases:

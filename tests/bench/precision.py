@@ -23,8 +23,9 @@ from lora_core.config import LoraConfig, TrainConfig
 from lora_core.data.dataset import Example, build_examples, read_rows
 from lora_core.data.encoding import TrainOn
 from lora_core.models.base import BaseModel, load_base, placed
-from lora_core.models.hooks.bank import AdapterBank
-from lora_core.training.engine import TrainEngine, probe_losses
+from lora_core.models.forward import open_forward
+from lora_core.models.probes import probe_losses
+from lora_core.training.engine import TrainEngine
 from lora_core.training.job import EngineJob
 from tests.support.tiny_models import smollm2_gguf
 
@@ -41,10 +42,10 @@ def base_in(precision: str, cache: Path) -> BaseModel:
 
 def text_loss(base: BaseModel) -> float:
     """Mean loss of every token of the example files under the base alone."""
-    bank = AdapterBank(base.model)
+    forward = open_forward(base)
     examples = [example for name in FILES for example in _examples(base, name, "all")]
-    total = sum(probe_losses(base, bank, None, examples))
-    bank.close()
+    total = sum(probe_losses(forward, None, examples))
+    forward.close()
     return total / sum(sum(example.labels_mask) for example in examples)
 
 
@@ -61,7 +62,7 @@ def losses(base: BaseModel, steps: int, seed: int) -> tuple[float, float, float]
         for outcome in engine.step().values():
             assert not isinstance(outcome, Exception)
             seen.append(outcome.loss)
-    engine.bank.close()
+    engine.forward.close()
     before, after = live.progress.before, live.progress.evaluation
     assert before is not None and after is not None and after.step == steps
     return before.loss, statistics.mean(seen[-max(1, steps // 4) :]), after.loss

@@ -88,7 +88,7 @@ def compare(
     timings = time_steps({case: step for case, (_, step) in programs.items()}, warm=WARM, timed=TIMED, device=CPU)
     for case, (who, _) in programs.items():
         report.add(Row(case, who, workload, documents * tokens * (jobs if who == OURS else 1), timings[case]))
-    engine.bank.close()
+    engine.forward.close()
 
 
 def _probe(folder: Path, dtype: torch.dtype) -> float:

@@ -20,8 +20,9 @@ from lora_core.adapters.peft_format import adapter_files, read_adapter
 from lora_core.adapters.targets import AdaptableModules
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.models.hooks.bank import AdapterBank, Segment
+from lora_core.models.probes import probe_losses
 from lora_core.training.active_job import LiveJob
-from lora_core.training.engine import TrainEngine, probe_losses
+from lora_core.training.engine import TrainEngine
 from lora_core.training.job import EngineJob
 from tests.core.test_trainer import exact_clip, padded_loss
 from tests.support.models import (
@@ -338,9 +339,9 @@ def test_the_order_of_a_pattern_survives_json() -> None:
 
 def published(live: LiveJob, engine: TrainEngine, folder: Path) -> Adapter:
     """What a reader of a job's published files gets: scale 1, zeros up to the largest rank."""
-    for name, content in adapter_files(live.adapter, engine.bank, "tiny").items():
+    for name, content in adapter_files(live.adapter, engine.forward.modules, "tiny").items():
         (folder / name).write_bytes(content)
-    return read_adapter(folder, engine.bank)
+    return read_adapter(folder, engine.forward.modules)
 
 
 def started_from(given: Adapter, lora: dict[str, Any], **train: Any) -> EngineJob:
@@ -364,9 +365,9 @@ def test_a_job_goes_on_from_a_published_adapter_with_another_scale(use_dora: boo
         scaled = second.adapter.b[name] * second.adapter.scale[name]
         torch.testing.assert_close(scaled, first.adapter.b[name] * first.adapter.scale[name], rtol=1e-6, atol=0)
     examples = first.job.examples
-    losses = [probe_losses(engine.base, engine.bank, live.adapter, examples) for live in (first, second)]
+    losses = [probe_losses(engine.forward, live.bound, examples) for live in (first, second)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert losses[1] != pytest.approx(probe_losses(engine.base, engine.bank, None, examples), rel=1e-2)
+    assert losses[1] != pytest.approx(probe_losses(engine.forward, None, examples), rel=1e-2)
 
 
 def test_where_a_job_starts_counts_in_its_checkpoints_and_company_changes_nothing(tmp_path: Path) -> None:
@@ -394,7 +395,7 @@ def test_lengths_of_rows_are_part_of_a_start(tmp_path: Path) -> None:
     live = (engine := TrainEngine(tiny_base("llama"))).add(wanted({"r": 4, "use_dora": True}))
     given = published(live, engine, tmp_path)
     with pytest.raises(LoraConfigError, match="init_adapter: it was trained with DoRA, so set use_dora"):
-        continued_adapter(engine.bank, LoraConfig(r=4), given)
+        continued_adapter(engine.forward.modules, LoraConfig(r=4), given)
     longer = replace(given, magnitude={name: m * 2 for name, m in given.magnitude.items()})
     jobs = [started_from(start, {"r": 4, "use_dora": True}) for start in (given, longer)]
     assert jobs[0].digest() != jobs[1].digest()
@@ -405,7 +406,7 @@ def test_zeros_up_to_the_largest_rank_are_no_ranks(tmp_path: Path) -> None:
     live = (engine := TrainEngine(tiny_base("llama"))).add(wanted({"r": 4, "rank_pattern": {"q_proj": 2}}))
     given = published(live, engine, tmp_path)
     with pytest.raises(LoraConfigError, match=r"its rank is 2 in model.layers.0.self_attn.q_proj, and this job's is 4"):
-        continued_adapter(engine.bank, LoraConfig(r=4), given)
+        continued_adapter(engine.forward.modules, LoraConfig(r=4), given)
 
 
 @pytest.mark.parametrize(

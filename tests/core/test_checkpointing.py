@@ -70,4 +70,4 @@ def test_layers_are_the_models_own_again_after_a_step() -> None:
     engine = engine_of("llama", "full")
     engine.step()
     assert all("forward" not in vars(layer) for layer in decoder_layers(engine.base.model))
-    assert engine.bank.segments == ()
+    assert engine.forward.modules.segments == ()

@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -29,12 +28,12 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.data.packing import pack
 from lora_core.kernels import dora_triton
-from lora_core.models.llama.decoder import Checkpointing, Decoder, Rows
+from lora_core.models.llama.decoder import Checkpointing, Decoder
+from lora_core.models.llama.forward import LlamaForward
+from lora_core.models.llama.warmup import Rehearsals
 from lora_core.training.active_job import LiveJob
 from lora_core.training.engine import TrainEngine
 from lora_core.training.job import EngineJob
-from lora_core.training.micro_batch import joined_dropout_keys
-from lora_core.training.warmup import Rehearsals
 from tests.support.models import CPU, decode_with_triton, documents, next_chunks, tiny_base
 
 BATCHES = ([4], [4, 4], [4, 5, 3], [2] * 16)
@@ -120,15 +119,13 @@ def small_job(name: str, seed: int, lora: dict[str, Any]) -> EngineJob:
     return EngineJob(name, LoraConfig(**lora), TrainConfig(batch_size=1 + seed % 3), documents(6, seed))
 
 
-def one_pass(on: Decoder, live: dict[str, LiveJob], checkpointing: Checkpointing = "none") -> None:
+def one_pass(on: Decoder, engine: TrainEngine, live: dict[str, LiveJob], checkpointing: Checkpointing = "none") -> None:
     """Forward, backward and an evaluation of these jobs' next rows."""
-    batch = pack(next_chunks(live.values()), CPU)
-    places = {name: place for place, name in enumerate(live)}
-    segments = [(places[chunk.job], chunk.padded_tokens) for chunk in batch.chunks]
-    rows = Rows(batch.ids[0], batch.positions[0], batch.lengths, segments, joined_dropout_keys(live, batch))
-    views = [on.view(one.adapter) for one in live.values()]
-    on.forward_backward(on.batch(rows, views), batch.labels, checkpointing)
-    on.evaluate(on.batch(replace(rows, dropout_keys=None), views), batch.labels)
+    batch, forward = pack(next_chunks(live.values()), CPU), LlamaForward(on, engine.forward.modules, "bf16")
+    bound = {name: forward.bind(one.adapter) for name, one in live.items()}
+    adapters, keys = [bound[chunk.job] for chunk in batch.chunks], [live[c.job].dropout_keys(c) for c in batch.chunks]
+    forward.forward_backward(forward.ready(batch, adapters, keys), checkpointing)
+    forward.evaluate(forward.ready(batch, adapters, [None] * len(adapters)))
 
 
 def keys_of(asked: Asked, ranks: Sequence[int], options: dict[str, Any]) -> list[str]:
@@ -137,7 +134,7 @@ def keys_of(asked: Asked, ranks: Sequence[int], options: dict[str, Any]) -> list
     engine = TrainEngine(base)
     for place, r in enumerate(ranks):
         engine.add(small_job(f"{place:02}", place, {"r": r, **options}))
-    one_pass(Decoder(base.model), engine.live)
+    one_pass(Decoder(base.model), engine, engine.live)
     return asked.taken()
 
 
@@ -156,7 +153,7 @@ def rehearsed_and_needed(asked: Asked, checkpointing: Checkpointing) -> tuple[li
     rehearsed, needed = asked.taken(), []
     for count in range(1, len(NEWCOMERS) + 1):
         for names in itertools.combinations(engine.live, count):
-            one_pass(on, {name: engine.live[name] for name in names}, checkpointing)
+            one_pass(on, engine, {name: engine.live[name] for name in names}, checkpointing)
             needed.append(asked.taken())
     return rehearsed, needed
 

@@ -10,16 +10,15 @@ from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from lora_core.config import LoraConfig, TrainConfig
-from lora_core.data.packing import PackedBatch, pack
+from lora_core.data.packing import pack
 from lora_core.kernels import cross_entropy
-from lora_core.kernels.operands import NO_ADAPTER
 from lora_core.models.llama import head as decoder_head
 from lora_core.models.llama.decoder import Checkpointing, Decoder, Rows
+from lora_core.models.llama.forward import LlamaForward
 from lora_core.models.precision import DenseWeight, Fp8Weight, Nf4Weight, stacked_dense
 from lora_core.training.active_job import LiveJob
 from lora_core.training.engine import TrainEngine
 from lora_core.training.job import EngineJob
-from lora_core.training.micro_batch import joined_dropout_keys
 from lora_core.training.optimizer import StepOutcome
 from tests.support.models import CPU, decode_with_triton, documents, job, next_chunks, tiny_base
 
@@ -84,18 +83,14 @@ class World:
 
     def by_decoder(self, checkpointing: Checkpointing = "none", absent: Sequence[str] = ()) -> list[Tensor]:
         """`absent` jobs' rows go through the base alone."""
-        decoder = Decoder(self.base.model)
-        views = [decoder.kernel_args(live.adapter) for live in self.jobs]
-        rows = as_rows(self.batch, absent, joined_dropout_keys(self.engine.live, self.batch))
-        losses = decoder.forward_backward(decoder.batch(rows, views), self.batch.labels, checkpointing)
+        forward = LlamaForward(Decoder(self.base.model), self.engine.forward.modules, "fp64")
+        bound = [forward.bind(live.adapter) for live in self.jobs]
+        adapters = [None if chunk.job in absent else bound[int(chunk.job)] for chunk in self.batch.chunks]
+        keys = [self.engine.live[chunk.job].dropout_keys(chunk) for chunk in self.batch.chunks]
+        losses = forward.forward_backward(forward.ready(self.batch, adapters, keys), checkpointing)
         for chunk, loss in zip(self.batch.chunks, losses, strict=True):
             self.engine.live[chunk.job].optimizer.add_loss(loss, chunk.labels.numel())
         return self.taken_gradients()
-
-
-def as_rows(batch: PackedBatch, absent: Sequence[str] = (), dropout_keys: Tensor | None = None) -> Rows:
-    segments = [(NO_ADAPTER if chunk.job in absent else int(chunk.job), chunk.padded_tokens) for chunk in batch.chunks]
-    return Rows(batch.ids[0], batch.positions[0], batch.lengths, segments, dropout_keys)
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
@@ -178,7 +173,7 @@ def test_the_engine_drops_in_training_alone() -> None:
         for place, dropout in enumerate(DROPOUTS):
             held_out = documents(3, 9)
             engine.add(job(str(place), lora={"lora_dropout": dropout}, validation=held_out, seed=place, epochs=1))
-        assert all((live.kernel_args is not None) == with_decoder for live in engine.live.values())
+        assert (engine.forward.name == "llama") == with_decoder
         while outcomes := engine.step():
             for name, outcome in sorted(outcomes.items()):
                 evaluation = engine.live[name].progress.evaluation
@@ -196,7 +191,7 @@ def test_a_job_with_dropout_trains_on_a_quantised_base(precision: str, weight: t
     base.precision, base.decoder = precision, Decoder(base.model, lambda parts: weight(torch.cat(list(parts))))
     engine = TrainEngine(base)
     live = engine.add(job(lora={"lora_dropout": 0.3}, epochs=12))
-    assert live.kernel_args is not None
+    assert engine.forward.name == "llama"
     losses = []
     while outcomes := engine.step():
         losses += [outcome.loss for outcome in outcomes.values() if isinstance(outcome, StepOutcome)]
@@ -207,7 +202,8 @@ def test_evaluation_is_the_loss_without_gradients() -> None:
     world = World()
     decoder = Decoder(world.base.model)
     views = [decoder.kernel_args(live.adapter) for live in world.jobs]
-    batch, labels = decoder.batch(as_rows(world.batch), views), world.batch.labels
+    segments, labels = [(int(chunk.job), chunk.padded_tokens) for chunk in world.batch.chunks], world.batch.labels
+    batch = decoder.batch(Rows(world.batch.ids[0], world.batch.positions[0], world.batch.lengths, segments), views)
     logits = decoder.hidden(batch) @ decoder.head.t()
     labels[0] = labels[0][0], logits[labels[0][0]].argmax(-1)  # some that are hit
     losses, hits = decoder.evaluate(batch, labels)

@@ -15,6 +15,7 @@ from lora_core.config import LoraConfig, TrainConfig
 from lora_core.data.dataset import Example
 from lora_core.models.attention import ATTENTION_NAME
 from lora_core.models.base import BaseModel, placed
+from lora_core.models.forward import ForwardPath, open_forward
 from lora_core.models.llama import decoder
 from lora_core.models.llama.decoder import Checkpointing
 from lora_core.models.llama.head import Labels
@@ -23,8 +24,8 @@ from lora_core.training.engine import TrainEngine
 from lora_core.training.job import EngineJob
 from lora_core.training.memory import kernels as kernel_memory
 from lora_core.training.memory.decoder import DecoderActivations, linear_bytes
-from lora_core.training.memory.hooks import Meter
-from lora_core.training.memory.predictor import CONTEXT, HOLES, EngineActivations, Predictor, predictor
+from lora_core.training.memory.hooks import HookActivations, Meter
+from lora_core.training.memory.predictor import CONTEXT, HOLES, Predictor, predictor
 from tests.bench.peers import SHAPES
 from tests.support.models import CPU, next_chunks
 
@@ -102,10 +103,9 @@ def measured(
         live = engine.add(EngineJob(str(number), lora, train, examples))
         known += [live.optimizer.flat, live.optimizer._cast, live.optimizer._message]
         if lora.use_dora:
-            assert live.kernel_args is not None
-            live.kernel_args.refresh(base.decoder.row_norms)
-            live.kernel_args.mark_fresh()
-            known += [vector for one in live.kernel_args.magnitudes.values() for vector in (one.norm, one.scale)]
+            live.bound.refresh(base.decoder.row_norms)
+            live.bound.mark_fresh()
+            known += [vector for one in live.bound.magnitudes.values() for vector in (one.norm, one.scale)]
     meter, saved = MeterWithoutProducts(known), []
     losses: Callable[..., Any] = decoder.head_losses
 
@@ -145,7 +145,7 @@ def test_the_count_is_what_tensors_come_to(
 ) -> None:
     saved, peak = measured(monkeypatch, checkpointing, [length] * count, precision, config, loras)
     quantised = "nf4" if precision == "nf4" else None
-    of = DecoderActivations(predictor(config, torch.bfloat16).footprints, "cpu", quantised)
+    of = DecoderActivations(predictor(config, torch.bfloat16, "llama").footprints, "cpu", quantised)
     ledger = of.trace([of.footprints.of(lora) for lora in loras], 2 * count * length, length, checkpointing)
     assert ledger.saved == pytest.approx(saved, rel=0.01)
     assert ledger.peak == pytest.approx(peak, rel=0.01)
@@ -154,7 +154,7 @@ def test_the_count_is_what_tensors_come_to(
 @pytest.mark.parametrize("checkpointing", WAYS)
 def test_documents_of_any_lengths_take_no_more(monkeypatch: pytest.MonkeyPatch, checkpointing: Checkpointing) -> None:
     """On a CPU attention keeps its probabilities where documents are short, and computes them again where not."""
-    of = DecoderActivations(predictor(TINY, torch.bfloat16).footprints, "cpu")
+    of = DecoderActivations(predictor(TINY, torch.bfloat16, "llama").footprints, "cpu")
     for lengths in ([520, 512, 512, 512], [768], [768, 100, 70, 300]):
         saved, peak = measured(monkeypatch, checkpointing, lengths)
         ledger = of.trace([of.footprints.of(lora) for lora in PLAIN], 2 * sum(lengths), max(lengths), checkpointing)
@@ -163,7 +163,7 @@ def test_documents_of_any_lengths_take_no_more(monkeypatch: pytest.MonkeyPatch, 
 
 def test_nothing_is_held_once_the_pass_is_over() -> None:
     for device, config in product(("cpu", "cuda"), (TINY, TINY_QWEN3)):
-        of = DecoderActivations(predictor(config, torch.bfloat16).footprints, device)
+        of = DecoderActivations(predictor(config, torch.bfloat16, "llama").footprints, device)
         assert all(
             of.trace([of.footprints.of(lora) for lora in (*PLAIN, *DORA)], 512, 128, checkpointing).live == 0
             for checkpointing in WAYS
@@ -179,8 +179,8 @@ def test_quantised_weights_are_counted(precision: str, layers: int) -> None:
     assert decoder is not None
     held = sum(weight.nbytes for layer in decoder.layers for weight in layer.weights)
     assert linear_bytes(decoder.groups, 2, precision) == held
-    others = predictor(config, torch.bfloat16, "cuda").weights - linear_bytes(decoder.groups, 2, None)
-    assert predictor(config, torch.bfloat16, "cuda", precision).weights == others + held
+    others = predictor(config, torch.bfloat16, "llama", "cuda").weights - linear_bytes(decoder.groups, 2, None)
+    assert predictor(config, torch.bfloat16, "llama", "cuda", precision).weights == others + held
 
 
 def test_stripes_are_those_of_the_kernels() -> None:
@@ -198,7 +198,7 @@ def test_stripes_are_those_of_the_kernels() -> None:
 
 
 def llama_8b(precision: str | None = None) -> Predictor:
-    return predictor(LlamaConfig(**SHAPES["8b"]), torch.bfloat16, "cuda", precision)
+    return predictor(LlamaConfig(**SHAPES["8b"]), torch.bfloat16, "llama", "cuda", precision)
 
 
 @pytest.mark.parametrize(
@@ -259,28 +259,21 @@ def test_memory_that_shrinks_leads_through_every_way() -> None:
     assert needs == sorted(needs, reverse=True)
 
 
-# --- which of the two ways through the base --------------------------------------------------------------------------
+# --- which path ------------------------------------------------------------------------------------------------------
 
 
-def test_adapters_that_only_hooks_compute_are_counted_as_theirs() -> None:
-    of = predictor(TINY, torch.bfloat16).activations
-    assert isinstance(of, EngineActivations) and of.decoder is not None
-    plain, pissa, wide = map(
-        of.hooks.footprints.of, (LoraConfig(r=8), LoraConfig(r=8, init_lora_weights="pissa"), LoraConfig(r=1024))
-    )
-    by_decoder = of.decoder.peak_bytes([plain], 512, 128, "none")
-    by_hooks = of.hooks.peak_bytes([pissa], 512, 128, "none")
-    assert of.peak_bytes([plain], 512, 128, "none") == by_decoder
-    assert of.peak_bytes([pissa], 512, 128, "none") == by_hooks
-    assert of.peak_bytes([pissa, plain], 512, 128, "none") == by_hooks > by_decoder
-    by_decoder = of.decoder.peak_bytes([wide], 512, 128, "none")
-    assert of.peak_bytes([pissa, wide], 512, 128, "none") == by_decoder > by_hooks
-    in_fp32 = predictor(TINY, torch.float32).activations
-    assert isinstance(in_fp32, EngineActivations) and in_fp32.decoder is None
+@pytest.mark.parametrize(
+    ("precision", "path", "kind"),
+    [("bf16", "llama", DecoderActivations), ("bf16", "hooks", HookActivations), ("nf4", "llama", DecoderActivations)],
+)
+def test_an_engine_counts_by_its_path(precision: str, path: ForwardPath, kind: type[Any]) -> None:
+    base = tiny_base(precision)
+    engine = TrainEngine(base, forward=open_forward(base, path), capacity=None, budget_bytes=GIB)
+    assert isinstance(engine.room.predictor.activations, kind)
 
 
 def test_an_engine_on_a_quantised_base_predicts_its_weights() -> None:
     engine = TrainEngine(tiny_base("nf4"), capacity=None, budget_bytes=GIB)
     assert engine.room.budget == int(0.955 * GIB)  # which predictions for nf4 were too low by
     assert TrainEngine(tiny_base("bf16"), capacity=None, budget_bytes=GIB).room.budget == GIB
-    assert engine.room.predictor.weights == predictor(TINY, torch.bfloat16, "cpu", "nf4").weights
+    assert engine.room.predictor.weights == predictor(TINY, torch.bfloat16, "llama", "cpu", "nf4").weights

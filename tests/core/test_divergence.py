@@ -50,7 +50,7 @@ def test_a_job_that_does_no_better_than_guessing_is_stopped_and_a_bad_start_is_n
                     left = str(outcome) if isinstance(outcome, JobDiverged) else live.checkpoint()
                     ends[name] = live.progress.step, left
                     engine.remove(name)
-        engine.bank.close()
+        engine.forward.close()
         return ends
 
     both = train(["wild", "calm"])

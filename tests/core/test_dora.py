@@ -23,9 +23,10 @@ from lora_core.config import LoraConfig
 from lora_core.models.attention import PackedAttention
 from lora_core.models.hooks.bank import AdapterBank, Segment
 from lora_core.models.merge import write_merged
+from lora_core.models.probes import probe_losses
 from lora_core.training import job as engine_job
 from lora_core.training.active_job import LiveJob
-from lora_core.training.engine import TrainEngine, probe_losses
+from lora_core.training.engine import TrainEngine
 from lora_core.training.job import EngineJob, JobDiverged
 from tests.core.test_trainer import gradient, padded_loss, reference_training
 from tests.support.models import (
@@ -184,13 +185,13 @@ def test_norms_are_taken_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     live = engine.add(job(lora={"use_dora": True}, batch_size=8))
     assert len(micro_batches([next_chunks([live])], 32)) > 2
     taken: list[str] = []
-    of = engine.bank.row_norms.of
+    of = engine.forward.modules.row_norms.of
 
     def counted(module: str, a: Tensor, b: Tensor) -> Tensor:
         taken.append(module)
         return of(module, a, b)
 
-    monkeypatch.setattr(engine.bank.row_norms, "of", counted)
+    monkeypatch.setattr(engine.forward.modules.row_norms, "of", counted)
     for _ in range(3):
         engine.step()
     assert sorted(taken) == sorted([*live.adapter.a] * 3)
@@ -302,7 +303,7 @@ def test_a_probe_leaves_no_gradient(lora: dict[str, Any]) -> None:
     engine = TrainEngine(tiny_base("llama"))
     live = engine.add(job(lora=lora))
     move(live)
-    probe_losses(engine.base, engine.bank, live.adapter, documents(2, 1))
+    probe_losses(engine.forward, live.bound, documents(2, 1))
     assert not live.optimizer._message.any()
 
 

@@ -29,7 +29,7 @@ def by_definition(engine: TrainEngine, live: LiveJob, examples: Sequence[Example
     loss, correct, tokens = 0.0, 0, 0
     for example in examples:
         ids = torch.tensor([example.ids])
-        with torch.no_grad(), engine.bank.routed([Segment(live.adapter, ids.shape[1])]):
+        with torch.no_grad(), engine.forward.modules.routed([Segment(live.adapter, ids.shape[1])]):
             hidden = engine.base.hidden(ids, torch.arange(ids.shape[1])[None], PackedAttention((ids.shape[1],)))[0]
         logits = engine.base.head(hidden)[:-1]
         kept = torch.tensor(example.labels_mask[1:])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_core.models.base import BaseModel, load_base
 from lora_core.models.exactness import EXACT_DTYPES, Exactness, exactness_of
+from lora_core.models.forward import open_forward
 from lora_core.training.engine import TrainEngine
 from lora_core.training.job import EngineJob
 from tests.support.models import CPU, documents, job, state, threads, tiny_base
@@ -139,7 +140,7 @@ def test_threads_do_not_change_what_is_found_for_the_worse() -> None:
     """Asked again for each number of threads, since products are cut by it."""
     for count in (1, 2, 3):
         with threads(count):
-            assert tiny_base("llama").exactness().problem is None
+            assert open_forward(tiny_base("llama")).exactness().problem is None
 
 
 @pytest.mark.parametrize("for_training", [True, False])
@@ -201,7 +202,7 @@ def at_widths(width: str) -> tuple[bool, Exactness]:
         live = [engine.add(one) for one in jobs]
         while not live[0].done:
             engine.step()
-        engine.bank.close()
+        engine.forward.close()
         return state(live[0]), engine.exactness
 
     (alone, exactness), (company, _) = trained(mine), trained(mine, other)

@@ -14,7 +14,8 @@ from lora_core.config import LoraConfig, TrainConfig
 from lora_core.data.dataset import Example
 from lora_core.kernels.transfer import arrival
 from lora_core.models.base import BaseModel, load_base
-from lora_core.training.engine import TrainEngine, probe_losses
+from lora_core.models.probes import probe_losses
+from lora_core.training.engine import TrainEngine
 from lora_core.training.job import EngineJob, JobDiverged
 from tests.support.models import outcome_of
 from tests.support.tiny_models import save_tiny_model
@@ -53,7 +54,7 @@ def losses(base: BaseModel, *, lora: LoraConfig = LORA, names: tuple[str, ...] =
         for name, outcome in engine.step().items():
             assert not isinstance(outcome, Exception)
             history[name].append(outcome.loss)
-    engine.bank.close()
+    engine.forward.close()
     return history
 
 
@@ -83,7 +84,7 @@ def test_dora_on_a_quantised_base_divides_by_the_norms_of_what_is_left_of_it(fol
     live = engine.add(EngineJob("one", LoraConfig(r=4, use_dora=True), train, EXAMPLES))
     seen = [outcome_of(engine.step()["one"]).loss for _ in range(10)]
     assert seen[-1] < 0.9 * seen[0]
-    probe_losses(base, engine.bank, live.adapter, EXAMPLES[:1])  # takes the norms of the weights as they are
+    probe_losses(engine.forward, live.bound, EXAMPLES[:1])  # takes the norms of the weights as they are
     assert base.decoder is not None
     for group in base.decoder.groups:
         for name, weight in zip(group.names, base.decoder.weights_of(group), strict=True):
@@ -150,7 +151,7 @@ def test_a_job_gone_bad_is_stopped_and_the_others_are_as_if_it_never_was(
                 if isinstance(outcome, JobDiverged):
                     assert name == "bad"
                     failures.append(outcome.step)
-        engine.bank.close()
+        engine.forward.close()
         return {name: live.optimizer.flat for name, live in engine.live.items() if name != "bad"}, failures
 
     beside, failures = train(("one", "two", "bad"))

@@ -76,7 +76,7 @@ def measured(base: BaseModel, checkpointing: Checkpointing, *wanted: EngineJob) 
 def test_a_run_without_numbers_counts_what_a_real_one_holds(kind: str, checkpointing: Checkpointing) -> None:
     wanted = EngineJob("job", LORA, TrainConfig(batch_size=20, max_seq_len=64), documents(20, 0, 32, 32))
     taken, tokens = measured(tiny_base(kind), checkpointing, wanted)
-    of = predictor(CONFIGS[kind], torch.float32)
+    of = predictor(CONFIGS[kind], torch.float32, "hooks")
     told = of.activations.peak_bytes([of.footprints.of(LORA)], tokens, 32, checkpointing)
     assert told == pytest.approx(taken, rel=0.1)
 
@@ -88,7 +88,7 @@ def test_masks_of_a_sliding_window_are_counted(kind: str, checkpointing: Checkpo
     examples = [Example([3] * length, [False] + [True] * (length - 1)) for length in (256, 255, 254, 253)]
     wanted = EngineJob("job", LORA, TrainConfig(batch_size=4, max_seq_len=1024), examples)
     taken, tokens = measured(tiny_base(kind), checkpointing, wanted)
-    of = predictor(CONFIGS[kind], torch.float32)
+    of = predictor(CONFIGS[kind], torch.float32, "hooks")
     told = of.activations.peak_bytes([of.footprints.of(LORA)], tokens, 256, checkpointing)
     assert told == pytest.approx(taken, rel=0.06)
 
@@ -111,7 +111,7 @@ def test_company_is_counted_as_what_it_is() -> None:
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME).requires_grad_(False).eval()
     base = BaseModel(model, PreTrainedTokenizerBase(), "", "", "fp32", CPU)
-    of, lora = predictor(config, torch.float32), LoraConfig(r=2)
+    of, lora = predictor(config, torch.float32, "hooks"), LoraConfig(r=2)
     for lengths in ([512, 88], [512, 512], [1024, 1024]):
         examples = [Example([3] * length, [False] + [True] * (length - 1)) for length in lengths]
         wanted = [EngineJob(str(number), lora, TrainConfig(), [one]) for number, one in enumerate(examples)]
@@ -124,7 +124,7 @@ def test_the_vectors_of_an_adapter_are_counted() -> None:
     base = tiny_base("llama", dtype=torch.bfloat16)
     optimizer: FlatAdamW = TrainEngine(base).add(job()).optimizer
     vectors = (optimizer.flat, optimizer._message, optimizer._cast, *optimizer.moments)
-    of = predictor(CONFIGS["llama"], torch.bfloat16)
+    of = predictor(CONFIGS["llama"], torch.bfloat16, "hooks")
     told = vector_bytes(of.footprints, of.footprints.of(job().lora))
     assert of.predict([job().lora] * 3, 256, 32, "none") == of.predict([job().lora] * 2, 256, 32, "none") + told
     assert told == pytest.approx(sum(vector.nbytes for vector in vectors), rel=0.01)
@@ -146,12 +146,12 @@ def test_on_a_cpu_a_checkpoint_a_hand_over_and_the_best_weights_are_counted(
         snapshot = live.snapshot()
         snapshot.write(tmp_path / "checkpoint")
         checkpoint = meter.live
-        files = adapter_files(live.optimizer.on_host(), engine.bank, "base")
+        files = adapter_files(live.optimizer.on_host(), engine.forward.modules, "base")
         hand_over = meter.peak - checkpoint
     written = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert snapshot.tensors and files
-    on_gpu = predictor(CONFIGS["llama"], torch.float32, "cuda")
+    on_gpu = predictor(CONFIGS["llama"], torch.float32, "hooks", "cuda")
     without = of.weights + vector_bytes(of.footprints, of.footprints.of(lora)) + memory.CONTEXT["cpu"]
     peak = of.activations.peak_bytes([of.footprints.of(lora)], 256, 30, "none")
     told = of.predict([lora], 256, 30, "none", [lora]) - peak - without
@@ -211,7 +211,7 @@ def check_case(source: str, cache: Path, *case: Any) -> None:
 
 
 def small_predictor() -> Predictor:
-    return predictor(CONFIGS["llama"], torch.float32)
+    return predictor(CONFIGS["llama"], torch.float32, "hooks")
 
 
 def test_the_plan_takes_what_it_can_and_fits() -> None:
@@ -237,7 +237,7 @@ def test_what_does_not_fit_says_what_to_change() -> None:
 
 def test_an_engine_that_chooses_trains_the_same_bits() -> None:
     given, chosen = TrainEngine(tiny_base("llama"), capacity=64), TrainEngine(tiny_base("llama"), capacity=None)
-    of = predictor(CONFIGS["llama"], torch.float32)
+    of = predictor(CONFIGS["llama"], torch.float32, "hooks")
     tight = TrainEngine(
         tiny_base("llama"), capacity=None, budget_bytes=of.predict([job().lora], 256, 30, "none") - 1000
     )
@@ -253,7 +253,7 @@ def test_an_engine_that_chooses_trains_the_same_bits() -> None:
 
 
 def test_a_job_that_does_not_fit_is_refused_and_the_others_stay() -> None:
-    of = predictor(CONFIGS["llama"], torch.float32)
+    of = predictor(CONFIGS["llama"], torch.float32, "hooks")
     budget = of.predict([job().lora], 256, 30, "full")
     engine = TrainEngine(tiny_base("llama"), capacity=None, budget_bytes=budget)
     engine.add(job())
@@ -266,7 +266,9 @@ def test_a_job_that_does_not_fit_is_refused_and_the_others_stay() -> None:
 def test_a_job_that_would_fit_by_itself_is_told_from_one_that_never_will() -> None:
     """When it is prepared, and when another one has come in since."""
     largest = job().largest_chunk
-    budget = predictor(CONFIGS["llama"], torch.float32).predict([job().lora], largest, job().longest, "full") + 1000
+    budget = (
+        predictor(CONFIGS["llama"], torch.float32, "hooks").predict([job().lora], largest, job().longest, "full") + 1000
+    )
     engine = TrainEngine(tiny_base("llama"), capacity=None, budget_bytes=budget)
     first, second = engine.prepare(job("first")), engine.prepare(job("second"))
     engine.admit(first)

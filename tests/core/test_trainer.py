@@ -18,9 +18,10 @@ from lora_core.config import TrainConfig
 from lora_core.data.dataset import Example
 from lora_core.lora import LinearWithLoRA, replace_linear_with_lora
 from lora_core.models.base import BaseModel
+from lora_core.models.probes import probe_losses
 from lora_core.training import job as engine_job
 from lora_core.training.active_job import LiveJob
-from lora_core.training.engine import TrainEngine, probe_losses
+from lora_core.training.engine import TrainEngine
 from lora_core.training.job import EngineJob
 from lora_core.training.optimizer import learning_rate
 from tests.support.models import (
@@ -276,7 +277,7 @@ def test_flat_vector_holds_all_a_then_all_b_each_from_a_multiple_of_8() -> None:
         end = start + weight.numel()
     assert flat.numel() == -(-end // 8) * 8
     assert live.optimizer.parameters == int((flat != 0).sum())
-    assert list(live.adapter.a) == list(live.adapter.b) == list(engine.bank.linears)
+    assert list(live.adapter.a) == list(live.adapter.b) == list(engine.forward.modules.linears)
 
 
 def test_chunks_add_up_in_the_same_order_whatever_they_share(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,7 +397,7 @@ def test_probes_are_the_losses_that_training_saw() -> None:
     engine = TrainEngine(base)
     live = engine.add(job(lora={"lora_dropout": 0.5}))
     engine.step()
-    probes = probe_losses(base, engine.bank, live.adapter, live.job.examples[:3])
+    probes = probe_losses(engine.forward, live.bound, live.job.examples[:3])
     for probe, example in zip(probes, live.job.examples[:3], strict=True):
         engine_of_one = TrainEngine(tiny_base("llama", dtype=torch.float64))
         single = engine_of_one.add(job("one", examples=[example]))
@@ -404,7 +405,7 @@ def test_probes_are_the_losses_that_training_saw() -> None:
             single.optimizer.flat.copy_(live.optimizer.flat)
         outcome = outcome_of(engine_of_one.step()["one"])
         assert probe == pytest.approx(outcome.loss * outcome.tokens, rel=1e-12)
-    assert probes != probe_losses(base, engine.bank, None, live.job.examples[:3])
+    assert probes != probe_losses(engine.forward, None, live.job.examples[:3])
 
 
 def test_job_without_examples_is_refused() -> None:

@@ -23,7 +23,8 @@ from jobs.session.messages import Assignment, CheckpointWritten, DesiredJobs, Jo
 from jobs.session.rank import Rank
 from jobs.session.report import OF_PRODUCTS, ActiveJob
 from lora_core.adapters.peft_format import read_adapter
-from lora_core.training.engine import TrainEngine, probe_losses
+from lora_core.models.probes import probe_losses
+from lora_core.training.engine import TrainEngine
 from lora_core.training.memory.predictor import DoesNotFitError, NoRoomBesideError
 from tests.support.models import documents, job, tiny_base
 from tests.support.ranks import ObservedStorage, RankThreads, Script, ScriptedMailbox, assignment
@@ -279,9 +280,9 @@ def test_a_job_is_published_beside_the_steps_of_the_others(
     for name, content in first.files.items():
         (tmp_path / name).write_bytes(content)
     losses = [probe["loss"] for probe in first.manifest["probes"]]
-    adapter = read_adapter(tmp_path, engine.bank)
-    assert losses == pytest.approx(probe_losses(base, engine.bank, adapter, documents(3, 1)), rel=1e-4)
-    assert losses != pytest.approx(probe_losses(base, engine.bank, None, documents(3, 1)), rel=1e-4)
+    adapter = read_adapter(tmp_path, engine.forward.modules)
+    assert losses == pytest.approx(probe_losses(engine.forward, adapter, documents(3, 1)), rel=1e-4)
+    assert losses != pytest.approx(probe_losses(engine.forward, None, documents(3, 1)), rel=1e-4)
 
 
 def test_publishing_that_fails_is_no_secret(session: Session, storage: ObservedStorage) -> None:

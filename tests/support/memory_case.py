@@ -36,7 +36,9 @@ def main(
     precision = resolve_precision(precision, source, cache_dir=cache, device=cpu).precision  # type: ignore[arg-type]
     lora = LoraConfig(r=16, lora_dropout=dropout)
     config = describe_base(source, cache)[0].config
-    predicted = predictor(config, DTYPES[precision]).predict([lora] * adapters, tokens, DOCUMENT, checkpointing)
+    predicted = predictor(config, DTYPES[precision], "llama" if precision == "bf16" else "hooks").predict(
+        [lora] * adapters, tokens, DOCUMENT, checkpointing
+    )
     predicted += resident_bytes()
     base = load_base(source, precision=precision, cache_dir=cache, device=cpu)  # type: ignore[arg-type]
     Path("/proc/self/clear_refs").write_text("5")  # loading may have converted the base: count from here

@@ -110,11 +110,6 @@ def rounded_width(widths: Iterable[int]) -> int:
 class Decoder(DecoderWeights):
     """A base with its passes over many adapters."""
 
-    @staticmethod
-    def adapts(adapter: Adapter) -> bool:
-        """Whether this adapter is computed here: A, B and m on the layers' linears, without PiSSA."""
-        return adapter.residual is None and all(name.startswith("model.layers.") for name in adapter.a)
-
     def kernel_args(self, adapter: Adapter) -> KernelArgs:
         """The adapter as `forward_backward` takes it; it follows every change of the weights."""
         return KernelArgs(adapter, self.groups, self.embedding.device)

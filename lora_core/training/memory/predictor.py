@@ -3,8 +3,7 @@
     predicted = context + weights + vectors of every adapter + the peak of one micro-batch
                 + on a CPU what is kept in host memory: best weights, and one checkpoint while it is written
 
-Adapters that the decoder computes and those that the hooks do come in micro-batches of their own, so the peak is the
-larger of the two: of the decoder from its shapes (`decoder.py` here), of the hooks from a run without numbers
+The peak is that of the path: of the llama path from its shapes (`decoder.py` here), of hooks from a run without numbers
 (`hooks.py`).
 """
 
@@ -24,7 +23,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.models.attention import ATTENTION_NAME
-from lora_core.models.llama.decoder import Checkpointing, Decoder
+from lora_core.models.forward import ForwardPath
+from lora_core.models.llama.decoder import Checkpointing
 from lora_core.training.memory.decoder import DecoderActivations, linear_bytes
 from lora_core.training.memory.footprint import META, Footprint, Footprints
 from lora_core.training.memory.hooks import HookActivations, Meter, frozen
@@ -79,32 +79,6 @@ class Plan:
     checkpointing: Checkpointing
     predicted_bytes: int
     exact_heap: bool
-
-
-@dataclass
-class EngineActivations:
-    """Of `TrainEngine`, which sends an adapter through the decoder if that can compute it."""
-
-    hooks: HookActivations
-    decoder: DecoderActivations | None
-    _adapts: dict[Footprint, bool] = field(default_factory=dict)
-
-    def peak_bytes(self, kinds: Sequence[Footprint], tokens: int, longest: int, checkpointing: Checkpointing) -> int:
-        """The larger of the two, where there are adapters of both kinds."""
-        peak, in_hooks = 0, [footprint for footprint in kinds if not self._in_decoder(footprint)]
-        in_decoder = [footprint for footprint in kinds if self._in_decoder(footprint)]
-        if in_decoder and self.decoder is not None:
-            peak = self.decoder.peak_bytes(in_decoder, tokens, longest, checkpointing)
-        if in_hooks:
-            peak = max(peak, self.hooks.peak_bytes(in_hooks, tokens, longest, checkpointing))
-        return peak
-
-    def _in_decoder(self, footprint: Footprint) -> bool:
-        if self.decoder is None:
-            return False
-        if footprint not in self._adapts:
-            self._adapts[footprint] = Decoder.adapts(self.decoder.footprints.adapter(footprint))
-        return self._adapts[footprint]
 
 
 @dataclass(frozen=True)
@@ -202,10 +176,10 @@ class Predictor:
 
 
 def predictor(
-    config: PretrainedConfig, dtype: torch.dtype, device: str = "cpu", quantised: str | None = None
+    config: PretrainedConfig, dtype: torch.dtype, path: ForwardPath, device: str = "cpu", quantised: str | None = None
 ) -> Predictor:
-    """For a base of this config that computes in `dtype`; `device` is a torch device's type, `quantised` fp8 or nf4
-    where the linears are.
+    """For a base of this config that computes in `dtype` by this path; `device` is a torch device's type, `quantised`
+    fp8 or nf4 where the linears are.
     """
     with META:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -213,15 +187,14 @@ def predictor(
         )
     model.requires_grad_(False)
     model.eval()
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    decoder, footprints = None, Footprints(model)
-    in_decoder = quantised or device == "cuda" or dtype == torch.bfloat16  # as `placed` gives one
-    if in_decoder and Decoder.misfit(config) is None:
-        decoder = DecoderActivations(footprints, device, quantised)
-        groups = decoder.decoder.groups
-        weights += linear_bytes(groups, dtype.itemsize, quantised) - linear_bytes(groups, dtype.itemsize, None)
-    hooks = HookActivations(footprints, device, LARGEST_CAPACITY[device])
-    return Predictor(footprints, device, weights, EngineActivations(hooks, decoder))
+    weights, footprints = sum(parameter.nbytes for parameter in model.parameters()), Footprints(model)
+    if path == "hooks":
+        hooks = HookActivations(footprints, device, LARGEST_CAPACITY[device])
+        return Predictor(footprints, device, weights, hooks)
+    decoder = DecoderActivations(footprints, device, quantised)
+    groups = decoder.decoder.groups
+    weights += linear_bytes(groups, dtype.itemsize, quantised) - linear_bytes(groups, dtype.itemsize, None)
+    return Predictor(footprints, device, weights, decoder)
 
 
 def vector_bytes(footprints: Footprints, footprint: Footprint) -> int:
