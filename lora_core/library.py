@@ -305,8 +305,6 @@ def _add(
 def _engine(base: BaseModel, engines: dict[ForwardPath, TrainEngine], lora: LoraConfig) -> TrainEngine:
     """The one whose path such an adapter takes."""
     path = forward_path(base.model.config, AdaptableModules(base.model), lora, base.precision)
-    if base.decoder is None:
-        path = "hooks"
     if path not in engines:
         engines[path] = TrainEngine(base, forward=open_forward(base, path), capacity=None)
     return engines[path]

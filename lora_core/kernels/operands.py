@@ -27,6 +27,9 @@ SPAN_ROWS = 2048
 
 NO_ADAPTER = -1
 
+EXACT_DTYPES = (torch.float32, torch.float64)
+"""In these a CPU computes each segment as if it were alone; in others segments are joined where that is faster."""
+
 FP8_MAX = 448.0
 FP8_TINY = 1e-12  # a row of zeros keeps a scale that can be divided by
 
@@ -149,6 +152,11 @@ class Segments:
     def spans(self) -> Tensor:
         """The same with at most SPAN_ROWS rows each, of adapters alone."""
         return self._moved([piece for piece in self._pieces(SPAN_ROWS) if piece[0] != NO_ADAPTER])
+
+    def split(self, x: Tensor) -> Sequence[Tensor]:
+        """x `[T, ...]` segment by segment."""
+        parts: Sequence[Tensor] = x.split([rows for _, rows in self._segments])
+        return parts
 
     def slices(self) -> list[tuple[int, slice]]:
         """Return (adapter's index, its rows) of each segment that has an adapter."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lora_core.kernels.operands import EXACT_DTYPES
 from lora_core.kernels.transfer import to_device
 from lora_core.models.attention_cpu import EqualDocuments
 
@@ -121,11 +123,12 @@ class DocumentAttention:
     """Causal attention inside each of the documents that lie end to end in `[T, heads, d]`, with its own backward pass.
 
     On CUDA it is one variable-length flash attention over all of them (Dao 2023), or one of cuDNN's where they have one
-    length; on CPU see `attention_cpu.py`.
+    length. On CPU (`attention_cpu.py`) those of one length that lie side by side are one product; in fp32 and fp64 only
+    those of one of the `segments`, whose tokens are given.
     """
 
-    def __init__(self, lengths: Sequence[int], scaling: float, device: torch.device) -> None:
-        self._scaling, self._lengths = scaling, list(lengths)
+    def __init__(self, lengths: Sequence[int], segments: Sequence[int], scaling: float, device: torch.device) -> None:
+        self._scaling, self._lengths, self._segments = scaling, list(lengths), list(segments)
         self._longest = max(self._lengths)
         ends = torch.tensor([0, *itertools.accumulate(self._lengths)], dtype=torch.int32)
         self._ends = to_device(ends, device)
@@ -159,8 +162,7 @@ class DocumentAttention:
 
     def _on_cpu(self, q: Tensor, k: Tensor, v: Tensor, with_backward: bool) -> tuple[Tensor, Backward]:
         output, runs, start = q.new_empty(q.shape), [], 0
-        for length, run in itertools.groupby(self._lengths):
-            documents = len(list(run))
+        for length, documents in self._equal_documents(exact=q.dtype in EXACT_DTYPES):
             rows = slice(start, start + documents * length)
             runs.append((rows, EqualDocuments(q[rows], k[rows], v[rows], documents, self._scaling, output[rows])))
             start = rows.stop
@@ -172,6 +174,13 @@ class DocumentAttention:
             return dq, dk, dv
 
         return output.flatten(1), backward if with_backward else _no_backward
+
+    def _equal_documents(self, exact: bool) -> Iterator[tuple[int, int]]:
+        """(length, number of documents) of each product."""
+        ends = list(itertools.accumulate(self._segments)) if exact else []
+        segment_of = [bisect_left(ends, end) for end in itertools.accumulate(self._lengths)]
+        for (_, length), documents in itertools.groupby(zip(segment_of, self._lengths, strict=True)):
+            yield length, len(list(documents))
 
 
 def _no_backward(gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:

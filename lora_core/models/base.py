@@ -57,8 +57,8 @@ class BaseModel:
     """A frozen base. `fingerprint` is the sha256 of the source weights; `precision` is what it computes in here, and
     `why` says who chose it.
 
-    `decoder` holds the same weights for the faster pass, where there is one: for the Llama family on a GPU and, but in
-    fp32, on a CPU. In fp8 and nf4 it alone has them, and `hidden` cannot be called.
+    `decoder` holds the same weights for the llama path (`forward.py`), where the family has it. In fp8 and nf4 it alone
+    has them, and `hidden` cannot be called.
     """
 
     model: PreTrainedModel
@@ -165,7 +165,7 @@ def _placed(base: BaseModel, device: torch.device) -> BaseModel:
     base.model.to(device)  # type: ignore[arg-type]
     base = replace(base, device=device)
     _refuse_unfaithful(base)
-    if Decoder.misfit(base.model.config) is None and (device.type == "cuda" or base.precision == "bf16"):
+    if Decoder.misfit(base.model.config) is None:
         base.decoder = Decoder(base.model, stacked_dense if device.type == "cuda" else DenseWeight)
         _refuse_unfaithful(base)
     return base

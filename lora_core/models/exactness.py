@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from lora_core.adapters.dora import weight_of
 from lora_core.adapters.targets import in_and_out
 from lora_core.data.packing import PAD_TO_MULTIPLE_OF
+from lora_core.kernels.operands import EXACT_DTYPES
 
 log = logging.getLogger("lora.engine")
 
-EXACT_DTYPES = (torch.float32, torch.float64)
 PRODUCT_ROWS = 384
 """Rows of the product that others are compared with, or 128 for each thread: seen with two threads on Intel, MKL splits
 the inner dimension of products of up to 256.
@@ -91,16 +91,56 @@ def ask_for_exact_products() -> None:
     os.environ.setdefault("MKL_CBWR", f"{vectors},STRICT")
 
 
-def exactness_of(linears: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> Exactness:
-    """How a base with these linears keeps the promise with as many threads as there are now: measured once a process.
+@dataclass(frozen=True)
+class FrozenProduct:
+    """A product with a frozen weight, of rows `[n, inputs]`, and its input's gradient; those of one `kind` compute
+    alike.
+    """
 
-    It multiplies about 850 rows with each kind of linear and back: 8 GFLOP for a model of 135 M parameters.
+    kind: tuple[object, ...]
+    inputs: int
+    outputs: int
+    dtype: torch.dtype
+    forward: Callable[[Tensor], Tensor]
+    input_gradient: Callable[[Tensor], Tensor]
+
+    @staticmethod
+    def of_linear(linear: nn.Module) -> FrozenProduct:
+        """As a module of the model multiplies."""
+        weight = linear.weight
+        assert isinstance(weight, Tensor)
+        has_bias = getattr(linear, "bias", None) is not None
+        return FrozenProduct(
+            (type(linear), has_bias),
+            *in_and_out(linear),
+            weight.dtype,
+            lambda rows: linear.forward(rows[None])[0],
+            lambda rows: rows @ weight_of(linear),
+        )
+
+    @property
+    def key(self) -> _Key:
+        """What its bits depend on."""
+        return self.kind, self.inputs, self.outputs, self.dtype, torch.get_num_threads()
+
+
+_Key = tuple[tuple[object, ...], int, int, torch.dtype, int]
+_answers: dict[_Key, Exactness] = {}
+
+
+@torch.no_grad()
+def exactness_of(products: Iterable[FrozenProduct], device: torch.device, dtype: torch.dtype) -> Exactness:
+    """How a base that computes these keeps the promise with as many threads as there are now: measured once a process.
+
+    It multiplies about 850 rows with each kind of product and back: 8 GFLOP for a model of 135 M parameters.
     """
     if device.type != "cpu" or dtype not in EXACT_DTYPES:
         return Exactness()
-    kinds = {_kind(linear): linear for linear in linears}
-    answers = [_remembered(kind, torch.get_num_threads(), linear) for kind, linear in kinds.items()]
-    found = Exactness.of_all([*answers, Exactness(pad_to_multiple_of=1, promised=True)])
+    kinds = {product.key: product for product in products}
+    for key, product in kinds.items():
+        if key not in _answers:
+            _answers[key] = _measured(product)
+    found = Exactness.of_all([*map(_answers.__getitem__, kinds), Exactness(pad_to_multiple_of=1, promised=True)])
     log.log(
         logging.INFO if found.joined and found.problem is None else logging.WARNING,
         "event=exactness answer=%r pad_to_multiple_of=%d joined=%s threads=%d mkl_cbwr=%s%s",
@@ -110,35 +150,18 @@ def exactness_of(linears: Iterable[nn.Module], device: torch.device, dtype: torc
     return found
 
 
-_Kind = tuple[type[nn.Module], int, int, bool, torch.dtype]
-_answers: dict[tuple[_Kind, int], Exactness] = {}
-
-
-def _kind(linear: nn.Module) -> _Kind:
-    assert isinstance(linear.weight, Tensor)
-    return type(linear), *in_and_out(linear), getattr(linear, "bias", None) is not None, linear.weight.dtype
-
-
-def _remembered(kind: _Kind, threads: int, linear: nn.Module) -> Exactness:
-    if (kind, threads) not in _answers:
-        _answers[kind, threads] = _measured(linear, threads)
-    return _answers[kind, threads]
-
-
-def _measured(linear: nn.Module, threads: int) -> Exactness:
+def _measured(frozen: FrozenProduct) -> Exactness:
     """Compared in its own products: the output, and the gradient of its input."""
-    inputs, outputs = in_and_out(linear)
-    rows = max(PRODUCT_ROWS, 128 * threads)
-    assert isinstance(linear.weight, Tensor)
-    stream = torch.Generator().manual_seed(0)
-    x, dy = (torch.randn(rows, features, dtype=linear.weight.dtype, generator=stream) for features in (inputs, outputs))
-    products = list(_products(linear, x, dy))
+    rows = max(PRODUCT_ROWS, 128 * torch.get_num_threads())
+    stream, widths = torch.Generator().manual_seed(0), (frozen.inputs, frozen.outputs)
+    x, dy = (torch.randn(rows, width, dtype=frozen.dtype, generator=stream) for width in widths)
+    products = _Product(x, frozen.forward), _Product(dy, frozen.input_gradient)
     if all(_rows_are_theirs(product, _PADDED) for product in products):
         as_they_are = all(_rows_are_theirs(product, _AS_THEY_ARE) for product in products) and _slices_are_alike(x, dy)
         return Exactness(pad_to_multiple_of=1 if as_they_are else PAD_TO_MULTIPLE_OF, promised=True)
     if all(_repeats(product) for product in products):
         return Exactness(joined=False, promised=True)
-    size = f"{inputs} x {outputs}"
+    size = f"{frozen.inputs} x {frozen.outputs}"
     return Exactness(joined=False, problem=f"a product of its {size} linears comes out otherwise each time")
 
 
@@ -148,16 +171,6 @@ class _Product:
 
     source: Tensor
     of: Callable[[Tensor], Tensor]
-
-
-def _products(linear: nn.Module, x: Tensor, dy: Tensor) -> Iterator[_Product]:
-    def forward(rows: Tensor) -> Tensor:
-        with torch.no_grad():
-            output: Tensor = linear.forward(rows[None])[0]
-        return output
-
-    yield _Product(x, forward)
-    yield _Product(dy, lambda rows: rows @ weight_of(linear).detach())
 
 
 def _rows_are_theirs(product: _Product, chunks: Iterable[tuple[int, int]]) -> bool:
@@ -177,9 +190,10 @@ def _repeats(product: _Product) -> bool:
     return True
 
 
-@torch.no_grad()
 def _slices_are_alike(x: Tensor, dy: Tensor) -> bool:
-    """Whether an adapter's own products, which are of one chunk's rows alone, are the same wherever the chunk lies."""
+    """Whether an adapter's own products, which are of one chunk's rows alone, are the same wherever the chunk lies, and
+    beside however many columns of other adapters.
+    """
     stream = torch.Generator().manual_seed(1)
     a, b = (torch.randn(_RANK, wide.shape[1], dtype=x.dtype, generator=stream) for wide in (x, dy))
     for first, rows in (*_PADDED, *_AS_THEY_ARE):
@@ -187,6 +201,9 @@ def _slices_are_alike(x: Tensor, dy: Tensor) -> bool:
             here = source[first : first + rows]
             there = here.clone()
             h = F.linear(there, narrow)
-            if not torch.equal(F.linear(here, narrow), h) or not torch.equal(h.t() @ here, h.t() @ there):
+            beside = here.new_empty(rows, 3 * _RANK)[:, :_RANK].copy_(h)
+            if not torch.equal(F.linear(here, narrow), h) or not torch.equal(beside.t() @ here, h.t() @ there):
+                return False
+            if not torch.equal(here.addmm(beside, narrow), there.addmm(h, narrow)):
                 return False
     return True

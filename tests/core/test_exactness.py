@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lora_core.kernels.operands import EXACT_DTYPES
 from lora_core.models.base import BaseModel, load_base
-from lora_core.models.exactness import EXACT_DTYPES, Exactness, exactness_of
+from lora_core.models.exactness import Exactness, FrozenProduct, exactness_of
 from lora_core.models.forward import open_forward
 from lora_core.training.engine import TrainEngine
 from lora_core.training.job import EngineJob
@@ -67,7 +68,7 @@ OUTCOMES: list[tuple[Rounding, dict[str, Any]]] = [
 def test_products_decide(rounds: Rounding, found: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     linear = linear_that(rounds)(64, 48, bias=False).requires_grad_(False)
     with caplog.at_level("INFO", "lora.engine"):
-        exactness = exactness_of([linear], CPU, torch.float32)
+        exactness = exactness_of([FrozenProduct.of_linear(linear)], CPU, torch.float32)
     assert {name: exactness.values()[name] for name in found} == found
     exact = rounds is not at_random
     assert exactness.promised == exact and (exactness.problem is None) == exact
@@ -92,7 +93,7 @@ def test_an_engine_pads_as_it_is_told(multiple: int, rows: int, monkeypatch: pyt
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_bits_are_promised_in_fp32_and_fp64_alone(dtype: torch.dtype) -> None:
     assert dtype not in EXACT_DTYPES
-    found = exactness_of([nn.Linear(8, 8, dtype=dtype)], CPU, dtype)
+    found = exactness_of([FrozenProduct.of_linear(nn.Linear(8, 8, dtype=dtype))], CPU, dtype)
     assert not found.promised and found.problem is None and str(found).startswith("by formula")
 
 

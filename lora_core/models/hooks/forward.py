@@ -15,7 +15,7 @@ from lora_core.adapters.targets import adaptable_linears
 from lora_core.config import LoraConfig
 from lora_core.data.packing import PackedBatch
 from lora_core.models.base import BaseModel
-from lora_core.models.exactness import Exactness, exactness_of
+from lora_core.models.exactness import Exactness, FrozenProduct, exactness_of
 from lora_core.models.hooks.bank import AdapterBank, Segment
 from lora_core.models.hooks.checkpointing import recomputed_layers
 from lora_core.models.hooks.loss import batch_losses, batch_scores
@@ -41,7 +41,8 @@ class HooksForward:
 
     def exactness(self) -> Exactness:
         """Asked of the linears' products; see `exactness.py`."""
-        return exactness_of(adaptable_linears(self.base.model).values(), self.device, self.base.model.dtype)
+        products = map(FrozenProduct.of_linear, adaptable_linears(self.base.model).values())
+        return exactness_of(products, self.device, self.base.model.dtype)
 
     def problems(self, lora: LoraConfig) -> list[str]:
         """It takes every adapter."""

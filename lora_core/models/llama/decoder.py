@@ -172,7 +172,8 @@ class Batch:
         cos, sin = decoder.rotary(decoder.embedding[:1], rows.positions[None])
         half = decoder.head_size // 2
         self._cos, self._sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
-        self._attention = DocumentAttention(rows.lengths, decoder.head_size**-0.5, device)
+        segments = [tokens for _, tokens in rows.segments]
+        self._attention = DocumentAttention(rows.lengths, segments, decoder.head_size**-0.5, device)
 
     def low_rank(self, index: int) -> LowRank:
         """The adapters on group `index`."""

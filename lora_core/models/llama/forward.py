@@ -15,7 +15,7 @@ from lora_core.adapters.targets import AdaptableModules
 from lora_core.config import LoraConfig
 from lora_core.data.packing import PackedBatch
 from lora_core.kernels.operands import NO_ADAPTER
-from lora_core.models.exactness import Exactness
+from lora_core.models.exactness import Exactness, FrozenProduct, exactness_of
 from lora_core.models.llama.adapters import KernelArgs
 from lora_core.models.llama.decoder import Batch, Checkpointing, Decoder, Rows
 from lora_core.models.llama.head import Labels
@@ -42,8 +42,15 @@ class LlamaForward:
         self._rehearsals = Rehearsals(decoder) if self.device.type == "cuda" else None
 
     def exactness(self) -> Exactness:
-        """Nobody promises bits where this path is chosen."""
-        return Exactness()
+        """Asked of the stacked products; see `exactness.py`. All else runs on one chunk at a time, or by rows."""
+        decoder, dtype = self.decoder, self.decoder.embedding.dtype
+        weights = [weight for layer in decoder.layers for weight in layer.weights]
+        products = [
+            FrozenProduct((type(weight), group.outputs), group.inputs, sum(group.outputs), dtype, weight.forward,
+                          weight.input_gradient)
+            for group, weight in zip(decoder.groups, weights, strict=True)
+        ]  # fmt: skip
+        return exactness_of(products, self.device, dtype)
 
     def problems(self, lora: LoraConfig) -> list[str]:
         """Why such an adapter cannot take this path."""

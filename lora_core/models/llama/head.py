@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_core.kernels.cross_entropy import cross_entropy_
+from lora_core.kernels.operands import EXACT_DTYPES
 
 HEAD_ROWS = 2048  # at a vocabulary of 128 K: 0.5 GB of bf16 logits at a time
 CPU_HEAD_ROWS = 256  # the fewest at which the head's products are as fast as at 1,024
@@ -23,23 +24,29 @@ def head_losses(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Summed token loss of each chunk of `labels`; then, with the gradient, that of the normed rows `[T, H]`, else how
     many labels are what the model would have written (the first token of those with the largest logit). Only labelled
-    rows go through the head `[vocabulary, H]`.
+    rows go through the head `[vocabulary, H]`: chunk by chunk where bits are promised, else those of all together.
     """
-    rows, targets = torch.cat([rows for rows, _ in labels]), torch.cat([targets for _, targets in labels])
-    picked = normed[rows]
-    losses, correct, dpicked = [], [], torch.empty_like(picked)
+    joined = normed.is_cuda or normed.dtype not in EXACT_DTYPES
+    parts = [tuple(map(torch.cat, zip(*labels, strict=True)))] if joined else labels
+    losses, correct, gradients = [], [], []
     limit = HEAD_ROWS if normed.is_cuda else CPU_HEAD_ROWS
-    memory = picked.new_empty(min(limit, len(rows)), head.shape[0])
-    for start in range(0, len(rows), limit):
-        part = slice(start, start + limit)
-        logits = torch.mm(picked[part], head.t(), out=memory[: len(rows) - start])
-        if not with_gradient:
-            correct.append(logits.argmax(-1) == targets[part])
-        losses.append(cross_entropy_(logits, targets[part]))
-        if with_gradient:
-            torch.mm(logits, head, out=dpicked[part])
+    for rows, targets in parts:
+        picked = normed[rows]
+        gradients.append(torch.empty_like(picked))
+        memory = picked.new_empty(min(limit, len(rows)), head.shape[0])
+        for start in range(0, len(rows), limit):
+            part = slice(start, start + limit)
+            logits = torch.mm(picked[part], head.t(), out=memory[: len(rows) - start])
+            if not with_gradient:
+                correct.append(logits.argmax(-1) == targets[part])
+            losses.append(cross_entropy_(logits, targets[part]))
+            if with_gradient:
+                torch.mm(logits, head, out=gradients[-1][part])
     counts = torch.tensor([len(targets) for _, targets in labels])
-    dn = torch.zeros_like(normed).index_copy_(0, rows, dpicked) if with_gradient else None
+    dn = torch.zeros_like(normed) if with_gradient else None
+    if dn is not None:
+        for (rows, _), gradient in zip(parts, gradients, strict=True):
+            dn.index_copy_(0, rows, gradient)
     return _sums(losses, counts), _sums(correct, counts), dn
 
 
