@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from lora_core.kernels.operands import EXACT_DTYPES
 from lora_core.models.base import BaseModel, load_base
 from lora_core.models.exactness import Exactness, FrozenProduct, exactness_of
-from lora_core.models.forward import open_forward
+from lora_core.models.forward import ForwardPath, open_forward
+from lora_core.models.llama.decoder import Decoder
+from lora_core.models.precision import DenseWeight
 from lora_core.training.engine import TrainEngine
 from lora_core.training.job import EngineJob
 from tests.support.models import CPU, documents, job, state, threads, tiny_base
@@ -41,6 +44,7 @@ def at_random(rows: Tensor) -> Tensor:
     return rows * (1 + 2e-7 * torch.randint(9, (1,), generator=_DICE))
 
 
+PATHS = pytest.mark.parametrize("path", ["hooks", "llama"])
 _DICE = torch.Generator().manual_seed(0)
 
 
@@ -109,9 +113,21 @@ def test_ranks_lay_out_alike() -> None:
     assert Exactness(**json.loads(json.dumps(broken.values()))) == broken
 
 
-def other_cpu(rounds: Rounding) -> BaseModel:
-    """A tiny base whose linears round as on another CPU."""
+def weight_that(rounds: Rounding) -> type[DenseWeight]:
+    """The same for the stacked products of the llama path."""
+
+    class OtherWeight(DenseWeight):
+        def forward(self, x: Tensor) -> Tensor:
+            return rounds(super().forward(x))
+
+    return OtherWeight
+
+
+def other_cpu(rounds: Rounding, path: ForwardPath) -> BaseModel:
+    """A tiny base whose frozen products round as on another CPU."""
     base = tiny_base("llama")
+    if path == "llama":
+        return replace(base, decoder=Decoder(base.model, weight_that(rounds)))
     kind = linear_that(rounds)
     for module in base.model.model.modules():
         if isinstance(module, nn.Linear):
@@ -119,8 +135,8 @@ def other_cpu(rounds: Rounding) -> BaseModel:
     return base
 
 
-def train(rounds: Rounding, neighbours: int, exactness: Exactness | None = None) -> Tensor:
-    engine = TrainEngine(other_cpu(rounds), capacity=256, exactness=exactness)
+def train(path: ForwardPath, rounds: Rounding, neighbours: int, exactness: Exactness | None = None) -> Tensor:
+    engine = TrainEngine(other_cpu(rounds, path), capacity=256, exactness=exactness)
     live = engine.add(job("small", examples=documents(6, 1, 3, 7), batch_size=2, epochs=2))
     for number in range(neighbours):
         engine.add(job(f"n{number}", examples=documents(9, 5 + number, 9, 40), batch_size=3, epochs=9))
@@ -129,19 +145,23 @@ def train(rounds: Rounding, neighbours: int, exactness: Exactness | None = None)
     return state(live)
 
 
+@PATHS
 @pytest.mark.parametrize("rounds", [by_eights, by_number_of_rows])
-def test_company_equals_alone_on_other_cpus(rounds: Rounding) -> None:
+def test_company_equals_alone_on_other_cpus(rounds: Rounding, path: ForwardPath) -> None:
     """And without what the check asks for it does not: jobs of 6 to 14 tokens a step show it."""
-    assert torch.equal(train(rounds, neighbours=0), train(rounds, neighbours=3))
+    assert torch.equal(train(path, rounds, neighbours=0), train(path, rounds, neighbours=3))
     wrong = Exactness(pad_to_multiple_of=1)
-    assert not torch.equal(train(rounds, 0, wrong), train(rounds, 3, wrong))
+    assert not torch.equal(train(path, rounds, 0, wrong), train(path, rounds, 3, wrong))
 
 
 def test_threads_do_not_change_what_is_found_for_the_worse() -> None:
     """Asked again for each number of threads, since products are cut by it."""
+    base = tiny_base("llama")
     for count in (1, 2, 3):
         with threads(count):
-            assert open_forward(tiny_base("llama")).exactness().problem is None
+            for forward in (open_forward(base), open_forward(replace(base, decoder=Decoder(base.model)))):
+                assert forward.exactness().problem is None
+                forward.close()
 
 
 @pytest.mark.parametrize("for_training", [True, False])
@@ -189,14 +209,20 @@ REAL_WIDTHS = {
 }  # fmt: skip
 
 
-_of_width = functools.cache(lambda width: tiny_base(REAL_WIDTHS[width][0], **REAL_WIDTHS[width][1]))
+@functools.cache
+def _of_width(width: str, path: ForwardPath) -> BaseModel:
+    base = tiny_base(REAL_WIDTHS[width][0], **REAL_WIDTHS[width][1])
+    return base if path == "hooks" else replace(base, decoder=Decoder(base.model))
 
 
-def at_widths(width: str) -> tuple[bool, Exactness]:
-    """Whether a job whose steps have a few tokens is the same beside one whose steps have many."""
-    base = _of_width(width)
+def at_widths(width: str, path: ForwardPath = "llama") -> tuple[bool, Exactness]:
+    """Whether a job whose steps have a few tokens is the same beside one whose steps have many, some of them of the
+    same lengths.
+    """
+    base = _of_width(width, path)
     mine = job("mine", examples=documents(4, 1, 3, 6), lora={"r": 8}, batch_size=1, epochs=1)
-    other = job("other", examples=documents(6, 2, 20, 60), lora={"r": 16}, batch_size=2, epochs=9)
+    others = [*documents(6, 2, 20, 60), *documents(6, 3, 3, 6)]
+    other = job("other", examples=others, lora={"r": 16}, batch_size=3, epochs=9)
 
     def trained(*jobs: EngineJob) -> tuple[Tensor, Exactness]:
         engine = TrainEngine(base, capacity=512)
@@ -211,9 +237,11 @@ def at_widths(width: str) -> tuple[bool, Exactness]:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("width", REAL_WIDTHS)
-def test_company_equals_alone_at_real_widths(width: str, count: int) -> None:
+@pytest.mark.parametrize(
+    ("width", "path"), [("smollm2", "llama"), ("llama-1b", "llama"), ("smollm2", "hooks"), ("gpt2", "hooks")]
+)
+def test_company_equals_alone_at_real_widths(width: str, path: ForwardPath, count: int) -> None:
     """One layer; steps of 3 to 6 tokens, which is where products were seen to differ."""
     with threads(count):
-        same, exactness = at_widths(width)
+        same, exactness = at_widths(width, path)
     assert same and exactness.promised, exactness
