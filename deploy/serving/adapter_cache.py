@@ -20,17 +20,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from cluster.registry import AdapterRegistry, AdapterVersion
 from cluster.storage.base import StorageError
 from deploy.serving.decode_loop import DecodeLoop
 from deploy.serving.metrics import ServingMetrics
-from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.peft_format import AdapterFormatError, read_adapter
 from lora_core.data.dataset import Example
-from lora_core.inference.engine import for_inference
 from lora_core.models.base import BaseModel
 from lora_core.models.files import chat_template_hash
-from lora_core.models.forward import Forward
+from lora_core.models.forward import Bound, Forward
 from lora_core.models.probes import probe_losses
 
 log = logging.getLogger("ray.serve.lora")
@@ -54,7 +54,7 @@ class AdapterRefusedError(ValueError):
 
 @dataclass
 class _Entry:
-    adapter: Adapter
+    adapter: Bound
     nbytes: int
     users: int = 0
 
@@ -100,7 +100,7 @@ class AdapterCache:
         return found
 
     @asynccontextmanager
-    async def use(self, version: AdapterVersion) -> AsyncIterator[Adapter]:
+    async def use(self, version: AdapterVersion) -> AsyncIterator[Bound]:
         """Yield the adapter of this version, in memory while the block lasts.
 
         Raises:
@@ -138,15 +138,14 @@ class AdapterCache:
         try:
             self._check_origin(what, version)
             began = time.monotonic()
-            adapter = await asyncio.to_thread(self._read, version)
-            await self._replay_probes(what, version, adapter)
+            entry = await asyncio.to_thread(self._read, version)
+            await self._replay_probes(what, version, entry.adapter)
         except (AdapterRefusedError, AdapterFormatError) as error:
             self._refused[version.digest] = str(error)
             log.error("event=adapter_refused adapter=%s reason=%s", what, error)
             raise
-        nbytes = sum(weight.nbytes for weight in (*adapter.a.values(), *adapter.b.values()))
-        entry = self._entries[version.digest] = _Entry(adapter, nbytes)
-        log.info("event=adapter_loaded adapter=%s bytes=%d seconds=%.3f", what, nbytes, time.monotonic() - began)
+        self._entries[version.digest] = entry
+        log.info("event=adapter_loaded adapter=%s bytes=%d seconds=%.3f", what, entry.nbytes, time.monotonic() - began)
         return entry
 
     def _check_origin(self, what: str, version: AdapterVersion) -> None:
@@ -167,17 +166,18 @@ class AdapterCache:
                 " train it again with this one"
             )
 
-    def _read(self, version: AdapterVersion) -> Adapter:
+    def _read(self, version: AdapterVersion) -> _Entry:
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="lora-adapter-") as folder:
             self._registry.fetch(version, Path(folder))
             fetched = time.monotonic()
-            adapter = for_inference(read_adapter(Path(folder), self._forward.modules), self._base)
+            read = read_adapter(Path(folder), self._forward.modules)
+        entry = _Entry(self._forward.load(read), self._base.model.dtype.itemsize * sum(map(Tensor.numel, read.trained)))
         self._metrics.adapter_stage("fetch", fetched - began)
         self._metrics.adapter_stage("parse", time.monotonic() - fetched)
-        return adapter
+        return entry
 
-    async def _replay_probes(self, what: str, version: AdapterVersion, adapter: Adapter) -> None:
+    async def _replay_probes(self, what: str, version: AdapterVersion, adapter: Bound) -> None:
         """Measure again what training measured last; a step of the decode loop fits between two probes."""
         began = time.monotonic()
         precisions = (str(version.manifest.get("precision")), self._base.precision)

@@ -43,16 +43,16 @@ class AdapterServer:
         from deploy.serving.metrics import QueueGauges, ServingMetrics
         from lora_core.inference.engine import Generator
         from lora_core.models.base import load_base
-        from lora_core.models.hooks.forward import HooksForward
+        from lora_core.models.forward import open_forward
 
         began = time.monotonic()
         source = local_source(settings.resolve_base(name), settings.cache_dir)
         self._base = load_base(source, precision="auto", cache_dir=settings.cache_dir, for_training=False)
         self._tokenizer = copy.deepcopy(self._base.tokenizer)  # the decode loop uses the other in its thread
-        forward = HooksForward(self._base)
+        forward = open_forward(self._base)
         self._metrics = ServingMetrics(name)
         self._loop = DecodeLoop(
-            Generator(self._base, forward.modules),
+            Generator(self._base, forward),
             threads=settings.threads or len(os.sched_getaffinity(0)),
             observe=QueueGauges(name).show,
         )

@@ -4,8 +4,8 @@
     logits = prefill(...), decode(...)    one forward pass for each prompt, one for all that decode
     events = sample(logits)               one token for every running request
 
-Requests join and leave between steps. Those of one adapter lie side by side in the batch, so that the bank computes
-each adapter once (`AdapterBank.routed`). One thread owns a generator and its bank.
+Requests join and leave between steps. Those of one adapter lie side by side in the batch, so that each
+adapter is computed once. One thread owns a generator and the base's path (`models/forward.py`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_core.adapters.adapter import Adapter
 from lora_core.inference.detokenizer import TextStream, end_tokens
 from lora_core.inference.kv_cache import KVCache
 from lora_core.inference.sampling import Sampler, SamplingParams, sample
 from lora_core.inference.scheduler import RequestScheduler, WaitingRequest
 from lora_core.models.base import BaseModel, token_rows
-from lora_core.models.hooks.bank import AdapterBank, Segment
+from lora_core.models.forward import Bound, Forward
 
 FinishReason = Literal["stop", "length"]
 
@@ -44,7 +43,7 @@ class GenerationRequest:
     """
 
     prompt: Sequence[int]
-    adapter: Adapter | None = None
+    adapter: Bound | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
@@ -76,17 +75,17 @@ class _Live:
 class Generator:
     """Answers requests on one base, at most `slots` at a time, in a context of at most `max_len` tokens.
 
-    `context` is what the base allows of it. Adapters are used as they are given: see `for_inference`.
+    `context` is what the base allows of it. Adapters are used as they are given: see `Forward.load`.
     """
 
     def __init__(
-        self, base: BaseModel, bank: AdapterBank, *, slots: int = 8, max_len: int = 4096, prefill_tokens: int = 1024
+        self, base: BaseModel, forward: Forward, *, slots: int = 8, max_len: int = 4096, prefill_tokens: int = 1024
     ) -> None:
-        self.base, self.bank = base, bank
+        self.base, self.forward = base, forward
         self.context = min(max_len, int(base.model.config.get_text_config().max_position_embeddings))
         self.end_tokens = end_tokens(base)
         self._token_rows = token_rows(base.model)
-        self._cache = KVCache(base, slots=slots, max_len=self.context)
+        self._cache = KVCache(forward, slots=slots, max_len=self.context)
         self._scheduler = RequestScheduler(slots=slots, prefill_tokens=prefill_tokens)
         self._live: dict[int, _Live] = {}
         self._next_id = 1
@@ -153,23 +152,16 @@ class Generator:
     def _prefill(self, number: int, slot: int) -> Tensor:
         """Read a prompt into its slot; logits `[1, vocabulary]` of its last token."""
         request = self._live[number].request
-        count = len(request.prompt)
-        ids = torch.tensor([list(request.prompt)], device=self.base.device)
-        positions = torch.arange(count, device=self.base.device)[None]
-        with self.bank.routed([Segment(request.adapter, count)]):
-            hidden = self.base.hidden(ids, positions, self._cache.prefill(slot, count))
-        with self.bank.routed([Segment(request.adapter, 1)]):
-            return self.base.head(hidden[:, -1])
+        ids = torch.tensor(list(request.prompt), device=self.base.device)
+        return self.forward.prefill(ids, request.adapter, self._cache.prefill(slot, len(ids)))
 
     def _decode(self, batch: Sequence[tuple[int, int]]) -> Tensor:
         """The last token of each request in `batch` -> logits `[n, vocabulary]`."""
         live = [self._live[number] for number, _ in batch]
         positions = [len(one.request.prompt) + len(one.tokens) - 1 for one in live]
-        ids = torch.tensor([[one.tokens[-1]] for one in live], device=self.base.device)
+        ids, at = torch.tensor([[one.tokens[-1] for one in live], positions], device=self.base.device)
         attend = self._cache.decode([slot for _, slot in batch], positions)
-        with self.bank.routed(_segments([one.request.adapter for one in live])):
-            hidden = self.base.hidden(ids, torch.tensor(positions, device=self.base.device)[:, None], attend)
-            return self.base.head(hidden[:, 0])
+        return self.forward.decode(ids, at, [one.request.adapter for one in live], attend)
 
     def _take(self, number: int, token: int) -> GeneratedToken:
         """Record a token, and let the request go where the answer is over."""
@@ -185,27 +177,3 @@ class Generator:
                 text += live.text.finish()
             self.abort(number)
         return GeneratedToken(number, token, text, reason, len(live.tokens))
-
-
-def for_inference(adapter: Adapter, base: BaseModel) -> Adapter:
-    """The adapter on the base's device and in its dtype, to which the bank would convert it in every product."""
-    dtype, device = base.model.dtype, base.device
-    a = {name: weight.to(device, dtype) for name, weight in adapter.a.items()}
-    b = {name: weight.to(device, dtype) for name, weight in adapter.b.items()}
-    residual = None if adapter.residual is None else for_inference(adapter.residual, base)
-    cast = {name: (a[name], b[name]) for name in a}
-    magnitude = {name: m.to(device) for name, m in adapter.magnitude.items()}
-    served = Adapter(adapter.scale, a, b, cast=cast, residual=residual, magnitude=magnitude)
-    served.norm.update(adapter.norm)
-    return served
-
-
-def _segments(adapters: Sequence[Adapter | None]) -> list[Segment]:
-    """One for each stretch of requests with the same adapter."""
-    segments: list[Segment] = []
-    for adapter in adapters:
-        if segments and segments[-1].adapter is adapter:
-            segments[-1] = Segment(adapter, segments[-1].tokens + 1)
-        else:
-            segments.append(Segment(adapter, 1))
-    return segments

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_core.models.attention import Attend, AttentionSpec, PackedAttention, scaled_dot_product
-from lora_core.models.base import BaseModel
+from lora_core.models.forward import Forward
 
 _CLEAR_TOKENS = 256  # cleared ahead of a growing sequence at a time
 
@@ -23,11 +23,11 @@ _CLEAR_TOKENS = 256  # cleared ahead of a growing sequence at a time
 class KVCache:
     """`slots` sequences of at most `max_len` tokens each."""
 
-    def __init__(self, base: BaseModel, *, slots: int, max_len: int) -> None:
+    def __init__(self, forward: Forward, *, slots: int, max_len: int) -> None:
         self.slots, self.max_len = slots, max_len
-        shapes = _shapes_of_layers(base)
-        self.keys = [torch.empty(slots, k[0], max_len, k[1], dtype=d, device=base.device) for k, _, d in shapes]
-        self.values = [torch.empty(slots, v[0], max_len, v[1], dtype=d, device=base.device) for _, v, d in shapes]
+        shapes, device = _shapes_of_layers(forward), forward.device
+        self.keys = [torch.empty(slots, k[0], max_len, k[1], dtype=d, device=device) for k, _, d in shapes]
+        self.values = [torch.empty(slots, v[0], max_len, v[1], dtype=d, device=device) for _, v, d in shapes]
         # A slot's numbers are finite up to here. Decoding reads all slots as far as the longest one reaches, and what a
         # sequence with NaN left behind, or uninitialised memory, would come through the mask: 0 x NaN is NaN.
         self._finite = [0] * slots
@@ -120,7 +120,7 @@ _LayerShape = tuple[tuple[int, int], tuple[int, int], torch.dtype]
 
 
 @torch.inference_mode()
-def _shapes_of_layers(base: BaseModel) -> list[_LayerShape]:
+def _shapes_of_layers(forward: Forward) -> list[_LayerShape]:
     """Ask the model for (kv heads, d) of k and of v and their dtype by layer: configs name them in many ways."""
     shapes: dict[int, _LayerShape] = {}
 
@@ -128,6 +128,5 @@ def _shapes_of_layers(base: BaseModel) -> list[_LayerShape]:
         shapes[layer] = ((k.shape[1], k.shape[3]), (v.shape[1], v.shape[3]), k.dtype)
         return q.new_zeros(*q.shape[:-1], v.shape[-1])
 
-    zero = torch.zeros(1, 1, dtype=torch.int64, device=base.device)
-    base.hidden(zero, zero, record)
+    forward.prefill(torch.zeros(1, dtype=torch.int64, device=forward.device), None, record)
     return [shapes[layer] for layer in range(len(shapes))]

@@ -119,6 +119,28 @@ class PackedAttention:
         return self._masks[tokens, window]
 
 
+class LayerAttention(Protocol):
+    """q `[T, heads, d]`, k and v `[T, kv heads, d]` -> (attended `[T, heads * d]`, its gradient -> those of q, k and
+    v).
+    """
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, with_backward: bool) -> tuple[Tensor, Backward]: ...
+
+
+class SequenceAttention:
+    """An `Attend` as `LayerAttention`, without a backward pass: T are the tokens of `sequences` of one length."""
+
+    def __init__(self, attend: Attend, sequences: int, scaling: float) -> None:
+        self._attend, self._sequences, self._spec = attend, sequences, AttentionSpec(scaling)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, with_backward: bool) -> tuple[Tensor, Backward]:
+        """See `LayerAttention`."""
+        assert not with_backward
+        q, k, v = (part.unflatten(0, (self._sequences, -1)).transpose(1, 2) for part in (q, k, v))
+        out = self._attend(layer, q, k, v, self._spec)
+        return out.transpose(1, 2).reshape(q.shape[0] * q.shape[2], -1), _no_backward
+
+
 class DocumentAttention:
     """Causal attention inside each of the documents that lie end to end in `[T, heads, d]`, with its own backward pass.
 
@@ -133,8 +155,8 @@ class DocumentAttention:
         ends = torch.tensor([0, *itertools.accumulate(self._lengths)], dtype=torch.int32)
         self._ends = to_device(ends, device)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, with_backward: bool) -> tuple[Tensor, Backward]:
-        """(attended `[T, heads * d]`, its gradient -> those of q, k and v)."""
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, with_backward: bool) -> tuple[Tensor, Backward]:
+        """See `LayerAttention`."""
         if not q.is_cuda:
             return self._on_cpu(q, k, v, with_backward)
         if not with_backward:

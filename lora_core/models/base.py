@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from lora_core.adapters.targets import adaptable_linears, in_and_out
 from lora_core.kernels.operands import NO_ADAPTER
-from lora_core.models.attention import ATTENTION_NAME, Attend, PackedAttention
+from lora_core.models.attention import ATTENTION_NAME, Attend, DocumentAttention, PackedAttention
 from lora_core.models.checks import SUPPORTED, BaseModelError, moving_positions
 from lora_core.models.exactness import ask_for_exact_products
 from lora_core.models.fastest_precision import Choice, fastest_precision
@@ -305,8 +305,9 @@ def _packing_error(base: BaseModel) -> float:
     if base.decoder is None:
         hidden = base.hidden(ids, positions, PackedAttention(lengths))
     else:
-        rows = Rows(ids[0], positions[0], lengths, [(NO_ADAPTER, len(ids[0]))])
-        hidden = base.decoder.hidden(base.decoder.batch(rows, []))[None]
+        rows = Rows(ids[0], positions[0], [(NO_ADAPTER, len(ids[0]))])
+        attention = DocumentAttention(lengths, [len(ids[0])], base.decoder.scaling, base.device)
+        hidden = base.decoder.hidden(base.decoder.batch(rows, [], attention))[None]
     ours = base.head(hidden).float()
     base.model.set_attn_implementation("eager")
     try:

@@ -21,6 +21,7 @@ from lora_core.adapters.init import LoraConfigError
 from lora_core.adapters.targets import AdaptableModules
 from lora_core.config import LoraConfig
 from lora_core.data.packing import PackedBatch
+from lora_core.models.attention import Attend
 from lora_core.models.base import BaseModel
 from lora_core.models.exactness import Exactness
 from lora_core.models.hooks.forward import HooksForward
@@ -65,6 +66,10 @@ class Forward(Protocol):
         """The adapter as this path takes it, with the memory of its weights and gradients."""
         ...
 
+    def load(self, adapter: Adapter) -> Bound:
+        """The same of an adapter that is only served, which is copied to where and to what this path takes."""
+        ...
+
     def ready(
         self, batch: PackedBatch, adapters: Sequence[Bound | None], dropout_keys: Sequence[Tensor | None]
     ) -> Ready:
@@ -79,6 +84,16 @@ class Forward(Protocol):
 
     def evaluate(self, ready: Ready) -> tuple[Tensor, Tensor]:
         """`[chunks]` twice: summed token losses, and how many labels are the most probable token."""
+        ...
+
+    def prefill(self, ids: Tensor, adapter: Bound | None, attend: Attend) -> Tensor:
+        """Logits `[1, vocabulary]` of the last token of a prompt, int64 `[tokens]`."""
+        ...
+
+    def decode(self, ids: Tensor, positions: Tensor, adapters: Sequence[Bound | None], attend: Attend) -> Tensor:
+        """Logits `[n, vocabulary]` of one token, int64 `[n]`, of each of n sequences; those of one adapter are best
+        side by side.
+        """
         ...
 
     def warm_up(self, newcomer: Adapter, others: Sequence[Adapter], checkpointing: Checkpointing) -> None:

@@ -131,7 +131,7 @@ def test_written_out_gradients_are_those_of_autograd(kept: int, monkeypatch: pyt
     leaves = [part.clone().requires_grad_() for part in (q, k, v)]
     heads_first = (part.transpose(0, 1)[None] for part in leaves)
     expected = PackedAttention(lengths)(0, *heads_first, AttentionSpec(0.3))[0].transpose(0, 1)
-    out, backward = DocumentAttention(lengths, 0.3, torch.device("cpu"))(q, k, v, with_backward=True)
+    out, backward = DocumentAttention(lengths, [sum(lengths)], 0.3, torch.device("cpu"))(0, q, k, v, with_backward=True)
     torch.testing.assert_close(out, expected.flatten(1), rtol=1e-12, atol=1e-12)
     gradients = torch.autograd.grad(expected, leaves, do)
     torch.testing.assert_close(backward(do.flatten(1)), gradients, rtol=1e-12, atol=1e-12)
@@ -142,7 +142,7 @@ def test_written_out_nan_stays_in_its_document() -> None:
     q, k, v, do = (torch.randn(12, heads, 8) for heads in (4, 2, 2, 4))
     for part in (q, k, v, do):
         part[4:8] = torch.nan
-    out, backward = DocumentAttention([4, 4, 4], 0.3, torch.device("cpu"))(q, k, v, with_backward=True)
+    out, backward = DocumentAttention([4, 4, 4], [12], 0.3, torch.device("cpu"))(0, q, k, v, with_backward=True)
     for tensor in (out, *backward(do.flatten(1))):
         assert tensor[4:8].isnan().all()
         assert not tensor[:4].isnan().any() and not tensor[8:].isnan().any()

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.data.packing import pack
 from lora_core.kernels import cross_entropy
+from lora_core.models.attention import DocumentAttention
 from lora_core.models.llama import head as decoder_head
 from lora_core.models.llama.decoder import Checkpointing, Decoder, Rows
 from lora_core.models.llama.forward import LlamaForward
@@ -203,7 +204,8 @@ def test_evaluation_is_the_loss_without_gradients() -> None:
     decoder = Decoder(world.base.model)
     views = [decoder.kernel_args(live.adapter) for live in world.jobs]
     segments, labels = [(int(chunk.job), chunk.padded_tokens) for chunk in world.batch.chunks], world.batch.labels
-    batch = decoder.batch(Rows(world.batch.ids[0], world.batch.positions[0], world.batch.lengths, segments), views)
+    attention = DocumentAttention(world.batch.lengths, [len(world.batch.ids[0])], decoder.scaling, CPU)
+    batch = decoder.batch(Rows(world.batch.ids[0], world.batch.positions[0], segments), views, attention)
     logits = decoder.hidden(batch) @ decoder.head.t()
     labels[0] = labels[0][0], logits[labels[0][0]].argmax(-1)  # some that are hit
     losses, hits = decoder.evaluate(batch, labels)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,14 +16,14 @@ from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.peft_format import read_adapter
 from lora_core.inference.detokenizer import TextStream
-from lora_core.inference.engine import GenerationRequest, Generator, PromptTooLongError, for_inference
+from lora_core.inference.engine import GenerationRequest, Generator, PromptTooLongError
 from lora_core.inference.sampling import SamplingParams
 from lora_core.models.base import BaseModel, load_base
 from lora_core.models.files import local_folder
-from lora_core.models.hooks.bank import AdapterBank
+from lora_core.models.forward import Bound, ForwardPath, open_forward
+from lora_core.models.llama.decoder import Decoder
 from tests.support.models import random_adapter
 from tests.support.tiny_models import byte_tokenizer, save_tiny_model, smollm2_gguf, write_adapter
 
@@ -37,7 +37,8 @@ class Stock:
     def __init__(self, folder: Path, cache_dir: Path) -> None:
         self.folder = folder
         self.base = load_base(str(folder), precision="fp32", cache_dir=cache_dir)
-        self.bank = AdapterBank(self.base.model)
+        self.forward = open_forward(self.base)
+        self.bank = self.forward.modules
         self._models: dict[Path | None, Any] = {}
 
     def model(self, adapter: Path | None) -> Any:
@@ -95,16 +96,18 @@ def test_greedy_equals_transformers_and_peft_alone_and_in_company(stock: Stock, 
     everything = list(stock.bank.modules)  # gemma2's output head too, which is not tied
     adapters.append(random_adapter(stock.bank, 3, targets=everything, dora=True))
     folders = [write_adapter(adapter, stock.bank, tmp_path / str(i)) for i, adapter in enumerate(adapters)]
-    adapters[2] = for_inference(read_adapter(folders[2], stock.bank), stock.base)
+    adapters[2] = read_adapter(folders[2], stock.bank)
     assert adapters[2].norm.keys() == adapters[2].a.keys()  # computed while loading
-    generator = Generator(stock.base, stock.bank, slots=4, max_len=128)
+    assert stock.forward.name == ("hooks" if stock.base.decoder is None else "llama")
+    served = [stock.forward.load(adapter) for adapter in adapters]
+    generator = Generator(stock.base, stock.forward, slots=4, max_len=128)
     plan = [(text, which) for text in PROMPTS for which in (None, 0, 1, 2)]
     requests, wanted = [], []
     for text, which in plan:
         prompt = encode(stock.base, text)
         requests.append(
             GenerationRequest(
-                prompt=prompt, adapter=None if which is None else adapters[which], sampling=GREEDY, max_tokens=24
+                prompt=prompt, adapter=None if which is None else served[which], sampling=GREEDY, max_tokens=24
             )
         )
         folder = None if which is None else folders[which]
@@ -125,8 +128,8 @@ def test_greedy_equals_transformers_on_a_real_model(shared_cache: Path, tmp_path
     chat = stock.base.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert isinstance(chat, list)
     prompts = [chat, encode(stock.base, "Once upon a time")]
-    generator = Generator(stock.base, stock.bank, slots=4, max_len=512)
-    plan = [(prompt, which) for prompt in prompts for which in (None, adapter)]
+    generator = Generator(stock.base, stock.forward, slots=4, max_len=512)
+    plan = [(prompt, which) for prompt in prompts for which in (None, stock.forward.load(adapter))]
     tokens, texts, reasons = run(
         generator, [GenerationRequest(prompt=p, adapter=w, sampling=GREEDY, max_tokens=16) for p, w in plan]
     )
@@ -137,39 +140,40 @@ def test_greedy_equals_transformers_on_a_real_model(shared_cache: Path, tmp_path
 
 
 def test_samples_follow_the_seed_not_the_company(llama: BaseModel) -> None:
-    bank = AdapterBank(llama.model)
-    generator = Generator(llama, bank, slots=8, max_len=64)
+    forward = open_forward(llama)
+    generator = Generator(llama, forward, slots=8, max_len=64)
 
-    def request(seed: int | None, prompt: str = "Hello", adapter: Adapter | None = None) -> GenerationRequest:
+    def request(seed: int | None, prompt: str = "Hello", adapter: Bound | None = None) -> GenerationRequest:
         sampling = SamplingParams(temperature=1.0, top_p=0.9, seed=seed)
         return GenerationRequest(prompt=encode(llama, prompt), adapter=adapter, sampling=sampling, max_tokens=12)
 
     alone = run(generator, [request(7)])[0][0]
-    company = [request(1), request(None, "x", random_adapter(bank, 1)), request(7), request(2, "other")]
+    adapter = forward.load(random_adapter(forward.modules, 1))
+    company = [request(1), request(None, "x", adapter), request(7), request(2, "other")]
     tokens = run(generator, company)[0]
     assert tokens[2] == alone and tokens[0] != alone
     assert run(generator, [request(None)])[0] != run(generator, [request(None)])[0]
-    bank.close()
+    forward.close()
 
 
 def test_what_a_sequence_leaves_in_its_slot_reaches_nobody(llama: BaseModel) -> None:
-    bank = AdapterBank(llama.model)
-    generator = Generator(llama, bank, slots=2, max_len=64)
-    poison = random_adapter(bank, 1)
+    forward = open_forward(llama)
+    generator = Generator(llama, forward, slots=2, max_len=64)
+    poison = random_adapter(forward.modules, 1)
     poison.b = {name: torch.full_like(b, float("nan")) for name, b in poison.b.items()}
     long = GenerationRequest(prompt=encode(llama, "y" * 30), sampling=GREEDY, max_tokens=8)
     short = GenerationRequest(prompt=encode(llama, "Hi"), sampling=GREEDY, max_tokens=8)
     wanted = [run(generator, [request])[0][0] for request in (long, short)]
-    nan = GenerationRequest(prompt=encode(llama, "z" * 40), adapter=poison, sampling=GREEDY, max_tokens=8)
+    nan = GenerationRequest(prompt=encode(llama, "z" * 40), adapter=forward.load(poison), sampling=GREEDY, max_tokens=8)
     assert run(generator, [nan, short])[0][1] == wanted[1]  # beside it
     run(generator, [nan, nan])
     assert run(generator, [long, short])[0] == wanted  # after it, where reading goes beyond the end of "Hi"
-    bank.close()
+    forward.close()
 
 
 def test_ends_and_limits(llama: BaseModel) -> None:
-    bank = AdapterBank(llama.model)
-    generator = Generator(llama, bank, slots=2, max_len=32)
+    forward = open_forward(llama)
+    generator = Generator(llama, forward, slots=2, max_len=32)
     assert generator.end_tokens == {256, 258}  # generation config, and the chat template's <|im_end|>
     prompt = encode(llama, "Hello")
     tokens, _, reasons = run(generator, [GenerationRequest(prompt=prompt, sampling=GREEDY, max_tokens=5)])
@@ -188,12 +192,12 @@ def test_ends_and_limits(llama: BaseModel) -> None:
     for broken in (GenerationRequest(prompt=[]), GenerationRequest(prompt=[5], max_tokens=0)):
         with pytest.raises(ValueError, match="at least one token"):
             generator.add(broken)
-    bank.close()
+    forward.close()
 
 
 def test_abort_frees_the_slot(llama: BaseModel) -> None:
-    bank = AdapterBank(llama.model)
-    generator = Generator(llama, bank, slots=1, max_len=64)
+    forward = open_forward(llama)
+    generator = Generator(llama, forward, slots=1, max_len=64)
     request = GenerationRequest(prompt=encode(llama, "Hello"), sampling=GREEDY, max_tokens=30)
     first, second, third = (generator.add(request) for _ in range(3))
     assert [event.request for event in generator.step()] == [first]
@@ -202,12 +206,12 @@ def test_abort_frees_the_slot(llama: BaseModel) -> None:
     generator.abort(first)  # twice is once
     assert (generator.running, generator.waiting) == (0, 1)
     assert [event.request for event in generator.step()] == [third]
-    bank.close()
+    forward.close()
 
 
 def test_stop_strings_in_the_generator(llama: BaseModel) -> None:
-    bank = AdapterBank(llama.model)
-    generator = Generator(llama, bank, slots=2, max_len=64)
+    forward = open_forward(llama)
+    generator = Generator(llama, forward, slots=2, max_len=64)
     prompt = encode(llama, "Hello")
     full = run(generator, [GenerationRequest(prompt=prompt, sampling=GREEDY, max_tokens=40)])[1][0]
     stop = full[10:13]  # three characters, several tokens
@@ -215,7 +219,7 @@ def test_stop_strings_in_the_generator(llama: BaseModel) -> None:
         generator, [GenerationRequest(prompt=prompt, sampling=GREEDY, max_tokens=40, stop=("never", stop))]
     )
     assert texts[0] == full[: full.index(stop)] and reasons == ["stop"] and len(tokens[0]) < 40
-    bank.close()
+    forward.close()
 
 
 def metaspace_tokenizer() -> PreTrainedTokenizerFast:
@@ -298,14 +302,24 @@ def test_a_started_stop_string_is_held_back_and_given_at_the_end() -> None:
     assert "".join(pieces) == "ok " and text.finish() == "##" and not text.stopped
 
 
-def test_for_inference_keeps_the_numbers(llama: BaseModel) -> None:
-    bank = AdapterBank(llama.model)
-    adapter = random_adapter(bank, 5)
-    request = GenerationRequest(prompt=encode(llama, "Hello"), adapter=adapter, sampling=GREEDY, max_tokens=12)
-    generator = Generator(llama, bank, slots=1, max_len=64)
-    ready = replace(request, adapter=for_inference(adapter, llama))
-    assert run(generator, [ready]) == run(generator, [request])
-    in_bf16 = replace(llama, model=SimpleNamespace(dtype=torch.bfloat16))
-    a, b = for_inference(adapter, in_bf16).weights(next(iter(adapter.a)), torch.bfloat16)
+@pytest.mark.parametrize("dora", [False, True])
+def test_both_paths_answer_alike(llama: BaseModel, dora: bool) -> None:
+    answers = []
+    for path in ("llama", "hooks"):
+        forward = open_forward(llama, path)
+        adapter = forward.load(random_adapter(forward.modules, 5, dora=dora))
+        request = GenerationRequest(prompt=encode(llama, "Hello"), adapter=adapter, sampling=GREEDY, max_tokens=24)
+        answers.append(run(Generator(llama, forward, slots=2, max_len=64), [request, replace(request, adapter=None)]))
+        forward.close()
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("path", ["llama", "hooks"])
+def test_a_served_adapter_is_in_the_dtype_of_the_base(llama: BaseModel, path: ForwardPath) -> None:
+    in_bf16 = replace(llama, model=copy.deepcopy(llama.model).bfloat16())
+    in_bf16.decoder = Decoder(in_bf16.model)
+    forward = open_forward(in_bf16, path)
+    bound = forward.load(adapter := random_adapter(forward.modules, 5))
+    served = bound if path == "hooks" else bound.adapter
+    a, b = served.weights(next(iter(adapter.a)), torch.bfloat16)
     assert a.dtype == b.dtype == torch.bfloat16
-    bank.close()

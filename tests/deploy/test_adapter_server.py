@@ -25,7 +25,7 @@ from lora_core.data.dataset import Example
 from lora_core.inference.engine import Generator
 from lora_core.models.base import BaseModel, load_base
 from lora_core.models.files import chat_template_hash
-from lora_core.models.hooks.forward import HooksForward
+from lora_core.models.forward import open_forward
 from lora_core.models.probes import probe_losses
 from tests.support.models import random_adapter
 from tests.support.tiny_models import save_tiny_model, with_more_tokens
@@ -55,7 +55,7 @@ class Service:
             home=home, base_models={"tiny": str(save_tiny_model("llama", home / "tiny", 6))}, threads=1
         )
         self.trained: BaseModel = load_base(str(home / "tiny"), precision="fp32", cache_dir=home / "cache")
-        self.forward = HooksForward(self.trained)
+        self.forward = open_forward(self.trained)
         self.bank = self.forward.modules
         self.server = AdapterServer("tiny", self.settings)
         self.server._loop._generator.end_tokens = frozenset()  # so that answers end where a test says
@@ -66,7 +66,7 @@ class Service:
         """A random adapter, as a training session would publish it."""
         adapter = random_adapter(self.bank, seed)
         examples = [Example(list(range(40, 60 + i)), [False] * 10 + [True] * (10 + i)) for i in range(2)]
-        losses = probe_losses(self.forward, adapter, examples)
+        losses = probe_losses(self.forward, self.forward.load(adapter), examples)
         own = {
             "base_fingerprint": self.trained.fingerprint,
             "tokenizer": chat_template_hash(self.trained.tokenizer),
@@ -180,7 +180,7 @@ def test_an_adapter_of_something_else_is_refused(
 def test_an_adapter_that_computes_something_else_is_refused(service: Service, damage: Callable[[float], float]) -> None:
     adapter = random_adapter(service.bank, 20)
     example = Example(list(range(40, 60)), [False] * 10 + [True] * 10)
-    (loss,) = probe_losses(service.forward, adapter, [example])
+    (loss,) = probe_losses(service.forward, service.forward.load(adapter), [example])
     name = f"damaged-{damage(1.0) > 0}".lower()
     probe = {"ids": example.ids, "labels_mask": example.labels_mask, "loss": damage(loss)}
     service.publish(name, 20 + len(name), probes=[probe])
@@ -199,7 +199,7 @@ def test_what_was_trained_in_four_bits_may_be_further_off(service: Service, prec
     seed = 900 + passes
     adapter = random_adapter(service.bank, seed)
     example = Example(list(range(40, 60)), [False] * 10 + [True] * 10)
-    (loss,) = probe_losses(service.forward, adapter, [example])
+    (loss,) = probe_losses(service.forward, service.forward.load(adapter), [example])
     probe = {"ids": example.ids, "labels_mask": example.labels_mask, "loss": loss + 10 * 0.15 * (1 + loss / 10)}
     service.publish(f"from-{precision}", seed, probes=[probe], precision=precision)
     assert isinstance(run(service.server.answer(about(f"from-{precision}"))), Completion if passes else ErrorResponse)
@@ -331,7 +331,7 @@ def test_gauges_are_set_again_before_ray_forgets_them(service: Service, monkeypa
     values: list[float] = []
     for gauge in gauges._gauges:
         monkeypatch.setattr(gauge, "set", lambda value, tags: values.append(value))
-    loop = DecodeLoop(Generator(service.trained, service.bank, slots=1, max_len=64), threads=1, observe=gauges.show)
+    loop = DecodeLoop(Generator(service.trained, service.forward, slots=1, max_len=64), threads=1, observe=gauges.show)
     assert run(loop.call(lambda: 5)) == 5
     run(until(lambda: len(values) >= 8))
     assert set(values) == {0}

@@ -281,7 +281,9 @@ def test_a_job_is_published_beside_the_steps_of_the_others(
         (tmp_path / name).write_bytes(content)
     losses = [probe["loss"] for probe in first.manifest["probes"]]
     adapter = read_adapter(tmp_path, engine.forward.modules)
-    assert losses == pytest.approx(probe_losses(engine.forward, adapter, documents(3, 1)), rel=1e-4)
+    assert losses == pytest.approx(
+        probe_losses(engine.forward, engine.forward.load(adapter), documents(3, 1)), rel=1e-4
+    )
     assert losses != pytest.approx(probe_losses(engine.forward, None, documents(3, 1)), rel=1e-4)
 
 

@@ -333,8 +333,8 @@ def decode_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU, on tables of addresses as kernels read them there."""
     from lora_core.kernels.low_rank_triton import table_row
 
-    def start(batch: Batch, decoder: Decoder, rows: Rows, adapters: Sequence[KernelArgs]) -> None:
-        _start(batch, decoder, rows, adapters)
+    def start(batch: Batch, decoder: Decoder, rows: Rows, adapters: Sequence[KernelArgs], *more: Any) -> None:
+        _start(batch, decoder, rows, adapters, *more)
         numbers = [
             [number for at, group in zip(places, decoder.groups, strict=True) for number in table_row(at, group)]
             for places in (*(adapter.groups for adapter in adapters), [None] * len(decoder.groups))

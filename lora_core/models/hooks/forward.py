@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.targets import adaptable_linears
 from lora_core.config import LoraConfig
 from lora_core.data.packing import PackedBatch
+from lora_core.models.attention import Attend
 from lora_core.models.base import BaseModel
 from lora_core.models.exactness import Exactness, FrozenProduct, exactness_of
 from lora_core.models.hooks.bank import AdapterBank, Segment
@@ -52,6 +54,16 @@ class HooksForward:
         """Hooks take it as it is."""
         return adapter
 
+    def load(self, adapter: Adapter) -> Adapter:
+        """The adapter to be served: on the device and in the dtype of the base, to which products would convert it."""
+        dtype, device = self.base.model.dtype, self.device
+        a = {name: weight.to(device, dtype) for name, weight in adapter.a.items()}
+        b = {name: weight.to(device, dtype) for name, weight in adapter.b.items()}
+        magnitude = {name: m.to(device) for name, m in adapter.magnitude.items()}
+        served = Adapter(adapter.scale, a, b, cast={name: (a[name], b[name]) for name in a}, magnitude=magnitude)
+        served.norm.update(adapter.norm)
+        return served
+
     def ready(
         self, batch: PackedBatch, adapters: Sequence[Adapter | None], dropout_keys: Sequence[Tensor | None]
     ) -> ReadySegments:
@@ -72,6 +84,21 @@ class HooksForward:
         """(summed token loss, number of labels that have the largest logit) of each chunk."""
         loss, correct = batch_scores(self.base, self.modules, ready.segments, ready.packed).unbind(1)
         return loss, correct
+
+    def prefill(self, ids: Tensor, adapter: Adapter | None, attend: Attend) -> Tensor:
+        """Logits `[1, vocabulary]` of the last token of a prompt `[tokens]`."""
+        positions = torch.arange(len(ids), device=self.device)
+        with self.modules.routed([Segment(adapter, len(ids))]):
+            hidden = self.base.hidden(ids[None], positions[None], attend)
+        with self.modules.routed([Segment(adapter, 1)]):
+            return self.base.head(hidden[:, -1])
+
+    def decode(self, ids: Tensor, positions: Tensor, adapters: Sequence[Adapter | None], attend: Attend) -> Tensor:
+        """Logits `[n, vocabulary]` of one token `[n]` of each of n sequences."""
+        same = itertools.groupby(adapters, key=id)
+        segments = [Segment((rows := list(of_adapter))[0], len(rows)) for _, of_adapter in same]
+        with self.modules.routed(segments):
+            return self.base.head(self.base.hidden(ids[:, None], positions[:, None], attend)[:, 0])
 
     def warm_up(self, newcomer: Adapter, others: Sequence[Adapter], checkpointing: Checkpointing) -> None:
         """There is nothing to compile."""

@@ -13,13 +13,13 @@ from lora_core.kernels.operands import FusedLinearAdapter, LinearAdapter, Linear
 
 
 class KernelArgs:
-    """An adapter's weights and gradients as the kernels take them, group by group: the same memory. With DoRA, norms
-    and scales of its own; `dirty` says that they are not of the weights as they are.
+    """An adapter's weights and gradients (of one that is served: weights) as the kernels take them, group by group:
+    the same memory. With DoRA, norms and scales of its own; `dirty` says that they are not of the weights as they are.
     """
 
     def __init__(self, adapter: Adapter, groups: Sequence[LinearGroup], device: torch.device) -> None:
-        self._adapter = adapter
-        self.magnitudes = _magnitudes(adapter)
+        self.adapter = adapter
+        self.magnitudes = _magnitudes(adapter, groups)
         scales = _scales(adapter, groups, device)
         self.groups = [_fused_linear_adapter(adapter, group, scales[group.index], self.magnitudes) for group in groups]
         self.widths = [0 if group is None else group.width for group in self.groups]
@@ -35,26 +35,35 @@ class KernelArgs:
     @property
     def dirty(self) -> bool:
         first = next(iter(self.magnitudes), None)  # whoever changes weights forgets all norms together
-        return first is not None and self._adapter.norm.get(first) is not self.magnitudes[first].norm
+        return first is not None and self.adapter.norm.get(first) is not self.magnitudes[first].norm
 
     def mark_fresh(self) -> None:
         """Norms and scales are now those of the weights."""
-        self._adapter.norm.update({name: magnitude.norm for name, magnitude in self.magnitudes.items()})
+        self.adapter.norm.update({name: magnitude.norm for name, magnitude in self.magnitudes.items()})
+
+    def take_norms(self, norms: Mapping[str, Tensor]) -> None:
+        """Copy norms that somebody has computed of the weights as they are, of all modules or of none."""
+        if self.magnitudes.keys() <= norms.keys():
+            for name, magnitude in self.magnitudes.items():
+                magnitude.norm.copy_(norms[name])
+                torch.div(magnitude.m, magnitude.norm, out=magnitude.scale)
+            self.mark_fresh()
 
     def refresh(self, norms: RowNorms) -> None:
         """Compute norms and scales, on CPU."""
         for name, magnitude in self.magnitudes.items():
-            magnitude.norm.copy_(norms.of(name, *self._adapter.folded(name)))
+            magnitude.norm.copy_(norms.of(name, *self.adapter.folded(name)))
             torch.div(magnitude.m, magnitude.norm, out=magnitude.scale)
 
 
-def _magnitudes(adapter: Adapter) -> dict[str, Magnitude]:
+def _magnitudes(adapter: Adapter, groups: Sequence[LinearGroup]) -> dict[str, Magnitude]:
     """With room for norms and scales in one piece."""
-    if not adapter.magnitude:
+    here = {name: m for group in groups for name in group.names if (m := adapter.magnitude.get(name)) is not None}
+    if not here:
         return {}
-    sizes = [len(m) for m in adapter.magnitude.values()]
-    joined = next(iter(adapter.magnitude.values())).new_empty(2, sum(sizes), requires_grad=False)
-    parts = zip(adapter.magnitude.items(), *(row.split(sizes) for row in joined), strict=True)
+    sizes = [len(m) for m in here.values()]
+    joined = next(iter(here.values())).new_empty(2, sum(sizes), requires_grad=False)
+    parts = zip(here.items(), *(row.split(sizes) for row in joined), strict=True)
     return {name: Magnitude(m.detach(), _gradient(m), norm, scale) for (name, m), norm, scale in parts}
 
 
@@ -77,7 +86,8 @@ def _fused_linear_adapter(
         return None
     assert adapter.cast is not None
     a = _stacked([adapter.cast[name][0] for name in present])
-    a_gradient = _stacked([_gradient(adapter.a[name]) for name in present])
+    gradients = [_gradient(adapter.a[name]) for name in present]
+    a_gradient = _stacked(gradients) if gradients[0].numel() else gradients[0]
     parts: list[LinearAdapter | None] = []
     offset = 0
     for name in group.names:
@@ -91,8 +101,7 @@ def _fused_linear_adapter(
 
 
 def _gradient(weight: Tensor) -> Tensor:
-    assert weight.grad is not None
-    return weight.grad
+    return weight.new_empty(0) if weight.grad is None else weight.grad
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:

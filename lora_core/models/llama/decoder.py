@@ -46,10 +46,11 @@ from lora_core.kernels.low_rank import add_b_gradients, shrink_gradient
 from lora_core.kernels.masked_low_rank import add_a_gradients, expand_gradient_, shrink
 from lora_core.kernels.operands import LowRank, Norm, Rope, Segments
 from lora_core.kernels.transfer import to_device
-from lora_core.models.attention import Backward, DocumentAttention
+from lora_core.models.attention import Backward, LayerAttention
 from lora_core.models.llama.adapters import KernelArgs, stacked_tables
 from lora_core.models.llama.head import Labels, head_losses
 from lora_core.models.llama.weights import DOWN, GATE_UP, QKV, DecoderWeights, Layer, O
+from lora_core.models.precision import FrozenWeight
 
 Checkpointing = Literal["none", "selective", "full"]
 """What is computed again in the backward pass: the norms alone, gate and up as well, or the whole layer."""
@@ -63,7 +64,7 @@ Gradient = tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class Rows:
-    """What a batch is to the decoder: ids and positions int64 `[T]`, lengths of its documents, and stretches of rows as
+    """What a batch is to the decoder: ids and positions int64 `[T]`, and stretches of rows as
     (place of their adapter or `NO_ADAPTER`, rows).
 
     `dropout_keys` int64 `[T]`, of the rows whose adapters have dropout, as `Run` has them (of others, any numbers);
@@ -72,7 +73,6 @@ class Rows:
 
     ids: Tensor
     positions: Tensor
-    lengths: Sequence[int]
     segments: Sequence[tuple[int, int]]
     dropout_keys: Tensor | None = None
 
@@ -115,9 +115,18 @@ class Decoder(DecoderWeights):
         return KernelArgs(adapter, self.groups, self.embedding.device)
 
     @torch.no_grad()
-    def batch(self, rows: Rows, adapters: Sequence[KernelArgs]) -> Batch:
-        """What the passes take, with all of it on the device: it can be made while another one is computed."""
-        return Batch(self, rows, adapters)
+    def batch(
+        self, rows: Rows, adapters: Sequence[KernelArgs], attention: LayerAttention, serving: bool = False
+    ) -> Batch:
+        """What the passes take, with all of it on the device: it can be made while another one is computed. One that is
+        `serving` never goes backward.
+        """
+        return Batch(self, rows, adapters, attention, serving)
+
+    @property
+    def scaling(self) -> float:
+        """What attention multiplies q k^T with."""
+        return float(self.head_size**-0.5)
 
     @torch.no_grad()
     def forward_backward(self, batch: Batch, labels: Labels, checkpointing: Checkpointing = "none") -> Tensor:
@@ -158,8 +167,10 @@ class Decoder(DecoderWeights):
 class Batch:
     """The layers on one batch."""
 
-    def __init__(self, decoder: Decoder, rows: Rows, adapters: Sequence[KernelArgs]) -> None:
-        self._decoder, self._adapters = decoder, adapters
+    def __init__(
+        self, decoder: Decoder, rows: Rows, adapters: Sequence[KernelArgs], attention: LayerAttention, serving: bool
+    ) -> None:
+        self._decoder, self._adapters, self._attention, self._serving = decoder, adapters, attention, serving
         self.ids, device = rows.ids, rows.ids.device
         self._segments = Segments(rows.segments, device)
         if device.type == "cuda" and adapters:  # made here, and not between the first kernels
@@ -172,8 +183,6 @@ class Batch:
         cos, sin = decoder.rotary(decoder.embedding[:1], rows.positions[None])
         half = decoder.head_size // 2
         self._cos, self._sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
-        segments = [tokens for _, tokens in rows.segments]
-        self._attention = DocumentAttention(rows.lengths, segments, decoder.head_size**-0.5, device)
 
     def low_rank(self, index: int) -> LowRank:
         """The adapters on group `index`."""
@@ -222,7 +231,7 @@ class Batch:
         kept, activation = self._activation(place, x, normed, rstd, with_backward=checkpointing != "full")
         if checkpointing == "selective":
             kept.gate_up = None
-        down, low_rank = layer.weights[DOWN].forward(activation), self.low_rank(4 * place + DOWN)
+        down, low_rank = self._product(layer.weights[DOWN], activation), self.low_rank(4 * place + DOWN)
         saved = _Saved(x, down if low_rank.dora else None, None if checkpointing == "full" else kept)
         return saved, kept.middle, (down, kept.h[DOWN], low_rank)
 
@@ -236,12 +245,12 @@ class Batch:
 
         def product(kind: int, source: Tensor) -> Tensor:
             h.append(shrink(source, low_ranks[kind]) if low_ranks[kind].width else None)
-            return layer.weights[kind].forward(source)
+            return self._product(layer.weights[kind], source)
 
         qkv, unnormed = rope_forward_(
             product(QKV, normed), h[QKV], low_ranks[QKV], self._rope(layer), with_backward=with_backward
         )
-        attended, attention_backward = self._attention(*self._split(qkv), with_backward=with_backward)
+        attended, attention_backward = self._attention(place, *self._split(qkv), with_backward=with_backward)
         o = product(O, attended)
         middle, middle_normed, middle_rstd = norm_forward(x, o, h[O], low_ranks[O], layer.norms[1], self._decoder.eps)
         gate_up = product(GATE_UP, middle_normed)
@@ -309,6 +318,9 @@ class Batch:
         dn = layer.weights[QKV].input_gradient(dqkv)
         below = self.low_rank(4 * place - 4 + DOWN)
         return norm_backward(dn, dh, low_ranks[QKV], saved.x, norm.rstd, norm.weight, dmiddle, products, below)
+
+    def _product(self, weight: FrozenWeight, x: Tensor) -> Tensor:
+        return weight.serve(x) if self._serving else weight.forward(x)
 
     def _rope(self, layer: Layer) -> Rope:
         decoder = self._decoder

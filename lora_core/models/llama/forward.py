@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_core.adapters.adapter import Adapter
@@ -15,12 +17,13 @@ from lora_core.adapters.targets import AdaptableModules
 from lora_core.config import LoraConfig
 from lora_core.data.packing import PackedBatch
 from lora_core.kernels.operands import NO_ADAPTER
+from lora_core.models.attention import Attend, DocumentAttention, SequenceAttention
 from lora_core.models.exactness import Exactness, FrozenProduct, exactness_of
 from lora_core.models.llama.adapters import KernelArgs
 from lora_core.models.llama.decoder import Batch, Checkpointing, Decoder, Rows
 from lora_core.models.llama.head import Labels
 from lora_core.models.llama.warmup import Rehearsals
-from lora_core.models.precision import QUANTISED
+from lora_core.models.precision import QUANTISED, few_rows_product, turns
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class ReadyRows:
 
     batch: Batch
     labels: Labels
+    adapters: Sequence[KernelArgs | None]
 
 
 class LlamaForward:
@@ -39,6 +43,7 @@ class LlamaForward:
     def __init__(self, decoder: Decoder, modules: AdaptableModules, precision: str) -> None:
         self.decoder, self.modules, self._precision = decoder, modules, precision
         self.device = decoder.embedding.device
+        self._head = next(iter(modules.modules.keys() - modules.linears.keys()), "")
         self._rehearsals = Rehearsals(decoder) if self.device.type == "cuda" else None
 
     def exactness(self) -> Exactness:
@@ -60,18 +65,29 @@ class LlamaForward:
         """The adapter as kernels take it; it follows every change of the weights."""
         return self.decoder.kernel_args(adapter)
 
+    def load(self, adapter: Adapter) -> KernelArgs:
+        """The adapter to be served: on the device, in the dtype of the base, as kernels read it fastest."""
+        dtype = self.decoder.embedding.dtype
+        stacked = torch.cat([weight.flatten() for weight in adapter.a.values()]).to(self.device, dtype)
+        parts = stacked.split([weight.numel() for weight in adapter.a.values()])
+        a = {name: part.view(weight.shape) for (name, weight), part in zip(adapter.a.items(), parts, strict=True)}
+        b = {name: weight.to(self.device, dtype).t().contiguous().t() for name, weight in adapter.b.items()}
+        magnitude = {name: m.to(self.device) for name, m in adapter.magnitude.items()}
+        cast = {name: (a[name], b[name]) for name in a}
+        bound = self.bind(Adapter(adapter.scale, a, b, cast=cast, magnitude=magnitude))
+        bound.take_norms(adapter.norm)
+        return bound
+
     def ready(
         self, batch: PackedBatch, adapters: Sequence[KernelArgs | None], dropout_keys: Sequence[Tensor | None]
     ) -> ReadyRows:
         """All that is made of a batch before the first kernel: it can be made while another one is computed."""
-        present = list({id(adapter): adapter for adapter in adapters if adapter is not None}.values())
-        places = {id(adapter): place for place, adapter in enumerate(present)}
-        segments = [
-            (NO_ADAPTER if adapter is None else places[id(adapter)], chunk.padded_tokens)
-            for adapter, chunk in zip(adapters, batch.chunks, strict=True)
-        ]
-        rows = Rows(batch.ids[0], batch.positions[0], batch.lengths, segments, _joined(batch, dropout_keys))
-        return ReadyRows(self.decoder.batch(rows, present), batch.labels)
+        present, indices = _indexed(adapters)
+        segments = [(index, chunk.padded_tokens) for index, chunk in zip(indices, batch.chunks, strict=True)]
+        rows = Rows(batch.ids[0], batch.positions[0], segments, _joined(batch, dropout_keys))
+        tokens = [chunk.padded_tokens for chunk in batch.chunks]
+        attention = DocumentAttention(batch.lengths, tokens, self.decoder.scaling, self.device)
+        return ReadyRows(self.decoder.batch(rows, present, attention), batch.labels, adapters)
 
     def forward_backward(self, ready: ReadyRows, checkpointing: Checkpointing) -> Tensor:
         """Add the gradients of every adapter; the summed token loss of each chunk."""
@@ -79,7 +95,58 @@ class LlamaForward:
 
     def evaluate(self, ready: ReadyRows) -> tuple[Tensor, Tensor]:
         """(summed token loss, number of labels that have the largest logit) of each chunk."""
-        return self.decoder.evaluate(ready.batch, ready.labels)
+        if not any(map(self._adapts_head, ready.adapters)):
+            return self.decoder.evaluate(ready.batch, ready.labels)
+        hidden, scores = self.decoder.hidden(ready.batch), []
+        for adapter, (rows, labels) in zip(ready.adapters, ready.labels, strict=True):
+            logits = self._logits(hidden[rows], [adapter] * len(rows)).float()
+            correct = (logits.argmax(-1) == labels).sum().float()
+            scores.append(torch.stack([F.cross_entropy(logits, labels, reduction="sum"), correct]))
+        losses, correct = torch.stack(scores, dim=1)
+        return losses, correct
+
+    def prefill(self, ids: Tensor, adapter: KernelArgs | None, attend: Attend) -> Tensor:
+        """Logits `[1, vocabulary]` of the last token of a prompt `[tokens]`."""
+        positions = torch.arange(len(ids), device=self.device)
+        return self._logits(self._served(ids, positions, [adapter] * len(ids), attend, 1)[-1:], [adapter])
+
+    def decode(self, ids: Tensor, positions: Tensor, adapters: Sequence[KernelArgs | None], attend: Attend) -> Tensor:
+        """Logits `[n, vocabulary]` of one token `[n]` of each of n sequences."""
+        return self._logits(self._served(ids, positions, adapters, attend, len(ids)), adapters)
+
+    def _served(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        adapters: Sequence[KernelArgs | None],
+        attend: Attend,
+        sequences: int,
+    ) -> Tensor:
+        """Hidden states `[T, H]`."""
+        present, indices = _indexed(adapters)
+        segments = [(index, len(list(rows))) for index, rows in itertools.groupby(indices)]
+        attention = SequenceAttention(attend, sequences, self.decoder.scaling)
+        return self.decoder.hidden(self.decoder.batch(Rows(ids, positions, segments), present, attention, serving=True))
+
+    def _logits(self, hidden: Tensor, adapters: Sequence[KernelArgs | None]) -> Tensor:
+        """`[n, vocabulary]` of hidden states `[n, H]`, each with what its adapter has on the head: here it is served,
+        and not trained.
+        """
+        head = self.decoder.head
+        logits = few_rows_product(hidden, [head]) if turns(hidden) else hidden @ head.t()
+        for row, bound in enumerate(adapters):
+            if bound is None or not self._adapts_head(bound):
+                continue
+            adapter, name = bound.adapter, self._head
+            a, b = adapter.weights(name, hidden.dtype)
+            logits[row] += (hidden[row] @ a.t()) @ b.t() * adapter.scale[name]
+            if name in adapter.magnitude:
+                self.modules.add_norms(adapter, [name])
+                logits[row] *= adapter.dora_scale(name).to(logits.dtype)
+        return logits
+
+    def _adapts_head(self, bound: KernelArgs | None) -> bool:
+        return bound is not None and self._head in bound.adapter.a
 
     def warm_up(self, newcomer: Adapter, others: Sequence[Adapter], checkpointing: Checkpointing) -> None:
         """Compile the kernels of a newcomer's batches, alone and beside the others', before they are needed."""
@@ -102,6 +169,13 @@ def problems_on_llama(modules: AdaptableModules, lora: LoraConfig, precision: st
     if precision in QUANTISED:
         return [f"{name} is not possible on a base in {precision}: leave it out, or use bf16" for name in names]
     return [f"{name} needs the path of hooks: train it apart from jobs of the llama path" for name in names]
+
+
+def _indexed(adapters: Sequence[KernelArgs | None]) -> tuple[list[KernelArgs], list[int]]:
+    """Those that are there, once each, and which of them stands at each place."""
+    present = list({id(adapter): adapter for adapter in adapters if adapter is not None}.values())
+    index = {id(adapter): index for index, adapter in enumerate(present)} | {id(None): NO_ADAPTER}
+    return present, [index[id(adapter)] for adapter in adapters]
 
 
 def _joined(batch: PackedBatch, dropout_keys: Sequence[Tensor | None]) -> Tensor | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_core.adapters.adapter import Adapter
+from lora_core.models.attention import DocumentAttention
 from lora_core.models.llama.decoder import Checkpointing, Decoder, Rows, rounded_width
 
 log = logging.getLogger("lora.engine")
@@ -72,9 +73,10 @@ class Rehearsals:
         segments, keys = list(enumerate(lengths)), zeros if any(adapter.dropout > 0 for adapter in adapters) else None
         labels = [(torch.arange(ROWS, device=device) + place * ROWS, zeros[:ROWS]) for place, _ in segments]
         views = [decoder.kernel_args(self._stand_in(adapter)) for adapter in adapters]
-        training = decoder.batch(Rows(zeros, positions, lengths, segments, keys), views)
+        attention = DocumentAttention(lengths, lengths, decoder.scaling, device)
+        training = decoder.batch(Rows(zeros, positions, segments, keys), views, attention)
         decoder.forward_backward(training, labels, checkpointing)
-        decoder.evaluate(decoder.batch(Rows(zeros, positions, lengths, segments), views), labels)
+        decoder.evaluate(decoder.batch(Rows(zeros, positions, segments), views, attention), labels)
 
     def _stand_in(self, like: Adapter) -> Adapter:
         """An adapter as `FlatAdapter` has one, of these shapes and options."""
