@@ -109,6 +109,7 @@ def _submit(settings: Settings, arguments: argparse.Namespace) -> int:
                 validation_sha=admitted.validation_sha,
                 examples_sha=admitted.examples_sha,
                 init_adapter_sha=admitted.init_adapter_sha,
+                forward_path=admitted.forward_path,
                 code_version=code_version(),
                 tenant=settings.tenant,
                 again=arguments.again,

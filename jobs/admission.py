@@ -32,7 +32,7 @@ from lora_core.adapters.targets import AdaptableModules
 from lora_core.data.dataset import DatasetError
 from lora_core.models.base import describe_base, not_quantised, too_long
 from lora_core.models.checks import BaseModelError
-from lora_core.models.forward import forward_path
+from lora_core.models.forward import ForwardPath, forward_path
 from lora_core.models.precision import QUANTISED
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Admitted:
     """A job that may be queued: the sha256 of its rows, of what they became, and of the adapter that it starts from,
-    which are in storage now; and a summary for people.
+    which are in storage now; the path through the base that it takes; and a summary for people.
     """
 
     storage: Storage
@@ -49,6 +49,7 @@ class Admitted:
     validation_sha: str | None
     examples_sha: str
     init_adapter_sha: str | None
+    forward_path: ForwardPath
     summary: list[str]
 
     def record(self, job: Job) -> None:
@@ -76,9 +77,10 @@ def admit(spec: JobSpec, settings: Settings, max_workers: int | None) -> Admitte
         )
     storage = _checked(lambda: _writable(settings), problems, "storage")
     described = _checked(lambda: _described(spec, settings), problems, "base_model")
+    path: ForwardPath | None = None
     if described is not None:
         adaptable, config = AdaptableModules(described[0]), described[0].config
-        _fits(lambda: forward_path(config, adaptable, spec.lora, spec.precision), problems)
+        path = _fits(lambda: forward_path(config, adaptable, spec.lora, spec.precision), problems)
         if spec.precision in QUANTISED and (problem := not_quantised(described[0], spec.precision)):
             problems.append(f"precision: {problem}")
     with (
@@ -97,13 +99,13 @@ def admit(spec: JobSpec, settings: Settings, max_workers: int | None) -> Admitte
                 lengths = [len(example.ids) for part in examples if part is not None for example in part.examples]
                 if problem := too_long(described[0], max(lengths)):
                     problems.append(f"train.max_seq_len: {problem}")
-        if problems or storage is None or described is None or dataset is None or examples is None:
+        if problems or not (storage and described and dataset and examples and path):
             raise SpecError(problems)
         dataset_sha = put_by_content(storage, dataset, dataset_key)
         validation_sha = None if validation is None else put_by_content(storage, validation, dataset_key)
         examples_sha = store_examples(storage, examples, described[1])
         init_adapter_sha = None if spec.init_adapter is None else store_initial(storage, adapter)
-    return Admitted(storage, dataset_sha, validation_sha, examples_sha, init_adapter_sha, summary)
+    return Admitted(storage, dataset_sha, validation_sha, examples_sha, init_adapter_sha, path, summary)
 
 
 def _check_initial(
@@ -122,11 +124,12 @@ def _check_initial(
         _fits(lambda: continued_adapter(adaptable, spec.lora, given), problems)
 
 
-def _fits(check: Callable[[], object], problems: list[str]) -> None:
+def _fits(check: Callable[[], T], problems: list[str]) -> T | None:
     try:
-        check()
+        return check()
     except LoraConfigError as error:
         problems += [p if p.startswith("init_adapter") else f"lora.{p}" for p in error.problems]
+    return None
 
 
 def _described(spec: JobSpec, settings: Settings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -97,7 +97,8 @@ def _session(job: Job, session: Session | None) -> str:
     if session is None:
         return f"none yet, on {job.cluster}: {asked}"
     facts = session.facts
-    found = f"; it is {facts['precision']}, {facts['why']}; exact: {facts['exactness']}" if facts else ""
+    path = f"; path: {facts['forward_path']}" if facts and "forward_path" in facts else ""
+    found = f"; it is {facts['precision']}, {facts['why']}{path}; exact: {facts['exactness']}" if facts else ""
     return f"{session.ray_submission_id} ({session.state}) on {job.cluster}: {asked}, attempt {job.attempt}{found}"
 
 

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import ray
@@ -198,8 +198,7 @@ class SessionController:
             self._queue.log(job_id, message, data=evaluation)
 
     def _tell_of_start(self, started: RanksStarted) -> None:
-        facts = {"precision": started.precision, "why": started.why, "exactness": started.exactness}
-        self._queue.resolve_session(self._session_id, self._fence, facts)
+        self._queue.resolve_session(self._session_id, self._fence, asdict(started))
 
     def _tell_of_slow_start(self, jobs: Iterable[str]) -> None:
         for job_id in jobs:
@@ -304,6 +303,7 @@ def run_session(settings: Settings, session_id: str, fence: int) -> int:
             "mailbox": controller.mailbox,
             "base_model": session.base_model,
             "precision": session.precision,
+            "forward_path": session.forward_path,
         },
         scaling_config=ScalingConfig(
             num_workers=session.num_workers,

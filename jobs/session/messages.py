@@ -115,11 +115,12 @@ class RankBroke:
 @dataclass(frozen=True)
 class RanksStarted:
     """The ranks are up, with nothing in memory: at the start of a session, and after one of them died. What they
-    compute in, why it is that, and how exact training is (`lora_core.models.exactness`).
+    compute in, why it is that, by which path (`lora_core.models.forward`), and how exact training is.
     """
 
     precision: str
     why: str
+    forward_path: str
     exactness: str
 
 

@@ -52,7 +52,7 @@ from lora_core.adapters.peft_format import adapter_files
 from lora_core.kernels.transfer import arrival
 from lora_core.models.base import BaseModel, Precision, load_base, resolve_precision
 from lora_core.models.exactness import Exactness
-from lora_core.models.forward import open_forward
+from lora_core.models.forward import ForwardPath, open_forward
 from lora_core.models.probes import probe_losses
 from lora_core.training.checkpoints import CheckpointWriter
 from lora_core.training.engine import TrainEngine
@@ -71,7 +71,8 @@ def train_loop(config: dict[str, Any]) -> None:
     log_to_stderr()
     settings: Settings = config["settings"]
     mailbox, storage = RanksMailbox(config["mailbox"]), open_storage(settings.storage_url)
-    Rank(settings, mailbox, storage, Collectives(), config["base_model"], config["precision"]).run()
+    of_base = config["base_model"], config["precision"], config["forward_path"]
+    Rank(settings, mailbox, storage, Collectives(), *of_base).run()
 
 
 class Rank:
@@ -85,13 +86,14 @@ class Rank:
         collectives: Collectives,
         base_model: str,
         precision: Precision,
+        forward_path: ForwardPath | None = None,
     ) -> None:
         self.settings, self.mailbox, self.storage, self.collectives = settings, mailbox, storage, collectives
         self.rank, self.ranks = collectives.rank, collectives.ranks
         self.active: dict[str, ActiveJob] = {}
         # Done, and desired until the driver knows that: what a rank did not hold then, it would train again.
         self.publishing: dict[str, Assignment] = {}
-        self._base_model, self._precision = base_model, precision
+        self._base_model, self._precision, self._forward_path = base_model, precision, forward_path
         self._checkpoints = CheckpointWriter(settings.checkpoint_seconds, self._upload)
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._publishes: dict[str, Future[None]] = {}
@@ -116,11 +118,12 @@ class Rank:
         # Python's collector need not look through the base and the libraries again: that held up steps for 0.25 s.
         gc.collect()
         gc.freeze()
-        forward = open_forward(self.base)
+        # Jobs that were queued before they knew their path may have any adapter.
+        forward = open_forward(self.base, self._forward_path or ("llama" if self.base.is_quantised else "hooks"))
         answers = self.collectives.gather(json.dumps(forward.exactness().values()))
         exactness = Exactness.of_all([Exactness(**json.loads(answer or "{}")) for answer in answers])
         if self.rank == 0:
-            self.mailbox.send(RanksStarted(self.base.precision, self.base.why, str(exactness)))
+            self.mailbox.send(RanksStarted(self.base.precision, self.base.why, forward.name, str(exactness)))
         # NCCL takes its buffers at the first collective: before what is left is counted.
         self.collectives.all_reduce(torch.zeros(1, device=self.base.device))
         self.engine = TrainEngine(
@@ -290,7 +293,7 @@ class Rank:
         job, live = active.assignment.job_id, active.live
         if self.rank == 0:
             progress = active.progress(self.base)
-            manifest = active.manifest(self.base, self.engine.exactness)
+            manifest = active.manifest(self.base, self.engine)
             adapter, arrived = live.optimizer.on_host(), arrival(self.base.device)
 
             def publish() -> None:

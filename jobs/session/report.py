@@ -12,8 +12,8 @@ from jobs.session.messages import Assignment
 from jobs.spec import JobSpec
 from lora_core.data.dataset import Example
 from lora_core.models.base import BaseModel
-from lora_core.models.exactness import Exactness
 from lora_core.training.active_job import LiveJob
+from lora_core.training.engine import TrainEngine
 from lora_core.training.job import Progress
 from lora_core.training.optimizer import Evaluation
 
@@ -63,7 +63,7 @@ class ActiveJob:
             figures |= {"best_validation_loss": progress.best.loss, "best_step": progress.best.step}
         return figures
 
-    def manifest(self, base: BaseModel, exactness: Exactness) -> dict[str, Any]:
+    def manifest(self, base: BaseModel, engine: TrainEngine) -> dict[str, Any]:
         """Return what is published beside the files of the adapter, once all probes are measured."""
         progress, train = self.live.progress, self.live.job.train
         metrics = _metrics(progress, progress.best if train.keeps_best else progress.evaluation)
@@ -74,7 +74,8 @@ class ActiveJob:
             "base_fingerprint": base.fingerprint,
             "base_parameters": base.parameters,
             "precision": base.precision,
-            "exactness": str(exactness),
+            "forward_path": engine.forward.name,
+            "exactness": str(engine.exactness),
             "tokenizer": self.tokenizer,
             "lora": self.spec.lora.model_dump(),
             "train": self.spec.train.model_dump(),

@@ -125,8 +125,8 @@ class SessionTable:
             return fence_holds(conn, (session_id, fence)) and conn.execute(change).rowcount == 1
 
     def resolve_session(self, session_id: str, fence: int, facts: dict[str, Any]) -> bool:
-        """Record what a session computes in, now that its ranks know (`facts`: precision, why, exactness). Its jobs
-        keep that precision, so that one which is continued elsewhere goes on as it began.
+        """Record what a session computes in, now that its ranks know (`facts` are the fields of `RanksStarted`). Its
+        jobs keep that precision, so that one which is continued elsewhere goes on as it began.
         """
         with self._db.write() as conn:
             session = locked_session(conn, session_id)
@@ -135,7 +135,8 @@ class SessionTable:
             precision = facts["precision"]
             values = {"resolved_precision": precision, "facts": facts, "updated_at": self._clock()}
             conn.execute(sa.update(sessions).where(sessions.c.id == session_id).values(values))
-            message = f"computes in {precision}, {facts['why']}; exact: {facts['exactness']}"
+            path = facts["forward_path"]
+            message = f"computes in {precision}, {facts['why']}; path: {path}; exact: {facts['exactness']}"
             level = "warning" if facts["exactness"].startswith("not exact") else "info"
             for subject in (session_id, *conn.execute(_running_in(session_id)).scalars()):
                 self._event(conn, subject, message, level)

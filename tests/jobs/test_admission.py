@@ -19,9 +19,11 @@ from cluster.storage.directory import open_storage
 from cluster.storage.keys import dataset_key, init_adapter_key
 from jobs.admission import admit
 from jobs.initial_adapter import load_initial
+from jobs.job import SessionKey
 from jobs.session.loader import JobReader
 from jobs.session.messages import Assignment
 from jobs.spec import JobSpec, SpecError
+from jobs.store.jobs import JobQueue
 from jobs.stored_examples import examples_of
 from lora_core.adapters.targets import AdaptableModules
 from lora_core.models.base import describe_base, load_base
@@ -59,6 +61,19 @@ def problems(tmp_path: Path, settings: Settings, **options: Any) -> list[str]:
     with pytest.raises(SpecError) as caught:
         admit(spec(tmp_path, **options), settings, 2)
     return caught.value.problems
+
+
+@pytest.mark.parametrize(("lora", "path"), [({}, "llama"), ({"r": 2, "init_lora_weights": "pissa"}, "hooks")])
+def test_an_admitted_job_knows_its_path(lora: dict[str, Any], path: str, tmp_path: Path, settings: Settings) -> None:
+    """Whose sessions are others' than those of jobs that take another one."""
+    asked = spec(tmp_path, lora=lora)
+    admitted = admit(asked, settings, 2)
+    assert admitted.forward_path == path
+    queue = JobQueue(settings.database_url)
+    job, _ = queue.submit(
+        asked, cluster="c", base="tiny", dataset_sha=admitted.dataset_sha, code_version="v", forward_path=path
+    )
+    assert job.session_key == SessionKey("tiny", "auto", 1, path)
 
 
 def test_an_admitted_job_has_its_rows_in_storage_and_a_summary(tmp_path: Path, settings: Settings) -> None:

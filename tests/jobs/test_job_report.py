@@ -90,8 +90,9 @@ def test_a_job_that_runs(queue: JobQueue, capsys: pytest.CaptureFixture[str]) ->
         "    THEN submitted",
         f"    THEN assigned to {session_id}",
     ]
-    queue.resolve_session(session_id, 1, {"precision": "fp32", "why": "as asked for", "exactness": "bit for bit"})
-    assert shown(job_id, capsys)[3].endswith("attempt 1; it is fp32, as asked for; exact: bit for bit")
+    facts = {"precision": "fp32", "why": "as asked for", "forward_path": "llama", "exactness": "bit for bit"}
+    queue.resolve_session(session_id, 1, facts)
+    assert shown(job_id, capsys)[3].endswith("attempt 1; it is fp32, as asked for; path: llama; exact: bit for bit")
     queue.request(job_id, RequestedAction.CANCEL)
     assert shown(job_id, capsys)[1] == "  why        it is asked to cancel, after its current step"
 

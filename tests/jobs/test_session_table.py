@@ -40,6 +40,7 @@ def test_a_jobs_precision_is_fixed_once_its_session_knows_it(queue: JobQueue) ->
     """Those that run there and those that come later go on in it, also elsewhere; a driver that was replaced says
     nothing."""
     facts = {"precision": "fp32", "why": "the faster one here", "exactness": "not exact on this CPU: it is random"}
+    facts |= {"forward_path": "llama"}
     session = running_session(queue)
     assert session.session_keys == (KEY,)
     first, later, waiting = (submit(queue, name)[0] for name in ("a", "b", "c"))
