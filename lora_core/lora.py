@@ -5,12 +5,10 @@
 The names and shapes are the tutorial's ("Build a Large Language Model (From Scratch)", appendix E). What differs:
 
 * **Initialisation.** The tutorial calls `kaiming_uniform_` on A stored as `[in, r]`, which takes its fan-in from `r`
-and makes A
-  `sqrt(in / r)` too large (16 times at in = 4096, r = 16). Here the bound is `1 / sqrt(in)`, as in PEFT.
+  and makes A `sqrt(in / r)` too large (16 times at in = 4096, r = 16). Here the bound is `1 / sqrt(in)`, as in PEFT.
 * **Precision.** A and B are fp32; on a bf16 base they are cast down for the product, never its input up.
 * **Scale.** The tutorial multiplies by `alpha`, PEFT by `lora_alpha / r`. The tutorial's form is kept: `alpha` here
-equals
-  PEFT's `lora_alpha / r`, so an old run with `alpha` is continued in PEFT with `lora_alpha = alpha * r`.
+  equals PEFT's `lora_alpha / r`, so what was trained with `alpha` goes on in PEFT with `lora_alpha = alpha * r`.
 
 This file is the definition that everything faster is tested against. The service trains through `models/hooks/bank.py`,
 where many adapters share one base; one step of both is the same (`tests/core/test_lora.py`).

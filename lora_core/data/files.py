@@ -17,10 +17,10 @@ from pathlib import Path
 
 from lora_core.data.format import (
     DatasetError,
+    FileRows,
     Problem,
     Row,
     RowNumber,
-    Rows,
     format_of,
     location,
     no_known_format,
@@ -37,7 +37,7 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 
 
-def read_rows(path: Path | str) -> Rows:
+def read_rows(path: Path | str) -> FileRows:
     """Read the rows of a file with their lines, or numbers, nulls left out.
 
     Raises:
@@ -73,7 +73,7 @@ def _read(path: Path) -> Read:
     if start.startswith(b"{") and head.endswith(b"\n") and not start.endswith(b"}"):
         row = _whole_object(path)
         if row is not None:
-            return Rows([(RowNumber(1), without_nulls(row))]), []
+            return FileRows([(RowNumber(1), without_nulls(row))]), []
     return _read_lines(path)
 
 
@@ -86,7 +86,7 @@ def _head(path: Path) -> bytes:
     return b""
 
 
-def _collect(number: int, value: object, rows: Rows, problems: list[Problem]) -> None:
+def _collect(number: int, value: object, rows: FileRows, problems: list[Problem]) -> None:
     if isinstance(value, dict):
         rows.append((number, without_nulls(value)))
     else:
@@ -94,7 +94,7 @@ def _collect(number: int, value: object, rows: Rows, problems: list[Problem]) ->
 
 
 def _read_lines(path: Path) -> Read:
-    rows = Rows()
+    rows = FileRows()
     problems: list[Problem] = []
     with path.open("rb") as stream:
         # Only "\n" ends a line: str.splitlines would also cut at U+2028, which JSON allows inside a string.
@@ -134,7 +134,7 @@ def _text(path: Path) -> str:
 
 
 def _read_array(path: Path) -> Read:
-    rows = Rows()
+    rows = FileRows()
     problems: list[Problem] = []
     elements, number = _elements(_text(path)), 0
     try:

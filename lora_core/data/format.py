@@ -50,16 +50,16 @@ class RowNumber(int):
     """The number of a row that has no line of its own: in Parquet, or in one JSON array."""
 
 
-class Rows(list[NumberedRow]):
+class FileRows(list[NumberedRow]):
     """The rows of a file; `unread` are the columns that it has besides and that are in none of them."""
 
     def __init__(self, rows: Iterable[NumberedRow] = (), unread: Iterable[str] = ()) -> None:
         super().__init__(rows)
         self.unread = tuple(unread)
 
-    def part(self, indices: Iterable[int]) -> Rows:
+    def part(self, indices: Iterable[int]) -> FileRows:
         """Return some of them."""
-        return Rows((self[index] for index in indices), self.unread)
+        return FileRows((self[index] for index in indices), self.unread)
 
 
 def location(number: int) -> str:
@@ -97,7 +97,7 @@ def check_rows(rows: Sequence[NumberedRow]) -> RowFormat:
 def ignored_columns(rows: Sequence[NumberedRow], row_format: RowFormat) -> tuple[str, ...]:
     """Return the columns that the format does not use, and what turns of ShareGPT have besides, sorted."""
     ignored = {column for _, row in rows for column in row} - {*used_columns(row_format)}
-    if isinstance(rows, Rows):
+    if isinstance(rows, FileRows):
         ignored |= {*rows.unread}
     if row_format == "conversations (ShareGPT)":
         ignored |= {f"conversations.{key}" for _, row in rows for key in unused_keys(row["conversations"])}

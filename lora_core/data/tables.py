@@ -19,10 +19,10 @@ from pyarrow import compute
 from lora_core.data.format import (
     REQUIRED_COLUMNS,
     DatasetError,
+    FileRows,
     Problem,
     Row,
     RowNumber,
-    Rows,
     format_of,
     location,
     no_known_format,
@@ -31,7 +31,7 @@ from lora_core.data.format import (
 )
 from lora_core.data.json_values import encodable, shown
 
-Read = tuple[Rows, list[Problem]]
+Read = tuple[FileRows, list[Problem]]
 """The rows that can be read, and what to say of the others."""
 
 _DELIMITERS = ",;\t"  # a spreadsheet writes the second where numbers have a comma
@@ -46,7 +46,7 @@ def read_csv(path: Path) -> Read:
         DatasetError: a header that has no format's columns.
     """
     csv.field_size_limit(sys.maxsize)  # it would refuse cells of more than 128 KiB
-    rows = Rows()
+    rows = FileRows()
     problems: list[Problem] = []
     header: list[str] = []
     # A byte that is no UTF-8 becomes half a character: the row that has it is found below, the others are read.
@@ -91,7 +91,7 @@ def _checked_header(path: Path, names: list[str]) -> list[str]:
     return names
 
 
-def _collect_cells(number: int, cells: list[str], header: list[str], rows: Rows, problems: list[Problem]) -> None:
+def _collect_cells(number: int, cells: list[str], header: list[str], rows: FileRows, problems: list[Problem]) -> None:
     if len(cells) != len(header):
         counts = f"{len(cells)} cells, and the header has {len(header)}"
         problems.append((number, f"line {number}: {counts}; put cells with commas or line breaks in quotes"))
@@ -123,7 +123,7 @@ def read_parquet(path: Path) -> Read:
             table, columns = _used_table(path, _without_dictionaries(path))
     except _UNREADABLE as error:
         raise DatasetError([f"dataset {path}: it cannot be read as Parquet ({error}); write it again"]) from error
-    rows = Rows(unread=(name for name in columns if name not in table.column_names))
+    rows = FileRows(unread=(name for name in columns if name not in table.column_names))
     problems: list[Problem] = []
     number = 1
     for batch in table.to_batches():
@@ -182,7 +182,7 @@ def _columns_of_format(path: Path, file: pyarrow.parquet.ParquetFile) -> pyarrow
     return max(found, key=lambda one: one[0])[1]
 
 
-def _collect_one_by_one(first: int, batch: pyarrow.RecordBatch, rows: Rows, problems: list[Problem]) -> None:
+def _collect_one_by_one(first: int, batch: pyarrow.RecordBatch, rows: FileRows, problems: list[Problem]) -> None:
     """Read value by value where one has no Python form, such as a string that is no UTF-8."""
     for index in range(batch.num_rows):
         number, broken = RowNumber(first + index), False
