@@ -18,7 +18,7 @@ from torch import Tensor
 from lora_core.kernels.low_rank_triton import (
     MAGNITUDE,
     address,
-    place_of_block,
+    block_of,
     rank_block,
     table_arguments,
     table_of,
@@ -58,11 +58,11 @@ def _dora_backward(
     n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     n_mask = n < N
     mask = t_mask[:, None] & n_mask[None, :]
-    place = t[:, None] * N + n[None, :]
-    gradient = tl.load(dy + place, mask=mask, other=0.0).to(tl.float32)
-    product = gradient * tl.load(y + place, mask=mask, other=0.0).to(tl.float32)
+    offsets = t[:, None] * N + n[None, :]
+    gradient = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
+    product = gradient * tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(sums + tl.program_id(0) * N + n, tl.sum(product, axis=0), mask=n_mask)
-    tl.store(dv + place, dora_scaled(gradient, scale, number, n, n_mask).to(dv.dtype.element_ty), mask=mask)
+    tl.store(dv + offsets, dora_scaled(gradient, scale, number, n, n_mask).to(dv.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tile_count"])
@@ -70,7 +70,7 @@ def _add_magnitude_gradient(
     sums, tiles, tile_count, table, row_fields, N, N0, N1, TILES: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     adapter = tl.program_id(1)
-    linear, block, start, size = place_of_block(tl.program_id(0), N, N0, N1, COLUMNS)
+    linear, block, start, size = block_of(tl.program_id(0), N, N0, N1, COLUMNS)
     field = table + adapter * row_fields + MAGNITUDE + 4 * linear
     if tl.load(field) != 0:
         n = block * COLUMNS + tl.arange(0, COLUMNS)
@@ -79,8 +79,8 @@ def _add_magnitude_gradient(
         for first in range(0, tile_count, TILES):
             i = first + tl.arange(0, TILES)
             own = tl.load(tiles + 3 * i, mask=i < tile_count, other=-1) == adapter
-            place = sums + i[:, None] * N + (start + n)[None, :]
-            total += tl.sum(tl.load(place, mask=own[:, None] & n_mask[None, :], other=0.0), axis=0)
+            pointers = sums + i[:, None] * N + (start + n)[None, :]
+            total += tl.sum(tl.load(pointers, mask=own[:, None] & n_mask[None, :], other=0.0), axis=0)
         m = tl.load(tl.load(field + 1).to(tl.pointer_type(tl.float32)) + n, mask=n_mask, other=1.0)
         gradient = tl.load(field + 2).to(tl.pointer_type(tl.float32)) + n
         total = tl.load(gradient, mask=n_mask, other=0.0) + total / tl.where(m == 0.0, float("inf"), m)
@@ -110,8 +110,8 @@ def _norms(
         for first in range(0, r if LOOP else 1, RANKS):
             c = first + tl.arange(0, RANKS)
             mask = n_mask[:, None] & (c < r)[None, :]
-            place = products + n[:, None].to(tl.int64) * width + (column + c)[None, :]
-            inner = 2.0 * tl.load(place, mask=mask, other=0.0)
+            pointers = products + n[:, None].to(tl.int64) * width + (column + c)[None, :]
+            inner = 2.0 * tl.load(pointers, mask=mask, other=0.0)
             for second in range(0, r if LOOP else 1, RANKS):
                 d = second + tl.arange(0, RANKS)
                 others = tl.load(b + d[None, :] * N + n[:, None], mask=n_mask[:, None] & (d < r)[None, :], other=0.0)

@@ -53,18 +53,18 @@ def _norm_forward(
         n = first + tl.arange(0, COLUMNS)
         n_mask = n < H
         mask = t_mask[:, None] & n_mask[None, :]
-        place = t[:, None] * H + n[None, :]
-        value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+        offsets = t[:, None] * H + n[None, :]
+        value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
         if ADD:
-            addend = tl.load(y + place, mask=mask, other=0.0).to(tl.float32)
+            addend = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32)
             if UPDATE:
                 addend = updated(addend, h, h_stride, t, t_mask, row, 0, H, n, n_mask, RANKS, LOOP, PRECISION)
             if DORA:
                 addend = dora_scaled(addend, scale, number, n, n_mask)
-                tl.store(y + place, addend.to(dtype), mask=mask)
+                tl.store(y + offsets, addend.to(dtype), mask=mask)
             value += addend
             rounded = value.to(dtype)
-            tl.store(total + place, rounded, mask=mask)
+            tl.store(total + offsets, rounded, mask=mask)
             value = rounded.to(tl.float32)
         squares += tl.sum(value * value, axis=1)
     rstd = tl.rsqrt(squares / H + eps)
@@ -75,14 +75,14 @@ def _norm_forward(
         n = first + tl.arange(0, COLUMNS)
         n_mask = n < H
         mask = t_mask[:, None] & n_mask[None, :]
-        place = t[:, None] * H + n[None, :]
+        offsets = t[:, None] * H + n[None, :]
         if ADD:
-            value = tl.load(total + place, mask=mask, other=0.0).to(tl.float32)
+            value = tl.load(total + offsets, mask=mask, other=0.0).to(tl.float32)
         else:
-            value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+            value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
         scaled = (value * rstd[:, None]).to(dtype).to(tl.float32)
         scaled *= tl.load(weight + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
-        tl.store(normed + place, scaled.to(dtype), mask=mask)
+        tl.store(normed + offsets, scaled.to(dtype), mask=mask)
 
 
 @triton.jit
@@ -124,17 +124,17 @@ def _norm_backward(
         n = (tl.program_id(1) * BLOCKS + block) * COLUMNS + tl.arange(0, COLUMNS)
         n_mask = n < H
         mask = t_mask[:, None] & n_mask[None, :]
-        place = t[:, None] * H + n[None, :]
-        g = tl.load(dn + place, mask=mask, other=0.0).to(tl.float32)
+        offsets = t[:, None] * H + n[None, :]
+        g = tl.load(dn + offsets, mask=mask, other=0.0).to(tl.float32)
         if EXPAND:
             g = expanded(g, dh, h_stride, t, t_mask, row, H, n, n_mask, RANKS, LOOP, PRECISION)
         g *= tl.load(weight + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
-        value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+        value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
         out = rstd[:, None] * (g - value * factor[:, None])
         if RESIDUAL:
-            out += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
+            out += tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)
         rounded = out.to(dtype)
-        tl.store(dx + place, rounded, mask=mask)
+        tl.store(dx + offsets, rounded, mask=mask)
         if SHRINK:
             b_tile = tl.load(b + c[None, :] * H + n[:, None], mask=(c < r)[None, :] & n_mask[:, None], other=0.0)
             shrunk = tl.dot(rounded, b_tile, shrunk, input_precision=PRECISION)

@@ -45,19 +45,19 @@ def table_row(adapter: FusedLinearAdapter | None, group: LinearGroup) -> list[in
     if adapter is None:
         return row
     row[:4] = [adapter.a.data_ptr(), adapter.a_gradient.data_ptr(), adapter.width, adapter.scales.data_ptr()]
-    for place, part in enumerate(adapter.parts):
+    for index, part in enumerate(adapter.parts):
         if part is not None:
             assert part.b.t().is_contiguous() and part.b_gradient.t().is_contiguous()
-            row[4 + 4 * place : 8 + 4 * place] = [
+            row[4 + 4 * index : 8 + 4 * index] = [
                 part.b.data_ptr(),
                 part.b_gradient.data_ptr(),
                 part.b.shape[1],
                 part.offset,
             ]
-            row[17 + place] = part.module_key
+            row[17 + index] = part.module_key
             if (magnitude := part.magnitude) is not None:
                 vectors = (magnitude.scale, magnitude.m, magnitude.gradient, magnitude.norm)
-                row[20 + 4 * place : 24 + 4 * place] = [vector.data_ptr() for vector in vectors]
+                row[20 + 4 * index : 24 + 4 * index] = [vector.data_ptr() for vector in vectors]
     row[16] = threshold(adapter.dropout)
     return row
 
@@ -236,7 +236,7 @@ def _add_a_gradient(
 
 
 @triton.jit
-def place_of_block(block, N, N0, N1, COLUMNS: tl.constexpr):
+def block_of(block, N, N0, N1, COLUMNS: tl.constexpr):
     """Of a program for COLUMNS outputs of one linear of a group: (linear, which block of its outputs, where those begin
     among the group's, how many they are).
     """
@@ -254,7 +254,7 @@ def _add_b_gradient(
     dy, h, spans, table, row_fields, N, N0, N1, h_stride,
     COLUMNS: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    linear, block, start, size = place_of_block(tl.program_id(0), N, N0, N1, COLUMNS)
+    linear, block, start, size = block_of(tl.program_id(0), N, N0, N1, COLUMNS)
     span = spans + tl.program_id(1) * 3
     row = table + tl.load(span) * row_fields
     field = row + 4 + 4 * linear
@@ -284,11 +284,11 @@ def _expand_gradient(
         t_mask = tl.arange(0, ROWS) < tl.load(tile + 2)
         k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         k_mask = k < K
-        place = dx + t[:, None] * K + k[None, :]
+        pointers = dx + t[:, None] * K + k[None, :]
         mask = t_mask[:, None] & k_mask[None, :]
-        acc = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+        acc = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
         acc = expanded(acc, dh, h_stride, t, t_mask, row, K, k, k_mask, RANKS, LOOP, PRECISION)
-        tl.store(place, acc.to(dx.dtype.element_ty), mask=mask)
+        tl.store(pointers, acc.to(dx.dtype.element_ty), mask=mask)
 
 
 def shrink(x: Tensor, low_rank: LowRank) -> Tensor:

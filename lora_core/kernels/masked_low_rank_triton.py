@@ -137,8 +137,8 @@ def _add_a_gradient(
         if NORM:
             acc *= tl.load(weight + k, mask=k_mask, other=0.0).to(tl.float32)[:, None]
         gradient = tl.load(row + 1).to(tl.pointer_type(tl.float32))
-        place = gradient + (offset + c)[None, :] * K + k[:, None]
-        tl.atomic_add(place, acc * factor, mask=c_mask[None, :] & k_mask[:, None])
+        pointers = gradient + (offset + c)[None, :] * K + k[:, None]
+        tl.atomic_add(pointers, acc * factor, mask=c_mask[None, :] & k_mask[:, None])
 
 
 @triton.jit(do_not_specialize=["adapters"])
@@ -156,9 +156,9 @@ def _expand_gradient(
         t_mask = tl.arange(0, ROWS) < tl.load(tile + 2)
         k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         k_mask = k < K
-        place = dx + t[:, None] * K + k[None, :]
+        pointers = dx + t[:, None] * K + k[None, :]
         mask = t_mask[:, None] & k_mask[None, :]
-        total = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+        total = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
         for linear in tl.static_range(LINEARS):
             field = row + 4 + 4 * linear
             r = tl.load(field + 2).to(tl.int32)
@@ -180,7 +180,7 @@ def _expand_gradient(
             bits = _row_bits(keys, module_key, t, t_mask)
             kept = _kept(bits, tl.program_id(1) * COLUMNS, threshold, ROWS, COLUMNS)
             total += tl.where(kept, acc * factor, 0.0)
-        tl.store(place, total.to(dx.dtype.element_ty), mask=mask)
+        tl.store(pointers, total.to(dx.dtype.element_ty), mask=mask)
 
 
 def shrink(x: Tensor, low_rank: LowRank) -> Tensor:

@@ -42,9 +42,9 @@ def _rope_forward(
     d = tl.arange(0, BLOCK)
     d_mask = d < HALF
     mask = t_mask[:, None] & d_mask[None, :]
-    place = y + t[:, None] * N + (column + d)[None, :]
-    first = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(place + HALF, mask=mask, other=0.0).to(tl.float32)
+    pointers = y + t[:, None] * N + (column + d)[None, :]
+    first = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(pointers + HALF, mask=mask, other=0.0).to(tl.float32)
     if UPDATE:
         first = updated(first, h, h_stride, t, t_mask, row, linear, size, local + d, d_mask, RANKS, LOOP, PRECISION)
         second = updated(
@@ -78,8 +78,8 @@ def _rope_forward(
         turned = first * c - second * s
         second = second * c + first * s
         first = turned
-    tl.store(place, first.to(dtype), mask=mask)
-    tl.store(place + HALF, second.to(dtype), mask=mask)
+    tl.store(pointers, first.to(dtype), mask=mask)
+    tl.store(pointers + HALF, second.to(dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=["adapters", "T"])
@@ -104,8 +104,8 @@ def _rope_backward(
         source = dv + (t * k_heads + head - q_heads - k_heads)[:, None] * (2 * HALF) + d[None, :]
     first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
-    place = t[:, None] * N + (head * 2 * HALF + d)[None, :]
-    held = y + place
+    offsets = t[:, None] * N + (head * 2 * HALF + d)[None, :]
+    held = y + offsets
     if NORM:  # noqa: SIM102 - one is decided by the compiler, the other by the program
         if head < q_heads + k_heads:
             held = unnormed + (t * (q_heads + k_heads) + head)[:, None] * (2 * HALF) + d[None, :]
@@ -154,8 +154,8 @@ def _rope_backward(
         scale, number = dora_scale_of(row, linear)
         first = dora_scaled(first, scale, number, local + d, d_mask)
         second = dora_scaled(second, scale, number, local + HALF + d, d_mask)
-    tl.store(dy + place, first.to(dy.dtype.element_ty), mask=mask)
-    tl.store(dy + place + HALF, second.to(dy.dtype.element_ty), mask=mask)
+    tl.store(dy + offsets, first.to(dy.dtype.element_ty), mask=mask)
+    tl.store(dy + offsets + HALF, second.to(dy.dtype.element_ty), mask=mask)
 
 
 def rope_forward_(

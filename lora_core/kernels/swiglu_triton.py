@@ -83,9 +83,9 @@ def _swiglu_forward(
         n = (tl.program_id(1) * BLOCKS + block) * COLUMNS + tl.arange(0, COLUMNS)
         n_mask = n < I
         mask = t_mask[:, None] & n_mask[None, :]
-        place = y + t[:, None] * (2 * I) + n[None, :]
-        gate = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(place + I, mask=mask, other=0.0).to(tl.float32)
+        pointers = y + t[:, None] * (2 * I) + n[None, :]
+        gate = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(pointers + I, mask=mask, other=0.0).to(tl.float32)
         if UPDATE:
             if LOOP:
                 gate = updated(gate, h, h_stride, t, t_mask, row, 0, I, n, n_mask, RANKS, LOOP, PRECISION)
@@ -148,10 +148,10 @@ def _swiglu_backward(
         n = (tl.program_id(1) * BLOCKS + block) * COLUMNS + tl.arange(0, COLUMNS)
         n_mask = n < I
         mask = t_mask[:, None] & n_mask[None, :]
-        place = y + t[:, None] * (2 * I) + n[None, :]
+        pointers = y + t[:, None] * (2 * I) + n[None, :]
         gradient_place = dact + t[:, None] * I + n[None, :]
-        gate = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(place + I, mask=mask, other=0.0).to(tl.float32)
+        gate = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(pointers + I, mask=mask, other=0.0).to(tl.float32)
         gradient = tl.load(gradient_place, mask=mask, other=0.0).to(tl.float32)
         if UPDATE:
             if LOOP:
@@ -187,8 +187,8 @@ def _swiglu_backward(
             dup = dora_scaled(dup, up_scale, up_number, n, n_mask)
         dgate = dgate.to(dtype)
         dup = dup.to(dtype)
-        tl.store(place, dgate, mask=mask)
-        tl.store(place + I, dup, mask=mask)
+        tl.store(pointers, dgate, mask=mask)
+        tl.store(pointers + I, dup, mask=mask)
         activation = silu * up
         tl.store(gradient_place, activation.to(dtype), mask=mask)
         product += tl.sum(gradient * activation * (2.0 + gate - silu), axis=1)  # dgate gate + dup up
