@@ -144,7 +144,7 @@ def test_so_is_one_of_text_completions(parameter: str) -> None:
     [
         ({"temperature": 2.5}, "temperature must be at most 2"),
         ({"temperature": -1}, "temperature must be at least 0"),
-        ({"temperature": float("nan")}, "temperature must be"),
+        ({"temperature": float("nan")}, "temperature should be"),
         ({"top_p": 0}, "top_p must be more than 0"),
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
         ({"max_tokens": "5"}, "max_tokens must be a whole number"),
