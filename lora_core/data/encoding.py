@@ -45,7 +45,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class _Text:
+class _Passage:
     """What the server feeds, and what the model has to produce behind it: rendered by the chat template, or plain."""
 
     line: int
@@ -59,7 +59,7 @@ class _Text:
 
 
 @dataclass(frozen=True)
-class _Turn:
+class _EncodedTurn:
     """The same in tokens: the first `prompt` of `ids` are what the server feeds."""
 
     line: int
@@ -81,25 +81,25 @@ def encode_rows(
     problems: list[str] = []
     encoded: list[tuple[int, Example]] = []
     for start in range(0, len(rows), BATCH_ROWS):
-        texts: list[_Text] = []
+        passages: list[_Passage] = []
         for line, row in rows[start : start + BATCH_ROWS]:
             try:
-                texts += _texts(line, row, row_format, tokenizer, train_on)
+                passages += _passages(line, row, row_format, tokenizer, train_on)
             except PromptError as error:
                 columns = ", ".join(f"`{column}`" for column in REQUIRED_COLUMNS[row_format])
                 problems.append(f"{location(line)}: column {columns}: {error}; change or leave out the row")
             except NoTemplateError as error:
                 advice = "use rows of `prompt` and `completion` strings, or an instruct model"
                 raise DatasetError([f"{error}; {advice}"]) from error
-        encoded += [(turns[-1].line, _example(turns, train_on)) for turns in _grouped(_turns(texts, tokenizer))]
+        encoded += [(turns[-1].line, _example(turns, train_on)) for turns in _grouped(_turns(passages, tokenizer))]
     if problems:
         raise DatasetError(problems)
     return encoded
 
 
-def _texts(
+def _passages(
     line: int, row: Row, row_format: RowFormat, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn
-) -> list[_Text]:
+) -> list[_Passage]:
     """Make one text for each answer to learn of a chat, and one of any other row."""
     first = 1  # an opening message of the assistant answers nothing
     if row_format == "messages":
@@ -107,23 +107,23 @@ def _texts(
     elif row_format == "conversations (ShareGPT)":
         messages = conversation(row["conversations"], row.get("system", ""))
     elif row_format == "text":
-        return [_Text(line, "", row["text"], rendered=False)]
+        return [_Passage(line, "", row["text"], rendered=False)]
     elif row_format == "instruction/output" and not tokenizer.chat_template:
-        return [_Text(line, _alpaca_prompt(row["instruction"], row.get("input", "")), row["output"], rendered=False)]
+        return [_Passage(line, _alpaca_prompt(row["instruction"], row.get("input", "")), row["output"], rendered=False)]
     elif row_format == "instruction/output":
         user = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
         messages = [{"role": "user", "content": user}, {"role": "assistant", "content": row["output"]}]
     elif isinstance(row["prompt"], str):
-        return [_Text(line, row["prompt"], row["completion"], rendered=False)]
+        return [_Passage(line, row["prompt"], row["completion"], rendered=False)]
     else:
         messages, first = [*row["prompt"], *row["completion"]], len(row["prompt"])
     said = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if train_on == "all":
         whole = rendered(tokenizer, messages[: said[-1] + 1], generation_prompt=False)
-        return [_Text(line, "", whole, rendered=True)]
+        return [_Passage(line, "", whole, rendered=True)]
     answers = [index for index in said if index >= first and messages[index].get("weight") != 0]
     return [
-        _Text(line, *_prompt_and_answer(tokenizer, messages, index, number), rendered=True)
+        _Passage(line, *_prompt_and_answer(tokenizer, messages, index, number), rendered=True)
         for number, index in enumerate(answers, start=1)
     ]
 
@@ -148,26 +148,28 @@ def _prompt_and_answer(
     )
 
 
-def _turns(texts: Sequence[_Text], tokenizer: PreTrainedTokenizerBase) -> list[_Turn]:
+def _turns(passages: Sequence[_Passage], tokenizer: PreTrainedTokenizerBase) -> list[_EncodedTurn]:
     """Tokenise each text, in the order of lines: the prompt as the server feeds it, the answer, one end."""
     special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
-    turns: list[_Turn] = []
+    turns: list[_EncodedTurn] = []
     for is_rendered, ids_of in ((True, tokenised), (False, text_ids)):
-        own = [text for text in texts if text.rendered is is_rendered]  # one row's prompt may be a chat, another's not
-        prompts, wholes = ids_of(tokenizer, [text.prompt for text in own]), ids_of(tokenizer, [t.whole for t in own])
-        for text, prompt, whole in zip(own, prompts, wholes, strict=True):
-            ids = _starting_with(prompt, whole, text.answer, tokenizer)
+        # One row's prompt may be a chat, and another's not.
+        own = [passage for passage in passages if passage.rendered is is_rendered]
+        prompts = ids_of(tokenizer, [passage.prompt for passage in own])
+        wholes = ids_of(tokenizer, [passage.whole for passage in own])
+        for passage, prompt, whole in zip(own, prompts, wholes, strict=True):
+            ids = _starting_with(prompt, whole, passage.answer, tokenizer)
             if is_rendered:
                 ids = _until_end_of_turn(ids, len(prompt), special, tokenizer)
             else:
                 ids = _with_one_end(ids, len(prompt), tokenizer)
-            turns.append(_Turn(text.line, len(prompt), ids))
+            turns.append(_EncodedTurn(passage.line, len(prompt), ids))
     return sorted(turns, key=lambda turn: turn.line)
 
 
-def _grouped(turns: Sequence[_Turn]) -> Iterator[list[_Turn]]:
+def _grouped(turns: Sequence[_EncodedTurn]) -> Iterator[list[_EncodedTurn]]:
     """Group turns side by side of which each starts with the one before: they are one example."""
-    group: list[_Turn] = []
+    group: list[_EncodedTurn] = []
     for turn in turns:
         if group and (turn.line != group[-1].line or turn.ids[: len(group[-1].ids)] != group[-1].ids):
             yield group
@@ -177,7 +179,7 @@ def _grouped(turns: Sequence[_Turn]) -> Iterator[list[_Turn]]:
         yield group
 
 
-def _example(turns: Sequence[_Turn], train_on: TrainOn) -> Example:
+def _example(turns: Sequence[_EncodedTurn], train_on: TrainOn) -> Example:
     ids = turns[-1].ids
     mask = [train_on == "all"] * len(ids)
     for turn in turns:
