@@ -11,7 +11,14 @@ from lora_core.models.base import BaseModel
 from lora_core.models.forward import ForwardPath
 from lora_core.models.llama.decoder import Checkpointing
 from lora_core.training.job import EngineJob
-from lora_core.training.memory.predictor import DoesNotFitError, Plan, available_bytes, predictor, return_freed_memory
+from lora_core.training.memory.predictor import (
+    DoesNotFitError,
+    Plan,
+    available_bytes,
+    keep_freed_memory,
+    predictor,
+    return_freed_memory,
+)
 
 log = logging.getLogger("lora.engine")
 
@@ -73,8 +80,8 @@ class Room:
         if plan is None or self.budget is None:
             return
         self.capacity, self.checkpointing = plan.capacity, plan.checkpointing
-        if plan.exact_heap and self._device == "cpu":
-            return_freed_memory()
+        if self._device == "cpu":
+            (return_freed_memory if plan.exact_heap else keep_freed_memory)()
         log.info(
             "event=planned jobs=%d capacity=%d checkpointing=%s predicted=%.2fGB budget=%.2fGB",
             len(jobs),

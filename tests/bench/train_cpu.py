@@ -71,7 +71,7 @@ def compare(
     tokens: int,
 ) -> None:
     """Rows of everybody on `jobs` jobs of `documents` documents a step; PEFT has one job at a time."""
-    engine = TrainEngine(base)
+    engine = TrainEngine(base, capacity=None)  # as `lora_core.train` and the service have it
     size = f"{documents} x {tokens}"
     ids = torch.randint(0, base.model.config.vocab_size, (documents, tokens))
     programs: dict[str, tuple[str, Step]] = {
