@@ -50,8 +50,8 @@ def served(tokenizer: PreTrainedTokenizerFast, kind: type[ChatRequest | TextRequ
     """The ids that a server feeds for a request."""
     server: AdapterServer = object.__new__(AdapterServer)
     server._tokenizer = tokenizer
-    question = parse_request(json.dumps({"model": "m", **body}).encode(), kind).question(None, "latest")
-    return server._prompt(question)
+    request = parse_request(json.dumps({"model": "m", **body}).encode(), kind).generate_request(None, "latest")
+    return server._prompt(request)
 
 
 ACCEPTED: list[Row] = [
