@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,6 @@ from lora_core.models.probes import probe_losses
 from lora_core.training import job as engine_job
 from lora_core.training.active_job import LiveJob
 from lora_core.training.engine import TrainEngine
-from lora_core.training.job import EngineJob, JobDiverged
 from tests.core.test_trainer import gradient, padded_loss, reference_training
 from tests.support.models import (
     CONFIGS,
@@ -42,7 +39,6 @@ from tests.support.models import (
     outcome_of,
     relative,
     state,
-    threads,
     tiny_base,
     tiny_model,
 )
@@ -215,52 +211,6 @@ def test_small_dora_scales_survive_a_bf16_base() -> None:
 
 
 # --- company, cuts, restarts -----------------------------------------------------------------------------------------
-
-
-def mixed_jobs(kind: str) -> list[EngineJob]:
-    head = [] if kind == "gpt2" else ["lm_head"]
-    some = ["c_attn"] if kind == "gpt2" else ["q_proj", "up_proj"]
-    few = {"r": 3, "lora_alpha": 7}  # a scale that is no power of two: multiplying by it rounds
-    dora = {"use_dora": True} | few
-    return [
-        job("dora", examples=documents(9, 1), lora=dora, batch_size=3),
-        job("plain", examples=documents(12, 2), lora={"r": 8, "lora_dropout": 0.2}, batch_size=6, seed=1),
-        job("head", examples=documents(8, 3), lora=few | {"target_modules": head + some, "lora_dropout": 0.1}, seed=2),
-        job("poison", examples=documents(8, 5), lora=dora | {"target_modules": head + some}, seed=4),
-        job("both", examples=documents(7, 4), lora=dora | {"target_modules": head + some}, seed=3),
-    ]
-
-
-@pytest.mark.parametrize(("kind", "count"), [("llama", 1), ("llama-odd", 1), ("gpt2", 1), ("llama-odd", 2)])
-def test_company_equals_alone_bit_for_bit(kind: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And one of the company turns NaN, fails, and is left in."""
-    monkeypatch.setattr(engine_job, "CHUNK_TOKENS", 64)
-
-    def train(jobs: Sequence[EngineJob]) -> dict[str, tuple[list[float], Tensor]]:
-        engine = TrainEngine(tiny_base(kind), capacity=256)
-        live = {wanted.name: engine.add(wanted) for wanted in jobs}
-        losses: dict[str, list[float]] = {wanted.name: [] for wanted in jobs}
-        final: dict[str, Tensor] = {}
-        while len(final) < len(live.keys() - {"poison"}):
-            if "poison" in live and live["poison"].progress.step == 2:
-                live["poison"].optimizer.flat.fill_(math.nan)
-                live["poison"].adapter.norm.clear()
-            for name, result in engine.micro_batch().items():
-                assert isinstance(result, JobDiverged) == (name == "poison" and len(losses[name]) == 2)
-                if not isinstance(result, JobDiverged) and name not in final:
-                    losses[name].append(result.loss)
-                    if len(losses[name]) == 5:
-                        final[name] = state(live[name])
-        return {name: (losses[name], final[name]) for name in final}
-
-    jobs = mixed_jobs(kind)
-    with threads(count):
-        company = train(jobs)
-        for wanted in jobs:
-            if wanted.name != "poison":
-                losses, final = train([wanted])[wanted.name]
-                assert company[wanted.name][0] == losses, wanted.name
-                assert torch.equal(company[wanted.name][1], final), wanted.name
 
 
 @pytest.mark.parametrize("lora", [DORA_HEAD, {**HEAD, "lora_dropout": 0.3}])

@@ -103,24 +103,6 @@ def test_evaluating_changes_nothing_in_training() -> None:
     assert torch.equal(train([]), train(VALIDATION, eval_steps=1))
 
 
-def test_evaluations_in_company_equal_those_alone_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A neighbour evaluates too, one trains meanwhile, and one's weights are NaN."""
-    monkeypatch.setattr(engine_job, "CHUNK_TOKENS", 48)
-
-    def evaluations(neighbours: bool) -> list[Evaluation | None]:
-        engine = TrainEngine(tiny_base("llama-odd"), capacity=160)
-        engine.add(job(validation=VALIDATION, eval_steps=1, epochs=2))
-        if neighbours:
-            engine.add(job("too", validation=documents(20, 3), eval_steps=1, seed=1))
-            engine.add(job("trains", examples=documents(20, 4), batch_size=9))
-            engine.add(job("poison", validation=VALIDATION)).optimizer.flat.fill_(math.nan)
-        return [outcome.evaluation for outcome in train_to_the_end(engine, "job")]
-
-    alone = evaluations(neighbours=False)
-    assert len(set(alone)) == 6
-    assert evaluations(neighbours=True) == alone
-
-
 def test_two_ranks_evaluate_their_shares_to_the_same_figures() -> None:
     """One of the jobs has a single validation document, so that the second rank has nothing to evaluate."""
     single = job("single", examples=documents(4, 2), validation=VALIDATION[:1], epochs=2)

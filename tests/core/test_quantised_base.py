@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,11 +20,11 @@ from lora_core.kernels.operands import NF4_BLOCK, NF4_LEVELS
 from lora_core.kernels.quantize import dequantize_nf4, quantize_nf4, quantize_rows
 from lora_core.models.attention import ATTENTION_NAME, PackedAttention
 from lora_core.models.base import BaseModel, load_base, placed
-from lora_core.models.llama.decoder import Checkpointing, Decoder
+from lora_core.models.llama.decoder import Decoder
 from lora_core.models.precision import DenseWeight, Fp8Weight, Nf4Weight
 from lora_core.training.engine import TrainEngine
-from lora_core.training.job import EngineJob, JobDiverged
-from tests.support.models import CPU, VOCABULARY, documents, job, outcome_of, relative, state, tiny_base
+from lora_core.training.job import EngineJob
+from tests.support.models import CPU, VOCABULARY, documents, job, outcome_of, relative, tiny_base
 from tests.support.tiny_models import save_tiny_model
 
 
@@ -143,44 +142,6 @@ def test_m_starts_as_the_norms_of_the_weights_that_are_left(precision: str) -> N
         norms, before = (model.get_submodule(name).weight.norm(dim=1) for model in (twin, dense))  # type: ignore[operator, union-attr]
         torch.testing.assert_close(m.detach(), norms, rtol=1e-12, atol=0)
         assert not torch.allclose(norms, before, rtol=1e-4)
-
-
-# --- in company ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
-@pytest.mark.parametrize("precision", ["fp8", "nf4"])
-def test_in_company_a_job_is_what_it_is_alone(precision: str, checkpointing: Checkpointing) -> None:
-    """Beside one that turns NaN and is left in, in micro-batches whose company differs from one to the next."""
-    base, steps = in_precision(precision, torch.float64), 20
-    jobs = [
-        job("plain", examples=documents(8, 1), batch_size=2),
-        job("dropout", examples=documents(9, 2), batch_size=3, lora={"r": 16, "lora_dropout": 0.2}, seed=3),
-        job("dora", examples=documents(7, 3), batch_size=2, lora={"use_dora": True}, weight_decay=0.1),
-        job("bad", examples=documents(8, 4), batch_size=2, lora={"r": 9}),
-    ]
-
-    def train(*wanted: EngineJob) -> dict[str, Tensor]:
-        """Each good one's state after so many steps."""
-        engine, ends, failures = TrainEngine(base, capacity=128, checkpointing=checkpointing), {}, 0
-        lives = {one.name: engine.add(one) for one in wanted}
-        assert engine.forward.name == "llama"
-        while len(ends) < len(lives.keys() - {"bad"}):
-            for name, outcome in engine.micro_batch().items():
-                live, diverged = lives[name], isinstance(outcome, JobDiverged)
-                assert not diverged or name == "bad"
-                failures += diverged
-                if name == "bad" and live.progress.step == 5:
-                    live.optimizer.flat.fill_(math.nan)
-                if name != "bad" and live.progress.step == steps:
-                    ends[name] = state(live)
-        engine.forward.close()
-        assert (failures > 10) == ("bad" in lives)
-        return ends
-
-    together = train(*jobs)
-    for wanted in jobs[:-1]:
-        assert relative(together[wanted.name], train(wanted)[wanted.name]) < 1e-9, wanted.name
 
 
 # --- a small model that has learned something ------------------------------------------------------------------------
