@@ -190,6 +190,7 @@ print(exactness)
 """
 
 
+@pytest.mark.slow
 def test_company_equals_alone_where_products_cannot_be_asked_any_more() -> None:
     """A notebook that multiplied before it loaded a base: the self-check finds a way, and says it."""
     environment = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
@@ -238,7 +239,13 @@ def at_widths(width: str, path: ForwardPath = "llama") -> tuple[bool, Exactness]
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize(
-    ("width", "path"), [("smollm2", "llama"), ("llama-1b", "llama"), ("smollm2", "hooks"), ("gpt2", "hooks")]
+    ("width", "path"),
+    [
+        ("smollm2", "llama"),
+        pytest.param("llama-1b", "llama", marks=pytest.mark.slow),
+        ("smollm2", "hooks"),
+        ("gpt2", "hooks"),
+    ],
 )
 def test_company_equals_alone_at_real_widths(width: str, path: ForwardPath, count: int) -> None:
     """One layer; steps of 3 to 6 tokens, which is where products were seen to differ."""
