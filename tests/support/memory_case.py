@@ -36,7 +36,7 @@ def main(
     precision = resolve_precision(precision, source, cache_dir=cache, device=cpu).precision  # type: ignore[arg-type]
     lora = LoraConfig(r=16, lora_dropout=dropout)
     config = describe_base(source, cache)[0].config
-    predicted = predictor(config, DTYPES[precision], "llama" if precision == "bf16" else "hooks").predict(
+    predicted = predictor(config, DTYPES[precision], "llama").predict(
         [lora] * adapters, tokens, DOCUMENT, checkpointing
     )
     predicted += resident_bytes()
