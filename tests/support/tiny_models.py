@@ -78,7 +78,7 @@ def with_more_tokens(tokenizer: PreTrainedTokenizerBase, rows: int = VOCABULARY)
 def save_tiny_model(kind: str, folder: Path, seed: int = 0) -> Path:
     """A random fp32 model of a family in `CONFIGS`; large weights, so that its greedy answers differ by prompt."""
     torch.manual_seed(seed)
-    config = CONFIGS[kind]
+    config = copy.deepcopy(CONFIGS[kind])  # which saving writes into
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
