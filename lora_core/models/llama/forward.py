@@ -23,7 +23,7 @@ from lora_core.models.llama.adapters import KernelArgs
 from lora_core.models.llama.decoder import Batch, Checkpointing, Decoder, Rows
 from lora_core.models.llama.head import Labels
 from lora_core.models.llama.warmup import Rehearsals
-from lora_core.models.precision import QUANTISED, few_rows_product, turns
+from lora_core.models.precision import QUANTISED, DenseWeight
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class LlamaForward:
     def __init__(self, decoder: Decoder, modules: AdaptableModules, precision: str) -> None:
         self.decoder, self.modules, self._precision = decoder, modules, precision
         self.device = decoder.embedding.device
+        self._head_weight = DenseWeight([decoder.head])
         self._head = next(iter(modules.modules.keys() - modules.linears.keys()), "")
         self._rehearsals = Rehearsals(decoder) if self.device.type == "cuda" else None
 
@@ -132,8 +133,7 @@ class LlamaForward:
         """`[n, vocabulary]` of hidden states `[n, H]`, each with what its adapter has on the head: here it is served,
         and not trained.
         """
-        head = self.decoder.head
-        logits = few_rows_product(hidden, [head]) if turns(hidden) else hidden @ head.t()
+        logits = self._head_weight.serve(hidden)
         for row, bound in enumerate(adapters):
             if bound is None or not self._adapts_head(bound):
                 continue
