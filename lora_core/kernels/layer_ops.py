@@ -144,7 +144,7 @@ def swiglu_forward(y: Tensor, h: Tensor | None, low_rank: LowRank, down: LowRank
     return activation, shrink(activation, down) if down.width else None
 
 
-def gate_up_again(y: Tensor, h: Tensor | None, low_rank: LowRank) -> Tensor:
+def recomputed_gate_up(y: Tensor, h: Tensor | None, low_rank: LowRank) -> Tensor:
     """y as `swiglu_forward` left it, where its frozen product was made again."""
     return y if dispatch.runs_in_triton(y) else _updated_(y, h, low_rank)
 

@@ -34,7 +34,7 @@ from lora_core.models.files import (
     open_model,
     readable,
 )
-from lora_core.models.llama.decoder import Decoder, Rows
+from lora_core.models.llama.decoder import Decoder, DecoderInput
 from lora_core.models.precision import (
     QUANTISED,
     DenseWeight,
@@ -305,9 +305,9 @@ def _packing_error(base: BaseModel) -> float:
     if base.decoder is None:
         hidden = base.hidden(ids, positions, PackedAttention(lengths))
     else:
-        rows = Rows(ids[0], positions[0], [(NO_ADAPTER, len(ids[0]))])
+        inputs = DecoderInput(ids[0], positions[0], [(NO_ADAPTER, len(ids[0]))])
         attention = DocumentAttention(lengths, [len(ids[0])], base.decoder.scaling, base.device)
-        hidden = base.decoder.hidden(base.decoder.batch(rows, [], attention))[None]
+        hidden = base.decoder.hidden(base.decoder.batch(inputs, [], attention))[None]
     ours = base.head(hidden).float()
     base.model.set_attn_implementation("eager")
     try:

@@ -14,7 +14,7 @@ from lora_core.data.packing import pack
 from lora_core.kernels import cross_entropy
 from lora_core.models.attention import DocumentAttention
 from lora_core.models.llama import head as decoder_head
-from lora_core.models.llama.decoder import Checkpointing, Decoder, Rows
+from lora_core.models.llama.decoder import Checkpointing, Decoder, DecoderInput
 from lora_core.models.llama.forward import LlamaForward
 from lora_core.models.precision import DenseWeight, Fp8Weight, Nf4Weight, stacked_dense
 from lora_core.training.active_job import LiveJob
@@ -205,7 +205,7 @@ def test_evaluation_is_the_loss_without_gradients() -> None:
     views = [decoder.kernel_args(live.adapter) for live in world.jobs]
     segments, labels = [(int(chunk.job), chunk.padded_tokens) for chunk in world.batch.chunks], world.batch.labels
     attention = DocumentAttention(world.batch.lengths, [len(world.batch.ids[0])], decoder.scaling, CPU)
-    batch = decoder.batch(Rows(world.batch.ids[0], world.batch.positions[0], segments), views, attention)
+    batch = decoder.batch(DecoderInput(world.batch.ids[0], world.batch.positions[0], segments), views, attention)
     logits = decoder.hidden(batch) @ decoder.head.t()
     labels[0] = labels[0][0], logits[labels[0][0]].argmax(-1)  # some that are hit
     losses, hits = decoder.evaluate(batch, labels)

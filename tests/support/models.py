@@ -25,7 +25,7 @@ from lora_core.kernels import dispatch
 from lora_core.models.attention import ATTENTION_NAME
 from lora_core.models.base import BaseModel
 from lora_core.models.llama.adapters import KernelArgs
-from lora_core.models.llama.decoder import Batch, Checkpointing, Decoder, Rows
+from lora_core.models.llama.decoder import Checkpointing, Decoder, DecoderBatch, DecoderInput
 from lora_core.training.active_job import LiveJob
 from lora_core.training.engine import TrainEngine
 from lora_core.training.fair_queue import FairQueue
@@ -333,14 +333,16 @@ def decode_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU, on tables of addresses as kernels read them there."""
     from lora_core.kernels.low_rank_triton import table_row
 
-    def start(batch: Batch, decoder: Decoder, rows: Rows, adapters: Sequence[KernelArgs], *more: Any) -> None:
-        _start(batch, decoder, rows, adapters, *more)
+    def start(
+        batch: DecoderBatch, decoder: Decoder, inputs: DecoderInput, adapters: Sequence[KernelArgs], *more: Any
+    ) -> None:
+        _start(batch, decoder, inputs, adapters, *more)
         numbers = [
-            [number for at, group in zip(places, decoder.groups, strict=True) for number in table_row(at, group)]
-            for places in (*(adapter.groups for adapter in adapters), [None] * len(decoder.groups))
+            [number for at, group in zip(adapted, decoder.groups, strict=True) for number in table_row(at, group)]
+            for adapted in (*(adapter.groups for adapter in adapters), [None] * len(decoder.groups))
         ]
         batch._table = torch.tensor(numbers, dtype=torch.int64)
 
-    _start = Batch.__init__
-    monkeypatch.setattr(Batch, "__init__", start)
+    _start = DecoderBatch.__init__
+    monkeypatch.setattr(DecoderBatch, "__init__", start)
     monkeypatch.setattr(dispatch, "runs_in_triton", lambda x: True)

@@ -25,7 +25,7 @@ from lora_core.models.llama.decoder import Checkpointing
 
 
 @dataclass(frozen=True)
-class ReadySegments:
+class HooksBatch:
     """A packed batch, and which adapter each of its chunks has."""
 
     packed: PackedBatch
@@ -66,12 +66,12 @@ class HooksForward:
 
     def ready(
         self, batch: PackedBatch, adapters: Sequence[Adapter | None], dropout_keys: Sequence[Tensor | None]
-    ) -> ReadySegments:
+    ) -> HooksBatch:
         """A segment for each chunk."""
         of_chunks = zip(adapters, batch.chunks, dropout_keys, strict=True)
-        return ReadySegments(batch, [Segment(adapter, chunk.padded_tokens, keys) for adapter, chunk, keys in of_chunks])
+        return HooksBatch(batch, [Segment(adapter, chunk.padded_tokens, keys) for adapter, chunk, keys in of_chunks])
 
-    def forward_backward(self, ready: ReadySegments, checkpointing: Checkpointing) -> Tensor:
+    def forward_backward(self, ready: HooksBatch, checkpointing: Checkpointing) -> Tensor:
         """Add the gradients of every adapter; the summed token loss of each chunk. "selective" saves nothing here."""
         model = self.base.model
         with recomputed_layers(model, self.modules) if checkpointing == "full" else nullcontext():
@@ -80,7 +80,7 @@ class HooksForward:
         return losses.detach()
 
     @torch.no_grad()
-    def evaluate(self, ready: ReadySegments) -> tuple[Tensor, Tensor]:
+    def evaluate(self, ready: HooksBatch) -> tuple[Tensor, Tensor]:
         """(summed token loss, number of labels that have the largest logit) of each chunk."""
         loss, correct = batch_scores(self.base, self.modules, ready.segments, ready.packed).unbind(1)
         return loss, correct

@@ -20,17 +20,17 @@ from lora_core.kernels.operands import NO_ADAPTER
 from lora_core.models.attention import Attend, DocumentAttention, SequenceAttention
 from lora_core.models.exactness import Exactness, FrozenProduct, exactness_of
 from lora_core.models.llama.adapters import KernelArgs
-from lora_core.models.llama.decoder import Batch, Checkpointing, Decoder, Rows
+from lora_core.models.llama.decoder import Checkpointing, Decoder, DecoderBatch, DecoderInput
 from lora_core.models.llama.head import Labels
 from lora_core.models.llama.warmup import Rehearsals
 from lora_core.models.precision import QUANTISED, DenseWeight
 
 
 @dataclass(frozen=True)
-class ReadyRows:
+class LlamaBatch:
     """A packed batch on the device, as the decoder takes it."""
 
-    batch: Batch
+    batch: DecoderBatch
     labels: Labels
     adapters: Sequence[KernelArgs | None]
 
@@ -81,20 +81,20 @@ class LlamaForward:
 
     def ready(
         self, batch: PackedBatch, adapters: Sequence[KernelArgs | None], dropout_keys: Sequence[Tensor | None]
-    ) -> ReadyRows:
+    ) -> LlamaBatch:
         """All that is made of a batch before the first kernel: it can be made while another one is computed."""
         present, indices = _indexed(adapters)
         segments = [(index, chunk.padded_tokens) for index, chunk in zip(indices, batch.chunks, strict=True)]
-        rows = Rows(batch.ids[0], batch.positions[0], segments, _joined(batch, dropout_keys))
+        inputs = DecoderInput(batch.ids[0], batch.positions[0], segments, _joined(batch, dropout_keys))
         tokens = [chunk.padded_tokens for chunk in batch.chunks]
         attention = DocumentAttention(batch.lengths, tokens, self.decoder.scaling, self.device)
-        return ReadyRows(self.decoder.batch(rows, present, attention), batch.labels, adapters)
+        return LlamaBatch(self.decoder.batch(inputs, present, attention), batch.labels, adapters)
 
-    def forward_backward(self, ready: ReadyRows, checkpointing: Checkpointing) -> Tensor:
+    def forward_backward(self, ready: LlamaBatch, checkpointing: Checkpointing) -> Tensor:
         """Add the gradients of every adapter; the summed token loss of each chunk."""
         return self.decoder.forward_backward(ready.batch, ready.labels, checkpointing)
 
-    def evaluate(self, ready: ReadyRows) -> tuple[Tensor, Tensor]:
+    def evaluate(self, ready: LlamaBatch) -> tuple[Tensor, Tensor]:
         """(summed token loss, number of labels that have the largest logit) of each chunk."""
         if not any(map(self._adapts_head, ready.adapters)):
             return self.decoder.evaluate(ready.batch, ready.labels)
@@ -126,8 +126,9 @@ class LlamaForward:
         """Hidden states `[T, H]`."""
         present, indices = _indexed(adapters)
         segments = [(index, len(list(rows))) for index, rows in itertools.groupby(indices)]
+        inputs = DecoderInput(ids, positions, segments)
         attention = SequenceAttention(attend, sequences, self.decoder.scaling)
-        return self.decoder.hidden(self.decoder.batch(Rows(ids, positions, segments), present, attention, serving=True))
+        return self.decoder.hidden(self.decoder.batch(inputs, present, attention, serving=True))
 
     def _logits(self, hidden: Tensor, adapters: Sequence[KernelArgs | None]) -> Tensor:
         """`[n, vocabulary]` of hidden states `[n, H]`, each with what its adapter has on the head: here it is served,
@@ -172,7 +173,7 @@ def problems_on_llama(modules: AdaptableModules, lora: LoraConfig, precision: st
 
 
 def _indexed(adapters: Sequence[KernelArgs | None]) -> tuple[list[KernelArgs], list[int]]:
-    """Those that are there, once each, and which of them stands at each place."""
+    """Those that are there, once each, and each one's index among them."""
     present = list({id(adapter): adapter for adapter in adapters if adapter is not None}.values())
     index = {id(adapter): index for index, adapter in enumerate(present)} | {id(None): NO_ADAPTER}
     return present, [index[id(adapter)] for adapter in adapters]

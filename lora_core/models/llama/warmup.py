@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora_core.adapters.adapter import Adapter
 from lora_core.models.attention import DocumentAttention
-from lora_core.models.llama.decoder import Checkpointing, Decoder, Rows, rounded_width
+from lora_core.models.llama.decoder import Checkpointing, Decoder, DecoderInput, rounded_width
 
 log = logging.getLogger("lora.engine")
 
@@ -74,9 +74,9 @@ class Rehearsals:
         labels = [(torch.arange(ROWS, device=device) + place * ROWS, zeros[:ROWS]) for place, _ in segments]
         views = [decoder.kernel_args(self._stand_in(adapter)) for adapter in adapters]
         attention = DocumentAttention(lengths, lengths, decoder.scaling, device)
-        training = decoder.batch(Rows(zeros, positions, segments, keys), views, attention)
+        training = decoder.batch(DecoderInput(zeros, positions, segments, keys), views, attention)
         decoder.forward_backward(training, labels, checkpointing)
-        decoder.evaluate(decoder.batch(Rows(zeros, positions, segments), views, attention), labels)
+        decoder.evaluate(decoder.batch(DecoderInput(zeros, positions, segments), views, attention), labels)
 
     def _stand_in(self, like: Adapter) -> Adapter:
         """An adapter as `FlatAdapter` has one, of these shapes and options."""

@@ -56,18 +56,18 @@ class DecoderWeights:
         self.rotary = body.rotary_emb
         self.row_norms = RowNorms(self._weight)
         self.groups: list[LinearGroup] = []
-        self._places: dict[str, tuple[LinearGroup, int]] = {}
-        self.layers = [self._layer(place, layer, freeze) for place, layer in enumerate(body.layers)]
+        self._groups_by_name: dict[str, tuple[LinearGroup, int]] = {}
+        self.layers = [self._layer(index, layer, freeze) for index, layer in enumerate(body.layers)]
 
-    def _layer(self, place: int, layer: Any, freeze: Callable[[Sequence[Tensor]], FrozenWeight]) -> Layer:
+    def _layer(self, index: int, layer: Any, freeze: Callable[[Sequence[Tensor]], FrozenWeight]) -> Layer:
         weights = []
         for leaves in _GROUPS:
             linears = [layer.get_submodule(leaf) for leaf in leaves]
-            names = tuple(f"model.layers.{place}.{leaf}" for leaf in leaves)
+            names = tuple(f"model.layers.{index}.{leaf}" for leaf in leaves)
             outputs = tuple(linear.out_features for linear in linears)
             self.groups.append(LinearGroup(len(self.groups), names, linears[0].in_features, outputs))
             weights.append(freeze([linear.weight for linear in linears]))
-            self._places |= {name: (self.groups[-1], number) for number, name in enumerate(names)}
+            self._groups_by_name |= {name: (self.groups[-1], position) for position, name in enumerate(names)}
         biases = [layer.get_submodule(leaf).bias for leaf in _GROUPS[QKV]]
         bias = None if biases[0] is None else torch.cat(biases)
         norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
@@ -83,8 +83,8 @@ class DecoderWeights:
         return split
 
     def _weight(self, name: str) -> Tensor:
-        group, number = self._places[name]
-        return self.weights_of(group)[number]
+        group, position = self._groups_by_name[name]
+        return self.weights_of(group)[position]
 
     def _head_norm(self, attention: Any) -> HeadNorm | None:
         if not hasattr(attention, "q_norm"):

@@ -87,7 +87,7 @@ class DecoderActivations:
 
 @dataclass
 class _Kept:
-    """`decoder._Kept`; `rest` is what is only kept here: both rstd, h, and what the backward passes of rope and
+    """`decoder._SavedTensors`; `rest` is what is only kept here: both rstd, h, and what the backward passes of rope and
     attention refer to.
     """
 
