@@ -80,10 +80,10 @@ def norm_backward(
 def rope_forward_(
     y: Tensor, h: Tensor | None, low_rank: LowRank, rope: Rope, with_backward: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """y `[T, q + k + v]`, in place: plus h B^T and bias, its first `turned_heads` heads normed if there is a norm, then
-    turned by their positions. Also q and k `[T, q + k]` before the norm, if its backward pass is to come.
+    """y `[T, q + k + v]`, in place: plus h B^T and bias, its first `rotated_heads` heads normed if there is a norm, then
+    rotated by their positions. Also q and k `[T, q + k]` before the norm, if its backward pass is to come.
 
-    They are kept because the turned ones do not tell them: where the norm's weight is small in one half of a head and
+    They are saved because the rotated ones do not tell them: where the norm's weight is small in one half of a head and
     large in the other, the small numbers are lost in rounding.
     """
     if dispatch.runs_in_triton(y):
@@ -93,18 +93,18 @@ def rope_forward_(
     _updated_(y, h, low_rank)
     if rope.bias is not None:
         y += rope.bias
-    heads, unnormed = _turned_heads(y, rope), None
+    heads, unnormed = _rotated_heads(y, rope), None
     if rope.norm is not None:
         unnormed = heads.flatten(1).clone() if with_backward else None
         heads.copy_(_rms_norm(heads, rope.norm.weight, rope.norm.eps)[0])
-    _turn_(heads, rope, 1.0)
+    _rotate_(heads, rope, 1.0)
     return y, unnormed
 
 
 def rope_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, y: Tensor, unnormed: Tensor | None, low_rank: LowRank, rope: Rope
 ) -> tuple[Tensor, Tensor | None]:
-    """dq, dk, dv `[T, heads, d]` of the turned q and k -> the gradient of q, k, v side by side, `[T, q + k + v]`, and
+    """dq, dk, dv `[T, heads, d]` of the rotated q and k -> the gradient of q, k, v side by side, `[T, q + k + v]`, and
     on CUDA the `products` for the norm before. y and `unnormed` are what `rope_forward_` returned.
     """
     if dispatch.runs_in_triton(dq):
@@ -112,8 +112,8 @@ def rope_backward(
 
         return rope_triton.rope_backward(dq, dk, dv, y, unnormed, low_rank, rope)
     dy = torch.cat([part.reshape(part.shape[0], -1) for part in (dq, dk, dv)], dim=1)
-    heads = _turned_heads(dy, rope)
-    _turn_(heads, rope, -1.0)
+    heads = _rotated_heads(dy, rope)
+    _rotate_(heads, rope, -1.0)
     if rope.norm is not None:
         assert unnormed is not None
         x = unnormed.view_as(heads)
@@ -121,9 +121,9 @@ def rope_backward(
     if low_rank.dora:
         y = y.clone()
         if unnormed is not None:
-            _turned_heads(y, rope).copy_(unnormed.view_as(heads))
+            _rotated_heads(y, rope).copy_(unnormed.view_as(heads))
         else:
-            _turn_back_(_turned_heads(y, rope), rope)
+            _rotate_back_(_rotated_heads(y, rope), rope)
         return dora_backward_(dy, y if rope.bias is None else y.sub_(rope.bias), low_rank), None
     return dy, None
 
@@ -214,12 +214,12 @@ def _rstd(wide: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
 
 
-def _turned_heads(y: Tensor, rope: Rope) -> Tensor:
+def _rotated_heads(y: Tensor, rope: Rope) -> Tensor:
     """`[T, heads, d]`: a view of y's q and k."""
-    return y[:, : rope.turned_heads * rope.head_size].view(-1, rope.turned_heads, rope.head_size)
+    return y[:, : rope.rotated_heads * rope.head_size].view(-1, rope.rotated_heads, rope.head_size)
 
 
-def _turn_(heads: Tensor, rope: Rope, direction: float) -> None:
+def _rotate_(heads: Tensor, rope: Rope, direction: float) -> None:
     first, second = heads.chunk(2, dim=-1)
     across = torch.cat([second, first], dim=-1)
     sin = rope.sin * direction
@@ -227,9 +227,9 @@ def _turn_(heads: Tensor, rope: Rope, direction: float) -> None:
     heads.mul_(cos).addcmul_(across, sin)
 
 
-def _turn_back_(heads: Tensor, rope: Rope) -> None:
-    """As they were before `_turn_`. With rounded cos and sin the inverse is not quite the transpose."""
-    _turn_(heads, rope, -1.0)
+def _rotate_back_(heads: Tensor, rope: Rope) -> None:
+    """As they were before `_rotate_`. With rounded cos and sin the inverse is not quite the transpose."""
+    _rotate_(heads, rope, -1.0)
     squares = rope.cos.to(_wide(heads)).square() + rope.sin.to(_wide(heads)).square()
     heads /= torch.cat([squares, squares], dim=1)[:, None]
 

@@ -229,16 +229,16 @@ class HeadNorm:
 
 @dataclass(frozen=True)
 class Rope:
-    """cos and sin `[T, d / 2]` of each row's position, and how a row of q, k, v divides: heads of d, and those turned.
+    """cos and sin `[T, d / 2]` of each row's position, and how a row of q, k, v divides: heads of d, and those rotated.
 
-    `bias` `[out]` belongs to the frozen q, k, v (Qwen2), `norm` to the heads before they are turned (Qwen3); None
+    `bias` `[out]` belongs to the frozen q, k, v (Qwen2), `norm` to the heads before they are rotated (Qwen3); None
     elsewhere.
     """
 
     cos: Tensor
     sin: Tensor
     head_size: int
-    turned_heads: int
+    rotated_heads: int
     bias: Tensor | None
     norm: HeadNorm | None
 

@@ -23,9 +23,9 @@ def _head_rstd(first, second, eps, HALF: tl.constexpr):
 
 @triton.jit(do_not_specialize=["adapters"])
 def _rope_forward(
-    y, h, bias, cos, sin, tiles, table, row_fields, adapters, N, N0, N1, h_stride, turned_heads,
+    y, h, bias, cos, sin, tiles, table, row_fields, adapters, N, N0, N1, h_stride, rotated_heads,
     weight, eps, unnormed,
-    BIAS: tl.constexpr, UPDATE: tl.constexpr, DORA: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr,
+    BIAS: tl.constexpr, UPDATE: tl.constexpr, DORA: tl.constexpr, NORM: tl.constexpr, SAVE: tl.constexpr,
     HALF: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr, LOOP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -57,13 +57,13 @@ def _rope_forward(
     if BIAS:
         first += tl.load(bias + column + d, mask=d_mask, other=0.0).to(tl.float32)[None, :]
         second += tl.load(bias + column + HALF + d, mask=d_mask, other=0.0).to(tl.float32)[None, :]
-    if head < turned_heads:
+    if head < rotated_heads:
         if NORM:
             first, second = first.to(dtype), second.to(dtype)
-            if KEEP:
-                kept = unnormed + t[:, None] * (turned_heads * 2 * HALF) + (column + d)[None, :]
-                tl.store(kept, first, mask=mask)
-                tl.store(kept + HALF, second, mask=mask)
+            if SAVE:
+                saved = unnormed + t[:, None] * (rotated_heads * 2 * HALF) + (column + d)[None, :]
+                tl.store(saved, first, mask=mask)
+                tl.store(saved + HALF, second, mask=mask)
             first, second = first.to(tl.float32), second.to(tl.float32)
             rstd = _head_rstd(first, second, eps, HALF)
             w = weight + column + d
@@ -75,9 +75,9 @@ def _rope_forward(
         angle = t[:, None] * HALF + d[None, :]
         c = tl.load(cos + angle, mask=mask, other=0.0).to(tl.float32)
         s = tl.load(sin + angle, mask=mask, other=0.0).to(tl.float32)
-        turned = first * c - second * s
+        rotated = first * c - second * s
         second = second * c + first * s
-        first = turned
+        first = rotated
     tl.store(pointers, first.to(dtype), mask=mask)
     tl.store(pointers + HALF, second.to(dtype), mask=mask)
 
@@ -105,27 +105,27 @@ def _rope_backward(
     first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
     offsets = t[:, None] * N + (head * 2 * HALF + d)[None, :]
-    held = y + offsets
+    output = y + offsets
     if NORM:  # noqa: SIM102 - one is decided by the compiler, the other by the program
         if head < q_heads + k_heads:
-            held = unnormed + (t * (q_heads + k_heads) + head)[:, None] * (2 * HALF) + d[None, :]
-    first_y = tl.load(held, mask=mask, other=0.0).to(tl.float32)
-    second_y = tl.load(held + HALF, mask=mask, other=0.0).to(tl.float32)
-    # Turning both by the same angle leaves their product as it is.
+            output = unnormed + (t * (q_heads + k_heads) + head)[:, None] * (2 * HALF) + d[None, :]
+    first_y = tl.load(output, mask=mask, other=0.0).to(tl.float32)
+    second_y = tl.load(output + HALF, mask=mask, other=0.0).to(tl.float32)
+    # Rotating both by the same angle leaves their product as it is.
     product = first * first_y + second * second_y
     if head < q_heads + k_heads:
         angle = t[:, None] * HALF + d[None, :]
         c = tl.load(cos + angle, mask=mask, other=0.0).to(tl.float32)
         s = tl.load(sin + angle, mask=mask, other=0.0).to(tl.float32)
-        turned = first * c + second * s
+        rotated = first * c + second * s
         second = second * c - first * s
-        first = turned
+        first = rotated
         if DORA and not NORM:
             squares = c * c + s * s  # not quite 1 where cos and sin are rounded; 0 past the end
             squares = tl.where(squares == 0.0, 1.0, squares)
-            turned = (first_y * c + second_y * s) / squares
+            rotated = (first_y * c + second_y * s) / squares
             second_y = (second_y * c - first_y * s) / squares
-            first_y = turned
+            first_y = rotated
         if NORM:
             rstd = _head_rstd(first_y, second_y, eps, HALF)
             w = weight + head * 2 * HALF + d
@@ -162,15 +162,15 @@ def rope_forward_(
     y: Tensor, h: Tensor | None, low_rank: LowRank, rope: Rope, with_backward: bool
 ) -> tuple[Tensor, Tensor | None]:
     """See `layer_ops.rope_forward_`."""
-    keep = rope.norm is not None and with_backward
-    unnormed = y.new_empty(y.shape[0], rope.turned_heads * rope.head_size) if keep else None
+    save = rope.norm is not None and with_backward
+    unnormed = y.new_empty(y.shape[0], rope.rotated_heads * rope.head_size) if save else None
     half = rope.head_size // 2
     tiles = low_rank.segments.tiles
     _rope_forward[tiles.shape[0], y.shape[1] // rope.head_size](
         y, h, rope.bias, rope.cos, rope.sin, tiles, *table_arguments(low_rank),
-        *widths(low_rank.group), 0 if h is None else h.stride(0), rope.turned_heads,
+        *widths(low_rank.group), 0 if h is None else h.stride(0), rope.rotated_heads,
         *_norm_arguments(rope), unnormed,
-        BIAS=rope.bias is not None, UPDATE=h is not None, DORA=low_rank.dora, NORM=rope.norm is not None, KEEP=keep,
+        BIAS=rope.bias is not None, UPDATE=h is not None, DORA=low_rank.dora, NORM=rope.norm is not None, SAVE=save,
         HALF=half, ROWS=TILE_ROWS, BLOCK=max(16, triton.next_power_of_2(half)), **ranks_of(low_rank.rank),
         PRECISION=precision(y), **ROPE,
     )  # fmt: skip

@@ -81,8 +81,8 @@ class DenseWeight:
     def serve(self, x: Tensor) -> Tensor:
         if x.dtype != torch.float32 or x.is_cuda or not 2 <= len(x) <= FEW_ROWS:
             return self.forward(x)
-        turned = x.t()
-        return torch.cat([part @ turned for part in self.parts]).t().contiguous()
+        transposed = x.t()
+        return torch.cat([part @ transposed for part in self.parts]).t().contiguous()
 
     def input_gradient(self, dy: Tensor) -> Tensor:
         if len(self.parts) == 1:

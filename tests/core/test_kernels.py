@@ -348,7 +348,7 @@ def test_norms_and_dora_scales(kind: str) -> None:
 
 
 def ropes(size: int, with_bias: bool, with_norm: bool) -> tuple[Rope, Rope]:
-    """Of six heads of `size` that are turned, on the CPU and on the device."""
+    """Of six heads of `size` that are rotated, on the CPU and on the device."""
     angle, weight = randn(T, size // 2), randn(6, size)
     given = [angle.cos(), angle.sin(), randn(128) if with_bias else None, weight if with_norm else None]
 
@@ -375,13 +375,13 @@ def test_rope(with_update: bool, with_bias: bool, with_norm: bool, dora: bool) -
     if unnormed is not None and unnormed_there is not None:
         close(unnormed_there, unnormed)
     parts = [randn(T, heads, 16, seed=heads) for heads in (4, 2, 2)]
-    turned_back, _ = layer_ops.rope_backward(*parts, reference, unnormed, here, rope)
+    rotated_back, _ = layer_ops.rope_backward(*parts, reference, unnormed, here, rope)
     moved_parts = [part.to(DEVICE) for part in parts]
     dy, products = rope_triton.rope_backward(*moved_parts, ours, unnormed_there, there, on_device)
-    close(dy, turned_back)
+    close(dy, rotated_back)
     same_magnitude_gradients(there, here)
     product = y if h is None else low_rank.expand_(y.clone(), h, here)
-    close(products, (turned_back * product).sum(1))
+    close(products, (rotated_back * product).sum(1))
 
 
 @pytest.mark.parametrize("with_norm", [True, False])
