@@ -80,7 +80,7 @@ def norm_backward(
 def rope_forward_(
     y: Tensor, h: Tensor | None, low_rank: LowRank, rope: Rope, with_backward: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """y `[T, q + k + v]`, in place: plus h B^T and bias, its first `rotated_heads` heads normed if there is a norm, then
+    """y `[T, q + k + v]`, in place: plus h B^T and bias, its first `rotated_heads` heads normed if there is a norm, and
     rotated by their positions. Also q and k `[T, q + k]` before the norm, if its backward pass is to come.
 
     They are saved because the rotated ones do not tell them: where the norm's weight is small in one half of a head and

@@ -1,11 +1,11 @@
-"""Whether a job in company computes the same bits as alone on this CPU, asked of its products rather than of its name.
+"""Whether a job beside others computes the same bits as alone on this CPU, asked of its products, not of its name.
 
 Jobs share frozen products, whose rows do not touch. Whether a row has the same bits whatever rows are beside it is up
 to the library that multiplies: it may split the inner dimension where rows are few, take another kernel for the last
 ones, or round by where a row lies in memory. MKL does the first on Intel unless it is asked not to, and the others on
 AMD. What was seen of all these depends on sizes, threads and the library's version, so each base's own products decide:
 
-    rows alone are rows in company                         chunks lie end to end as they are
+    rows alone are rows beside others                      chunks lie end to end as they are
     they are where chunks begin and end at eights          chunks are padded to `PAD_TO_MULTIPLE_OF`
     they are not, but a product repeats itself             every chunk is a batch of its own
     it does not                                            training is not exact here, and says so
@@ -43,7 +43,7 @@ _RANK = 16  # of the adapter whose products are compared
 
 @dataclass(frozen=True)
 class Exactness:
-    """How chunks are laid out so that a job in company equals the same job alone bit for bit.
+    """How chunks are laid out so that a job beside others equals the same job alone bit for bit.
 
     Chunks are padded to a multiple of `pad_to_multiple_of` tokens; they share a batch if `joined`. `promised` is False
     where nobody promises bits (bf16, GPUs); `problem` says why the promise cannot be kept.

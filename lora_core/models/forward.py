@@ -51,7 +51,7 @@ class Forward(Protocol):
     def device(self) -> device: ...
 
     def exactness(self) -> Exactness:
-        """How training here keeps a job in company equal to the same job alone."""
+        """How training here keeps a job beside others equal to the same job alone."""
         ...
 
     def problems(self, lora: LoraConfig) -> list[str]:

@@ -25,6 +25,7 @@ from lora_core.config import LoraConfig
 from lora_core.data.packing import pack
 from lora_core.kernels.transfer import arrival
 from lora_core.models.attention import ATTENTION_NAME
+from lora_core.models.llama.forward import LlamaForward
 from lora_core.models.probes import probe_losses
 from lora_core.training.active_job import LiveJob, PreparedJob
 from lora_core.training.engine import TrainEngine
@@ -182,16 +183,16 @@ def _exchange_and_step(engine: TrainEngine, leaver: str, newcomer: PreparedJob) 
 
 def join(report: Report, conditions: Conditions, precision: str) -> None:
     """Jobs whose kernels are the first of their kind on a machine join eight: in a process whose caches are empty, with
-    the rehearsal of kernels and without.
+    the warm-up of kernels and without.
     """
-    for way in ("rehearsed", "unrehearsed"):
+    for kernels in ("warm", "cold"):
         with tempfile.TemporaryDirectory() as folder:
-            figures = _child(conditions, precision, way, folder)
+            figures = _child(conditions, precision, kernels, folder)
         for name, value in figures.items():
-            report.figure(f"{precision}: {name}, {way}", value)
+            report.figure(f"{precision}: {name}, {kernels} kernels", value)
 
 
-def joins(conditions: Conditions, precision: str, rehearsed: bool) -> dict[str, float]:
+def joins(conditions: Conditions, precision: str, warm: bool) -> dict[str, float]:
     """Seconds of preparing a newcomer; milliseconds that the longest step beside it takes beyond a median one, and that
     its joining and first step take beyond a median step with it (dropout and DoRA have a price of their own).
     """
@@ -208,8 +209,9 @@ def joins(conditions: Conditions, precision: str, rehearsed: bool) -> dict[str, 
         gc.freeze()  # as a session's rank does; this process ends with the part
         seconds_of(step, conditions.device)  # compiles for the eight
         usual = median_step()
-        if not rehearsed:
-            engine._rehearsals = None
+        if not warm:
+            assert isinstance(engine.forward, LlamaForward)
+            engine.forward._warmup = None
         for name, lora in FIRST_OF_THEIR_KIND.items():
             newcomer = bench_job(name, documents, conditions.tokens, _vocabulary(conditions), lora=lora)
             preparing = thread.submit(_prepared_at, engine, newcomer)

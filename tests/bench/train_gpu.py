@@ -15,7 +15,7 @@ of ours has 8,192 tokens where a part does not say otherwise. Each part frees wh
     most      64 live jobs
     sweep     1 to 32 jobs at the same tokens a step, with and without the optimizer's time
     swap      a job leaves a live session of eight and another takes its place
-    join      jobs whose kernels are the first of their kind on a machine join eight, kernels rehearsed or not
+    join      jobs whose kernels are the first of their kind on a machine join eight, kernels warmed up or not
     ends      a checkpoint of one of eight jobs is written, and its adapter handed over, beside the others' steps
     first     the first step of a fresh process, with empty compile caches and with full ones
 
@@ -50,7 +50,7 @@ PARTS = (
     *("peft", "compiled", "ours", "dora", "long", "mixed", "curve"),
     *("overhead", "most", "sweep", "swap", "join", "ends", "first"),
 )
-CHILDREN = ("first", "rehearsed", "unrehearsed")
+CHILDREN = ("first", "warm", "cold")
 PRECISIONS = ("bf16", "fp8")
 DOCUMENTS = (1, 2, 4, 8)
 COMPILED_DOCUMENTS = (1, 4, 8)  # each is compiled for up to a minute
@@ -89,7 +89,7 @@ def _arguments() -> argparse.Namespace:
 def _as_child(what: str, conditions: Conditions, precision: str) -> dict[str, float]:
     if what == "first":
         return gpu_parts.first_steps(conditions, precision)
-    return gpu_parts.joins(conditions, precision, what == "rehearsed")
+    return gpu_parts.joins(conditions, precision, what == "warm")
 
 
 def some_of(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:

@@ -30,7 +30,7 @@ from lora_core.data.packing import pack
 from lora_core.kernels import dora_triton
 from lora_core.models.llama.decoder import Checkpointing, Decoder
 from lora_core.models.llama.forward import LlamaForward
-from lora_core.models.llama.warmup import Rehearsals
+from lora_core.models.llama.warmup import KernelWarmup
 from lora_core.training.active_job import LiveJob
 from lora_core.training.engine import TrainEngine
 from lora_core.training.job import EngineJob
@@ -48,9 +48,9 @@ NEWCOMERS: tuple[dict[str, Any], ...] = (
     {"r": 4, "use_dora": True},
     {"r": 40},
 )
-"""One after the other; each is the first of its kind, and so is many a company of them."""
+"""One after the other; each is the first of its kind, and so is many a set of them."""
 
-WAYS: tuple[Checkpointing, ...] = ("none", "selective", "full")
+CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")
 
 
 @pytest.fixture(scope="module")
@@ -76,17 +76,17 @@ def test_options_take_kernels_of_their_own(keys: dict[str, Any], kind: str) -> N
     assert {key for key in keys[kind][0] if key not in keys["plain"][0]}
 
 
-@pytest.mark.parametrize("checkpointing", WAYS)
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 def test_a_newcomers_kernels_are_compiled_before_it_comes_in(
     keys: dict[str, Any], checkpointing: Checkpointing
 ) -> None:
-    """Alone, and in every company of those that are there."""
-    rehearsed, needed = keys[checkpointing]
+    """Alone, and beside every subset of those that are there."""
+    warmed, needed = keys[checkpointing]
     assert len(needed) == 2 ** len(NEWCOMERS) - 1
-    for company in needed:
-        assert set(company) <= set(rehearsed)
-    alone = {key for company in needed[: len(NEWCOMERS)] for key in company}
-    assert any(not set(company) <= alone for company in needed)  # so company had to be rehearsed, too
+    for kernels in needed:
+        assert set(kernels) <= set(warmed)
+    alone = {key for kernels in needed[: len(NEWCOMERS)] for key in kernels}
+    assert any(not set(kernels) <= alone for kernels in needed)  # so sets had to be warmed up, too
 
 
 # --- the process of its own ------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ class Asked:
 
         JITFunction.run = look
 
-    def taken(self) -> list[str]:
+    def reset(self) -> list[str]:
         """They are forgotten."""
         found, self.keys = sorted(self.keys), set()
         return found
@@ -132,39 +132,41 @@ def keys_of(asked: Asked, ranks: Sequence[int], options: dict[str, Any]) -> list
     """Of every launch in a pass with these adapters."""
     base = tiny_base("llama", dtype=torch.bfloat16)
     engine = TrainEngine(base)
-    for place, r in enumerate(ranks):
-        engine.add(small_job(f"{place:02}", place, {"r": r, **options}))
+    for index, r in enumerate(ranks):
+        engine.add(small_job(f"{index:02}", index, {"r": r, **options}))
     one_pass(Decoder(base.model), engine, engine.live)
-    return asked.taken()
+    return asked.reset()
 
 
-def rehearsed_and_needed(asked: Asked, checkpointing: Checkpointing) -> tuple[list[str], list[list[str]]]:
-    """The keys of what is launched before each newcomer comes in, and those of every company of them."""
+def warmed_and_needed(asked: Asked, checkpointing: Checkpointing) -> tuple[list[str], list[list[str]]]:
+    """The keys of what is launched before each newcomer comes in, and those of every set of them."""
     base = tiny_base("llama", dtype=torch.bfloat16)
     engine, on = TrainEngine(base), Decoder(base.model)
-    rehearsals, weights = Rehearsals(on), [weight.clone() for weight in base.model.parameters()]
-    for place, lora in enumerate(NEWCOMERS):
+    warmup, weights = KernelWarmup(on), [weight.clone() for weight in base.model.parameters()]
+    for index, lora in enumerate(NEWCOMERS):
         there = [live.adapter for live in engine.live.values()]
-        newcomer = engine.add(small_job(f"{place}", place, lora))
+        newcomer = engine.add(small_job(f"{index}", index, lora))
         before = newcomer.optimizer.flat.clone()
-        rehearsals.before(newcomer.adapter, there, checkpointing)
+        warmup.warm_up(newcomer.adapter, there, checkpointing)
         assert torch.equal(newcomer.optimizer.flat, before) and not newcomer.optimizer._message.any()
     assert all(map(torch.equal, base.model.parameters(), weights))
-    rehearsed, needed = asked.taken(), []
+    warmed, needed = asked.reset(), []
     for count in range(1, len(NEWCOMERS) + 1):
         for names in itertools.combinations(engine.live, count):
             one_pass(on, engine, {name: engine.live[name] for name in names}, checkpointing)
-            needed.append(asked.taken())
-    return rehearsed, needed
+            needed.append(asked.reset())
+    return warmed, needed
 
 
 def main() -> None:
-    """Print the keys of each batch of each kind, and with each way of checkpointing what was launched beforehand."""
+    """Print the keys of each batch of each kind, and with each kind of checkpointing what was launched before."""
     patch, asked = pytest.MonkeyPatch(), Asked()
     decode_with_triton(patch)
     patch.setattr(dora_triton, "_wide_product", lambda left, right: (left @ right.t()).float())  # a CPU has no other
     kinds = {kind: [keys_of(asked, ranks, options) for ranks in BATCHES] for kind, options in KINDS.items()}
-    print(json.dumps(kinds | {way: rehearsed_and_needed(asked, way) for way in WAYS}))
+    print(
+        json.dumps(kinds | {checkpointing: warmed_and_needed(asked, checkpointing) for checkpointing in CHECKPOINTING})
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 
 The base is shared and never changes: an adapter is added by a forward hook on the linear, so names, weights and state
 dict of the model stay those of the checkpoint. Each segment is computed on its own slice of rows. On CPU in eager fp32
-that makes an adapter trained in company equal, bit for bit, to the same adapter trained alone, and it is the wall
+that makes an adapter trained beside others equal, bit for bit, to the same adapter trained alone, and it is the wall
 against a neighbour's NaN: a mask is not one, since 0 x NaN is NaN.
 
 Backward, for each segment, with h = dropout(x) A^T:

@@ -22,7 +22,7 @@ from lora_core.models.exactness import Exactness, FrozenProduct, exactness_of
 from lora_core.models.llama.adapters import KernelArgs
 from lora_core.models.llama.decoder import Checkpointing, Decoder, DecoderBatch, DecoderInput
 from lora_core.models.llama.head import Labels
-from lora_core.models.llama.warmup import Rehearsals
+from lora_core.models.llama.warmup import KernelWarmup
 from lora_core.models.precision import QUANTISED, DenseWeight
 
 
@@ -45,7 +45,7 @@ class LlamaForward:
         self.device = decoder.embedding.device
         self._head_weight = DenseWeight([decoder.head])
         self._head = next(iter(modules.modules.keys() - modules.linears.keys()), "")
-        self._rehearsals = Rehearsals(decoder) if self.device.type == "cuda" else None
+        self._warmup = KernelWarmup(decoder) if self.device.type == "cuda" else None
 
     def exactness(self) -> Exactness:
         """Asked of the stacked products; see `exactness.py`. All else runs on one chunk at a time, or by rows."""
@@ -151,8 +151,8 @@ class LlamaForward:
 
     def warm_up(self, newcomer: Adapter, others: Sequence[Adapter], checkpointing: Checkpointing) -> None:
         """Compile the kernels of a newcomer's batches, alone and beside the others', before they are needed."""
-        if self._rehearsals is not None:
-            self._rehearsals.before(newcomer, others, checkpointing)
+        if self._warmup is not None:
+            self._warmup.warm_up(newcomer, others, checkpointing)
 
     def close(self) -> None:
         """Nothing was hung on the model."""
