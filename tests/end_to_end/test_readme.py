@@ -1,5 +1,5 @@
-"""The README is executed: its commands run as they stand, on a Ray cluster of their own with a bucket on a real S3
-server."""
+"""The READMEs are executed: the commands of `jobs/README.md` run as they stand, on a Ray cluster of their own with a
+bucket on a real S3 server."""
 
 from __future__ import annotations
 
@@ -19,43 +19,17 @@ import pytest
 
 from cluster.registry import AdapterRegistry
 from cluster.storage.directory import open_storage
-from jobs.spec import load_spec
 from tests.support.s3_server import S3Server
 
 pytestmark = pytest.mark.alone
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-
-
-def block(language: str) -> str:
-    """The README's only fenced block of a language."""
-    (found,) = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-    return str(found)
 
 
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
-
-
-def test_the_example_job_is_the_one_in_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    (tmp_path / "job.yaml").write_text(block("yaml"))
-    shown = load_spec(tmp_path / "job.yaml").model_dump(exclude={"train"})
-    assert shown == load_spec(Path("jobs/examples/triage.yaml")).model_dump(exclude={"train"})
-
-
-def test_paths_and_commands_in_the_readme_exist() -> None:
-    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / path).exists(), path
-    makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"\bmake ([a-z]+)", README):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    for module in re.findall(r"python -m ([\w.]+)", README):
-        path = ROOT / module.replace(".", "/")
-        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
 
 
 @pytest.fixture
@@ -105,7 +79,7 @@ def test_the_journey_on_a_ray_cluster_runs_as_it_is_written(
         written = written.replace(shown, here)
     job.write_text(written)
     url = f"s3://{s3_environment.bucket}/readme"
-    script = block("bash")
+    (script,) = re.findall(r"```bash\n(.*?)```", (ROOT / "jobs/README.md").read_text(), re.DOTALL)
     for shown, here in (
         ("source .venv/bin/activate\n", ""),
         ("s3://my-bucket/lora", url),
