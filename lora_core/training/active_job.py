@@ -45,9 +45,9 @@ class PreparedJob:
         self.progress = Progress.from_json(str(snapshot.counters["progress"]))
 
 
-class Standing(NamedTuple):
-    """Where a job that is not done stands: its next optimizer step is `step` (from 0), and the validation examples may
-    be due before it.
+class NextStep(NamedTuple):
+    """What comes next for a job that is not done: optimizer step `step` (from 0), or the validation examples before
+    it.
     """
 
     step: int
@@ -85,22 +85,22 @@ class LiveJob:
         return self.job.evaluates_after(step) and (last is None or last.step != step)
 
     @property
-    def standing(self) -> Standing | None:
+    def next_step(self) -> NextStep | None:
         """None: it is done."""
-        return None if self.done else Standing(self.progress.step, self.evaluation_due)
+        return None if self.done else NextStep(self.progress.step, self.evaluation_due)
 
     @property
-    def standing_after(self) -> Standing | None:
-        """What `standing` will be if the step that is under way succeeds."""
+    def following_step(self) -> NextStep | None:
+        """What `next_step` will be if the step that is under way succeeds."""
         step = self.progress.step + 1
         due = self.job.evaluates_after(step)
-        return Standing(step, due) if due or step < self.job.steps else None
+        return NextStep(step, due) if due or step < self.job.steps else None
 
     def chunks(
-        self, standing: Standing, rank: int, ranks: int, pad_to_multiple_of: int = PAD_TO_MULTIPLE_OF
+        self, next_step: NextStep, rank: int, ranks: int, pad_to_multiple_of: int = PAD_TO_MULTIPLE_OF
     ) -> list[Chunk]:
-        """A rank's share of what comes next there, the validation examples or those of the step: every `ranks`-th."""
-        job, step = self.job, None if standing.evaluation_due else standing.step
+        """A rank's share of the validation examples or of those of the step, whichever is next: every `ranks`-th."""
+        job, step = self.job, None if next_step.evaluation_due else next_step.step
         examples = job.validation if step is None else [job.examples[index] for index in job.examples_of(step)]
         own = list(enumerate(examples))[rank::ranks]
         return chunked(job.name, own, job.chunk_limit, step, pad_to_multiple_of)

@@ -28,9 +28,10 @@ from lora_core.models.base import BaseModel
 from lora_core.models.exactness import Exactness
 from lora_core.models.forward import Forward, open_forward
 from lora_core.models.llama.decoder import Checkpointing
-from lora_core.training.active_job import LiveJob, PreparedJob, Standing
+from lora_core.training.active_job import LiveJob, NextStep, PreparedJob
 from lora_core.training.fair_queue import FairQueue
 from lora_core.training.job import VALIDATION_NOT_FINITE, EngineJob, JobDiverged
+from lora_core.training.memory.planner import MemoryPlanner
 from lora_core.training.memory.predictor import DoesNotFitError, NoRoomBesideError
 from lora_core.training.micro_batch import ReadyBatch, make_ready
 from lora_core.training.optimizer import (
@@ -42,16 +43,15 @@ from lora_core.training.optimizer import (
     StepOutcome,
     learning_rate,
 )
-from lora_core.training.room import Room
 
 
 @dataclass(frozen=True)
-class _Turn:
-    """The next micro-batch, if its jobs stand as `standings` say: what each rank has waiting after it, and what this
-    rank computes. All ranks foresee alike, so all of them take it or none.
+class _MicroBatchPlan:
+    """A micro-batch, of jobs whose next steps are these: what each rank has waiting after it, and what this rank
+    computes. All ranks plan alike, so all of them take a prefetched one or none.
     """
 
-    standings: dict[str, Standing]
+    next_steps: dict[str, NextStep]
     queues: list[FairQueue]
     batches: list[ReadyBatch]
     training: bool
@@ -87,12 +87,12 @@ class TrainEngine:
         self.base = base
         self.forward = forward or open_forward(base)
         self.live: dict[str, LiveJob] = {}
-        self.room = Room(base, self.forward.name, capacity, checkpointing, budget_bytes)
+        self.planner = MemoryPlanner(base, self.forward.name, capacity, checkpointing, budget_bytes)
         self.exactness = exactness or self.forward.exactness()
         self._rank, self._ranks, self._all_reduce = rank, ranks, all_reduce
         # Every rank's, so that this one knows when a job is complete.
         self._queues = [FairQueue() for _ in range(ranks)]
-        self._ahead: _Turn | None = None  # of the next micro-batch
+        self._prefetched: _MicroBatchPlan | None = None
         self._prepared = WeakSet[PreparedJob]()  # and not admitted, as far as somebody still wants to
 
     def add(self, job: EngineJob, checkpoint: bytes | None = None) -> LiveJob:
@@ -117,22 +117,22 @@ class TrainEngine:
         modules = self.forward.modules
         beside = [live.job for live in list(self.live.values())]
         try:
-            plan = self.room.plan([*beside, job])
+            plan = self.planner.plan([*beside, job])
         except DoesNotFitError as error:
-            self.room.plan([job])
+            self.planner.plan([job])
             raise NoRoomBesideError(*error.args) from error
         if job.init_adapter is None:
             start = init_adapter(modules, job.lora, job.train.seed)
         else:
             start = continued_adapter(modules, job.lora, job.init_adapter)
         waiting = {prepared.job.name: prepared.job for prepared in self._prepared}
-        self.room.plan_ahead([*({other.name: other for other in beside} | waiting | {job.name: job}).values()])
+        self.planner.prefetch_plans([*({other.name: other for other in beside} | waiting | {job.name: job}).values()])
         prepared = PreparedJob(job, HostState(start, self.base.model.dtype, pinned=self.base.device.type == "cuda"))
         if checkpoint is not None:
             prepared.restore(checkpoint)
         others = [live.adapter for live in list(self.live.values())]
         others += [other.state.trained.adapter for other in self._prepared]
-        self.forward.warm_up(start, others, (plan or self.room).checkpointing)
+        self.forward.warm_up(start, others, (plan or self.planner).checkpointing)
         self._prepared.add(prepared)
         return prepared
 
@@ -143,9 +143,9 @@ class TrainEngine:
             NoRoomBesideError: it does not fit into memory beside those that came in meanwhile.
         """
         job, base = prepared.job, self.base
-        self._ahead = None  # capacity may change even where the job does not come in
+        self._prefetched = None  # capacity may change even where the job does not come in
         try:
-            self.room.fit([*(live.job for live in self.live.values()), job])
+            self.planner.fit([*(live.job for live in self.live.values()), job])
         except DoesNotFitError as error:
             if not self.live:
                 raise
@@ -167,14 +167,14 @@ class TrainEngine:
         differ, they go on as they did: a job that leaves is never a reason for the others to stop.
         """
         del self.live[name]
-        self._ahead = None  # which holds the job's memory, too
+        self._prefetched = None  # which holds the job's memory, too
         for queue in self._queues:
             queue.drop(name)
         self._fit_again()
 
     def _fit_again(self) -> None:
         with suppress(DoesNotFitError):
-            self.room.fit([live.job for live in self.live.values()])
+            self.planner.fit([live.job for live in self.live.values()])
 
     def step(self) -> dict[str, StepOutcome | JobDiverged]:
         """Micro-batches until some job has completed an optimizer step: the outcomes of those that have (none where
@@ -190,7 +190,7 @@ class TrainEngine:
         evaluation after it, where one was due). A job that cannot go on is returned as its error; the others went on.
         """
         jobs = [live for live in self.live.values() if not live.done]
-        self._compute_turn()
+        self._compute_micro_batch()
         complete = [live for live in jobs if not self._waits(live)]
         evaluated = [live for live in complete if live.evaluation_due]
         found: dict[str, StepOutcome | JobDiverged | None] = {
@@ -207,34 +207,34 @@ class TrainEngine:
     def _waits(self, live: LiveJob) -> bool:
         return any(live.job.name in queue for queue in self._queues)
 
-    def _standings(self, stepping: Collection[str] = ()) -> dict[str, Standing]:
-        """Where the jobs that are not done stand; those of `stepping` once the step that is under way succeeds."""
+    def _next_steps(self, stepping: Collection[str] = ()) -> dict[str, NextStep]:
+        """Those of the jobs that are not done; of `stepping` the ones after the step that is under way."""
         jobs = self.live.items()
-        found = {name: live.standing_after if name in stepping else live.standing for name, live in jobs}
-        return {name: standing for name, standing in found.items() if standing is not None}
+        steps = {name: live.following_step if name in stepping else live.next_step for name, live in jobs}
+        return {name: step for name, step in steps.items() if step is not None}
 
-    def _turn(self, standings: dict[str, Standing]) -> _Turn:
-        """What all ranks do next where jobs stand so. It changes nothing of what this engine is."""
+    def _plan_micro_batch(self, next_steps: dict[str, NextStep]) -> _MicroBatchPlan:
+        """What all ranks do next where these are the jobs' next steps; it changes nothing of the engine."""
         queues = [queue.copy() for queue in self._queues]
-        for name, standing in standings.items():
+        for name, next_step in next_steps.items():
             if not any(name in queue for queue in queues):
                 for rank, queue in enumerate(queues):
-                    chunks = self.live[name].chunks(standing, rank, self._ranks, self.exactness.pad_to_multiple_of)
-                    queue.put(name, chunks, training=not standing.evaluation_due)
-        taken = [queue.take(self.room.capacity) for queue in queues]
+                    chunks = self.live[name].chunks(next_step, rank, self._ranks, self.exactness.pad_to_multiple_of)
+                    queue.put(name, chunks, training=not next_step.evaluation_due)
+        taken = [queue.take(self.planner.capacity) for queue in queues]
         chunks, training = taken[self._rank]  # the other ranks may have some where this one has none
         chunks.sort(key=lambda chunk: chunk.job)  # those of one job lie side by side
         parts = [chunks] if self.exactness.joined else [[chunk] for chunk in chunks]
-        return _Turn(standings, queues, [self.ready(part) for part in parts if part], training)
+        return _MicroBatchPlan(next_steps, queues, [self.ready(part) for part in parts if part], training)
 
-    def _compute_turn(self) -> None:
-        """This rank's share of the next micro-batch: what was made ready, if all came as it was foreseen."""
-        standings, turn, self._ahead = self._standings(), self._ahead, None
-        if turn is None or turn.standings != standings:
-            turn = self._turn(standings)
-        self._queues = turn.queues
-        for batch in turn.batches:
-            (self.forward_backward if turn.training else self.evaluate)(batch)
+    def _compute_micro_batch(self) -> None:
+        """This rank's share of the next micro-batch: the prefetched one, if the jobs went on as it expected."""
+        next_steps, plan, self._prefetched = self._next_steps(), self._prefetched, None
+        if plan is None or plan.next_steps != next_steps:
+            plan = self._plan_micro_batch(next_steps)
+        self._queues = plan.queues
+        for batch in plan.batches:
+            (self.forward_backward if plan.training else self.evaluate)(batch)
 
     def ready(self, chunks: Sequence[Chunk]) -> ReadyBatch:
         """Make all that `forward_backward` or `evaluate` takes of chunks."""
@@ -244,7 +244,7 @@ class TrainEngine:
         """Add every chunk's loss and gradient to its job."""
         chunks = batch.packed.chunks
         assert all(chunk.step is not None for chunk in chunks)
-        losses = self.forward.forward_backward(batch.ready, self.room.checkpointing)
+        losses = self.forward.forward_backward(batch.ready, self.planner.checkpointing)
         for chunk, loss in zip(chunks, losses, strict=True):
             self.live[chunk.job].optimizer.add_loss(loss, chunk.labels.numel())
 
@@ -259,7 +259,7 @@ class TrainEngine:
 
     def optim_step(self, complete: Sequence[LiveJob]) -> dict[str, StepOutcome | JobDiverged]:
         """One optimizer step of each, by all ranks together. The device answers once for all of them; while it still
-        computes, the next micro-batch is made ready as if all go on: it takes none of the time after the answer, when
+        computes, the next micro-batch is prefetched as if all go on: it takes none of the time after the answer, when
         a GPU has nothing to do. If that fails or a rank is lost meanwhile, some have stepped and are not counted: the
         engine is then of no more use.
         """
@@ -275,7 +275,7 @@ class TrainEngine:
         if not queued:
             return outcomes
         sums = torch.stack([*queued.values()])
-        self._ahead = self._turn(self._standings(queued))
+        self._prefetched = self._plan_micro_batch(self._next_steps(queued))
         for name, of_job in zip(queued, sums.tolist(), strict=True):
             outcomes[name] = self._stepped(self.live[name], *of_job)
         return outcomes

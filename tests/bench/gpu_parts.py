@@ -77,8 +77,8 @@ def overhead(report: Report, conditions: Conditions, precision: str) -> None:
     engine = fresh_engine(conditions, precision)
     set_jobs(engine, 1, _documents(1, conditions.tokens), conditions.tokens)
     (live,), forward = engine.live.values(), engine.forward
-    assert live.standing is not None
-    packed = pack(live.chunks(live.standing, 0, 1), conditions.device)
+    assert live.next_step is not None
+    packed = pack(live.chunks(live.next_step, 0, 1), conditions.device)
     nobody = [None] * len(packed.chunks)
     batch = forward.ready(packed, nobody, nobody)
     steps: dict[str, Step] = {
@@ -99,7 +99,7 @@ def most_jobs(report: Report, conditions: Conditions, precision: str) -> None:
     make_step = functools.partial(session_step, engine, MOST_JOBS, 1, tokens)
     case = f"ours, {precision}, {MOST_JOBS} x 1 x {tokens}, as memory allows"
     measure(report, conditions, case, OURS, "most jobs", STEP_TOKENS, make_step)
-    report.figure(f"{precision}: rows of a micro-batch with {MOST_JOBS} jobs", engine.room.capacity)
+    report.figure(f"{precision}: rows of a micro-batch with {MOST_JOBS} jobs", engine.planner.capacity)
 
 
 def sweep(report: Report, conditions: Conditions, precision: str) -> None:
@@ -164,10 +164,10 @@ def swap(report: Report, conditions: Conditions, precision: str) -> None:
     gc.freeze()  # as a session's rank does
     for number in range(SWAPS):
         newcomer = bench_job(f"newcomer{number}", documents, conditions.tokens, _vocabulary(conditions), 100 + number)
-        leaver = next(iter(engine.live))
+        leaving = next(iter(engine.live))
         prepared = engine.prepare(newcomer)
         normal = seconds_of(functools.partial(checked_step, engine), conditions.device)
-        swapped = seconds_of(functools.partial(_exchange_and_step, engine, leaver, prepared), conditions.device)
+        swapped = seconds_of(functools.partial(_exchange_and_step, engine, leaving, prepared), conditions.device)
         pauses.append(1000 * (swapped - normal))
     gc.unfreeze()
     report.figure(f"{precision}: ms of pause at a swap, median", statistics.median(pauses))
@@ -175,8 +175,8 @@ def swap(report: Report, conditions: Conditions, precision: str) -> None:
     report.figure(f"{precision}: graphs compiled in {SWAPS} swaps", counters["stats"]["unique_graphs"] - graphs)
 
 
-def _exchange_and_step(engine: TrainEngine, leaver: str, newcomer: PreparedJob) -> None:
-    engine.remove(leaver)
+def _exchange_and_step(engine: TrainEngine, leaving: str, newcomer: PreparedJob) -> None:
+    engine.remove(leaving)
     engine.admit(newcomer)
     checked_step(engine)
 

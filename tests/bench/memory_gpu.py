@@ -122,7 +122,11 @@ def measure_base(
         if (case.jobs, case.dora) != alike:
             set_jobs(engine, case.jobs, STEP_TOKENS // (case.jobs * DOCUMENT), DOCUMENT, case.lora)
             alike = case.jobs, case.dora
-        engine.room.capacity, engine.room.checkpointing, engine._ahead = case.capacity, case.checkpointing, None
+        engine.planner.capacity, engine.planner.checkpointing, engine._prefetched = (
+            case.capacity,
+            case.checkpointing,
+            None,
+        )
         results.append((case, measure(engine, case, of)))
         print(line(*results[-1]), flush=True)
 

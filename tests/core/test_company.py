@@ -202,7 +202,7 @@ def test_company_on_the_decoder_is_alone_by_the_formula(base: str, steps: int, m
     modes: Any = itertools.cycle([("none", 96, 16), ("selective", 1, 1), ("full", 256, 64)])
 
     def change() -> None:
-        engine.room.checkpointing, engine.room.capacity, chunk_tokens = next(modes)
+        engine.planner.checkpointing, engine.planner.capacity, chunk_tokens = next(modes)
         monkeypatch.setattr(engine_job, "CHUNK_TOKENS", chunk_tokens)
 
     wanted = jobs(KIND, "llama", steps)

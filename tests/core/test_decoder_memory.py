@@ -269,11 +269,11 @@ def test_memory_that_shrinks_leads_through_every_way() -> None:
 def test_an_engine_counts_by_its_path(precision: str, path: ForwardPath, kind: type[Any]) -> None:
     base = tiny_base(precision)
     engine = TrainEngine(base, forward=open_forward(base, path), capacity=None, budget_bytes=GIB)
-    assert isinstance(engine.room.predictor.activations, kind)
+    assert isinstance(engine.planner.predictor.activations, kind)
 
 
 def test_an_engine_on_a_quantised_base_predicts_its_weights() -> None:
     engine = TrainEngine(tiny_base("nf4"), capacity=None, budget_bytes=GIB)
-    assert engine.room.budget == int(0.955 * GIB)  # which predictions for nf4 were too low by
+    assert engine.planner.budget == int(0.955 * GIB)  # which predictions for nf4 were too low by
     assert TrainEngine(tiny_base("bf16"), capacity=None, budget_bytes=GIB).room.budget == GIB
-    assert engine.room.predictor.weights == predictor(TINY, torch.bfloat16, "llama", "cpu", "nf4").weights
+    assert engine.planner.predictor.weights == predictor(TINY, torch.bfloat16, "llama", "cpu", "nf4").weights

@@ -157,8 +157,8 @@ def test_on_a_cpu_a_checkpoint_a_hand_over_and_the_best_weights_are_counted(
     told = of.predict([lora], 256, 30, "none", [lora]) - peak - without
     taken = checkpoint + hand_over + written + best  # once more: the snapshot may have the best of before
     assert told == pytest.approx(taken, rel=0.05)
-    assert engine.room.plan([wanted]) == of.fit(
-        engine.room.budget or 0, [lora], wanted.longest, wanted.largest_chunk, [lora]
+    assert engine.planner.plan([wanted]) == of.fit(
+        engine.planner.budget or 0, [lora], wanted.longest, wanted.largest_chunk, [lora]
     )
     assert on_gpu.predict([lora], 256, 30, "none", [lora]) == on_gpu.predict([lora], 256, 30, "none")
 
@@ -245,8 +245,8 @@ def test_an_engine_that_chooses_trains_the_same_bits() -> None:
         live = engine.add(job())
         for _ in range(3):
             engine.step()
-    assert (chosen.room.capacity, chosen.room.checkpointing) == (LARGEST, "none")
-    assert tight.room.capacity < LARGEST or tight.room.checkpointing == "full"
+    assert (chosen.planner.capacity, chosen.planner.checkpointing) == (LARGEST, "none")
+    assert tight.planner.capacity < LARGEST or tight.planner.checkpointing == "full"
     blobs = [engine.live["job"].checkpoint() for engine in (given, chosen, tight)]
     assert blobs[0] == blobs[1] == blobs[2]
     assert live.progress.step == 3
@@ -285,10 +285,10 @@ def test_a_job_leaves_even_where_the_others_are_said_not_to_fit() -> None:
     engine = TrainEngine(tiny_base("llama"), capacity=None)
     engine.add(job("stays"))
     engine.add(job("leaves"))
-    plan = engine.room.capacity, engine.room.checkpointing
-    engine.room.budget = 1
+    plan = engine.planner.capacity, engine.planner.checkpointing
+    engine.planner.budget = 1
     engine.remove("leaves")
-    assert list(engine.live) == ["stays"] and (engine.room.capacity, engine.room.checkpointing) == plan
+    assert list(engine.live) == ["stays"] and (engine.planner.capacity, engine.planner.checkpointing) == plan
     assert engine.step()
 
 
@@ -332,19 +332,19 @@ def test_a_newcomer_has_its_vectors_only_once_there_is_room(monkeypatch: pytest.
     budget = of.predict([job().lora], LARGEST, 30, "none") + 1000
     engine = TrainEngine(tiny_base("llama"), capacity=None, budget_bytes=budget)
     engine.add(job())
-    meter, capacities = Meter([]), [engine.room.capacity]
+    meter, capacities = Meter([]), [engine.planner.capacity]
     with meter:
         prepared = engine.prepare(job("large", r=128))
     vectors = vector_bytes(of.footprints, of.footprints.of(prepared.job.lora))
     assert meter.live < 0.5 * vectors  # its weights; not their gradient and two moments
 
     def recorded(*arguments: Any) -> FlatAdamW:
-        capacities.append(engine.room.capacity)
+        capacities.append(engine.planner.capacity)
         return FlatAdamW(*arguments)
 
     monkeypatch.setattr(trainer, "FlatAdamW", recorded)
     engine.admit(prepared)
-    assert LARGEST == capacities[0] > capacities[1] == engine.room.capacity
+    assert LARGEST == capacities[0] > capacities[1] == engine.planner.capacity
 
 
 def test_a_rank_without_memory_for_a_newcomer_goes_on_as_all_do_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,7 +355,7 @@ def test_a_rank_without_memory_for_a_newcomer_goes_on_as_all_do_without_it(monke
     with monkeypatch.context() as patched, pytest.raises(TypeError):
         patched.setattr(trainer, "FlatAdamW", None)
         engine.admit(prepared)
-    assert engine.room.capacity == LARGEST and list(engine.live) == ["job"]
+    assert engine.planner.capacity == LARGEST and list(engine.live) == ["job"]
 
 
 def test_no_chunk_is_larger_than_a_job_says() -> None:

@@ -53,7 +53,7 @@ def eventful_jobs() -> dict[str, EngineJob]:
     }
 
 
-def trained_through_all(engine: TrainEngine, with_look_ahead: bool) -> tuple[Steps, dict[str, Tensor]]:
+def trained_through_all(engine: TrainEngine, prefetch: bool) -> tuple[Steps, dict[str, Tensor]]:
     """Jobs join, leave, diverge and go on, are evaluated and stop: all outcomes, and each job's state at the end."""
     wanted, steps, left = eventful_jobs(), Steps(), {}
     live = {name: engine.add(one) for name, one in wanted.items() if name != "joins"}
@@ -65,8 +65,8 @@ def trained_through_all(engine: TrainEngine, with_look_ahead: bool) -> tuple[Ste
             engine.remove("leaves")
         if call in (5, 20):
             live["poisoned"].optimizer._grad[0] = math.nan
-        if not with_look_ahead:
-            engine._ahead = None
+        if not prefetch:
+            engine._prefetched = None
         for name, outcome in engine.micro_batch().items():
             steps.append((call, name, str(outcome) if isinstance(outcome, JobDiverged) else outcome))
     return steps, left | {name: state(one) for name, one in live.items()}
@@ -78,20 +78,20 @@ def test_no_bit_depends_on_it(way: str, ranks: int, monkeypatch: pytest.MonkeyPa
     """Dropout on; micro-batches of several jobs, and steps of several micro-batches."""
     monkeypatch.setattr(engine_job, "CHUNK_TOKENS", 48)
 
-    def trained(with_look_ahead: bool) -> tuple[Steps, dict[str, Tensor]]:
+    def trained(prefetch: bool) -> tuple[Steps, dict[str, Tensor]]:
         found = []
-        on_ranks(way, ranks, lambda engine: found.append(trained_through_all(engine, with_look_ahead)))
+        on_ranks(way, ranks, lambda engine: found.append(trained_through_all(engine, prefetch)))
         assert len(found) == ranks
         return found[0]
 
-    (steps, ahead), (expected_steps, expected) = trained(True), trained(False)
+    (steps, prefetched), (expected_steps, expected) = trained(True), trained(False)
     assert steps == expected_steps
-    assert ahead.keys() == expected.keys() == eventful_jobs().keys()
-    for name in ahead:
-        assert torch.equal(ahead[name], expected[name]), name
+    assert prefetched.keys() == expected.keys() == eventful_jobs().keys()
+    for name in prefetched:
+        assert torch.equal(prefetched[name], expected[name]), name
     # All of it happened.
     assert len([name for _, name, outcome in steps if isinstance(outcome, str)]) == 2
-    of_job = {name: [call for call, stepped, _ in steps if stepped == name] for name in ahead}
+    of_job = {name: [call for call, stepped, _ in steps if stepped == name] for name in prefetched}
     assert len(of_job["evaluated"]) == 9 and len(of_job["stops"]) in range(4, 20)
     assert any(later - sooner > 1 for sooner, later in itertools.pairwise(of_job["long"]))
     assert min(map(len, of_job.values())) > 3
@@ -99,37 +99,37 @@ def test_no_bit_depends_on_it(way: str, ranks: int, monkeypatch: pytest.MonkeyPa
 
 @WAYS
 @RANKS
-def test_what_was_made_ahead_is_what_is_used(way: str, ranks: int) -> None:
-    """Else it would be made twice. An evaluation is foreseen, too, and that a job is done."""
+def test_what_was_prefetched_is_what_is_used(way: str, ranks: int) -> None:
+    """Else it would be made twice. An evaluation is prefetched, too, and that a job is done."""
 
     def work(engine: TrainEngine) -> None:
-        made = count_turns(engine)
+        made = count_plans(engine)
         engine.add(job("plain", lora=DROPOUT))
         done = engine.add(job("done", epochs=1))
         engine.add(job("evaluated", validation=documents(4, 1), eval_steps=2))
-        ahead = 0
+        used = 0
         for call in range(1, 16):
-            foreseen = engine._ahead
+            prefetched = engine._prefetched
             engine.micro_batch()
-            if foreseen is not None:
-                ahead += 1
-                assert len(made) == call + (engine._ahead is not None)
-                assert engine._queues is foreseen.queues and foreseen in made
-        assert ahead >= 8 and done.done
+            if prefetched is not None:
+                used += 1
+                assert len(made) == call + (engine._prefetched is not None)
+                assert engine._queues is prefetched.queues and prefetched in made
+        assert used >= 8 and done.done
 
     on_ranks(way, ranks, work)
 
 
-def count_turns(engine: TrainEngine) -> list[Any]:
+def count_plans(engine: TrainEngine) -> list[Any]:
     """All that the engine makes from now on."""
     made: list[Any] = []
-    turn = engine._turn
+    plan = engine._plan_micro_batch
 
-    def counted(standings: Any) -> Any:
-        made.append(turn(standings))
+    def counted(next_steps: Any) -> Any:
+        made.append(plan(next_steps))
         return made[-1]
 
-    engine._turn = counted  # type: ignore[method-assign]
+    engine._plan_micro_batch = counted  # type: ignore[method-assign]
     return made
 
 
@@ -137,14 +137,14 @@ def test_it_is_made_before_the_device_is_waited_for(monkeypatch: pytest.MonkeyPa
     engine = TrainEngine(tiny_base("llama"))
     engine.add(job(validation=documents(4, 1)))
     events: list[str] = []
-    turn, answer = engine._turn, Tensor.tolist
+    plan, answer = engine._plan_micro_batch, Tensor.tolist
 
     def told(sums: Tensor) -> Any:
         if sums.dim() == 2:  # of a step
             events.append("answered")
         return answer(sums)
 
-    monkeypatch.setattr(engine, "_turn", lambda standings: (events.append("made"), turn(standings))[1])
+    monkeypatch.setattr(engine, "_plan_micro_batch", lambda next_steps: (events.append("made"), plan(next_steps))[1])
     monkeypatch.setattr(Tensor, "tolist", told)
     engine.micro_batch()  # the evaluation before the first step
     events.clear()
@@ -203,7 +203,7 @@ def test_nothing_is_kept_where_a_job_fails_to_come_in(monkeypatch: pytest.Monkey
     prepared = engine.prepare(job("other"))
 
     def fail(*_: object) -> None:
-        engine.room.capacity = 32
+        engine.planner.capacity = 32
         raise MemoryError
 
     monkeypatch.setattr(engine_job, "CHUNK_TOKENS", 16)

@@ -182,8 +182,8 @@ def chunks_of(wanted: EngineJob, rank: int = 0, ranks: int = 1) -> list[Chunk]:
 
 def next_chunks(lives: Iterable[LiveJob], rank: int = 0, ranks: int = 1) -> list[Chunk]:
     """A rank's share of what comes next for each."""
-    at = [(live, standing) for live in lives if (standing := live.standing) is not None]
-    return [chunk for live, standing in at for chunk in live.chunks(standing, rank, ranks)]
+    at = [(live, next_step) for live in lives if (next_step := live.next_step) is not None]
+    return [chunk for live, next_step in at for chunk in live.chunks(next_step, rank, ranks)]
 
 
 def state(live: LiveJob) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a micro-batch may be on one device: its rows, and what of it is computed twice so that it fits into memory."""
+"""What a micro-batch may be on one device: its tokens, and what of it is recomputed so that it fits into memory."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from lora_core.training.memory.predictor import (
 
 log = logging.getLogger("lora.engine")
 
-LEFT_FREE = {"nf4": 0.045}
-"""Of the memory, where predictions are too low: so much more was taken on an H100 (`tests/bench/memory_gpu.py`)."""
+UNDERESTIMATED = {"nf4": 0.045}
+"""By so much of the memory predictions are too low: it was seen on an H100 (`tests/bench/memory_gpu.py`)."""
 
 
-class Room:
+class MemoryPlanner:
     """`capacity` and `checkpointing`, as given; or, where `capacity` is None, chosen for the jobs that are to train so
     that on this path they fit into `budget_bytes` (None: what this machine can give now).
     """
@@ -44,7 +44,7 @@ class Room:
         self._device = base.device.type
         if not capacity:
             given = budget_bytes or available_bytes(base.device)
-            self.budget = int(given * (1 - LEFT_FREE.get(base.precision, 0.0)))
+            self.budget = int(given * (1 - UNDERESTIMATED.get(base.precision, 0.0)))
             quantised = base.precision if base.is_quantised else None
             self.predictor = predictor(base.model.config, base.model.dtype, path, self._device, quantised)
 
@@ -60,19 +60,19 @@ class Room:
         kept = [job.lora for job in jobs if job.train.keeps_best]
         return self.predictor.fit(self.budget, [job.lora for job in jobs], longest, smallest, kept)
 
-    def plan_ahead(self, jobs: Sequence[EngineJob]) -> None:
-        """Make the dry runs that `fit` will ask for: without them those would hold up training for seconds. So all of
-        these jobs come together, or one leaves.
+    def prefetch_plans(self, jobs: Sequence[EngineJob]) -> None:
+        """Make the plans that `fit` will ask for if all of these jobs come together or one leaves, as their dry runs
+        would hold up training for seconds.
         """
         if self.budget is None:
             return
         with suppress(DoesNotFitError):
             self.plan(jobs)
-        kinds = Counter(self.predictor.footprints.of(job.lora) for job in jobs)
-        for leaver in jobs:
-            if kinds[self.predictor.footprints.of(leaver.lora)] == 1:
+        footprints = Counter(self.predictor.footprints.of(job.lora) for job in jobs)
+        for leaving in jobs:
+            if footprints[self.predictor.footprints.of(leaving.lora)] == 1:
                 with suppress(DoesNotFitError):
-                    self.plan([job for job in jobs if job is not leaver])
+                    self.plan([job for job in jobs if job is not leaving])
 
     def fit(self, jobs: Sequence[EngineJob]) -> None:
         """Choose for these jobs from now on. Raises as `plan` does, and nothing changes."""
