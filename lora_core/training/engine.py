@@ -269,7 +269,7 @@ class TrainEngine:
             job, step = live.job, live.progress.step
             try:
                 rate = learning_rate(job.train, step, job.steps)
-                queued[job.name] = live.optimizer.queue_step(rate, self._all_reduce, step == job.judged_step)
+                queued[job.name] = live.optimizer.queue_step(rate, self._all_reduce, step == job.gradient_check_step)
             except NoGradientError as error:
                 outcomes[job.name] = JobDiverged(job.name, step + 1, str(error))
         if not queued:

@@ -22,7 +22,7 @@ from lora_core.training.optimizer import Evaluation, StepOutcome
 
 CHUNK_TOKENS = 1024
 
-TOKENS_TO_JUDGE = 16
+GRADIENT_CHECK_TOKENS = 16
 """Supervised tokens after which a module without a gradient is one that the model does not use."""
 
 
@@ -81,14 +81,14 @@ class EngineJob:
         return largest + -largest % PAD_TO_MULTIPLE_OF
 
     @cached_property
-    def judged_step(self) -> int | None:
+    def gradient_check_step(self) -> int | None:
         """The step by whose end every module must have had a gradient, if there is one. A label that follows a single
         token does not count: that token sees itself alone, which rightly leaves q and k without one.
         """
         seen = 0
         for step in range(self.steps):
             seen += sum(sum(self.examples[index].labels_mask[2:]) for index in self.examples_of(step))
-            if seen >= TOKENS_TO_JUDGE:
+            if seen >= GRADIENT_CHECK_TOKENS:
                 return step
             if not seen and step + 1 == self.steps_per_epoch:
                 break  # there are none
@@ -140,7 +140,7 @@ class Progress:
     `tokens` and `supervised_tokens` count over all ranks and steps. `outcome` is the last step's; `before` the
     evaluation of what it started from, which does not count as the best; `misses` the evaluations since the best.
     `stopped` says why it ended early; `guessing` counts the last steps in a row whose loss was worse than the first and
-    no better than that of guessing among all tokens.
+    at chance level, that of all tokens being as probable.
     """
 
     step: int = 0
@@ -165,17 +165,17 @@ class Progress:
             self.loss = outcome.loss
             if math.isnan(self.first_loss):
                 self.first_loss = outcome.loss
-            guesses = outcome.loss > self.first_loss and outcome.loss > 0.99 * math.log(vocabulary)
-            self.guessing = self.guessing + 1 if guesses else 0
+            at_chance = outcome.loss > self.first_loss and outcome.loss > 0.99 * math.log(vocabulary)
+            self.guessing = self.guessing + 1 if at_chance else 0
         self.outcome = outcome
 
     @property
     def diverged(self) -> str | None:
         """Why there is no use in going on, if there is none."""
-        if self.guessing < GUESSING_STEPS:
+        if self.guessing < CHANCE_LEVEL_STEPS:
             return None
         return (
-            f"the loss was no better than guessing for {GUESSING_STEPS} steps ({self.loss:.2f},"
+            f"the loss was no better than chance for {CHANCE_LEVEL_STEPS} steps ({self.loss:.2f},"
             f" {self.first_loss:.2f} at the first): lower learning_rate"
         )
 
@@ -218,8 +218,8 @@ def _evaluation(values: dict[str, float] | None) -> Evaluation | None:
     return None if values is None else Evaluation(**values)  # type: ignore[arg-type]
 
 
-GUESSING_STEPS = 20
-"""Steps in a row that end a job: a loss that was no better than guessing for so long does not come back by itself."""
+CHANCE_LEVEL_STEPS = 20
+"""Steps in a row that end a job: a loss that was no better than chance for so long does not come back by itself."""
 
 NOT_FINITE = "the loss or its gradient was not finite: lower learning_rate, or look at the rows of that step"
 VALIDATION_NOT_FINITE = "the validation loss was not finite: lower learning_rate, or look at the validation rows"

@@ -164,10 +164,10 @@ class FlatAdamW:
             self.moments = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
         else:
             self.moments = start.moments[0].to(device), start.moments[1].to(device)
-        self._adamw = self._two_groups()
+        self._adamw = self._parameter_groups()
         self._best = start.best  # in host memory: it is written at evaluations and read once
 
-    def _two_groups(self) -> torch.optim.AdamW:
+    def _parameter_groups(self) -> torch.optim.AdamW:
         """AdamW of the slice of A and the slice of B and m, whose moments are slices of `moments`."""
         parts = self.flat[: self._trained.layout.size_a], self.flat[self._trained.layout.size_a :]
         adamw = torch.optim.AdamW(
@@ -194,9 +194,9 @@ class FlatAdamW:
         self._message[-2] += loss_sum
         self._message[-1] += tokens
 
-    def queue_step(self, rate: float, all_reduce: AllReduce | None, judged: bool = False) -> Tensor:
+    def queue_step(self, rate: float, all_reduce: AllReduce | None, check_gradients: bool = False) -> Tensor:
         """Reduce, divide by the step's supervised tokens, clip, update, and clear the gradient, without waiting for
-        the device unless the step is `judged` (see `EngineJob.judged_step`): `[3]`, what `outcome` reads.
+        the device unless it is to `check_gradients` (see `EngineJob.gradient_check_step`): `[3]`, what `outcome` reads.
 
         A loss or gradient that is not finite changes nothing: A, B and the moments stay as they were, and the outcome
         shows it. Neither does a step whose examples were all prompt.
@@ -206,13 +206,13 @@ class FlatAdamW:
         """
         if all_reduce is not None:
             all_reduce(self._message)
-        if judged:
+        if check_gradients:
             self._refuse_missing_gradient()
         loss_sum, tokens = self._message[-2:]
         norm = torch.linalg.vector_norm(self._grad)
         sums = torch.stack([loss_sum, tokens, norm])
-        longest = self.train.max_grad_norm
-        factor = tokens.reciprocal() if longest is None else torch.minimum(tokens.reciprocal(), longest / norm)
+        max_norm = self.train.max_grad_norm
+        factor = tokens.reciprocal() if max_norm is None else torch.minimum(tokens.reciprocal(), max_norm / norm)
         self._grad.mul_(factor)
         # As torch's GradScaler tells it: the device then skips the update.
         self._adamw.found_inf = (~torch.isfinite(sums * factor).all()).float()  # type: ignore[attr-defined]
@@ -244,11 +244,11 @@ class FlatAdamW:
         numbers = [self._trained.layout.views(vector) for vector in (self._grad, self.moments[0])]
         had, count = _any(zip(*numbers, strict=True)), len(self.adapter.a)
         of_modules = zip(self.adapter.a, had[:count], had[count : 2 * count], strict=True)
-        silent = [name for name, of_a, of_b in of_modules if not (of_a or of_b)]
-        if silent:
+        without_gradient = [name for name, of_a, of_b in of_modules if not (of_a or of_b)]
+        if without_gradient:
             self._message.zero_()
             raise NoGradientError(
-                f"no gradient reaches {', '.join(silent)}: this model does not use them; leave them out of"
+                f"no gradient reaches {', '.join(without_gradient)}: this model does not use them; leave them out of"
                 " target_modules"
             )
 

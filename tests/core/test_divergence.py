@@ -15,7 +15,7 @@ from lora_core.data.dataset import Example
 from lora_core.models.attention import PackedAttention
 from lora_core.models.base import BaseModel
 from lora_core.training.engine import TrainEngine
-from lora_core.training.job import GUESSING_STEPS, JobDiverged
+from lora_core.training.job import CHANCE_LEVEL_STEPS, JobDiverged
 from lora_core.training.optimizer import StepOutcome
 from tests.support.models import VOCABULARY, documents, job, outcome_of, state, tiny_base
 
@@ -32,8 +32,8 @@ def written_by(base: BaseModel, count: int) -> list[Example]:
     return found
 
 
-def test_a_job_that_does_no_better_than_guessing_is_stopped_and_a_bad_start_is_not() -> None:
-    """It began better; the one beside it goes on as if alone. Random weights begin worse than guessing."""
+def test_a_job_that_does_no_better_than_chance_is_stopped_and_a_bad_start_is_not() -> None:
+    """It began better; the one beside it goes on as if alone. Random weights begin worse than chance."""
     base, bad_start = tiny_base("llama"), TrainEngine(tiny_base("llama"))
     known = written_by(base, 10)
 
@@ -55,8 +55,8 @@ def test_a_job_that_does_no_better_than_guessing_is_stopped_and_a_bad_start_is_n
 
     both = train(["wild", "calm"])
     step, told = both["wild"]
-    assert GUESSING_STEPS < step < 30
-    assert told.startswith(f"step {step}: the loss was no better than guessing for 20 steps (4.56, ")
+    assert CHANCE_LEVEL_STEPS < step < 30
+    assert told.startswith(f"step {step}: the loss was no better than chance for 20 steps (4.56, ")
     assert told.endswith(" at the first): lower learning_rate")
     assert both["calm"] == train(["calm"])["calm"]
     bad_start.add(job(learning_rate=1e-5, epochs=30))
@@ -105,9 +105,9 @@ def test_module_that_the_model_does_not_use_fails_its_job_alone() -> None:
 
 
 def test_step_without_supervised_tokens_changes_nothing_and_reports_no_loss() -> None:
-    silent = [Example(example.ids, [False] * len(example.ids)) for example in documents(4, 1)]
+    unsupervised = [Example(example.ids, [False] * len(example.ids)) for example in documents(4, 1)]
     engine = TrainEngine(tiny_base("llama"))
-    live = engine.add(job(examples=silent, epochs=2))
+    live = engine.add(job(examples=unsupervised, epochs=2))
     before = state(live)
     outcome = outcome_of(engine.step()["job"])
     assert outcome.tokens == 0

@@ -270,10 +270,10 @@ def test_options_that_need_validation_rows_are_refused_without_them(options: dic
 
 
 def test_validation_rows_without_a_supervised_token_are_refused() -> None:
-    silent = [Example(example.ids, [False] * len(example.ids)) for example in VALIDATION]
+    unsupervised = [Example(example.ids, [False] * len(example.ids)) for example in VALIDATION]
     with pytest.raises(ValueError, match="supervised token"):
-        TrainEngine(tiny_base("llama")).add(job(validation=silent))
+        TrainEngine(tiny_base("llama")).add(job(validation=unsupervised))
     engine = TrainEngine(tiny_base("llama"))
-    engine.add(job(validation=[*silent, VALIDATION[0]], epochs=1))
+    engine.add(job(validation=[*unsupervised, VALIDATION[0]], epochs=1))
     evaluations = [outcome.evaluation for outcome in train_to_the_end(engine, "job")]
     assert [evaluation.tokens for evaluation in evaluations if evaluation] == [sum(VALIDATION[0].labels_mask)]

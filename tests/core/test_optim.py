@@ -82,20 +82,20 @@ def test_a_module_that_the_model_does_not_use_ends_the_job() -> None:
     base = tiny_base("llama")
     base.model.model.layers[1].mlp.forward = torch.zeros_like
     wanted = job(examples=documents(8, seed=1, shortest=7, longest=7), batch_size=1)
-    assert wanted.judged_step is not None and wanted.judged_step > 1
+    assert wanted.gradient_check_step is not None and wanted.gradient_check_step > 1
     for resumed in (False, True):
         engine = TrainEngine(base)
         live = engine.add(wanted)
-        for _ in range(wanted.judged_step):
+        for _ in range(wanted.gradient_check_step):
             assert not isinstance(engine.step()["job"], JobDiverged)
             if resumed:
                 blob, engine = live.checkpoint(), TrainEngine(base)
                 live = engine.add(wanted, blob)
         before = numbers(live)
         outcome = engine.step()["job"]
-        assert isinstance(outcome, JobDiverged) and outcome.step == wanted.judged_step + 1
-        silent = ", ".join(f"model.layers.1.mlp.{leaf}_proj" for leaf in ("gate", "up", "down"))
-        assert f"no gradient reaches {silent}: this model does not use them" in outcome.reason
+        assert isinstance(outcome, JobDiverged) and outcome.step == wanted.gradient_check_step + 1
+        without_gradient = ", ".join(f"model.layers.1.mlp.{leaf}_proj" for leaf in ("gate", "up", "down"))
+        assert f"no gradient reaches {without_gradient}: this model does not use them" in outcome.reason
         assert all(map(torch.equal, numbers(live), before))
 
 
@@ -103,13 +103,13 @@ def test_a_judged_step_without_a_gradient_of_its_own_is_judged_by_those_before_i
     """Labels that the model is sure of have none."""
     live = stepped_job()
     message(live, 0.0, 0.0, 16.0)
-    live.optimizer.queue_step(0.1, None, judged=True)
+    live.optimizer.queue_step(0.1, None, check_gradients=True)
 
 
 def test_rows_of_two_tokens_say_nothing_about_q_and_k() -> None:
     """Their one label follows a token that sees itself alone; with PiSSA's start, B is not zero either."""
     pairs = [Example([3 + place, 4], [False, True]) for place in range(20)]
-    assert job(examples=pairs, batch_size=20).judged_step is None
+    assert job(examples=pairs, batch_size=20).gradient_check_step is None
     for lora in ({}, {"init_lora_weights": "pissa"}):
         longer = documents(4, seed=1, shortest=30)
         wanted = job(examples=[*pairs, *longer], batch_size=4, epochs=4, lora=lora)
