@@ -71,7 +71,7 @@ ALIVE = frozenset(state for state, moves in SESSION_TRANSITIONS.items() if moves
 
 @dataclass(frozen=True)
 class SessionKey:
-    """What the jobs of one session share: one loaded base in one precision, one way through it, one number of ranks."""
+    """What the jobs of one session share: one loaded base in one precision, one forward path, one number of ranks."""
 
     base_model: str
     precision: str

@@ -146,7 +146,7 @@ def check_spec(values: object, source: str = "the job spec") -> JobSpec:
     """Make a spec from parsed values (of YAML, JSON or a request). Raises SpecError with every problem."""
     if not isinstance(values, Mapping):
         raise SpecError(["it must be options, one 'key: value' a line, such as 'base_model: smollm2-135m'"], source)
-    if found := [f"{place} {what}" for place, what in unusable(values)]:
+    if found := [f"{location} {what}" for location, what in unusable(values)]:
         raise SpecError(found, source)
     try:
         # Strict: a quoted number or a true in the wrong place is a mistake to report, not a value to convert.
@@ -184,7 +184,7 @@ def _fields_of(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
 
 
 def _split(loc: tuple[int | str, ...]) -> tuple[str, list[int], type[BaseModel]]:
-    """Part an error's place into the dotted option, indices in it, and the model that holds the option. Pydantic also
+    """Part an error's location into the dotted option, indices in it, and the model that has the option. Pydantic also
     puts the branch of a union there, which is not the user's word.
     """
     names: list[str] = [str(loc[0])]
@@ -215,14 +215,14 @@ def _sentences(failed: ValidationError) -> Iterator[str]:
 
 def _sentence(error: ErrorDetails) -> str:
     option, indices, model = _split(error["loc"])
-    place = option + "".join(f"[{index}]" for index in indices)
+    location = option + "".join(f"[{index}]" for index in indices)
     kind = error["type"]
     if kind == "missing":
-        return f"{place} is missing: every job needs it"
+        return f"{location} is missing: every job needs it"
     if kind in ("extra_forbidden", "invalid_key"):
         return _unknown(option, model)
     given = "" if kind in ("value_error", "string_too_short", "too_short") else f", not {_shown(error['input'])}"
-    return f"{place} {requirement(error)}{given}"
+    return f"{location} {requirement(error)}{given}"
 
 
 def _unknown(option: str, model: type[BaseModel]) -> str:

@@ -24,10 +24,10 @@ from lora_core.models.files import chat_template_hash
 def examples_of(
     spec: JobSpec, dataset: Path, validation: Path | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Datasets:
-    """Return examples to train on, and those held out; `validation` is the file, where the spec names one."""
+    """Return examples to train on, and to validate on; `validation` is the file, where the spec names one."""
     fraction = spec.validation if isinstance(spec.validation, float) else None
-    held_out = fraction if validation is None else validation
-    return build_datasets(dataset, held_out, tokenizer, spec.train, token_rows(model))
+    split_off = fraction if validation is None else validation
+    return build_datasets(dataset, split_off, tokenizer, spec.train, token_rows(model))
 
 
 def store_examples(storage: Storage, datasets: Datasets, tokenizer: PreTrainedTokenizerBase) -> str:

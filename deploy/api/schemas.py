@@ -206,7 +206,7 @@ def _document(body: bytes) -> dict[str, Any]:
         raise ApiError(400, "the body is no JSON that can be read: it nests too deep", "invalid_json") from error
     if not isinstance(document, dict):
         raise ApiError(400, "the body must be a JSON object", "invalid_json")
-    if problems := [(place, "invalid_value", f"{place} {what}") for place, what in unusable(document)]:
+    if problems := [(location, "invalid_value", f"{location} {what}") for location, what in unusable(document)]:
         raise _refused(problems)
     return document
 
@@ -241,8 +241,8 @@ def _unsupported(document: Mapping[str, Any], kind: type[CompletionRequest]) -> 
             hint = f"did you mean {near[0]}?" if near else "leave it out"
             problems.append((shown(name), "unknown_parameter", f"{shown(name)} is no parameter here; {hint}"))
     messages = document.get("messages")
-    for place, message in enumerate(messages if isinstance(messages, list) else []):
+    for index, message in enumerate(messages if isinstance(messages, list) else []):
         for key, advice in message_problems(message) if isinstance(message, dict) else ():
-            name = f"messages.{place}{key}"
+            name = f"messages.{index}{key}"
             problems.append((name, "invalid_value", f"{name}: {advice}"))
     return problems

@@ -261,9 +261,9 @@ def ensure_scheduler(settings: Settings, queue: JobQueue) -> None:
     Two callers at once start one: on a cluster by the submission id, on a laptop by the owner's lock.
     """
     if on_a_cluster():
-        held = queue.lease(lease_name(cluster_name(settings)))
-        if held is None or not held.valid:
-            launcher, number = Launcher(settings.driver_labels), held.token + 1 if held else 1
+        lease = queue.lease(lease_name(cluster_name(settings)))
+        if lease is None or not lease.valid:
+            launcher, number = Launcher(settings.driver_labels), lease.token + 1 if lease else 1
             while (
                 launcher.state(scheduler_id(number)).state is SubmissionState.ENDED
             ):  # it died before it took the lease

@@ -17,7 +17,7 @@ class PeerLostError(RuntimeError):
 
 
 class Collectives:
-    """This rank's place among the ranks of a Ray Train run, and what they do together; all of them call each method at
+    """This rank's index among the ranks of a Ray Train run, and what they do together; all of them call each method at
     the same point.
 
     Raises:

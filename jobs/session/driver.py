@@ -166,7 +166,7 @@ class SessionController:
     def _commits(self, job_id: str) -> list[tuple[tuple[int, int], str]]:
         """List ((attempt, step), marker's key) of every committed checkpoint, oldest first."""
         keys = self._storage.list(checkpoints_prefix(job_id))
-        return sorted((place, key) for key in keys if (place := committed_checkpoint(key)) is not None)
+        return sorted((index, key) for key in keys if (index := committed_checkpoint(key)) is not None)
 
     def _newest_checkpoint(self, job_id: str) -> dict[str, str] | None:
         commits = self._commits(job_id)

@@ -163,7 +163,7 @@ def read_adapter(folder: Path, adaptable: AdaptableModules) -> Adapter:
         raise AdapterFormatError(f"{folder.name}: {shown}")
     order = [module for module in adaptable.modules if module in a]
     scale = {module: config.scale_of(module) for module in order}
-    parts = {part: {module: held[module] for module in order if module in held} for part, held in parts.items()}
+    parts = {part: {name: named[name] for name in order if name in named} for part, named in parts.items()}
     adapter = Adapter(scale, parts["A"], parts["B"], magnitude=parts["magnitude"])
     adaptable.add_norms(adapter, order)
     return adapter

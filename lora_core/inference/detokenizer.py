@@ -26,7 +26,7 @@ class TextStream:
         self._before = 0  # start of the piece that was shown last
         self._shown = 0  # end of it
         self._piece = ""  # its text
-        self._held = ""
+        self._pending = ""
         self.stopped = False
 
     def push(self, token: int) -> str:
@@ -45,21 +45,21 @@ class TextStream:
         rest = self._release(self._decode(self._before)[len(self._piece) :])
         if self.stopped:
             return rest
-        return rest + self._held
+        return rest + self._pending
 
     def _decode(self, start: int) -> str:
         tokens = self._tokens[start:]
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _release(self, new: str) -> str:
-        held = self._held + new
-        matches = [(held.find(stop) + len(stop), held.find(stop)) for stop in self._stop if stop in held]
+        pending = self._pending + new
+        matches = [(pending.find(stop) + len(stop), pending.find(stop)) for stop in self._stop if stop in pending]
         if matches:  # the stop string that was complete first, however the text was cut into tokens
-            self.stopped, self._held = True, ""
-            return held[: min(matches)[1]]
-        keep = max((_overlap(held, stop) for stop in self._stop), default=0)
-        self._held = held[len(held) - keep :]
-        return held[: len(held) - keep]
+            self.stopped, self._pending = True, ""
+            return pending[: min(matches)[1]]
+        keep = max((_overlap(pending, stop) for stop in self._stop), default=0)
+        self._pending = pending[len(pending) - keep :]
+        return pending[: len(pending) - keep]
 
 
 def _overlap(text: str, stop: str) -> int:

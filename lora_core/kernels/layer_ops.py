@@ -183,7 +183,7 @@ def _silu(gate: Tensor, low_rank: LowRank) -> Tensor:
 
 
 def _by_segment(x: Tensor, low_rank: LowRank) -> Sequence[Tensor]:
-    """x cut for SiLU, which torch computes in vectors, and the last few elements of each thread's share one at a time
+    """x split for SiLU, which torch computes in vectors, and the last few elements of each thread's share one at a time
     with another rounding. In one call it would depend on the neighbours which elements those are (seen with two threads
     at 172 features, with three at 11,008); in bf16, which promises no bits, it is one call.
     """

@@ -92,18 +92,18 @@ class BaseModel:
     @property
     def parameters(self) -> int:
         """Parameters of the base, tied ones counted once."""
-        held = sum(parameter.numel() for parameter in self.model.parameters())
+        total = sum(parameter.numel() for parameter in self.model.parameters())
         if self.decoder is not None and self.is_quantised:
-            held += sum(group.inputs * sum(group.outputs) for group in self.decoder.groups)
-        return held
+            total += sum(group.inputs * sum(group.outputs) for group in self.decoder.groups)
+        return total
 
     @property
     def nbytes(self) -> int:
         """Bytes of those parameters."""
-        held = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+        total = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
         if self.decoder is not None and self.is_quantised:
-            held += sum(weight.nbytes for layer in self.decoder.layers for weight in layer.weights)
-        return held
+            total += sum(weight.nbytes for layer in self.decoder.layers for weight in layer.weights)
+        return total
 
 
 def load_base(
@@ -177,10 +177,10 @@ def _quantised(base: BaseModel, device: torch.device) -> BaseModel:
     frozen: list[FrozenWeight] = []
     stacks = Decoder.stacks(base.model)
     in_few_bits = quantised_layers(len(stacks), base.precision)
-    for place, groups in enumerate(stacks):
+    for index, groups in enumerate(stacks):
         for parts in groups:
             stacked = torch.cat([part.to(device) for part in parts])
-            frozen.append(quantise(stacked) if place in in_few_bits else DenseWeight([stacked]))
+            frozen.append(quantise(stacked) if index in in_few_bits else DenseWeight([stacked]))
             for part in parts:
                 part.data = part.new_empty(0)
     base.model.to(device)  # type: ignore[arg-type]  # what is left: embedding, norms, head

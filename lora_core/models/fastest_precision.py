@@ -65,11 +65,11 @@ def _key(base: str) -> str:
 def _measured(shapes: Counter[Shape]) -> Choice:
     """Times all of a base's linears take for one row, from one pass through each shape."""
     seconds = {torch.float32: 0.0, torch.bfloat16: 0.0}
-    for place, (shape, count) in enumerate(shapes.items()):
+    for index, (shape, count) in enumerate(shapes.items()):
         of_shape = {dtype: row_seconds(shape, dtype) for dtype in seconds}
         for dtype, taken in of_shape.items():
             seconds[dtype] += count * taken
-        if place == 0 and of_shape[torch.bfloat16] > HOPELESS * of_shape[torch.float32]:
+        if index == 0 and of_shape[torch.bfloat16] > HOPELESS * of_shape[torch.float32]:
             shapes = Counter({shape: count})
             break
     flop = 4 * sum(count * inputs * outputs for (inputs, outputs), count in shapes.items())

@@ -15,8 +15,8 @@ from lora_core.models.forward import Bound, Forward
 def probe_losses(forward: Forward, adapter: Bound | None, examples: Iterable[Example]) -> list[float]:
     """Summed loss of each example's labels under `adapter` (None: the base), without dropout."""
     losses = []
-    for place, example in enumerate(examples):
-        batch = pack([Chunk("probe", ((place, example),), None)], forward.device)
+    for index, example in enumerate(examples):
+        batch = pack([Chunk("probe", ((index, example),), None)], forward.device)
         loss, _ = forward.evaluate(forward.ready(batch, [adapter], [None]))
         losses.append(float(loss[0]))
     return losses

@@ -111,13 +111,13 @@ class LiveJob:
         """
         if self.job.lora.lora_dropout == 0 or chunk.step is None:
             return None
-        # Not a tensor of a list, whose way to the device would be waited for.
+        # Not a tensor of a list, whose copy to the device would be waited for.
         seed = torch.full((1,), self.job.train.seed, dtype=torch.int64, device=chunk.positions.device)
         return mix64(mix64(mix64(mix64(seed) + chunk.step) + chunk.example_indices) + chunk.positions)
 
     def snapshot(self) -> Snapshot:
         """Everything that `TrainEngine.add` needs to continue exactly, as of the last step: of the next one's
-        gradient, what is there already is computed again.
+        gradient, what is there already is recomputed.
         """
         return self.optimizer.snapshot({"job": self.job.digest(), "progress": self.progress.to_json()})
 

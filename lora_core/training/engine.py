@@ -1,6 +1,6 @@
 """Train many adapters on one frozen base. `TrainEngine.micro_batch` is what all ranks do together, again and again.
 
-    for job between steps:             its next step's examples, or validation ones: each rank's share, cut into chunks
+    for job between steps:             its next step's examples, or validation ones: each rank's share, in chunks
     batch = a fair share of every job  chunks of several jobs side by side, at most `capacity` tokens
                                        (both made while the device still computes what came before, where it can be)
     forward_backward(batch)            gradients by job
@@ -62,10 +62,10 @@ class TrainEngine:
     that plain adapters take).
 
     `all_reduce` sums a tensor over the ranks in place (None: one rank). `capacity` is the tokens of one micro-batch.
-    `checkpointing` "full" keeps little but the inputs of the model's layers and computes the rest twice; "selective"
-    computes gate and up twice on the llama path, and nothing on the other. Where `capacity` is None,
-    both are chosen whenever a job joins or leaves, so that training fits into `budget_bytes` (None: what this machine
-    can give now). `exactness` says how chunks are laid out (None: what this machine's products ask for). Ranks stay in
+    `checkpointing` "full" saves little but the inputs of the model's layers and recomputes the rest; "selective"
+    recomputes gate and up on the llama path, and nothing on the other. Where `capacity` is None, both are chosen
+    whenever a job joins or leaves, so that training fits into `budget_bytes` (None: what this machine can give now).
+    `exactness` says how chunks are laid out (None: what this machine's products ask for). Ranks stay in
     step as long as their budgets and exactness are equal and they add and remove the same jobs in the same order
     between the same micro-batches.
     """

@@ -28,17 +28,17 @@ class Layout:
         weights, count = like.trained, len(like.a)
         offsets = [0, *accumulate(-(-weight.numel() // ALIGNMENT) * ALIGNMENT for weight in weights)]
         self.size_a, self.length = offsets[count], offsets[-1]
-        self._places = list(zip(offsets, [weight.shape for weight in weights], strict=False))
-        self._b_places = range(count, 2 * count)
+        self._parts = list(zip(offsets, [weight.shape for weight in weights], strict=False))
+        self._b_indices = range(count, 2 * count)
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """Every A, then every B, then every m, in a vector of this layout. B lies transposed, `[r, out]`, which is how
         the decoder's kernels read it fastest (`kernels/low_rank_triton.py`).
         """
         views = []
-        for place, (offset, shape) in enumerate(self._places):
+        for index, (offset, shape) in enumerate(self._parts):
             part = vector[offset : offset + shape.numel()]
-            is_b = place in self._b_places
+            is_b = index in self._b_indices
             views.append(part.view(shape[1], shape[0]).t() if is_b else part.view(shape))
         return views
 

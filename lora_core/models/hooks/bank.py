@@ -155,7 +155,7 @@ class _AddUpdates(torch.autograd.Function):
     ) -> Tensor:
         updated = torch.empty_like(output)
         rows = [segment.tokens for segment in segments]
-        kept: list[Tensor | None] = []
+        saved: list[Tensor | None] = []
         for segment, x_rows, out_rows, target in zip(
             segments, x.split(rows), output.split(rows), updated.split(rows), strict=True
         ):
@@ -175,17 +175,17 @@ class _AddUpdates(torch.autograd.Function):
                 v = _add_dora(adapter, module, F.linear(h, b), out_rows, bias, target).to(x.dtype)
             else:
                 torch.addmm(out_rows, h, b.t(), alpha=adapter.scale[module], out=target)
-            kept += [h, keep, v]
-        ctx.save_for_backward(x, *kept)
+            saved += [h, keep, v]
+        ctx.save_for_backward(x, *saved)
         ctx.module, ctx.segments, ctx.trained = module, segments, len(trained)
         return updated
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
-        x, *kept = ctx.saved_tensors
+        x, *saved = ctx.saved_tensors
         module, rows = ctx.module, [segment.tokens for segment in ctx.segments]
-        doutput = dy.clone() if any(v is not None for v in kept[2::3]) else dy
+        doutput = dy.clone() if any(v is not None for v in saved[2::3]) else dy
         dx = torch.empty_like(x) if ctx.needs_input_grad[1] else None
         dx_parts = [None] * len(rows) if dx is None else dx.split(rows)
         for segment, x_rows, dy_rows, dx_rows in zip(
@@ -196,7 +196,7 @@ class _AddUpdates(torch.autograd.Function):
                 if dx_rows is not None:
                     dx_rows.zero_()
                 continue
-            (h, keep, v), kept = kept[:3], kept[3:]
+            (h, keep, v), saved = saved[:3], saved[3:]
             if v is not None:
                 _add_magnitude_gradient(adapter, module, dy_rows, v)
                 dy_rows.copy_(dy_rows * adapter.dora_scale(module))

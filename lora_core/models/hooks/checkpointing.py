@@ -1,4 +1,4 @@
-"""Activation checkpointing: keep each decoder layer's input alone, and run the layer again in the backward pass.
+"""Activation checkpointing: save each decoder layer's input alone, and recompute the layer in the backward pass.
 
     forward     y = layer(x)                 saved: x
     backward    layer(x) once more, with the segments that were routed then; from there as if nothing had been left out
