@@ -142,7 +142,7 @@ def train(
         if problems:
             raise TrainJobsError(problems)
         for name, of_job in reports.items():
-            _tell(name, *of_job)
+            _log_rows(name, *of_job)
         if not resume:
             checkpoints.clear([job.name for job in jobs])
         for engine in engines.values():
@@ -284,11 +284,14 @@ def _add(
             dataset, validating = _datasets(base, job, states, resume and bool(NAME.fullmatch(job.name)))
             reports[job.name] = dataset.report, validating.report if validating else None
             validation = validating.examples if validating else []
-            engine = _engine(base, engines, job.lora)
-            modules = engine.forward.modules
+            path = forward_path(base.model.config, AdaptableModules(base.model), job.lora, base.precision)
+            if path not in engines:
+                engines[path] = TrainEngine(base, forward=open_forward(base, path), capacity=None)
+            modules = engines[path].forward.modules
             start = None if job.init_adapter is None else read_adapter(Path(job.init_adapter), modules)
             checkpoint = states.read(job.name) if resume and NAME.fullmatch(job.name) else None
-            engine.add(EngineJob(job.name, job.lora, job.train, dataset.examples, validation, start), checkpoint)
+            wanted = EngineJob(job.name, job.lora, job.train, dataset.examples, validation, start)
+            engines[path].add(wanted, checkpoint)
         except DatasetError as error:
             problems += [f"{job.name}: {line}" for line in str(error).splitlines()]
         except LoraConfigError as error:
@@ -300,14 +303,6 @@ def _add(
         except ValueError as error:
             problems.append(f"{job.name}: {error}")
     return problems
-
-
-def _engine(base: BaseModel, engines: dict[ForwardPath, TrainEngine], lora: LoraConfig) -> TrainEngine:
-    """The one whose path such an adapter takes."""
-    path = forward_path(base.model.config, AdaptableModules(base.model), lora, base.precision)
-    if path not in engines:
-        engines[path] = TrainEngine(base, forward=open_forward(base, path), capacity=None)
-    return engines[path]
 
 
 def _datasets(base: BaseModel, job: TrainJob, states: _Checkpoints, resume: bool) -> Datasets:
@@ -322,16 +317,16 @@ def _datasets(base: BaseModel, job: TrainJob, states: _Checkpoints, resume: bool
     return dataset, validation
 
 
-def _tell(name: str, dataset: DatasetReport, validation: DatasetReport | None) -> None:
+def _log_rows(name: str, dataset: DatasetReport, validation: DatasetReport | None) -> None:
     """Log what the rows of a job come to; what is lost as warnings, which are seen where no log was asked for."""
-    told: list[str] = []
+    logged: list[str] = []
     for title, report in (("dataset", dataset), ("validation", validation)):
         if report is not None:
             log.info("job=%s event=%s contents=%r", name, title, "; ".join(report.contents()))
             for loss in report.losses():
-                if loss not in told:  # both parts of one file ignore the same columns
+                if loss not in logged:  # both parts of one file ignore the same columns
                     log.warning("job=%s event=%s loss=%r", name, title, loss)
-                    told.append(loss)
+                    logged.append(loss)
 
 
 def _unwritable(out: Path) -> list[str]:

@@ -120,7 +120,7 @@ class Rank:
         gc.freeze()
         # Jobs that were queued before they knew their path may have any adapter.
         forward = open_forward(self.base, self._forward_path or ("llama" if self.base.is_quantised else "hooks"))
-        answers = self.collectives.gather(json.dumps(forward.exactness().values()))
+        answers = self.collectives.gather(json.dumps(asdict(forward.exactness())))
         exactness = Exactness.of_all([Exactness(**json.loads(answer or "{}")) for answer in answers])
         if self.rank == 0:
             self.mailbox.send(RanksStarted(self.base.precision, self.base.why, forward.name, str(exactness)))

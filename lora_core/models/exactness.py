@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -62,10 +62,6 @@ class Exactness:
         if not self.joined:
             return "bit for bit, a chunk at a time"
         return "bit for bit"
-
-    def values(self) -> dict[str, object]:
-        """Its fields, as `Exactness(**values)` takes them."""
-        return asdict(self)
 
     @staticmethod
     def of_all(ranks: Iterable[Exactness]) -> Exactness:

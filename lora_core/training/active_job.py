@@ -28,7 +28,7 @@ class PreparedJob:
     def __init__(self, job: EngineJob, state: HostState) -> None:
         self.job, self.state = job, state
         self.progress = Progress()
-        self.digest = job.digest()  # of all its rows: it is known from here on
+        self.digest = job.digest  # of all its rows: it is known from here on
 
     def restore(self, checkpoint: bytes) -> None:
         """Continue from `checkpoint` of the same job.
@@ -119,8 +119,4 @@ class LiveJob:
         """Everything that `TrainEngine.add` needs to continue exactly, as of the last step: of the next one's
         gradient, what is there already is recomputed.
         """
-        return self.optimizer.snapshot({"job": self.job.digest(), "progress": self.progress.to_json()})
-
-    def checkpoint(self) -> bytes:
-        """`snapshot`, written."""
-        return self.snapshot().dump()
+        return self.optimizer.snapshot({"job": self.job.digest, "progress": self.progress.to_json()})

@@ -23,17 +23,16 @@ import torch
 from torch import Tensor
 
 from lora_core.adapters.init import LoraConfigError, continued_adapter, init_adapter
-from lora_core.data.packing import Chunk
+from lora_core.data.packing import Chunk, PackedBatch, pack
 from lora_core.models.base import BaseModel
 from lora_core.models.exactness import Exactness
-from lora_core.models.forward import Forward, open_forward
+from lora_core.models.forward import Forward, Ready, open_forward
 from lora_core.models.llama.decoder import Checkpointing
 from lora_core.training.active_job import LiveJob, NextStep, PreparedJob
 from lora_core.training.fair_queue import FairQueue
 from lora_core.training.job import VALIDATION_NOT_FINITE, EngineJob, JobDiverged
 from lora_core.training.memory.planner import MemoryPlanner
 from lora_core.training.memory.predictor import DoesNotFitError, NoRoomBesideError
-from lora_core.training.micro_batch import ReadyBatch, make_ready
 from lora_core.training.optimizer import (
     AllReduce,
     Evaluation,
@@ -43,6 +42,14 @@ from lora_core.training.optimizer import (
     StepOutcome,
     learning_rate,
 )
+
+
+@dataclass(frozen=True)
+class ReadyBatch:
+    """Chunks laid end to end, and the same as the base's path takes them."""
+
+    packed: PackedBatch
+    ready: Ready
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,7 @@ class TrainEngine:
         self._prepared = WeakSet[PreparedJob]()  # and not admitted, as far as somebody still wants to
 
     def add(self, job: EngineJob, checkpoint: bytes | None = None) -> LiveJob:
-        """Take a job in, from the start or from `LiveJob.checkpoint`: `prepare` and `admit` in one."""
+        """Take a job in, from the start or from a `LiveJob.snapshot` that was dumped: `prepare` and `admit` in one."""
         return self.admit(self.prepare(job, checkpoint))
 
     def prepare(self, job: EngineJob, checkpoint: bytes | None = None) -> PreparedJob:
@@ -191,21 +198,17 @@ class TrainEngine:
         """
         jobs = [live for live in self.live.values() if not live.done]
         self._compute_micro_batch()
-        complete = [live for live in jobs if not self._waits(live)]
-        evaluated = [live for live in complete if live.evaluation_due]
-        found: dict[str, StepOutcome | JobDiverged | None] = {
-            live.job.name: self._evaluated(live) for live in evaluated
+        complete = [live for live in jobs if not any(live.job.name in queue for queue in self._queues)]
+        outcomes: dict[str, StepOutcome | JobDiverged | None] = {
+            live.job.name: self._evaluated(live) for live in complete if live.evaluation_due
         }
-        found |= self.optim_step([live for live in complete if live.job.name not in found])
-        outcomes = ((live, found[live.job.name]) for live in complete)
+        outcomes |= self.optim_step([live for live in complete if live.job.name not in outcomes])
         return {
             live.job.name: outcome
-            for live, outcome in outcomes
-            if isinstance(outcome, JobDiverged) or (outcome is not None and not live.evaluation_due)
+            for live in complete
+            if isinstance(outcome := outcomes[live.job.name], JobDiverged)
+            or (outcome is not None and not live.evaluation_due)
         }
-
-    def _waits(self, live: LiveJob) -> bool:
-        return any(live.job.name in queue for queue in self._queues)
 
     def _next_steps(self, stepping: Collection[str] = ()) -> dict[str, NextStep]:
         """Those of the jobs that are not done; of `stepping` the ones after the step that is under way."""
@@ -237,8 +240,11 @@ class TrainEngine:
             (self.forward_backward if plan.training else self.evaluate)(batch)
 
     def ready(self, chunks: Sequence[Chunk]) -> ReadyBatch:
-        """Make all that `forward_backward` or `evaluate` takes of chunks."""
-        return make_ready(self.forward, self.live, chunks)
+        """Make all that `forward_backward` or `evaluate` takes of chunks, before the first kernel."""
+        packed = pack(chunks, self.forward.device)
+        jobs = [self.live[chunk.job] for chunk in packed.chunks]
+        keys = [job.dropout_keys(chunk) for job, chunk in zip(jobs, packed.chunks, strict=True)]
+        return ReadyBatch(packed, self.forward.ready(packed, [job.bound for job in jobs], keys))
 
     def forward_backward(self, batch: ReadyBatch) -> None:
         """Add every chunk's loss and gradient to its job."""

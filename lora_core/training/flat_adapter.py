@@ -81,11 +81,6 @@ class FlatAdapter:
         adapter = replace(adapter, cast=dict(zip(adapter.a, pairs, strict=True)))
         self.adapter = self.layout.viewed(adapter, self.vector)
 
-    def update_cast(self) -> None:
-        """After the vector changed."""
-        if self.cast is not self.vector:
-            self.cast.copy_(self.vector)
-
     def on_host(self) -> Adapter:
         """A copy of what it is now, which arrives as that of `to_host` does."""
         return replace(self.layout.viewed(self.adapter, to_host(self.vector)), cast=None)

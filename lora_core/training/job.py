@@ -113,14 +113,11 @@ class EngineJob:
             problems.append(f"{self.name}: none of the validation examples has a supervised token: give others")
         return problems
 
+    @cached_property
     def digest(self) -> str:
         """What a checkpoint must agree on to be continued: the adapter's and training's configuration, where it starts,
         and every example.
         """
-        return self._digest
-
-    @cached_property
-    def _digest(self) -> str:
         digest = hashlib.sha256(f"{self.lora.model_dump_json()}{self.train.model_dump_json()}".encode())
         for examples in (self.examples, self.validation):
             digest.update(array("q", [len(examples)]).tobytes())

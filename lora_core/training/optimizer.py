@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -155,7 +155,7 @@ class FlatAdamW:
         self._residual = FlatAdapter(start.residual, device, dtype) if start.residual is not None else None
         residual = self._residual.adapter if self._residual is not None else None
         self.adapter = replace(self._trained.adapter, residual=residual)
-        self.flat, self._cast = self._trained.vector, self._trained.cast
+        self.flat = self._trained.vector
         self._message = self.flat.new_zeros(self.flat.numel() + 2)
         self._grad = self._message[:-2]
         for weight, grad in zip(self.adapter.trained, self._trained.layout.views(self._grad), strict=True):
@@ -234,15 +234,17 @@ class FlatAdamW:
     def _refresh(self, *changed: FlatAdapter) -> None:
         """What is made from A and B: their bf16 copy now, DoRA's norms at their next use."""
         for part in changed:
-            part.update_cast()
+            if part.cast is not part.vector:
+                part.cast.copy_(part.vector)
         self.adapter.norm.clear()
 
     def _refuse_missing_gradient(self) -> None:
         """Up to here every module must have had a gradient, in A or in B: of the two, one has none at first where the
         other is zero. A module without any would never learn. What was before this step is in the first moments.
         """
-        numbers = [self._trained.layout.views(vector) for vector in (self._grad, self.moments[0])]
-        had, count = _any(zip(*numbers, strict=True)), len(self.adapter.a)
+        weights = zip(*map(self._trained.layout.views, (self._grad, self.moments[0])), strict=True)
+        nonzero = torch.stack([grad.any() | moment.any() for grad, moment in weights])
+        had, count = nonzero.tolist(), len(self.adapter.a)
         of_modules = zip(self.adapter.a, had[:count], had[count : 2 * count], strict=True)
         without_gradient = [name for name, of_a, of_b in of_modules if not (of_a or of_b)]
         if without_gradient:
@@ -251,10 +253,6 @@ class FlatAdamW:
                 f"no gradient reaches {', '.join(without_gradient)}: this model does not use them; leave them out of"
                 " target_modules"
             )
-
-    @property
-    def _vectors(self) -> list[FlatAdapter]:
-        return [self._trained] if self._residual is None else [self._trained, self._residual]
 
     def _state(self) -> dict[str, Tensor]:
         """PiSSA's residual counts: another machine may find other singular vectors."""
@@ -266,7 +264,7 @@ class FlatAdamW:
         with torch.no_grad():
             for vector in self._state().values():
                 broadcast(vector)
-        self._refresh(*self._vectors)
+        self._refresh(*filter(None, (self._trained, self._residual)))
 
     def keep_best(self) -> None:
         """Remember what is trained as it is."""
@@ -292,9 +290,3 @@ class FlatAdamW:
         """A copy of what is trained as it is now, which arrives as that of `to_host` does."""
         residual = None if self._residual is None else self._residual.on_host()
         return replace(self._trained.on_host(), residual=residual)
-
-
-def _any(tensors: Iterable[Sequence[Tensor]]) -> list[bool]:
-    """Whether some of each have a number that is not zero: one answer of the device for all."""
-    found: list[bool] = torch.stack([torch.stack([one.any() for one in several]).any() for several in tensors]).tolist()
-    return found

@@ -12,9 +12,8 @@ from lora_core.config import LoraConfig, TrainConfig
 from lora_core.data.dataset import Example
 from lora_core.data.packing import PAD_TO_MULTIPLE_OF
 from lora_core.models.base import BaseModel, placed
-from lora_core.training.engine import TrainEngine
+from lora_core.training.engine import ReadyBatch, TrainEngine
 from lora_core.training.job import EngineJob, JobDiverged
-from lora_core.training.micro_batch import ReadyBatch
 from lora_core.training.optimizer import StepOutcome
 from tests.bench.report import Step
 

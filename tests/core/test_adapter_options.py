@@ -217,7 +217,7 @@ def test_pissa_resumes_bit_equal_where_other_singular_vectors_are_found(monkeypa
     job = wanted({"r": 4, "init_lora_weights": "pissa"}, epochs=2)
     live = (engine := TrainEngine(tiny_base("llama"))).add(job)
     outcomes(engine, 2)
-    blob = live.checkpoint()
+    blob = live.snapshot().dump()
     losses = outcomes(engine, 3)
     svd = torch.linalg.svd
 
@@ -377,7 +377,7 @@ def test_where_a_job_starts_counts_in_its_checkpoints(tmp_path: Path) -> None:
     engine.live.clear()
     live = engine.add(started_from(given, {"r": 4}))
     outcomes(engine, 4)
-    blob = live.checkpoint()
+    blob = live.snapshot().dump()
     changed = replace(given, b={name: b * 1.5 for name, b in given.b.items()})
     for job in (wanted({"r": 4}), started_from(changed, {"r": 4})):
         with pytest.raises(ValueError, match="the checkpoint is not one of job"):
@@ -393,7 +393,7 @@ def test_lengths_of_rows_are_part_of_a_start(tmp_path: Path) -> None:
         continued_adapter(engine.forward.modules, LoraConfig(r=4), given)
     longer = replace(given, magnitude={name: m * 2 for name, m in given.magnitude.items()})
     jobs = [started_from(start, {"r": 4, "use_dora": True}) for start in (given, longer)]
-    assert jobs[0].digest() != jobs[1].digest()
+    assert jobs[0].digest != jobs[1].digest
 
 
 def test_zeros_up_to_the_largest_rank_are_no_ranks(tmp_path: Path) -> None:

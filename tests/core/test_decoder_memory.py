@@ -101,7 +101,7 @@ def measured(
     for number, lora in enumerate(loras):
         train = TrainConfig(batch_size=len(lengths), max_seq_len=max(lengths))
         live = engine.add(EngineJob(str(number), lora, train, examples))
-        known += [live.optimizer.flat, live.optimizer._cast, live.optimizer._message]
+        known += [live.optimizer.flat, live.optimizer._trained.cast, live.optimizer._message]
         if lora.use_dora:
             live.bound.refresh(base.decoder.row_norms)
             live.bound.mark_fresh()

@@ -47,7 +47,7 @@ def test_a_job_that_does_no_better_than_chance_is_stopped_and_a_bad_start_is_not
             for name, outcome in engine.step().items():
                 live = engine.live[name]
                 if isinstance(outcome, JobDiverged) or live.done:
-                    left = str(outcome) if isinstance(outcome, JobDiverged) else live.checkpoint()
+                    left = str(outcome) if isinstance(outcome, JobDiverged) else live.snapshot().dump()
                     ends[name] = live.progress.step, left
                     engine.remove(name)
         engine.forward.close()

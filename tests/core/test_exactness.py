@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def test_products_decide(rounds: Rounding, found: dict[str, Any], caplog: pytest
     linear = linear_that(rounds)(64, 48, bias=False).requires_grad_(False)
     with caplog.at_level("INFO", "lora.engine"):
         exactness = exactness_of([FrozenProduct.of_linear(linear)], CPU, torch.float32)
-    assert {name: exactness.values()[name] for name in found} == found
+    assert {name: asdict(exactness)[name] for name in found} == found
     exact = rounds is not at_random
     assert exactness.promised == exact and (exactness.problem is None) == exact
     assert ("bit for bit" if exact else "not exact on this CPU: a product of its 64 x 48 linears") in caplog.text
@@ -110,7 +110,7 @@ def test_ranks_lay_out_alike() -> None:
     assert Exactness.of_all([padded, alone, free]) == alone
     broken = Exactness(joined=False, problem="why")
     assert Exactness.of_all([free, broken]) == Exactness(8, joined=False, promised=False, problem="why")
-    assert Exactness(**json.loads(json.dumps(broken.values()))) == broken
+    assert Exactness(**json.loads(json.dumps(asdict(broken)))) == broken
 
 
 def weight_that(rounds: Rounding) -> type[DenseWeight]:

@@ -197,7 +197,7 @@ def test_a_checkpoint_crosses_devices(folder: Path) -> None:
     live = on_gpu.add(job)
     for _ in range(7):
         on_gpu.step()
-    moved = on_cpu.add(job, live.checkpoint())
+    moved = on_cpu.add(job, live.snapshot().dump())
     for _ in range(3):
         on_gpu.step()
         on_cpu.step()

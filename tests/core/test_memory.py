@@ -123,7 +123,7 @@ def test_company_is_counted_as_what_it_is() -> None:
 def test_the_vectors_of_an_adapter_are_counted() -> None:
     base = tiny_base("llama", dtype=torch.bfloat16)
     optimizer: FlatAdamW = TrainEngine(base).add(job()).optimizer
-    vectors = (optimizer.flat, optimizer._message, optimizer._cast, *optimizer.moments)
+    vectors = (optimizer.flat, optimizer._message, optimizer._trained.cast, *optimizer.moments)
     of = predictor(CONFIGS["llama"], torch.bfloat16, "hooks")
     told = vector_bytes(of.footprints, of.footprints.of(job().lora))
     assert of.predict([job().lora] * 3, 256, 32, "none") == of.predict([job().lora] * 2, 256, 32, "none") + told
@@ -247,7 +247,7 @@ def test_an_engine_that_chooses_trains_the_same_bits() -> None:
             engine.step()
     assert (chosen.planner.capacity, chosen.planner.checkpointing) == (LARGEST, "none")
     assert tight.planner.capacity < LARGEST or tight.planner.checkpointing == "full"
-    blobs = [engine.live["job"].checkpoint() for engine in (given, chosen, tight)]
+    blobs = [engine.live["job"].snapshot().dump() for engine in (given, chosen, tight)]
     assert blobs[0] == blobs[1] == blobs[2]
     assert live.progress.step == 3
 

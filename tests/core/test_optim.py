@@ -27,7 +27,9 @@ def numbers(live: LiveJob) -> list[Tensor]:
     """Weights, moments and AdamW's own counts."""
     optimizer = live.optimizer
     counts = [state["step"] for state in optimizer._adamw.state.values()]
-    return [tensor.clone() for tensor in (optimizer.flat.detach(), *optimizer.moments, optimizer._cast, *counts)]
+    return [
+        tensor.clone() for tensor in (optimizer.flat.detach(), *optimizer.moments, optimizer._trained.cast, *counts)
+    ]
 
 
 def message(live: LiveJob, gradient: float, loss: float, tokens: float) -> None:
@@ -89,7 +91,7 @@ def test_a_module_that_the_model_does_not_use_ends_the_job() -> None:
         for _ in range(wanted.gradient_check_step):
             assert not isinstance(engine.step()["job"], JobDiverged)
             if resumed:
-                blob, engine = live.checkpoint(), TrainEngine(base)
+                blob, engine = live.snapshot().dump(), TrainEngine(base)
                 live = engine.add(wanted, blob)
         before = numbers(live)
         outcome = engine.step()["job"]

@@ -181,7 +181,7 @@ def test_nothing_of_a_job_that_left_is_kept(way: str) -> None:
         live = engine.add(wanted)
         for _ in range(3):
             engine.step()
-        checkpoint, held = live.checkpoint(), [weakref.ref(live.adapter), weakref.ref(live.bound)]
+        checkpoint, held = live.snapshot().dump(), [weakref.ref(live.adapter), weakref.ref(live.bound)]
         engine.step()
         stayed = state(live)
         engine.remove("job")

@@ -27,10 +27,10 @@ def test_resumed_job_ends_bit_equal(at: int) -> None:
     engine = TrainEngine(tiny_base("llama"), capacity=128)
     live = engine.add(wanted)
     engine.add(job("neighbour", seed=1))
-    losses, blob = [], live.checkpoint()
+    losses, blob = [], live.snapshot().dump()
     while not live.done:
         if live.progress.step == at:
-            blob = live.checkpoint()
+            blob = live.snapshot().dump()
         losses += [outcome.loss for outcome in train_until(engine, "job", live.progress.step + 1)]
     resumed_engine = TrainEngine(tiny_base("llama"), capacity=512)
     resumed_engine.add(job("other", seed=2, batch_size=2))
@@ -40,7 +40,7 @@ def test_resumed_job_ends_bit_equal(at: int) -> None:
     assert resumed_losses == losses[at:]
     assert torch.equal(state(resumed), state(live))
     assert resumed.progress == live.progress
-    assert resumed.checkpoint() == live.checkpoint()
+    assert resumed.snapshot().dump() == live.snapshot().dump()
 
 
 def test_a_checkpoint_of_any_moment_continues_alike(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +60,7 @@ def test_a_checkpoint_of_any_moment_continues_alike(monkeypatch: pytest.MonkeyPa
     outcomes: list[StepOutcome] = []
     moments = []
     while not live.done:
-        moments.append((live.checkpoint(), len(outcomes), live.evaluation_due, "job" in engine._queues[0]))
+        moments.append((live.snapshot().dump(), len(outcomes), live.evaluation_due, "job" in engine._queues[0]))
         if outcome := engine.micro_batch().get("job"):
             outcomes.append(outcome_of(outcome))
     assert live.progress.stopped
@@ -85,9 +85,9 @@ def test_a_snapshot_stays_as_it_was_while_training_goes_on() -> None:
     engine = TrainEngine(tiny_base("llama"))
     live = engine.add(job(validation=documents(6, seed=50), eval_steps=1, load_best_model_at_end=True))
     train_until(engine, "job", 3)
-    written, snapshot = live.checkpoint(), live.snapshot()
+    written, snapshot = live.snapshot().dump(), live.snapshot()
     train_until(engine, "job", 6)
-    assert live.checkpoint() != written
+    assert live.snapshot().dump() != written
     assert snapshot.dump() == written
 
 
@@ -110,7 +110,7 @@ def test_the_way_back_is_as_short_for_many_rows_and_late_steps(monkeypatch: pyte
         engine = TrainEngine(tiny_base("llama"))
         live = engine.add(wanted)
         train_until(engine, "job", steps)
-        sizes.append(len(blob := live.checkpoint()))
+        sizes.append(len(blob := live.snapshot().dump()))
         resumed = TrainEngine(tiny_base("llama"))
         drawn.clear()
         resumed.add(replace(wanted), blob)  # which knows nothing yet
@@ -144,11 +144,11 @@ def run_rank(folder: Path, rank: int, ranks: int, last: int | None) -> None:
             time.sleep(60)
         engine.micro_batch()
         if rank == 0:
-            (folder / "new").write_bytes(live.checkpoint())
+            (folder / "new").write_bytes(live.snapshot().dump())
             (folder / "new").replace(checkpoint)
     dist.barrier()
     if rank == 0:
-        (folder / "end").write_bytes(live.checkpoint())
+        (folder / "end").write_bytes(live.snapshot().dump())
 
 
 def start(folder: Path, ranks: int, last: int | None = None) -> list[Any]:
@@ -194,7 +194,7 @@ def test_checkpoint_of_other_settings_or_rows_is_refused() -> None:
     engine = TrainEngine(tiny_base("llama"))
     engine.add(job())
     engine.step()
-    blob = engine.live["job"].checkpoint()
+    blob = engine.live["job"].snapshot().dump()
     rows = documents(10, seed=0)
     others = {
         "alpha": job(lora={"lora_alpha": 9}),

@@ -366,7 +366,7 @@ def test_bf16_base_keeps_fp32_masters_and_computes_with_fresh_copies() -> None:
     moved = live.optimizer.flat != start
     assert live.optimizer.flat.dtype == torch.float32
     assert float(moved.float().mean()) > 0.99  # in bf16 A, half of the entries would not move at this rate
-    resumed = TrainEngine(tiny_base("llama", dtype=torch.bfloat16)).add(live.job, live.checkpoint())
+    resumed = TrainEngine(tiny_base("llama", dtype=torch.bfloat16)).add(live.job, live.snapshot().dump())
     live = resumed
     assert in_step()
 

@@ -47,15 +47,13 @@ class HooksForward:
         return exactness_of(products, self.device, self.base.model.dtype)
 
     def problems(self, lora: LoraConfig) -> list[str]:
-        """It takes every adapter."""
         return []
 
     def bind(self, adapter: Adapter) -> Adapter:
-        """Hooks take it as it is."""
         return adapter
 
     def load(self, adapter: Adapter) -> Adapter:
-        """The adapter to be served: on the device and in the dtype of the base, to which products would convert it."""
+        """On the device and in the dtype of the base, to which products would convert it."""
         dtype, device = self.base.model.dtype, self.device
         a = {name: weight.to(device, dtype) for name, weight in adapter.a.items()}
         b = {name: weight.to(device, dtype) for name, weight in adapter.b.items()}
@@ -67,12 +65,11 @@ class HooksForward:
     def ready(
         self, batch: PackedBatch, adapters: Sequence[Adapter | None], dropout_keys: Sequence[Tensor | None]
     ) -> HooksBatch:
-        """A segment for each chunk."""
         of_chunks = zip(adapters, batch.chunks, dropout_keys, strict=True)
         return HooksBatch(batch, [Segment(adapter, chunk.padded_tokens, keys) for adapter, chunk, keys in of_chunks])
 
     def forward_backward(self, ready: HooksBatch, checkpointing: Checkpointing) -> Tensor:
-        """Add the gradients of every adapter; the summed token loss of each chunk. "selective" saves nothing here."""
+        """Of a graph that autograd makes; "selective" recomputes nothing here."""
         model = self.base.model
         with recomputed_layers(model, self.modules) if checkpointing == "full" else nullcontext():
             losses = batch_losses(self.base, self.modules, ready.segments, ready.packed)
@@ -81,12 +78,10 @@ class HooksForward:
 
     @torch.no_grad()
     def evaluate(self, ready: HooksBatch) -> tuple[Tensor, Tensor]:
-        """(summed token loss, number of labels that have the largest logit) of each chunk."""
         loss, correct = batch_scores(self.base, self.modules, ready.segments, ready.packed).unbind(1)
         return loss, correct
 
     def prefill(self, ids: Tensor, adapter: Adapter | None, attend: Attend) -> Tensor:
-        """Logits `[1, vocabulary]` of the last token of a prompt `[tokens]`."""
         positions = torch.arange(len(ids), device=self.device)
         with self.modules.routed([Segment(adapter, len(ids))]):
             hidden = self.base.hidden(ids[None], positions[None], attend)
@@ -94,7 +89,6 @@ class HooksForward:
             return self.base.head(hidden[:, -1])
 
     def decode(self, ids: Tensor, positions: Tensor, adapters: Sequence[Adapter | None], attend: Attend) -> Tensor:
-        """Logits `[n, vocabulary]` of one token `[n]` of each of n sequences."""
         same = itertools.groupby(adapters, key=id)
         segments = [Segment((rows := list(of_adapter))[0], len(rows)) for _, of_adapter in same]
         with self.modules.routed(segments):

@@ -59,15 +59,13 @@ class LlamaForward:
         return exactness_of(products, self.device, dtype)
 
     def problems(self, lora: LoraConfig) -> list[str]:
-        """Why such an adapter cannot take this path."""
         return problems_on_llama(self.modules, lora, self._precision)
 
     def bind(self, adapter: Adapter) -> KernelArgs:
-        """The adapter as kernels take it; it follows every change of the weights."""
         return self.decoder.kernel_args(adapter)
 
     def load(self, adapter: Adapter) -> KernelArgs:
-        """The adapter to be served: on the device, in the dtype of the base, as kernels read it fastest."""
+        """On the device, in the dtype of the base, as kernels read it fastest."""
         dtype = self.decoder.embedding.dtype
         stacked = torch.cat([weight.flatten() for weight in adapter.a.values()]).to(self.device, dtype)
         parts = stacked.split([weight.numel() for weight in adapter.a.values()])
@@ -82,7 +80,6 @@ class LlamaForward:
     def ready(
         self, batch: PackedBatch, adapters: Sequence[KernelArgs | None], dropout_keys: Sequence[Tensor | None]
     ) -> LlamaBatch:
-        """All that is made of a batch before the first kernel: it can be made while another one is computed."""
         present, indices = _indexed(adapters)
         segments = [(index, chunk.padded_tokens) for index, chunk in zip(indices, batch.chunks, strict=True)]
         inputs = DecoderInput(batch.ids[0], batch.positions[0], segments, _joined(batch, dropout_keys))
@@ -91,11 +88,9 @@ class LlamaForward:
         return LlamaBatch(self.decoder.batch(inputs, present, attention), batch.labels, adapters)
 
     def forward_backward(self, ready: LlamaBatch, checkpointing: Checkpointing) -> Tensor:
-        """Add the gradients of every adapter; the summed token loss of each chunk."""
         return self.decoder.forward_backward(ready.batch, ready.labels, checkpointing)
 
     def evaluate(self, ready: LlamaBatch) -> tuple[Tensor, Tensor]:
-        """(summed token loss, number of labels that have the largest logit) of each chunk."""
         if not any(map(self._adapts_head, ready.adapters)):
             return self.decoder.evaluate(ready.batch, ready.labels)
         hidden, scores = self.decoder.hidden(ready.batch), []
@@ -107,12 +102,10 @@ class LlamaForward:
         return losses, correct
 
     def prefill(self, ids: Tensor, adapter: KernelArgs | None, attend: Attend) -> Tensor:
-        """Logits `[1, vocabulary]` of the last token of a prompt `[tokens]`."""
         positions = torch.arange(len(ids), device=self.device)
         return self._logits(self._served(ids, positions, [adapter] * len(ids), attend, 1)[-1:], [adapter])
 
     def decode(self, ids: Tensor, positions: Tensor, adapters: Sequence[KernelArgs | None], attend: Attend) -> Tensor:
-        """Logits `[n, vocabulary]` of one token `[n]` of each of n sequences."""
         return self._logits(self._served(ids, positions, adapters, attend, len(ids)), adapters)
 
     def _served(
