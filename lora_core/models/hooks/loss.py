@@ -67,23 +67,18 @@ def chunk_losses(hidden: Tensor, head: Head, chunks: Sequence[LabelledRows], tra
 
     `trained` are the weights of the head's own adapters: they make a graph grow where the hidden states have none.
     """
-    with_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, *trained))
-    losses: Tensor = _ChunkLosses.apply(hidden, head, chunks, with_gradient, *trained)  # type: ignore[no-untyped-call]
+    losses: Tensor = _ChunkLosses.apply(hidden, head, chunks, *trained)  # type: ignore[no-untyped-call]
     return losses
 
 
 class _ChunkLosses(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, head: Head, chunks: Sequence[LabelledRows], with_gradient: bool, *trained: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Head, chunks: Sequence[LabelledRows], *trained: Tensor) -> Tensor:
         ctx.hidden_shape, ctx.rows, ctx.trained = hidden.shape, [rows for rows, _ in chunks], len(trained)
         losses, gradients = [], []
         for number, (rows, labels) in enumerate(chunks):
-            slices = [
-                _slice_loss(hidden, head, number, row_slice, label_slice, with_gradient)
-                for row_slice, label_slice in zip(rows.split(SLICE_ROWS), labels.split(SLICE_ROWS), strict=True)
-            ]
+            parts = zip(rows.split(SLICE_ROWS), labels.split(SLICE_ROWS), strict=True)
+            slices = [_slice_loss(hidden, head, number, *part) for part in parts]
             losses.append(torch.stack([loss for loss, _ in slices]).sum())
             gradients.append(torch.cat([gradient for _, gradient in slices]))
         ctx.save_for_backward(*gradients)
@@ -95,23 +90,19 @@ class _ChunkLosses(torch.autograd.Function):
         total = gradients[0].new_zeros(ctx.hidden_shape)
         for rows, gradient, scale in zip(ctx.rows, gradients, grads[0].to(total.dtype), strict=True):
             total[rows] = gradient * scale
-        return total, None, None, None, *[None] * ctx.trained
+        return total, None, None, *[None] * ctx.trained
 
 
-def _slice_loss(
-    hidden: Tensor, head: Head, chunk: int, rows: Tensor, labels: Tensor, with_gradient: bool
-) -> tuple[Tensor, Tensor]:
+def _slice_loss(hidden: Tensor, head: Head, chunk: int, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Summed loss of a few rows, and its gradient with respect to them: `(softmax(logits) - one_hot(labels)) d logits /
     d hidden`.
     """
-    part = hidden[rows].detach().requires_grad_(with_gradient)
-    with torch.set_grad_enabled(with_gradient):
+    part = hidden[rows].detach().requires_grad_()
+    with torch.enable_grad():
         logits = head(part, chunk, rows)
     wide = torch.promote_types(logits.dtype, torch.float32)
     log_p = torch.log_softmax(logits.detach(), dim=-1, dtype=wide)
     loss = -log_p.gather(1, labels[:, None]).sum()
-    if not with_gradient:
-        return loss, part.new_empty(0)
     dlogits = log_p.exp_()
     dlogits[torch.arange(len(labels), device=labels.device), labels] -= 1.0
     (gradient,) = torch.autograd.grad(logits, part, dlogits.to(logits.dtype))
