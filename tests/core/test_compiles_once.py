@@ -58,16 +58,16 @@ def keys() -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.core.test_compiles_once"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    keys_by_kind: dict[str, Any] = json.loads(done.stdout)
+    return keys_by_kind
 
 
 @pytest.mark.parametrize("kind", ["plain", "dropout", "dora"])
 def test_the_number_of_jobs_and_rows_compiles_nothing(keys: dict[str, Any], kind: str) -> None:
-    one, *others = keys[kind]
-    assert len(one) > 15
+    first, *others = keys[kind]
+    assert len(first) > 15
     for other in others:
-        assert set(other) == set(one)
+        assert set(other) == set(first)
 
 
 @pytest.mark.parametrize("kind", ["dropout", "dora"])
@@ -111,8 +111,8 @@ class Asked:
 
     def reset(self) -> list[str]:
         """They are forgotten."""
-        found, self.keys = sorted(self.keys), set()
-        return found
+        launched, self.keys = sorted(self.keys), set()
+        return launched
 
 
 def small_job(name: str, seed: int, lora: dict[str, Any]) -> EngineJob:
@@ -122,7 +122,7 @@ def small_job(name: str, seed: int, lora: dict[str, Any]) -> EngineJob:
 def one_pass(on: Decoder, engine: TrainEngine, live: dict[str, LiveJob], checkpointing: Checkpointing = "none") -> None:
     """Forward, backward and an evaluation of these jobs' next rows."""
     batch, forward = pack(next_chunks(live.values()), CPU), LlamaForward(on, engine.forward.modules, "bf16")
-    bound = {name: forward.bind(one.adapter) for name, one in live.items()}
+    bound = {name: forward.bind(job.adapter) for name, job in live.items()}
     adapters, keys = [bound[chunk.job] for chunk in batch.chunks], [live[c.job].dropout_keys(c) for c in batch.chunks]
     forward.forward_backward(forward.ready(batch, adapters, keys), checkpointing)
     forward.evaluate(forward.ready(batch, adapters, [None] * len(adapters)))

@@ -73,10 +73,10 @@ class World:
 
     def taken_gradients(self) -> list[Tensor]:
         """Gradient of each job, then the loss sum and tokens; all is zero afterwards."""
-        taken = [live.optimizer._message.clone() for live in self.jobs]
+        gradients = [live.optimizer._message.clone() for live in self.jobs]
         for live in self.jobs:
             live.optimizer._message.zero_()
-        return taken
+        return gradients
 
     def by_hooks(self) -> list[Tensor]:
         self.engine.forward_backward(self.engine.ready(next_chunks(self.jobs)))
@@ -140,8 +140,8 @@ def test_gradients_add_up_over_batches() -> None:
     for _ in range(2):
         world.engine.forward_backward(world.engine.ready(next_chunks(world.jobs)))
     doubled = world.taken_gradients()
-    for one, two in zip(once, doubled, strict=True):
-        assert relative(two, 2 * one) < 1e-12
+    for single, double in zip(once, doubled, strict=True):
+        assert relative(double, 2 * single) < 1e-12
 
 
 def test_rows_of_no_adapter_go_through_the_base_alone() -> None:
@@ -202,17 +202,17 @@ def test_a_job_with_dropout_trains_on_a_quantised_base(precision: str, weight: t
 def test_evaluation_is_the_loss_without_gradients() -> None:
     world = World()
     decoder = Decoder(world.base.model)
-    views = [decoder.kernel_args(live.adapter) for live in world.jobs]
+    kernel_args = [decoder.kernel_args(live.adapter) for live in world.jobs]
     segments, labels = [(int(chunk.job), chunk.padded_tokens) for chunk in world.batch.chunks], world.batch.labels
     attention = DocumentAttention(world.batch.lengths, [len(world.batch.ids[0])], decoder.scaling, CPU)
-    batch = decoder.batch(DecoderInput(world.batch.ids[0], world.batch.positions[0], segments), views, attention)
+    batch = decoder.batch(DecoderInput(world.batch.ids[0], world.batch.positions[0], segments), kernel_args, attention)
     logits = decoder.hidden(batch) @ decoder.head.t()
     labels[0] = labels[0][0], logits[labels[0][0]].argmax(-1)  # some that are hit
-    losses, hits = decoder.evaluate(batch, labels)
+    losses, correct = decoder.evaluate(batch, labels)
     assert not any(live.optimizer._grad.any() for live in world.jobs)
     assert torch.allclose(losses, decoder.forward_backward(batch, labels), rtol=1e-12)
     expected = [int((logits[at].argmax(-1) == wanted).sum()) for at, wanted in labels]
-    assert hits.tolist() == expected and sum(expected) > 0
+    assert correct.tolist() == expected and sum(expected) > 0
 
 
 def test_the_head_goes_slice_by_slice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,8 +235,8 @@ def test_of_equal_logits_the_first_is_the_hit() -> None:
     """As a model writes it; in bf16 two are often equal."""
     head = torch.eye(4)[[0, 1, 2, 2]]  # tokens 2 and 3 always tie
     labels = [(torch.tensor([0]), torch.tensor([2])), (torch.tensor([0, 1]), torch.tensor([3, 0]))]
-    _, hits, _ = decoder_head.head_losses(head, torch.eye(4)[[2, 0]], labels, with_gradient=False)
-    assert hits.tolist() == [1.0, 1.0]
+    _, correct, _ = decoder_head.head_losses(head, torch.eye(4)[[2, 0]], labels, with_gradient=False)
+    assert correct.tolist() == [1.0, 1.0]
 
 
 def test_stacked_weights_are_the_models_own() -> None:

@@ -22,14 +22,14 @@ from tests.support.models import VOCABULARY, documents, job, outcome_of, state, 
 
 def written_by(base: BaseModel, count: int) -> list[Example]:
     """Documents that the base itself writes, token after token: it knows them before it is trained."""
-    found = []
+    examples = []
     for first in range(3, 3 + count):
         ids = [first]
         while len(ids) < 12:
             hidden = base.hidden(torch.tensor([ids]), torch.arange(len(ids))[None], PackedAttention([len(ids)]))
             ids.append(int(base.head(hidden[0, -1]).argmax()))
-        found.append(Example(ids, [False] + [True] * 11))
-    return found
+        examples.append(Example(ids, [False] + [True] * 11))
+    return examples
 
 
 def test_a_job_that_does_no_better_than_chance_is_stopped_and_a_bad_start_is_not() -> None:
@@ -54,10 +54,10 @@ def test_a_job_that_does_no_better_than_chance_is_stopped_and_a_bad_start_is_not
         return ends
 
     both = train(["wild", "calm"])
-    step, told = both["wild"]
+    step, reason = both["wild"]
     assert CHANCE_LEVEL_STEPS < step < 30
-    assert told.startswith(f"step {step}: the loss was no better than chance for 20 steps (4.56, ")
-    assert told.endswith(" at the first): lower learning_rate")
+    assert reason.startswith(f"step {step}: the loss was no better than chance for 20 steps (4.56, ")
+    assert reason.endswith(" at the first): lower learning_rate")
     assert both["calm"] == train(["calm"])["calm"]
     bad_start.add(job(learning_rate=1e-5, epochs=30))
     losses = [outcome_of(bad_start.step()["job"]).loss for _ in range(25)]

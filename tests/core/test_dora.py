@@ -210,7 +210,7 @@ def test_small_dora_scales_survive_a_bf16_base() -> None:
     assert float(scaled.norm() / plain.norm()) == pytest.approx(1.02, abs=1e-3)
 
 
-# --- company, cuts, restarts -----------------------------------------------------------------------------------------
+# --- neighbours, chunks, restarts ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lora", [DORA_HEAD, {**HEAD, "lora_dropout": 0.3}])

@@ -147,7 +147,7 @@ def train(path: ForwardPath, rounds: Rounding, neighbours: int, exactness: Exact
 
 @PATHS
 @pytest.mark.parametrize("rounds", [by_eights, by_number_of_rows])
-def test_company_equals_alone_on_other_cpus(rounds: Rounding, path: ForwardPath) -> None:
+def test_colocated_equals_alone_on_other_cpus(rounds: Rounding, path: ForwardPath) -> None:
     """And without what the check asks for it does not: jobs of 6 to 14 tokens a step show it."""
     assert torch.equal(train(path, rounds, neighbours=0), train(path, rounds, neighbours=3))
     wrong = Exactness(pad_to_multiple_of=1)
@@ -191,7 +191,7 @@ print(exactness)
 
 
 @pytest.mark.slow
-def test_company_equals_alone_where_products_cannot_be_asked_any_more() -> None:
+def test_colocated_equals_alone_where_products_cannot_be_asked_any_more() -> None:
     """A notebook that multiplied before it loaded a base: the self-check finds a way, and says it."""
     environment = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
     process = subprocess.run(
@@ -233,8 +233,8 @@ def at_widths(width: str, path: ForwardPath = "llama") -> tuple[bool, Exactness]
         engine.forward.close()
         return state(live[0]), engine.exactness
 
-    (alone, exactness), (company, _) = trained(mine), trained(mine, other)
-    return torch.equal(alone, company), exactness
+    (alone, exactness), (beside, _) = trained(mine), trained(mine, other)
+    return torch.equal(alone, beside), exactness
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -247,7 +247,7 @@ def at_widths(width: str, path: ForwardPath = "llama") -> tuple[bool, Exactness]
         ("gpt2", "hooks"),
     ],
 )
-def test_company_equals_alone_at_real_widths(width: str, path: ForwardPath, count: int) -> None:
+def test_colocated_equals_alone_at_real_widths(width: str, path: ForwardPath, count: int) -> None:
     """One layer; steps of 3 to 6 tokens, which is where products were seen to differ."""
     with threads(count):
         same, exactness = at_widths(width, path)

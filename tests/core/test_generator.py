@@ -91,7 +91,7 @@ def encode(base: BaseModel, text: str) -> list[int]:
     return ids
 
 
-def test_greedy_equals_transformers_and_peft_alone_and_in_company(stock: Stock, tmp_path: Path) -> None:
+def test_greedy_equals_transformers_and_peft_alone_and_beside_others(stock: Stock, tmp_path: Path) -> None:
     adapters = [random_adapter(stock.bank, 1), random_adapter(stock.bank, 2, r=9)]
     everything = list(stock.bank.modules)  # gemma2's output head too, which is not tied
     adapters.append(random_adapter(stock.bank, 3, targets=everything, dora=True))
@@ -139,7 +139,7 @@ def test_greedy_equals_transformers_on_a_real_model(shared_cache: Path, tmp_path
     assert tokens[0] != tokens[1] and tokens[2] != tokens[3]
 
 
-def test_samples_follow_the_seed_not_the_company(llama: BaseModel) -> None:
+def test_samples_follow_the_seed_not_the_neighbours(llama: BaseModel) -> None:
     forward = open_forward(llama)
     generator = Generator(llama, forward, slots=8, max_len=64)
 
@@ -149,8 +149,8 @@ def test_samples_follow_the_seed_not_the_company(llama: BaseModel) -> None:
 
     alone = run(generator, [request(7)])[0][0]
     adapter = forward.load(random_adapter(forward.modules, 1))
-    company = [request(1), request(None, "x", adapter), request(7), request(2, "other")]
-    tokens = run(generator, company)[0]
+    beside = [request(1), request(None, "x", adapter), request(7), request(2, "other")]
+    tokens = run(generator, beside)[0]
     assert tokens[2] == alone and tokens[0] != alone
     assert run(generator, [request(None)])[0] != run(generator, [request(None)])[0]
     forward.close()

@@ -103,7 +103,7 @@ def test_options_of_an_adapter_are_counted(options: dict[str, Any], tmp_path: Pa
     assert told == pytest.approx(taken, rel=0.1)
 
 
-def test_company_is_counted_as_what_it_is() -> None:
+def test_a_set_of_jobs_is_counted_as_what_it_is() -> None:
     """Two jobs whose chunks fill a slice of the head or do not, at a vocabulary that makes the head the most of it."""
     config = LlamaConfig(
         vocab_size=16_000, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,

@@ -69,8 +69,8 @@ def test_chunks_and_their_order_are_a_jobs_own(jobs: list[list[Example]], limit:
     batches, _ = packed(jobs, limit, capacity)
     for number, examples in enumerate(jobs):
         alone, _ = packed([examples], limit, capacity=1000)
-        in_company = [chunk.examples for batch in batches for chunk in batch if chunk.job == str(number)]
-        assert in_company == [chunk.examples for batch in alone for chunk in batch]
+        colocated = [chunk.examples for batch in batches for chunk in batch if chunk.job == str(number)]
+        assert colocated == [chunk.examples for batch in alone for chunk in batch]
 
 
 @settings(max_examples=150, deadline=None)

@@ -112,7 +112,7 @@ def test_dense_is_what_is_multiplied_with(precision: str) -> None:
 
 
 def test_dora_on_a_base_in_nf4_is_dora_on_the_weights_that_are_left_of_it() -> None:
-    """Many steps in company of a plain adapter, m from its start on, and from another adapter's B: QDoRA."""
+    """Many steps beside a plain adapter, m from its start on, and from another adapter's B: QDoRA."""
     given = init_adapter(AdaptableModules(tiny_base(KIND).model), LoraConfig(r=4), seed=5)
     for b in given.b.values():
         b.normal_(std=0.1, generator=torch.Generator().manual_seed(6))

@@ -20,7 +20,7 @@ from lora_core.training.job import EngineJob, JobDiverged
 from lora_core.training.optimizer import StepOutcome
 from tests.support.models import RanksInThreads, decoder_base, documents, job, state, tiny_base
 
-WAYS = pytest.mark.parametrize("way", ["hooks", "decoder"])
+PATHS = pytest.mark.parametrize("path", ["hooks", "decoder"])
 RANKS = pytest.mark.parametrize("ranks", [1, 2])
 
 Steps = list[tuple[int, str, StepOutcome | str]]
@@ -29,9 +29,9 @@ Steps = list[tuple[int, str, StepOutcome | str]]
 DROPOUT = {"lora_dropout": 0.3}
 
 
-def on_ranks(way: str, ranks: int, work: Callable[[TrainEngine], None], capacity: int = 96) -> None:
+def on_ranks(path: str, ranks: int, work: Callable[[TrainEngine], None], capacity: int = 96) -> None:
     """The decoder in bf16, hooks in fp32."""
-    dtype, decoder = (torch.bfloat16, True) if way == "decoder" else (torch.float32, False)
+    dtype, decoder = (torch.bfloat16, True) if path == "decoder" else (torch.float32, False)
     if ranks == 2:
         RanksInThreads("llama", dtype, capacity, with_decoder=decoder).run(work)
     else:
@@ -55,11 +55,11 @@ def eventful_jobs() -> dict[str, EngineJob]:
 
 def trained_through_all(engine: TrainEngine, prefetch: bool) -> tuple[Steps, dict[str, Tensor]]:
     """Jobs join, leave, diverge and go on, are evaluated and stop: all outcomes, and each job's state at the end."""
-    wanted, steps, left = eventful_jobs(), Steps(), {}
-    live = {name: engine.add(one) for name, one in wanted.items() if name != "joins"}
+    jobs, steps, left = eventful_jobs(), Steps(), {}
+    live = {name: engine.add(new_job) for name, new_job in jobs.items() if name != "joins"}
     for call in range(60):
         if call == 7:
-            live["joins"] = engine.add(wanted["joins"])
+            live["joins"] = engine.add(jobs["joins"])
         if call == 16:
             left["leaves"] = state(live.pop("leaves"))
             engine.remove("leaves")
@@ -69,20 +69,20 @@ def trained_through_all(engine: TrainEngine, prefetch: bool) -> tuple[Steps, dic
             engine._prefetched = None
         for name, outcome in engine.micro_batch().items():
             steps.append((call, name, str(outcome) if isinstance(outcome, JobDiverged) else outcome))
-    return steps, left | {name: state(one) for name, one in live.items()}
+    return steps, left | {name: state(live_job) for name, live_job in live.items()}
 
 
-@WAYS
+@PATHS
 @RANKS
-def test_no_bit_depends_on_it(way: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_bit_depends_on_it(path: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dropout on; micro-batches of several jobs, and steps of several micro-batches."""
     monkeypatch.setattr(engine_job, "CHUNK_TOKENS", 48)
 
     def trained(prefetch: bool) -> tuple[Steps, dict[str, Tensor]]:
-        found = []
-        on_ranks(way, ranks, lambda engine: found.append(trained_through_all(engine, prefetch)))
-        assert len(found) == ranks
-        return found[0]
+        results = []
+        on_ranks(path, ranks, lambda engine: results.append(trained_through_all(engine, prefetch)))
+        assert len(results) == ranks
+        return results[0]
 
     (steps, prefetched), (expected_steps, expected) = trained(True), trained(False)
     assert steps == expected_steps
@@ -97,9 +97,9 @@ def test_no_bit_depends_on_it(way: str, ranks: int, monkeypatch: pytest.MonkeyPa
     assert min(map(len, of_job.values())) > 3
 
 
-@WAYS
+@PATHS
 @RANKS
-def test_what_was_prefetched_is_what_is_used(way: str, ranks: int) -> None:
+def test_what_was_prefetched_is_what_is_used(path: str, ranks: int) -> None:
     """Else it would be made twice. An evaluation is prefetched, too, and that a job is done."""
 
     def work(engine: TrainEngine) -> None:
@@ -117,7 +117,7 @@ def test_what_was_prefetched_is_what_is_used(way: str, ranks: int) -> None:
                 assert engine._queues is prefetched.queues and prefetched in made
         assert used >= 8 and done.done
 
-    on_ranks(way, ranks, work)
+    on_ranks(path, ranks, work)
 
 
 def count_plans(engine: TrainEngine) -> list[Any]:
@@ -139,13 +139,13 @@ def test_it_is_made_before_the_device_is_waited_for(monkeypatch: pytest.MonkeyPa
     events: list[str] = []
     plan, answer = engine._plan_micro_batch, Tensor.tolist
 
-    def told(sums: Tensor) -> Any:
+    def recorded(sums: Tensor) -> Any:
         if sums.dim() == 2:  # of a step
             events.append("answered")
         return answer(sums)
 
     monkeypatch.setattr(engine, "_plan_micro_batch", lambda next_steps: (events.append("made"), plan(next_steps))[1])
-    monkeypatch.setattr(Tensor, "tolist", told)
+    monkeypatch.setattr(Tensor, "tolist", recorded)
     engine.micro_batch()  # the evaluation before the first step
     events.clear()
     engine.micro_batch()
@@ -153,10 +153,10 @@ def test_it_is_made_before_the_device_is_waited_for(monkeypatch: pytest.MonkeyPa
     assert events == ["made", *["made", "answered"] * 2]
 
 
-@WAYS
-def test_a_job_that_diverged_and_is_healed_takes_the_same_rows_again(way: str) -> None:
+@PATHS
+def test_a_job_that_diverged_and_is_healed_takes_the_same_rows_again(path: str) -> None:
     """What was made ready is of the step after, which has not come."""
-    found: list[Tensor] = []
+    results: list[Tensor] = []
     for heal in (True, False):
 
         def work(engine: TrainEngine, heal: bool = heal) -> None:
@@ -166,36 +166,36 @@ def test_a_job_that_diverged_and_is_healed_takes_the_same_rows_again(way: str) -
                 live.optimizer._grad[0] = math.nan
                 assert isinstance(engine.step()["job"], JobDiverged)
             engine.step()
-            found.append(state(live))
+            results.append(state(live))
 
-        on_ranks(way, 1, work)
-    assert torch.equal(*found)
+        on_ranks(path, 1, work)
+    assert torch.equal(*results)
 
 
-@WAYS
-def test_nothing_of_a_job_that_left_is_kept(way: str) -> None:
+@PATHS
+def test_nothing_of_a_job_that_left_stays(path: str) -> None:
     """Its memory is free, and if it comes again, as it was, it trains as if it had stayed."""
 
     def work(engine: TrainEngine) -> None:
-        wanted = job(lora=DROPOUT)
-        live = engine.add(wanted)
+        new_job = job(lora=DROPOUT)
+        live = engine.add(new_job)
         for _ in range(3):
             engine.step()
-        checkpoint, held = live.snapshot().dump(), [weakref.ref(live.adapter), weakref.ref(live.bound)]
+        checkpoint, references = live.snapshot().dump(), [weakref.ref(live.adapter), weakref.ref(live.bound)]
         engine.step()
         stayed = state(live)
         engine.remove("job")
         del live
         gc.collect()
-        assert [reference() for reference in held] == [None, None]
-        again = engine.add(wanted, checkpoint)
+        assert [reference() for reference in references] == [None, None]
+        resumed = engine.add(new_job, checkpoint)
         engine.step()
-        assert torch.equal(state(again), stayed)
+        assert torch.equal(state(resumed), stayed)
 
-    on_ranks(way, 1, work)
+    on_ranks(path, 1, work)
 
 
-def test_nothing_is_kept_where_a_job_fails_to_come_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_stays_where_a_job_fails_to_come_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the other ranks it came in and left: there, too, the next micro-batch is made again, at today's capacity."""
     engine = TrainEngine(tiny_base("llama"), capacity=64)
     engine.add(job(examples=documents(20, 0), batch_size=20))

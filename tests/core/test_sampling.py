@@ -44,7 +44,9 @@ def test_frequencies_are_the_nucleus_distribution(temperature: float, top_p: flo
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 1000), st.floats(0.05, 3.0), st.floats(0.01, 1.0), st.floats(0.05, 5.0))
-def test_a_row_is_drawn_alike_alone_and_in_company(seed: int, temperature: float, top_p: float, spread: float) -> None:
+def test_a_row_is_drawn_alike_alone_and_beside_others(
+    seed: int, temperature: float, top_p: float, spread: float
+) -> None:
     logits = logits_of(seed, 5, spread=spread)
     params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
     others = [
@@ -53,10 +55,10 @@ def test_a_row_is_drawn_alike_alone_and_in_company(seed: int, temperature: float
         SamplingParams(top_p=0.3),
         SamplingParams(temperature=5.0, top_p=0.99),
     ]
-    alone, company = Sampler(params), Sampler(params)
+    alone, beside = Sampler(params), Sampler(params)
     for _ in range(3):
         (wanted,) = sample(logits[2:3], [alone])
-        rows = [Sampler(others[0]), Sampler(others[1]), company, Sampler(others[2]), Sampler(others[3])]
+        rows = [Sampler(others[0]), Sampler(others[1]), beside, Sampler(others[2]), Sampler(others[3])]
         assert sample(logits, rows)[2] == wanted
 
 

@@ -212,8 +212,8 @@ def _as_flat(parts: list[Tensor]) -> Tensor:
 
 
 def test_every_cut_is_the_same_formula_after_200_steps_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One micro-batch or many, one rank or two, alone or in company, packed or padded: 1e-9. In fp32 Adam makes 1e-3 of
-    rounding.
+    """One micro-batch or many, one rank or two, alone or beside others, packed or padded: 1e-9. In fp32 Adam makes 1e-3
+    of rounding.
     """
     lora = {"target_modules": ["q_proj", "up_proj"]}
     wanted = job(lora=lora, batch_size=5, learning_rate=2e-3, weight_decay=0.1, warmup_ratio=0.1, max_seq_len=2)
@@ -231,7 +231,7 @@ def test_every_cut_is_the_same_formula_after_200_steps_in_fp64(monkeypatch: pyte
     monkeypatch.setattr(engine_job, "CHUNK_TOKENS", 1)
     one_by_one = train(TrainEngine(tiny_base("llama", dtype=double), capacity=1))
     monkeypatch.undo()
-    company = train(TrainEngine(tiny_base("llama", dtype=double), capacity=128), neighbours=2)
+    colocated = train(TrainEngine(tiny_base("llama", dtype=double), capacity=128), neighbours=2)
     two: list[Tensor] = []
     RanksInThreads("llama", double).run(lambda engine: two.append(train(engine)))
 
@@ -243,7 +243,7 @@ def test_every_cut_is_the_same_formula_after_200_steps_in_fp64(monkeypatch: pyte
     plain = _as_flat([weight.detach() for weight in weights])
 
     assert relative(whole, start) > 0.1
-    for other in (one_by_one, company, two[0], two[1], plain):
+    for other in (one_by_one, colocated, two[0], two[1], plain):
         assert relative(other, whole) < 1e-9
 
 

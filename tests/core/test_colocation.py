@@ -1,4 +1,4 @@
-"""What a job computes in the company of others is what it computes alone: on every path through a base, in every
+"""What a job computes beside others is what it computes alone: on every path through a base, in every
 precision that a CPU has, and with every option of an adapter.
 """
 
@@ -136,8 +136,8 @@ def train_together(
         ("llama-even", "llama", 2),
     ],
 )
-def test_company_equals_alone_bit_for_bit(kind: str, path: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with widths that are no multiple of a vector register. Chunks and micro-batches are so small that company
+def test_colocated_equals_alone_bit_for_bit(kind: str, path: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with widths that are no multiple of a vector register. Chunks and micro-batches are so small that neighbours
     differs from one to the next.
     """
     monkeypatch.setattr(engine_job, "CHUNK_TOKENS", 32)
@@ -148,8 +148,8 @@ def test_company_equals_alone_bit_for_bit(kind: str, path: str, count: int, monk
         return TrainEngine(base, capacity=128)
 
     with threads(count):
-        company = train_together(engine(), wanted, math.nan)
-        for name, together in company.items():
+        colocated = train_together(engine(), wanted, math.nan)
+        for name, together in colocated.items():
             alone = train_alone(engine(), wanted[name], len(together.outcomes))
             assert together.outcomes == alone.outcomes, name
             assert torch.equal(together.state, alone.state), name
@@ -179,8 +179,8 @@ def alone_in_double(base: str, steps: int, name: str, done: int) -> Result:
     return train_alone(TrainEngine(BASES[base][1](), capacity=128), wanted, done)
 
 
-def compare(base: str, steps: int, company: dict[str, Result]) -> None:
-    for name, together in company.items():
+def compare(base: str, steps: int, colocated: dict[str, Result]) -> None:
+    for name, together in colocated.items():
         alone = alone_in_double(base, steps, name, len(together.outcomes))
         assert relative(together.state, alone.state) < 1e-9, name
         losses, expected = ([outcome.loss for outcome in result.outcomes] for result in (together, alone))
@@ -194,7 +194,9 @@ LONG = ("wide", "dora", "late", "early", "idle", "poison")
     ("base", "steps"),
     [pytest.param("llama", 200, marks=pytest.mark.slow), ("llama", STEPS), ("fp8", STEPS), ("nf4", STEPS)],
 )
-def test_company_on_the_decoder_is_alone_by_the_formula(base: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colocated_on_the_decoder_is_alone_by_the_formula(
+    base: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever is computed twice and cut how, which changes here between any two micro-batches: many chunks packed side
     by side with all activations kept, or a document at a time, which is no packing at all.
     """
@@ -211,7 +213,7 @@ def test_company_on_the_decoder_is_alone_by_the_formula(base: str, steps: int, m
     compare(base, steps, train_together(engine, wanted, math.nan, change))
 
 
-def test_company_of_two_ranks_on_the_decoder_is_alone_by_the_formula() -> None:
+def test_colocated_on_two_ranks_on_the_decoder_is_alone_by_the_formula() -> None:
     """And both ranks end with the same bits; a number that is too large spreads as one that is none."""
     found: list[dict[str, Result]] = []
     ranks = RanksInThreads(KIND, DOUBLE, 96, "full", with_decoder=True)
