@@ -1,11 +1,11 @@
 """Whose chunks make up a rank's next micro-batch: start-time fair queueing (Goyal, Vin and Cheng 1996).
 
-    tag[job] += rows of each chunk taken from it        the job with the smallest tag is served next
+    tag[job] += tokens of each chunk taken from it      the job with the smallest tag is served next
     tag[job] = max(tag[job], clock)                     when it brings new chunks; clock: the smallest tag there was
 
-So jobs that have work get equal rows over time, whatever their batches and documents are; a job that was away, or needs
-little, is not owed what it did not ask for. The queue knows lengths alone, so that every rank can keep every rank's
-queue and all of them know, without a message, after which micro-batch a job is complete.
+So jobs that have work get equal tokens over time, whatever their batches and documents are; a job that was away, or
+needs little, is not owed what it did not ask for. The queue knows lengths alone, so that every rank can keep every
+rank's queue and all of them know, without a message, after which micro-batch a job is complete.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class FairQueue:
     def copy(self) -> FairQueue:
         """One that goes its own way from here on."""
         other = FairQueue()
-        other._waiting = {job: replace(one, chunks=one.chunks.copy()) for job, one in self._waiting.items()}
+        other._waiting = {job: replace(waiting, chunks=waiting.chunks.copy()) for job, waiting in self._waiting.items()}
         other._tags, other._clock = self._tags.copy(), self._clock
         return other
 

@@ -72,7 +72,7 @@ class EngineJob:
 
     @cached_property
     def largest_chunk(self) -> int:
-        """Rows that no chunk of any step or evaluation exceeds."""
+        """Tokens that no chunk of any step or evaluation exceeds."""
         largest = 0
         for examples, count in ((self.examples, self.train.batch_size), (self.validation, len(self.validation))):
             lengths = sorted((len(example.ids) for example in examples), reverse=True)

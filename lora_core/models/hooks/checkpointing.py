@@ -43,7 +43,7 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _recomputed(forward: Callable[..., Any], bank: AdapterBank) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def recomputed_forward(*args: Any, **kwargs: Any) -> Any:
         segments = bank.segments
 
         def routed_forward(*inputs: Any, **options: Any) -> Any:
@@ -54,4 +54,4 @@ def _recomputed(forward: Callable[..., Any], bank: AdapterBank) -> Callable[...,
         # with a gradient, which the first layer has not, as the embedding is frozen.
         return checkpoint(routed_forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
-    return run
+    return recomputed_forward
