@@ -14,7 +14,7 @@ import json
 import shutil
 import tempfile
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,19 +127,18 @@ def _file_sha256(file: Path, cache_dir: Path) -> str:
 
 def _converted_gguf(file: Path, cache_dir: Path) -> Path:
     digest = _file_sha256(file, cache_dir)
-    with _built_once(cache_dir / "bases" / f"{digest[:16]}-gguf") as (target, scratch):
-        if scratch is not None:
-            # The whole path: transformers would take a file of that name in the working directory instead.
-            arguments: dict[str, Any] = {"gguf_file": str(file), "local_files_only": True}
-            with readable(file), _gguf_read_once():
-                model = AutoModelForCausalLM.from_pretrained(
-                    file.parent, dtype=torch.float32, **BASE_ALONE, **arguments
-                )
-                tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
-            tokenizer.save_pretrained(scratch)
-            write_dense(model, scratch)
-            (scratch / "source.json").write_text(json.dumps({"sha256": digest, "file": file.name}))
-    return target
+
+    def convert(scratch: Path) -> None:
+        # The whole path: transformers would take a file of that name in the working directory instead.
+        arguments: dict[str, Any] = {"gguf_file": str(file), "local_files_only": True}
+        with readable(file), _gguf_read_once():
+            model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **BASE_ALONE, **arguments)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
+        tokenizer.save_pretrained(scratch)
+        write_dense(model, scratch)
+        (scratch / "source.json").write_text(json.dumps({"sha256": digest, "file": file.name}))
+
+    return _build_once(cache_dir / "bases" / f"{digest[:16]}-gguf", convert)
 
 
 _patching_gguf = threading.Lock()
@@ -167,11 +166,12 @@ def dense_folder(folder: Path, fingerprint: str, precision: str, cache_dir: Path
     if all(file.suffix == ".safetensors" for file in files) and _dtypes(files) == {precision}:
         return folder
     config = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
-    with _built_once(cache_dir / "bases" / f"{fingerprint[:16]}-{config[:8]}-{precision}") as (target, scratch):
-        if scratch is not None:
-            write_dense(open_model(folder, DTYPES[precision]), scratch)
-            (scratch / "source.json").write_text(json.dumps({"sha256": fingerprint, "folder": str(folder)}))
-    return target
+
+    def convert(scratch: Path) -> None:
+        write_dense(open_model(folder, DTYPES[precision]), scratch)
+        (scratch / "source.json").write_text(json.dumps({"sha256": fingerprint, "folder": str(folder)}))
+
+    return _build_once(cache_dir / "bases" / f"{fingerprint[:16]}-{config[:8]}-{precision}", convert)
 
 
 def _dtypes(files: list[Path]) -> set[str]:
@@ -200,23 +200,19 @@ def write_dense(model: PreTrainedModel, folder: Path, replaced: Mapping[str, Ten
         model.generation_config.save_pretrained(folder)
 
 
-@contextlib.contextmanager
-def _built_once(target: Path) -> Iterator[tuple[Path, Path | None]]:
-    """(target, scratch): scratch is None where the target exists; else it becomes the target when the block ends
-    well.
-    """
+def _build_once(target: Path, build: Callable[[Path], None]) -> Path:
+    """The target, which `build` fills where it does not exist."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with (target.parent / f".{target.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.is_dir():
-            yield target, None
-            return
+            return target
         scratch = target.parent / f".{target.name}.partial"
         shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed while it held the lock
         scratch.mkdir()
         try:
-            yield target, scratch
-            scratch.replace(target)
+            build(scratch)
+            return scratch.replace(target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
