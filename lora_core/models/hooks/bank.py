@@ -33,6 +33,7 @@ from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.dora import RowNorms
 from lora_core.adapters.dropout import dropout_mask, keep_probability
 from lora_core.adapters.targets import AdaptableModules
+from lora_core.kernels.low_rank import add_product
 
 
 @dataclass(frozen=True)
@@ -232,21 +233,15 @@ def _add_dora(
 def _add_magnitude_gradient(adapter: Adapter, module: str, dy: Tensor, v: Tensor) -> None:
     m = adapter.magnitude[module]
     if m.requires_grad:
-        if m.grad is None:
-            m.grad = torch.zeros_like(m)
+        m.grad = torch.zeros_like(m) if m.grad is None else m.grad
         m.grad.add_((dy.to(m.dtype) * v).sum(0).div_(adapter.norm[module]))
 
 
 def _add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """`weight.grad += scale * left @ right`, in the precision of `weight` from the product on."""
-    if not weight.requires_grad:
-        return
-    if weight.grad is None:
-        weight.grad = torch.zeros_like(weight)
-    if weight.dtype == left.dtype:
-        weight.grad.addmm_(left, right, alpha=scale)
-    else:
-        weight.grad.add_(left @ right, alpha=scale)
+    """`weight.grad += scale * left @ right`, where the weight is trained."""
+    if weight.requires_grad:
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        add_product(weight.grad, left, right, scale)
 
 
 def _dropped(x: Tensor, keep: Tensor, p: float) -> Tensor:
