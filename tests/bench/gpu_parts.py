@@ -241,16 +241,16 @@ def ends(report: Report, conditions: Conditions, precision: str) -> None:
     step, device = functools.partial(checked_step, engine), conditions.device
     for _ in range(conditions.warm):
         step()
-    taken: dict[str, list[float]] = {"a checkpoint": [], "a hand-over": [], "a probe": []}
+    pauses: dict[str, list[float]] = {"a checkpoint": [], "publishing": [], "a probe": []}
     for live in [*engine.live.values()][: conditions.timed + 1]:
-        for name, begin in (("a checkpoint", _checkpoint), ("a hand-over", _hand_over)):
+        for name, begin in (("a checkpoint", _checkpoint), ("publishing", _publish)):
             usual = seconds_of(step, device)
             with ThreadPoolExecutor(1) as thread:
                 beside = seconds_of(functools.partial(_step_beside, thread, begin, engine, live, step), device)
-            taken[name].append(1000 * (beside - usual))
+            pauses[name].append(1000 * (beside - usual))
         probe = functools.partial(probe_losses, engine.forward, live.bound, live.job.examples[:1])
-        taken["a probe"].append(1000 * seconds_of(probe, device))
-    for name, of_jobs in taken.items():  # the first takes memory, and the hooks' kernels
+        pauses["a probe"].append(1000 * seconds_of(probe, device))
+    for name, of_jobs in pauses.items():  # the first takes memory, and the hooks' kernels
         report.figure(f"{precision}: ms that {name} takes, first", of_jobs[0])
         report.figure(f"{precision}: ms that {name} takes, median of others", statistics.median(of_jobs[1:]))
 
@@ -278,7 +278,7 @@ def _checkpoint(_: TrainEngine, live: LiveJob) -> Callable[[], object]:
     return write
 
 
-def _hand_over(engine: TrainEngine, live: LiveJob) -> Callable[[], object]:
+def _publish(engine: TrainEngine, live: LiveJob) -> Callable[[], object]:
     adapter, arrived = live.optimizer.on_host(), arrival(engine.base.device)
 
     def make_files() -> None:

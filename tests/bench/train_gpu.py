@@ -16,7 +16,7 @@ of ours has 8,192 tokens where a part does not say otherwise. Each part frees wh
     sweep     1 to 32 jobs at the same tokens a step, with and without the optimizer's time
     swap      a job leaves a live session of eight and another takes its place
     join      jobs whose kernels are the first of their kind on a machine join eight, kernels warmed up or not
-    ends      a checkpoint of one of eight jobs is written, and its adapter handed over, beside the others' steps
+    ends      a checkpoint of one of eight jobs is written, and its adapter published, beside the others' steps
     first     the first step of a fresh process, with empty compile caches and with full ones
 
 `ours`, our side of `long`, `mixed` and `curve`, and what follows them run in each of `--precisions`. Eight PEFT jobs
