@@ -51,8 +51,7 @@ class EmbeddedRay:
 
 
 class OwnerLock:
-    """Held by the one process that owns the embedded Ray of a LORA_HOME; the kernel lets go of it however that process
-    ends."""
+    """Held by the process that owns the embedded Ray of a LORA_HOME, until that ends, however it does."""
 
     def __init__(self, settings: Settings) -> None:
         path = settings.home / "run" / "owner.lock"
@@ -91,9 +90,7 @@ def find_embedded(settings: Settings) -> EmbeddedRay | None:
 
 
 def embedded_environment(settings: Settings) -> dict[str, str]:
-    """Return what the owner of the embedded Ray needs in its environment before it imports Ray, which reads it then and
-    never again.
-    """
+    """Return what the embedded Ray's owner needs in its environment before it imports Ray, which reads it then."""
     token = settings.home / "ray_token"
     if not token.exists():
         token.parent.mkdir(parents=True, exist_ok=True)
@@ -108,15 +105,12 @@ def embedded_environment(settings: Settings) -> dict[str, str]:
 
 
 def _token(path: str) -> dict[str, str]:
-    """Return the variables that name a token. RAY_AUTH_TOKEN, which would count before the path, may be another
-    cluster's.
-    """
+    """Return the variables that name a token. RAY_AUTH_TOKEN, which would count first, may be another cluster's."""
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": path, "RAY_AUTH_TOKEN": ""}
 
 
 def start_embedded(settings: Settings) -> EmbeddedRay:
-    """Start Ray inside this process, which becomes its owner: it ends when this process ends. See
-    `embedded_environment`."""
+    """Start Ray inside this process, its owner, with which it ends. See `embedded_environment`."""
     import ray
     from ray._private.parameter import RayParams
 
@@ -151,8 +145,7 @@ def start_embedded(settings: Settings) -> EmbeddedRay:
 
 
 def stop_embedded(settings: Settings, *, timeout: float = 20.0) -> list[str]:
-    """End the owner of the embedded Ray and whatever of it is left (after a kill -9 Ray leaves orphans); says what it
-    ended."""
+    """End the embedded Ray's owner and the orphans that it leaves after a kill -9; says what it ended."""
     ended = []
     embedded = find_embedded(settings)
     if embedded is not None:
@@ -213,9 +206,7 @@ def end_process(pid: int, timeout: float) -> None:
 
 
 def _processes_of(folder: str) -> Iterator[psutil.Process]:
-    """Yield this user's processes of the Ray whose folder this is: named on the command line, or (workers) in the
-    environment.
-    """
+    """Yield this user's processes that name this folder of Ray's as an argument, or (workers) in the environment."""
     for process in psutil.process_iter(["pid", "uids", "cmdline"]):
         if process.pid == os.getpid() or process.info["uids"] is None or process.info["uids"].real != os.getuid():
             continue

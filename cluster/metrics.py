@@ -1,4 +1,4 @@
-"""Every metric, once: name, kind, help, labels, buckets. Dashboards and alerts quote `exported`.
+"""Every metric, once: name, kind, source, help, labels, buckets. Dashboards and alerts quote `exported`.
 
 Names after the prefix `lora_` are vLLM's where vLLM has the thing, so that what operators know works here.
 """
@@ -15,7 +15,7 @@ REQUEST_BUCKETS = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.
 LOAD_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class MetricSpec:
     """One metric. `source` says who exports it: the scheduler, from SQL, or a Ray process through `ray.util.metrics`.
 
@@ -25,8 +25,8 @@ class MetricSpec:
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
-    help: str
     source: Literal["scheduler", "ray"]
+    help: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
 
@@ -36,137 +36,79 @@ class MetricSpec:
         return f"ray_{self.name}" if self.source == "ray" else self.name
 
 
-JOBS = MetricSpec(
-    name="lora_jobs", kind="gauge", source="scheduler", labels=("status",), help="Jobs in the queue's table, by status."
-)
+JOBS = MetricSpec("lora_jobs", "gauge", "scheduler", "Jobs in the queue's table, by status.", ("status",))
 QUEUE_OLDEST_SECONDS = MetricSpec(
-    name="lora_queue_oldest_seconds",
-    kind="gauge",
-    source="scheduler",
-    help="Age of the oldest job that waits to run; 0 when none waits.",
+    "lora_queue_oldest_seconds", "gauge", "scheduler", "Age of the oldest job that waits to run; 0 when none waits."
 )
-SESSIONS = MetricSpec(
-    name="lora_sessions", kind="gauge", source="scheduler", labels=("state",), help="Training sessions, by state."
-)
+SESSIONS = MetricSpec("lora_sessions", "gauge", "scheduler", "Training sessions, by state.", ("state",))
 JOB_TOKENS = MetricSpec(
-    name="lora_job_tokens_total",
-    kind="counter",
-    source="scheduler",
-    labels=("job", "adapter"),
-    help="Tokens trained on, padding not counted.",
+    "lora_job_tokens_total", "counter", "scheduler", "Tokens trained on, padding not counted.", ("job", "adapter")
 )
 JOB_LOSS = MetricSpec(
-    name="lora_job_loss",
-    kind="gauge",
-    source="scheduler",
-    labels=("job",),
-    help="Loss of a running job's last optimizer step, per supervised token.",
+    "lora_job_loss",
+    "gauge",
+    "scheduler",
+    "Loss of a running job's last optimizer step, per supervised token.",
+    ("job",),
 )
 JOB_VALIDATION_LOSS = MetricSpec(
-    name="lora_job_validation_loss",
-    kind="gauge",
-    source="scheduler",
-    labels=("job",),
-    help="Loss of a running job's validation rows at their last evaluation, per supervised token.",
+    "lora_job_validation_loss",
+    "gauge",
+    "scheduler",
+    "Loss of a running job's validation rows at their last evaluation, per supervised token.",
+    ("job",),
 )
 JOB_VALIDATION_ACCURACY = MetricSpec(
-    name="lora_job_validation_accuracy",
-    kind="gauge",
-    source="scheduler",
-    labels=("job",),
-    help="Share of a running job's supervised validation tokens that the model would have written, from 0 to 1.",
+    "lora_job_validation_accuracy",
+    "gauge",
+    "scheduler",
+    "Share of a running job's supervised validation tokens that the model would have written, from 0 to 1.",
+    ("job",),
 )
-JOB_STEP = MetricSpec(
-    name="lora_job_step",
-    kind="gauge",
-    source="scheduler",
-    labels=("job",),
-    help="Optimizer steps done by a running job.",
-)
+JOB_STEP = MetricSpec("lora_job_step", "gauge", "scheduler", "Optimizer steps done by a running job.", ("job",))
 JOB_STEP_SECONDS = MetricSpec(
-    name="lora_job_step_seconds",
-    kind="gauge",
-    source="scheduler",
-    labels=("job",),
-    help="Duration of a running job's last optimizer step.",
+    "lora_job_step_seconds", "gauge", "scheduler", "Duration of a running job's last optimizer step.", ("job",)
 )
 
 REQUESTS = MetricSpec(
-    name="lora_requests_total",
-    kind="counter",
-    source="ray",
-    labels=("base", "adapter", "finish_reason"),
-    help="Requests answered.",
+    "lora_requests_total", "counter", "ray", "Requests answered.", ("base", "adapter", "finish_reason")
 )
-PROMPT_TOKENS = MetricSpec(
-    name="lora_prompt_tokens_total", kind="counter", source="ray", labels=("base", "adapter"), help="Tokens of prompts."
-)
+PROMPT_TOKENS = MetricSpec("lora_prompt_tokens_total", "counter", "ray", "Tokens of prompts.", ("base", "adapter"))
 GENERATION_TOKENS = MetricSpec(
-    name="lora_generation_tokens_total",
-    kind="counter",
-    source="ray",
-    labels=("base", "adapter"),
-    help="Tokens generated.",
+    "lora_generation_tokens_total", "counter", "ray", "Tokens generated.", ("base", "adapter")
 )
 TIME_TO_FIRST_TOKEN_SECONDS = MetricSpec(
-    name="lora_time_to_first_token_seconds",
-    kind="histogram",
-    source="ray",
-    labels=("base",),
-    buckets=FIRST_TOKEN_BUCKETS,
-    help="From a request's arrival to its first token, the wait and the adapter's load included.",
+    "lora_time_to_first_token_seconds",
+    "histogram",
+    "ray",
+    "From a request's arrival to its first token, the wait and the adapter's load included.",
+    ("base",),
+    FIRST_TOKEN_BUCKETS,
 )
 E2E_REQUEST_LATENCY_SECONDS = MetricSpec(
-    name="lora_e2e_request_latency_seconds",
-    kind="histogram",
-    source="ray",
-    labels=("base",),
-    buckets=REQUEST_BUCKETS,
-    help="From a request's arrival to its last token.",
+    "lora_e2e_request_latency_seconds",
+    "histogram",
+    "ray",
+    "From a request's arrival to its last token.",
+    ("base",),
+    REQUEST_BUCKETS,
 )
-NUM_REQUESTS_RUNNING = MetricSpec(
-    name="lora_num_requests_running", kind="gauge", source="ray", labels=("base",), help="Requests that generate now."
-)
+NUM_REQUESTS_RUNNING = MetricSpec("lora_num_requests_running", "gauge", "ray", "Requests that generate now.", ("base",))
 NUM_REQUESTS_WAITING = MetricSpec(
-    name="lora_num_requests_waiting",
-    kind="gauge",
-    source="ray",
-    labels=("base",),
-    help="Requests that wait for a place in the batch.",
+    "lora_num_requests_waiting", "gauge", "ray", "Requests that wait for a place in the batch.", ("base",)
 )
 ADAPTER_LOAD_SECONDS = MetricSpec(
-    name="lora_adapter_load_seconds",
-    kind="histogram",
-    source="ray",
-    labels=("stage",),
-    buckets=LOAD_BUCKETS,
-    help="Time to make an adapter servable, by stage.",
+    "lora_adapter_load_seconds",
+    "histogram",
+    "ray",
+    "Time to make an adapter servable, by stage.",
+    ("stage",),
+    LOAD_BUCKETS,
 )
 ADAPTER_CACHE = MetricSpec(
-    name="lora_adapter_cache_total",
-    kind="counter",
-    source="ray",
-    labels=("result",),
-    help="Requests for an adapter, by whether it was loaded already.",
-)
-
-METRICS = (
-    JOBS,
-    QUEUE_OLDEST_SECONDS,
-    SESSIONS,
-    JOB_TOKENS,
-    JOB_LOSS,
-    JOB_VALIDATION_LOSS,
-    JOB_VALIDATION_ACCURACY,
-    JOB_STEP,
-    JOB_STEP_SECONDS,
-    REQUESTS,
-    PROMPT_TOKENS,
-    GENERATION_TOKENS,
-    TIME_TO_FIRST_TOKEN_SECONDS,
-    E2E_REQUEST_LATENCY_SECONDS,
-    NUM_REQUESTS_RUNNING,
-    NUM_REQUESTS_WAITING,
-    ADAPTER_LOAD_SECONDS,
-    ADAPTER_CACHE,
+    "lora_adapter_cache_total",
+    "counter",
+    "ray",
+    "Requests for an adapter, by whether it was loaded already.",
+    ("result",),
 )

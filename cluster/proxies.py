@@ -14,8 +14,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def reach_this_machine_directly() -> None:
-    """Add this machine's names and addresses to what the environment excepts from its proxies, for this process and
-    those that it starts."""
+    """Except this machine's addresses from the environment's proxies, here and in processes started from here."""
     excepted = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     hosts = [host for host in excepted.replace(",", " ").split() if host]
     # Without proxies the exceptions would be all that is set, and hide those of a system that keeps them elsewhere.
@@ -27,9 +26,7 @@ def reach_this_machine_directly() -> None:
 
 
 def _addresses() -> list[str]:
-    """Return those of this machine's interfaces, which Ray prefers to loopback; no link-local ones, which nobody
-    writes.
-    """
+    """Return those of this machine's interfaces, which Ray prefers to loopback; no link-local ones."""
     found = {address.address for interface in psutil.net_if_addrs().values() for address in interface
              if address.family.name in ("AF_INET", "AF_INET6")}  # fmt: skip
     return sorted(address for address in found if "%" not in address)

@@ -27,9 +27,7 @@ class NoClusterError(RuntimeError):
 
 
 def log_to_stderr() -> None:
-    """Write one line an event from this project's loggers, also in Ray's workers, which set up the root logger
-    themselves.
-    """
+    """Write one line an event from this project's loggers, also in Ray's workers, which set up the root logger."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logger = logging.getLogger("lora")

@@ -139,9 +139,7 @@ class AdapterRegistry:
         return [key.split("/")[-2] for key in keys if key.endswith(f"/{MANIFEST}")]
 
     def list_adapters(self) -> list[AdapterEntry]:
-        """Return every adapter with its latest version, sorted by base and name. One small read an adapter, 16 at a
-        time.
-        """
+        """Return every adapter with its latest version, sorted by base and name: one small read each."""
         keys = self._storage.list(aliases_prefix(self._tenant))
         with ThreadPoolExecutor(READERS) as readers:
             pointers = [json.loads(content) for content in readers.map(self._storage.get, keys)]

@@ -122,9 +122,7 @@ class Settings(BaseSettings):
     @field_validator("base_models")
     @classmethod
     def _named(cls, models: dict[str, str]) -> dict[str, str]:
-        """Check aliases, which are the part before the colon in `model="<base>:<adapter>"`; relative paths are of this
-        directory.
-        """
+        """Check aliases (the part before the colon in `<base>:<adapter>`); relative paths are of this directory."""
         bad = [alias for alias in models if not ALIAS.fullmatch(alias)]
         if bad:
             raise ValueError(f"must have aliases of letters, digits, '.', '_' and '-' only (not {bad})")
@@ -196,9 +194,7 @@ def load_settings() -> Settings:
 
 
 def _misspelt() -> list[str]:
-    """Name variables close to a setting's name. Others are left alone: Kubernetes makes dozens for a Service
-    `lora-...`.
-    """
+    """Name variables close to a setting's name, and no others: Kubernetes makes dozens for a Service `lora-...`."""
     known = [PREFIX + field.upper() for field in Settings.model_fields]
     unknown = [name for name in os.environ if name.startswith(PREFIX) and name not in known]
     nearest = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.85) for name in sorted(unknown)}

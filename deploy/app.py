@@ -20,9 +20,7 @@ _GATEWAY_ONGOING = 1024
 
 
 def build_app(settings: Settings) -> Application:
-    """Serve every base in `settings.base_models`. Replicas ask for no CPUs, which training needs all of; see
-    `_resources`.
-    """
+    """Serve every base in `settings.base_models`. Replicas ask for no CPUs, which training needs all of."""
     deployment: Deployment = serve.deployment(
         max_ongoing_requests=_ONGOING,
         max_queued_requests=_QUEUED,

@@ -294,5 +294,4 @@ class DatabaseSettingError(JobError, ValueError):
 
 
 class DatabaseUnavailableError(JobError):
-    """The database did not answer. Whether the last write happened is unknown: read again, never assume that it
-    failed."""
+    """The database did not answer. Whether the last write happened is unknown: read again."""

@@ -26,9 +26,7 @@ def progress_line(progress: JobProgress) -> str:
 
 
 def report(job: Job, session: Session | None, events: Sequence[QueueEvent], settings: Settings) -> Iterator[str]:
-    """Describe the job, whose session this is, if it has one, with its history; `settings` are those of whoever
-    asks.
-    """
+    """Describe a job with its session, if it has one, and its history; `settings` are those of whoever asks."""
     model = f"{job.base}:{job.spec.adapter}"
     moved = [event.at for event in events if (event.data or {}).get("to") == job.status]
     since = moved[-1] if moved else job.created_at

@@ -30,8 +30,7 @@ ADAPTER_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 class SpecError(ValueError):
-    """Everything that is wrong with a job spec: `problems`, one sentence each, found in `source` (a path, or what it
-    was)."""
+    """Everything that is wrong with a job spec: `problems`, one sentence each, in `source` (a path, or what it was)."""
 
     def __init__(self, problems: list[str], source: str = "the job spec") -> None:
         super().__init__(problems, source)
@@ -96,9 +95,7 @@ class JobSpec(BaseModel):
         return train
 
     def canonical_json(self) -> str:
-        """Return the spec as one line in which equal specs are equal bytes; `JobSpec.model_validate_json` reads it
-        back.
-        """
+        """Return one line, the same for equal specs, which `JobSpec.model_validate_json` reads back."""
         return _canonical(self.model_dump(mode="json"))
 
     def content_key(

@@ -69,9 +69,7 @@ class Storage(ABC):
 
     @abstractmethod
     def fetch(self, key: str, path: Path, *, sha256: str | None = None) -> None:
-        """Copy what `get` returns into a file that appears, or is replaced, only once all of the content is there and
-        checked.
-        """
+        """Copy what `get` returns into a file that appears, or is replaced, only once all is there and checked."""
 
     @abstractmethod
     def exists(self, key: str) -> bool:

@@ -225,9 +225,7 @@ def _invalid(error: ErrorDetails) -> Problem:
 
 
 def _unsupported(document: Mapping[str, Any], kind: type[CompletionRequest]) -> list[Problem]:
-    """Name parameters that are not supported, and what is wrong with messages; null passes, and a value without
-    effect.
-    """
+    """Name what is wrong with messages, and parameters that are not supported; null and neutral values pass."""
     problems = []
     for name, value in document.items():
         if name in kind.model_fields or name in _HARMLESS or value is None:

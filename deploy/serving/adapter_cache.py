@@ -149,9 +149,7 @@ class AdapterCache:
         return entry
 
     def _check_origin(self, what: str, version: AdapterVersion) -> None:
-        """Check, before anything is fetched, that it has the same base weights, and prompts that mean the same
-        tokens.
-        """
+        """Check before anything is fetched that it has the same base weights, tokenizer and template."""
         if version.digest in self._refused:
             raise AdapterRefusedError(self._refused[version.digest])
         fingerprint = version.manifest.get("base_fingerprint")

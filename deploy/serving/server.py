@@ -64,9 +64,7 @@ class AdapterServer:
         )  # fmt: skip
 
     def check_health(self) -> None:
-        """Raise what killed the decode loop. Serve asks every few seconds, and replaces the replica when this
-        raises.
-        """
+        """Raise what killed the decode loop: Serve asks every few seconds, and then replaces the replica."""
         if self._loop.error is not None:
             raise self._loop.error
 
@@ -148,9 +146,7 @@ class _Account:
 
 
 def _refusal(error: Exception) -> ErrorResponse:
-    """Return what went wrong, for the one who asked. Anything unforeseen is a bug: it is raised, and logged with its
-    stack.
-    """
+    """Return what went wrong, for the one who asked. Anything unforeseen is a bug, which is raised and logged."""
     from deploy.serving.adapter_cache import AdapterRefusedError
     from deploy.serving.decode_loop import DecodeLoopError
     from lora_core.adapters.peft_format import AdapterFormatError

@@ -1,4 +1,4 @@
-"""Sessions and schedulers as Ray jobs: launch, look, stop. The only file that speaks Ray Jobs' words.
+"""Sessions and schedulers as Ray jobs: launch and look. The only file that speaks Ray Jobs' words.
 
 A submission id is deterministic (`<session>-a<attempt>`), so that after a crash the scheduler asks Ray whether it
 exists instead of guessing. "Cannot reach Ray" is its own answer: it never means that a job is dead.
@@ -59,8 +59,7 @@ class SubmissionStatus:
 
 @dataclass(frozen=True)
 class ClusterSize:
-    """Data-parallel ranks that the nodes alive now can hold, one a GPU (or a CPU where there is no GPU), and their
-    number."""
+    """Ranks that the nodes alive now can hold, one a GPU (or a CPU where there is no GPU), and the nodes' number."""
 
     workers: int
     nodes: int
@@ -71,7 +70,7 @@ class RayUnreachableError(JobError, RuntimeError):
 
 
 class Launcher:
-    """Ray Jobs behind four verbs. Sessions run the code and variables of the Ray job that this process is part of."""
+    """Ray Jobs behind a few verbs. Sessions run the code and variables of the Ray job that this process is part of."""
 
     def __init__(self, driver_labels: dict[str, str], api_url: str | None = None) -> None:
         self._api_url = api_url
@@ -105,20 +104,6 @@ class Launcher:
         if info.status == RayStatus.RUNNING:
             return SubmissionStatus(SubmissionState.RUNNING)
         return SubmissionStatus(SubmissionState.ENDED, f"{info.status.lower()}: {info.message or ''}")
-
-    def stop(self, submission_id: str) -> None:
-        """Ask Ray to stop a submission; without an answer the caller sees it in `state`."""
-        try:
-            self._client().stop_job(submission_id)
-        except NO_ANSWER:
-            return
-
-    def logs(self, submission_id: str) -> str:
-        """Return the log of a submission, as long as the node that holds it lives."""
-        try:
-            return self._client().get_job_logs(submission_id)
-        except NO_ANSWER as error:
-            return f"(the log of {submission_id} is not to be had: {error})"
 
     def size(self) -> ClusterSize:
         """Return what the cluster holds now.

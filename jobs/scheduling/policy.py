@@ -98,9 +98,7 @@ def plan(
 
 
 def _in_line(waiting: Sequence[Job], cluster: Cluster) -> dict[str, str]:
-    """Tell jobs for which there is no room why, the first in line first. No number grows without end: each is
-    recorded.
-    """
+    """Tell jobs for which there is no room why, in order. No number grows without end: each is recorded."""
     first, *others = waiting
     why = {
         first.id: f"waits: others have the workers of which it needs {first.num_workers}; the cluster has"
@@ -114,9 +112,7 @@ def _in_line(waiting: Sequence[Job], cluster: Cluster) -> dict[str, str]:
 
 @dataclass
 class _Target:
-    """A session that stays, or that is to be launched (`session` None), for jobs of these keys; and `max_colocated` of
-    each job in it.
-    """
+    """A session that stays, or is to be launched (None), for jobs of these keys; `max_colocated` of each job in it."""
 
     keys: tuple[SessionKey, ...]
     session: Session | None
@@ -159,9 +155,7 @@ class _Targets:
         return self._targets[-1]
 
     def beside_others(self, job: Job) -> _Target | None:
-        """Find the one with the fewest jobs, of those where everybody agrees to one more; it runs if one of them
-        does.
-        """
+        """Find the one with the fewest jobs where everybody agrees to one more, and one that runs before others."""
         room = [target for target in self._targets if job.session_key in target.keys and self._has_room(target, job)]
         return min(room, key=lambda target: (target.comes_later, len(target.colocated)), default=None)
 
@@ -171,9 +165,7 @@ class _Targets:
 
 
 def _to_stop(idle: Sequence[Session], missing: int) -> list[Session]:
-    """Choose sessions that together hold `missing` workers, none more than needed; none at all where all of them are
-    not enough.
-    """
+    """Choose sessions that together hold `missing` workers, none more than needed; none where all are not enough."""
     if sum(session.num_workers for session in idle) < missing:
         return []
     chosen = list(idle)

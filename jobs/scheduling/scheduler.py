@@ -108,14 +108,11 @@ class Scheduler:
 
     @staticmethod
     def _lease_ran_out(session: Session) -> bool:
-        """Return whether a driver's own sign of life is old: it outlives a lost head, so that it may live although Ray
-        does not know it.
-        """
+        """Return whether a driver's sign of life is old: having outlived a head it may live unknown to Ray."""
         return session.lease_until is None or session.lease_until < time.time()
 
     def _mark_ended(self, session: Session, reason: str) -> None:
-        """End a session that is gone. One that never came up is on the record of the jobs that wait for it: the third
-        is the last."""
+        """End a session that is gone. Jobs that wait for one that never came up count it: the third is the last."""
         log.warning("session=%s event=gone state=%s reason=%s", session.id, session.state, reason)
         ended = self.queue.session_move(session.id, session.state, SessionState.ENDED, reason=reason, lease=self.lease)
         if not ended or session.state is not SessionState.LAUNCHING:
@@ -233,9 +230,7 @@ def _schedule(settings: Settings, cluster: str, owner: OwnerLock | None, stopped
 
 
 def run_step(scheduler: Scheduler) -> bool:
-    """Run `Scheduler.step`, and tell its failure to those who wait. Ray that does not answer is unknown, and not dead:
-    the rows stay as they are.
-    """
+    """Run `Scheduler.step`, and tell its failure to those who wait. Where Ray does not answer, rows stay."""
     try:
         return scheduler.step()
     except RayUnreachableError as error:

@@ -241,9 +241,7 @@ class SessionController:
             self._storage.delete(commit["key"])
 
     def _publish(self, report: Trained) -> None:
-        """Write adapter, then result, then the row: a crash in between is repeated from the last checkpoint to the same
-        content.
-        """
+        """Write adapter, result and row; after a crash in between, the last checkpoint leads to the same."""
         if not self._runs_here(report.job_id):
             return
         job = self._queue.get(report.job_id)
@@ -260,9 +258,7 @@ class SessionController:
         self._move(job.id, JobStatus.SUCCEEDED, f"published {result['model']} version {version.version}", result=result)
 
     def _blame(self, suspects: Iterable[str], reason: str) -> None:
-        """Fail or requeue those whose rank raised. One suspect is the culprit; of several each is tried again by
-        itself.
-        """
+        """Of those whose rank raised, fail the only one, or requeue several, each to be tried by itself."""
         suspects = list(suspects)
         for job_id in suspects:
             if len(suspects) == 1:
@@ -349,9 +345,7 @@ def _root_cause(error: TrainingFailedError) -> str:
 
 
 def _train_loop(config: dict[str, Any]) -> None:
-    """Run one rank. Its code is imported there: neither the driver nor Ray's controller needs transformers, which takes
-    each of them seconds and 0.2 GB.
-    """
+    """Run one rank. Imported there: the driver and Ray's controller need no transformers, which takes 0.2 GB each."""
     from jobs.session.rank import train_loop
 
     train_loop(config)

@@ -43,9 +43,7 @@ class JobReader:
                 self.reading[assignment.job_id] = assignment, work
 
     def _read(self, assignment: Assignment) -> tuple[JobSpec, PreparedJob, str]:
-        """Read with patience while the storage does not answer: what a job has reached is worth more than a few
-        minutes.
-        """
+        """Read with patience while the storage does not answer: a job is worth more than a few minutes."""
         deadline = time.monotonic() + STORAGE_PATIENCE
         while True:
             try:

@@ -63,9 +63,7 @@ class Expected(Report):
 
 @dataclass(frozen=True)
 class Evaluated(Report):
-    """What the validation rows said after some step (`lora_core.training.optimizer.Evaluation`), and why training ends
-    with it, if it does.
-    """
+    """An evaluation (`lora_core.training.optimizer.Evaluation`), and why training ends with it, if it does."""
 
     evaluation: dict[str, Any]
     stopped: str | None

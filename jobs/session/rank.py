@@ -177,9 +177,7 @@ class Rank:
         return base
 
     def _share_of_memory(self) -> int:
-        """Return this rank's share of what its node can give: GPUs are each rank's own, while ranks on CPUs share one
-        memory.
-        """
+        """Return this rank's share of its node's memory, which ranks on CPUs have in common."""
         available = available_bytes(self.base.device)
         return available if self.base.device.type == "cuda" else available // self.collectives.local_ranks
 
@@ -278,18 +276,14 @@ class Rank:
         self.mailbox.send(CheckpointWritten(assignment.job_id, step, key, sha256))
 
     def _probe(self, active: ActiveJob) -> None:
-        """Take one probe between two micro-batches, which all ranks count and one measures: the others go on
-        meanwhile.
-        """
+        """Take one probe between two micro-batches, which all ranks count and one measures."""
         example, adapter = active.probed[len(active.probes)], active.live.bound
         active.probes += probe_losses(self.engine.forward, adapter, [example]) if self.rank == 0 else [0.0]
         if len(active.probes) == len(active.probed):
             self._finish(active)
 
     def _finish(self, active: ActiveJob) -> None:
-        """Publish the adapter beside the next steps, with probes from which a server sees that it computes the same;
-        all ranks let the job go.
-        """
+        """Publish the adapter beside the next steps, with the probes that a server replays; all ranks let it go."""
         job, live = active.assignment.job_id, active.live
         if self.rank == 0:
             progress = active.progress(self.base)
@@ -314,9 +308,7 @@ class Rank:
             del self._publishes[job]
 
     def _finish_publishing(self) -> list[str]:
-        """Wait until what has ended is published, so that it is not blamed for what broke a rank, nor trained again;
-        returns the jobs that could not be.
-        """
+        """Wait until what has ended is published, so that it is not blamed; returns the jobs that could not be."""
         self._publisher.shutdown()
         return [job for job, publish in self._publishes.items() if publish.exception() is not None]
 

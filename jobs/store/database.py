@@ -39,8 +39,7 @@ def check_database(url: str, nodes: int) -> None:
 
 
 class Database:
-    """One database and its connections. Opening it creates or upgrades its tables, also when several processes open it
-    at once."""
+    """One database and its connections. Opening it, even many times at once, creates or upgrades its tables."""
 
     def __init__(self, url: str) -> None:
         self._url = _parsed(url)

@@ -101,9 +101,7 @@ class JobQueue(SessionTable):
             return self._insert_or_find(row, spec, again)
 
     def get(self, id_or_prefix: str) -> Job:
-        """Return the job with this id, or the only one whose id starts so, with or without "job-". Raises
-        JobNotFoundError.
-        """
+        """Return the only job whose id starts so, with or without "job-". Raises JobNotFoundError."""
         digits = id_or_prefix.removeprefix("job-")
         query = sa.select(jobs).where(jobs.c.id.startswith(f"job-{digits}", autoescape=True))
         with self._db.read() as conn:
@@ -165,9 +163,7 @@ class JobQueue(SessionTable):
             return count
 
     def assign(self, job_id: str, session_id: str, *, lease: Lease | None = None) -> bool:
-        """Move a job queued -> running in a session that is running and not asked to stop. This begins the job's next
-        attempt.
-        """
+        """Begin a queued job's next attempt in a session that is running and not asked to stop."""
         with self._db.write() as conn:
             if not lease_holds(conn, lease):
                 return False
@@ -282,9 +278,7 @@ class JobQueue(SessionTable):
         return _job(row)
 
     def _insert_or_find(self, row: dict[str, Any], spec: JobSpec, again: bool) -> tuple[Job, bool]:
-        """Return the newest job with the content of `row` that has not failed or been cancelled, else `row` as a new
-        one.
-        """
+        """Return the newest job with the content of `row` that has not failed or been cancelled, else a new one."""
         same = [jobs.c[name] == row[name] for name in ("tenant", "cluster", "content_key")]
         twins = sa.select(jobs).where(*same, jobs.c.status.not_in([JobStatus.FAILED, JobStatus.CANCELLED]))
         with self._db.write() as conn:

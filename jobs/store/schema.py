@@ -34,8 +34,7 @@ class _Json(sa.TypeDecorator[dict[str, Any]]):
 
 
 class _Text(sa.TypeDecorator[str]):
-    """Text that others wrote, such as an error of a rank: what no database stores is replaced, so that the write
-    succeeds."""
+    """Text that others wrote, such as an error of a rank: characters that no database stores are replaced."""
 
     impl = sa.Text
     cache_ok = True

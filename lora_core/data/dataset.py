@@ -83,15 +83,14 @@ class DatasetReport:
             batch += length
         return self.tokens / (laid + max(batch, capacity))
 
-    def lines(self, capacity: int | None = None) -> list[str]:
-        """Write the report for people, packing for micro-batches of `capacity` tokens (`max_seq_len` if not given)."""
-        return self.contents(capacity) + self.losses()
+    def lines(self) -> list[str]:
+        """Write the report for people."""
+        return self.contents() + self.losses()
 
-    def contents(self, capacity: int | None = None) -> list[str]:
+    def contents(self) -> list[str]:
         """Say what there is to train on."""
-        capacity = capacity or self.max_seq_len
         share = self.supervised_tokens / self.tokens
-        packing = f"{self.packing_efficiency(capacity):.1%} at {capacity:,} tokens"
+        packing = f"{self.packing_efficiency(self.max_seq_len):.1%} at {self.max_seq_len:,} tokens"
         return [
             f"{self.rows:,} rows of {self.format}, {self.examples:,} examples",
             f"{self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised ({share:.1%})",

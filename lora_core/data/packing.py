@@ -107,9 +107,7 @@ class PackedChunk:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """ids and positions int64 `[1, tokens]`; `lengths` of the documents in it, padding included; the chunks in
-    order.
-    """
+    """ids and positions int64 `[1, tokens]`; `lengths` of the documents, padding included; the chunks in order."""
 
     ids: Tensor
     positions: Tensor

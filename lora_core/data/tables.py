@@ -148,9 +148,7 @@ def _without_dictionaries(path: Path) -> pyarrow.BufferReader:
 
 
 def _used_table(path: Path, source: Path | pyarrow.BufferReader) -> tuple[pyarrow.Table, list[str]]:
-    """Read the columns of the format that most rows are of, as `problems_of` finds it where all columns are read; and
-    the names of all.
-    """
+    """Read the columns of the format that most rows are of, as `problems_of` would find it; and the names of all."""
     with pyarrow.parquet.ParquetFile(source) as file:
         return _columns_of_format(path, file), file.schema_arrow.names
 
