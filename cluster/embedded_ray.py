@@ -43,11 +43,7 @@ class EmbeddedRay:
     @property
     def environment(self) -> dict[str, str]:
         """What a process needs to connect: address, and the token that only this user can read."""
-        return {
-            "RAY_ADDRESS": self.gcs_address,
-            "RAY_API_SERVER_ADDRESS": self.api_url,
-            **_token(self.token_path),
-        }
+        return {"RAY_ADDRESS": self.gcs_address, "RAY_API_SERVER_ADDRESS": self.api_url, **_token(self.token_path)}
 
 
 class OwnerLock:

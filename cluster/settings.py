@@ -158,10 +158,8 @@ class Settings(BaseSettings):
 
         A source that has an alias is known by it, so that a job naming either publishes in the same place.
         """
-        for alias, source in self.base_models.items():
-            if name in (alias, source):
-                return alias
-        return name.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+        known = (alias for alias, source in self.base_models.items() if name in (alias, source))
+        return next(known, name.rstrip("/").rpartition("/")[2].removesuffix(".gguf"))
 
 
 def _located(source: str) -> str:

@@ -53,10 +53,9 @@ def fetch_initial(source: str, base: str, storage: Storage, settings: Settings, 
 def store_initial(storage: Storage, folder: Path) -> str:
     """Put the files where ranks find them; returns their digest."""
     digest = _digest(folder)
-    for file in FILES:
-        storage.put(init_adapter_key(digest, file), folder / file, if_absent=True)
-    if (folder / FINGERPRINT_FILE).exists():
-        storage.put(init_adapter_key(digest, FINGERPRINT_FILE), folder / FINGERPRINT_FILE, if_absent=True)
+    for file in (*FILES, FINGERPRINT_FILE):
+        if (folder / file).exists():
+            storage.put(init_adapter_key(digest, file), folder / file, if_absent=True)
     return digest
 
 

@@ -134,9 +134,8 @@ class S3Storage(Storage):
         with temporary_file(path) as file:
             with self._explained("read", key):
                 expected = sha256 or self.client.head_object(**target)["Metadata"].get("sha256")
-                self.client.download_fileobj(
-                    **target, Fileobj=file
-                )  # in ranges if it is large; broken bodies are retried
+                # In ranges if it is large; broken bodies are retried.
+                self.client.download_fileobj(**target, Fileobj=file)
             verify(f"{self.url}/{key}", sha256_of(file), expected)
             sync_file(file).replace(path)
 

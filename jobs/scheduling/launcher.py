@@ -91,13 +91,9 @@ class Launcher:
         """Return what Ray knows of a submission."""
         try:
             info = self._client().get_job_info(submission_id)
-        except RuntimeError as error:
-            return (
-                SubmissionStatus(SubmissionState.ABSENT)
-                if "does not exist" in str(error)
-                else SubmissionStatus(SubmissionState.UNKNOWN, str(error))
-            )
         except NO_ANSWER as error:
+            if isinstance(error, RuntimeError) and "does not exist" in str(error):
+                return SubmissionStatus(SubmissionState.ABSENT)
             return SubmissionStatus(SubmissionState.UNKNOWN, str(error))
         if info.status == RayStatus.PENDING:
             return SubmissionStatus(SubmissionState.STARTING, info.message or "")

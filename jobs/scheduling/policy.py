@@ -132,9 +132,7 @@ class _Targets:
         oldest_first = sorted(sessions, key=lambda session: (session.created_at, session.id))
         self._targets = [
             _Target(
-                session.session_keys,
-                session,
-                [job.max_colocated for job in running if job.session_id == session.id],
+                session.session_keys, session, [job.max_colocated for job in running if job.session_id == session.id]
             )
             for session in oldest_first
             if not session.leaving

@@ -259,9 +259,8 @@ def ensure_scheduler(settings: Settings, queue: JobQueue) -> None:
         lease = queue.lease(lease_name(cluster_name(settings)))
         if lease is None or not lease.valid:
             launcher, number = Launcher(settings.driver_labels), lease.token + 1 if lease else 1
-            while (
-                launcher.state(scheduler_id(number)).state is SubmissionState.ENDED
-            ):  # it died before it took the lease
+            # One that has ended died before it took the lease.
+            while launcher.state(scheduler_id(number)).state is SubmissionState.ENDED:
                 number += 1
             launcher.launch_scheduler(scheduler_id(number))
         return

@@ -26,12 +26,7 @@ from cluster.registry import AdapterRegistry
 from cluster.settings import Settings
 from cluster.storage.base import StorageError
 from cluster.storage.directory import open_storage
-from cluster.storage.keys import (
-    checkpoint_marker_key,
-    checkpoints_prefix,
-    committed_checkpoint,
-    job_result_key,
-)
+from cluster.storage.keys import checkpoint_marker_key, checkpoints_prefix, committed_checkpoint, job_result_key
 from jobs.job import TERMINAL, EventKind, Job, JobResult, JobStatus, RequestedAction, SessionState
 from jobs.session.messages import (
     Assignment,
@@ -151,15 +146,16 @@ class SessionController:
     def _assignment(self, job: Job) -> Assignment:
         """Return what the ranks need; the checkpoint is looked up once, and known from reports afterwards."""
         if job.id not in self._known:
-            newest = self._newest_checkpoint(job.id)
+            commits = self._commits(job.id)
+            newest: dict[str, str] = json.loads(self._storage.get(commits[-1][1])) if commits else {}
             self._known[job.id] = Assignment(
                 job.id,
                 job.attempt,
                 job.spec_json,
                 job.examples_sha,
                 job.init_adapter_sha,
-                newest["key"] if newest else None,
-                newest["sha256"] if newest else None,
+                newest.get("key"),
+                newest.get("sha256"),
             )
         return self._known[job.id]
 
@@ -167,11 +163,6 @@ class SessionController:
         """List ((attempt, step), marker's key) of every committed checkpoint, oldest first."""
         keys = self._storage.list(checkpoints_prefix(job_id))
         return sorted((index, key) for key in keys if (index := committed_checkpoint(key)) is not None)
-
-    def _newest_checkpoint(self, job_id: str) -> dict[str, str] | None:
-        commits = self._commits(job_id)
-        newest: dict[str, str] | None = json.loads(self._storage.get(commits[-1][1])) if commits else None
-        return newest
 
     def _record(self, report: Report | RankBroke | RanksStarted) -> None:
         match report:
@@ -182,7 +173,7 @@ class SessionController:
             case Evaluated(job_id, evaluation, stopped):
                 self._tell_of_evaluation(job_id, evaluation, stopped)
             case RanksStarted():
-                self._tell_of_start(report)
+                self._queue.resolve_session(self._session_id, self._fence, asdict(report))
                 self._starts += 1
                 if self._starts > 1:
                     self._tell_of_restart()
@@ -203,9 +194,6 @@ class SessionController:
         message += f", token accuracy {evaluation['accuracy']:.1%}{f'; {stopped}' if stopped else ''}"
         if job_id in self._known:
             self._queue.log(job_id, message, data=evaluation)
-
-    def _tell_of_start(self, started: RanksStarted) -> None:
-        self._queue.resolve_session(self._session_id, self._fence, asdict(started))
 
     def _tell_of_slow_start(self, jobs: Iterable[str]) -> None:
         for job_id in jobs:

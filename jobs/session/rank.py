@@ -167,13 +167,8 @@ class Rank:
             )
         log.info(
             "rank=%d event=base_loaded fingerprint=%s precision=%s (%s) device=%s backend=%s",
-            self.rank,
-            base.fingerprint[:12],
-            base.precision,
-            base.why,
-            base.device,
-            self.collectives.backend,
-        )
+            self.rank, base.fingerprint[:12], base.precision, base.why, base.device, self.collectives.backend,
+        )  # fmt: skip
         return base
 
     def _share_of_memory(self) -> int:
@@ -233,13 +228,8 @@ class Rank:
         if self.rank == 0 and self._flop_per_second is not None:
             seconds = active.expected_seconds(self.base, self._flop_per_second, self.ranks)
             self.mailbox.send(Expected(assignment.job_id, seconds))
-        log.info(
-            "job=%s rank=%d event=joined step=%d of %d",
-            assignment.job_id,
-            self.rank,
-            live.progress.step,
-            live.job.steps,
-        )
+        step, steps = live.progress.step, live.job.steps
+        log.info("job=%s rank=%d event=joined step=%d of %d", assignment.job_id, self.rank, step, steps)
 
     def _leave(self, job_id: str) -> None:
         self.engine.remove(job_id)

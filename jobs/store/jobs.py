@@ -11,8 +11,7 @@ Rules that hold for all of them:
 from __future__ import annotations
 
 import secrets
-import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -44,10 +43,6 @@ class JobQueue(SessionTable):
     False means that the row was not as expected, or that the lease or fence was no longer valid: then nothing was
     changed.
     """
-
-    def __init__(self, database_url: str, clock: Callable[[], float] = time.time) -> None:
-        """Open the database, and create what it lacks. Raises DatabaseSettingError, DatabaseUnavailableError."""
-        super().__init__(database_url, clock)
 
     def submit(
         self,

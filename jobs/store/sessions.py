@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -40,7 +41,8 @@ Fence = tuple[str, int]  # a session's id, and its fence as its driver knows it
 class SessionTable:
     """The half of the queue that holds sessions and leases; `JobQueue` adds the jobs."""
 
-    def __init__(self, database_url: str, clock: Callable[[], float]) -> None:
+    def __init__(self, database_url: str, clock: Callable[[], float] = time.time) -> None:
+        """Open the database, and create what it lacks. Raises DatabaseSettingError, DatabaseUnavailableError."""
         self._db = Database(database_url)
         self._clock = clock
 

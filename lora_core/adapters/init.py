@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from lora_core.adapters.adapter import Adapter
+from lora_core.adapters.dora import weight_of
 from lora_core.adapters.dropout import key_of
 from lora_core.adapters.targets import AdaptableModules, layer_of
 from lora_core.config import LoraConfig, pattern_key
@@ -144,10 +144,8 @@ def _pissa(linear: torch.nn.Module, rank: int, scale: float) -> tuple[Tensor, Te
     singular vector's sign is free; the largest entry of each row of A is positive, so that ranks on different machines
     agree.
     """
-    weight = linear.weight
-    assert isinstance(weight, Tensor)
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    u, s, vh = torch.linalg.svd(weight.t() if isinstance(linear, Conv1D) else weight, full_matrices=False)
+    weight = weight_of(linear)
+    u, s, vh = torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False)
     u, s, vh = u[:, :rank], (s[:rank] / scale).sqrt(), vh[:rank]
     sign = vh.gather(1, vh.abs().argmax(1, keepdim=True)).sign()
     return (s[:, None] * vh * sign).cpu(), (u * s * sign[:, 0]).cpu()

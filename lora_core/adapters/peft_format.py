@@ -32,11 +32,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _Part = Literal["A", "B", "magnitude"]
-_SUFFIXES: dict[_Part, str] = {
-    "A": ".lora_A.weight",
-    "B": ".lora_B.weight",
-    "magnitude": ".lora_magnitude_vector",
-}
+_SUFFIXES: dict[_Part, str] = {"A": ".lora_A.weight", "B": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
 _UNREADABLE = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -87,10 +83,10 @@ def adapter_files(adapter: Adapter, adaptable: AdaptableModules, base_name: str)
     tensors: dict[str, Tensor] = {}
     for module, (a, b) in folded.items():
         missing = r - a.shape[0]
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = pad(a, (0, 0, 0, missing)).float().cpu().contiguous()
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = pad(b, (0, missing)).float().cpu().contiguous()
+        tensors[_PREFIX + module + _SUFFIXES["A"]] = pad(a, (0, 0, 0, missing)).float().cpu().contiguous()
+        tensors[_PREFIX + module + _SUFFIXES["B"]] = pad(b, (0, missing)).float().cpu().contiguous()
     for module, m in adapter.magnitude.items():
-        tensors[f"{_PREFIX}{module}.lora_magnitude_vector"] = m.detach().float().cpu()
+        tensors[_PREFIX + module + _SUFFIXES["magnitude"]] = m.detach().float().cpu()
     config: dict[str, Any] = {
         "auto_mapping": None,
         "base_model_name_or_path": base_name,

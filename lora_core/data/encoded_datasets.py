@@ -12,7 +12,6 @@ It is a safetensors file. The same data sets are the same bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import chain, pairwise
 from pathlib import Path
@@ -68,11 +67,7 @@ def read_datasets(path: Path) -> tuple[Datasets, Any]:
 def _dataset(file: Any, part: str, report: dict[str, Any]) -> Dataset:
     ids, mask, ends = (file.get_tensor(f"{part}.{name}").tolist() for name in ("ids", "mask", "ends"))
     examples = [Example(ids[start:end], mask[start:end]) for start, end in pairwise([0, *ends])]
-    return Dataset(examples, _report(report, tuple(_lengths(ends))))
-
-
-def _lengths(ends: list[int]) -> Iterator[int]:
-    return (end - start for start, end in pairwise([0, *ends]))
+    return Dataset(examples, _report(report, tuple(len(example.ids) for example in examples)))
 
 
 def _report_values(report: DatasetReport) -> dict[str, Any]:
