@@ -140,12 +140,12 @@ def start_embedded(settings: Settings) -> EmbeddedRay:
     return embedded
 
 
-def stop_embedded(settings: Settings, *, timeout: float = 20.0) -> list[str]:
+def stop_embedded(settings: Settings) -> list[str]:
     """End the embedded Ray's owner and the orphans that it leaves after a kill -9; says what it ended."""
     ended = []
     embedded = find_embedded(settings)
     if embedded is not None:
-        end_process(embedded.owner_pid, timeout)
+        end_process(embedded.owner_pid)
         ended.append(f"scheduler and embedded Ray (process {embedded.owner_pid})")
     folder = f"{_ray_folder(settings)}/"
     orphans = list(_processes_of(folder))
@@ -172,7 +172,7 @@ def stop_recorded(settings: Settings) -> list[str]:
     for path in sorted((settings.home / "run").glob("*.process")):
         record = json.loads(path.read_text())
         if is_process(record["pid"], record["started"]):
-            end_process(record["pid"], timeout=20.0)
+            end_process(record["pid"])
             ended.append(f"{path.stem} (process {record['pid']})")
         path.unlink()
     return ended
@@ -187,12 +187,12 @@ def is_process(pid: int, started: float) -> bool:
         return False
 
 
-def end_process(pid: int, timeout: float) -> None:
-    """Send SIGTERM, then SIGKILL after `timeout` seconds."""
+def end_process(pid: int) -> None:
+    """Send SIGTERM, then SIGKILL after twenty seconds."""
     try:
         process = psutil.Process(pid)
         process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + 20.0
         while time.monotonic() < deadline and process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.1)
         if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:

@@ -70,10 +70,9 @@ class AdapterCache:
         forward: Forward,
         loop: DecodeLoop,
         metrics: ServingMetrics,
-        capacity_bytes: int = _CAPACITY_BYTES,
     ) -> None:
         self._registry, self._name, self._base, self._forward = registry, name, base, forward
-        self._loop, self._metrics, self._capacity = loop, metrics, capacity_bytes
+        self._loop, self._metrics, self._capacity = loop, metrics, _CAPACITY_BYTES
         self._template = chat_template_hash(base.tokenizer)
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # by digest, the one used longest ago first
         self._refused: dict[str, str] = {}

@@ -72,8 +72,7 @@ class RayUnreachableError(JobError, RuntimeError):
 class Launcher:
     """Ray Jobs behind a few verbs. Sessions run the code and variables of the Ray job that this process is part of."""
 
-    def __init__(self, driver_labels: dict[str, str], api_url: str | None = None) -> None:
-        self._api_url = api_url
+    def __init__(self, driver_labels: dict[str, str]) -> None:
         self._driver_labels = driver_labels
         self._connected: JobSubmissionClient | None = None
 
@@ -132,8 +131,8 @@ class Launcher:
     def _client(self) -> JobSubmissionClient:
         if self._connected is None:
             with _must_answer():
-                _knock(self._api_url or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS", ""))
-                self._connected = JobSubmissionClient(self._api_url)
+                _knock(os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS", ""))
+                self._connected = JobSubmissionClient()
         return self._connected
 
     def _submit(self, submission_id: str, command: list[str], env_vars: dict[str, str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import cast
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -32,8 +32,8 @@ RECENT_SECONDS = 600.0
 class QueueCollector(Collector):
     """The jobs and sessions of one cluster, for a `prometheus_client` registry."""
 
-    def __init__(self, queue: JobQueue, cluster: str, clock: Callable[[], float] = time.time) -> None:
-        self._queue, self._cluster, self._clock = queue, cluster, clock
+    def __init__(self, queue: JobQueue, cluster: str) -> None:
+        self._queue, self._cluster = queue, cluster
 
     def describe(self) -> list[Metric]:
         """Describe nothing: registering must not ask the database."""
@@ -45,7 +45,7 @@ class QueueCollector(Collector):
         for status, number in self._queue.counts(self._cluster).items():
             counts.add_metric([status], number)
         yield counts
-        now = self._clock()
+        now = time.time()
         waiting = [job.created_at for job in self._queue.list(self._cluster, {JobStatus.QUEUED})]
         oldest = _gauge(QUEUE_OLDEST_SECONDS)
         oldest.add_metric([], now - min(waiting) if waiting else 0.0)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -75,9 +75,9 @@ class SessionTable:
             row = conn.execute(sa.select(sessions).where(sessions.c.id == session_id)).one_or_none()
         return None if row is None else _session(row)
 
-    def sessions(self, cluster: str, states: Collection[SessionState] = ALIVE) -> Sequence[Session]:
-        """List the sessions of a cluster, oldest first; without `states` those that have not ended."""
-        query = sa.select(sessions).where(sessions.c.cluster == cluster, sessions.c.state.in_(sorted(states)))
+    def sessions(self, cluster: str) -> Sequence[Session]:
+        """List the sessions of a cluster that have not ended, oldest first."""
+        query = sa.select(sessions).where(sessions.c.cluster == cluster, sessions.c.state.in_(sorted(ALIVE)))
         with self._db.read() as conn:
             return [_session(row) for row in conn.execute(query.order_by(sessions.c.created_at, sessions.c.id))]
 

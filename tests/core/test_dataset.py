@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -521,7 +522,7 @@ def test_packing_efficiency_is_the_share_that_is_no_padding() -> None:
     assert report.packing_efficiency(10) == 27 / 30  # 6 + 4 | 5 + 5 | 7
     assert report.packing_efficiency(9) == 27 / 36  # 6 | 4 + 5 | 5 | 7: the last two do not fit together
     assert report.packing_efficiency(5) == 27 / (6 + 5 + 5 + 5 + 7)  # a longer one is a batch of its own
-    assert any("packing efficiency 90.0% at 10 tokens" in line for line in report.lines(10))
+    assert any("packing efficiency 90.0% at 10 tokens" in line for line in replace(report, max_seq_len=10).lines())
 
 
 def test_a_split_is_a_partition_that_depends_on_seed_and_nothing_else() -> None:

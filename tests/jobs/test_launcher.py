@@ -24,7 +24,7 @@ def nobody(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_an_address_where_nobody_listens_is_said_at_once(nobody: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "JobSubmissionClient", lambda _: pytest.fail("Ray would take 40 s"))
+    monkeypatch.setattr(launcher, "JobSubmissionClient", lambda: pytest.fail("Ray would take 40 s"))
     with pytest.raises(RayUnreachableError) as caught:
         Launcher({}).size()
     sentence = str(caught.value)
