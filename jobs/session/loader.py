@@ -31,12 +31,13 @@ class JobReader:
     def __init__(self, storage: Storage, engine: TrainEngine, rank: int) -> None:
         self.reading: dict[str, tuple[Assignment, Read]] = {}
         self._storage, self._engine, self._rank = storage, engine, rank
+        self._wanted: set[str] = set()  # known before reading begins, which may end before it is in `reading`
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reader")
 
     def prepare(self, assignments: Sequence[Assignment], active: Collection[str]) -> None:
         """Read what new jobs need beside the steps of those that train; forget those no longer wanted."""
-        wanted = {assignment.job_id for assignment in assignments}
-        self.reading = {job_id: one for job_id, one in self.reading.items() if job_id in wanted}
+        self._wanted = {assignment.job_id for assignment in assignments}
+        self.reading = {job_id: one for job_id, one in self.reading.items() if job_id in self._wanted}
         for assignment in assignments:
             if assignment.job_id not in active and assignment.job_id not in self.reading:
                 work = self._thread.submit(self._read, assignment)
@@ -51,7 +52,7 @@ class JobReader:
             except StorageUnavailable as error:
                 log.warning("job=%s rank=%d event=storage_away error=%r", assignment.job_id, self._rank, str(error))
                 time.sleep(STORAGE_PAUSE)
-                if assignment.job_id not in self.reading or time.monotonic() > deadline:
+                if assignment.job_id not in self._wanted or time.monotonic() > deadline:
                     raise
 
     def _read_now(self, assignment: Assignment) -> tuple[JobSpec, PreparedJob, str]:
