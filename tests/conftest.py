@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported, which asks for it then: models are small, and threads that wait by spinning make each other
-# wait where there are more of them than cores. Processes that tests start have one, too, and so have tests' threads.
+# Before torch is imported, which asks for it then: models are small, and one thread is the fastest. Processes that
+# tests start have one, too, and so have tests' threads. Where a test has more, they wait without spinning: where there
+# are more of them than cores, a test of 20 s took 240.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
