@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
@@ -19,17 +18,9 @@ from lora_core.models.base import describe_base
 from lora_core.models.checks import BaseModelError, weight_files
 from lora_core.models.files import local_folder
 from tests.support.models import tiny_model
-from tests.support.tiny_models import byte_tokenizer, load_on_cpu, save_random, weights
+from tests.support.tiny_models import byte_tokenizer, load_on_cpu, save_random, set_config, weights
 
 Change = Callable[[Path], object]
-
-
-def set_config(**fields: Any) -> Change:
-    def change(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | fields))
-
-    return change
 
 
 def without_weights(folder: Path) -> None:
@@ -112,12 +103,12 @@ def test_what_cannot_be_a_base_is_refused_by_its_files(
     change, message = UNUSABLE[kind]
     change(folder)
     monkeypatch.setattr("lora_core.models.base.open_model", lambda *_: pytest.fail("it reads weights"))
-    told = set()
+    sentences = set()
     for use in (lambda: describe_base(str(folder), tmp_path), lambda: load_on_cpu(folder, tmp_path / "cache")):
         with pytest.raises(BaseModelError, match=message) as caught:
             use()
-        told.add(str(caught.value))
-    (sentence,) = told
+        sentences.add(str(caught.value))
+    (sentence,) = sentences
     assert sentence.startswith("base model ")
     assert "\n" not in sentence
 

@@ -17,12 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from lora_core.models import files as base_files
-from lora_core.models.attention import PackedAttention
 from lora_core.models.base import describe_base
 from lora_core.models.checks import BaseModelError
 from lora_core.models.files import chat_template_hash
-from tests.support.models import tiny_model
-from tests.support.tiny_models import byte_tokenizer, load_on_cpu, save_random, smollm2_gguf, weights
+from tests.support.models import logits_of, tiny_model
+from tests.support.tiny_models import byte_tokenizer, load_on_cpu, save_random, set_config, smollm2_gguf, weights
 
 
 @pytest.fixture
@@ -56,9 +55,7 @@ def test_gguf_is_converted_once_and_is_the_same_model(shared_cache: Path, no_bui
     ids = torch.tensor([second.tokenizer.encode(prompt, add_special_tokens=False)])
     asked = ids.shape[1]
     for _ in range(8):
-        positions = torch.arange(ids.shape[1])[None]
-        hidden = second.hidden(ids, positions, PackedAttention([ids.shape[1]]))
-        ids = torch.cat([ids, second.head(hidden[:, -1:]).argmax(-1)], dim=1)
+        ids = torch.cat([ids, logits_of(second, ids)[:, -1:].argmax(-1)], dim=1)
     assert "Paris" in str(second.tokenizer.decode(ids[0, asked:]))
 
 
@@ -273,14 +270,6 @@ def reshape_weight(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"][:-1].contiguous()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
-def set_config(**fields: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | fields))
-
-    return change
 
 
 def without_tokenizer(folder: Path) -> None:

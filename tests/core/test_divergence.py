@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from lora_core.data.dataset import Example
-from lora_core.models.attention import PackedAttention
 from lora_core.models.base import BaseModel
 from lora_core.training.engine import TrainEngine
 from lora_core.training.job import CHANCE_LEVEL_STEPS, JobDiverged
 from lora_core.training.optimizer import StepOutcome
-from tests.support.models import VOCABULARY, documents, job, outcome_of, state, tiny_base
+from tests.support.models import VOCABULARY, documents, job, logits_of, outcome_of, state, tiny_base
 
 
 def written_by(base: BaseModel, count: int) -> list[Example]:
@@ -26,8 +25,7 @@ def written_by(base: BaseModel, count: int) -> list[Example]:
     for first in range(3, 3 + count):
         ids = [first]
         while len(ids) < 12:
-            hidden = base.hidden(torch.tensor([ids]), torch.arange(len(ids))[None], PackedAttention([len(ids)]))
-            ids.append(int(base.head(hidden[0, -1]).argmax()))
+            ids.append(int(logits_of(base, torch.tensor([ids]))[0, -1].argmax()))
         examples.append(Example(ids, [False] + [True] * 11))
     return examples
 

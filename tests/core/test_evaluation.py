@@ -12,14 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_core.data.dataset import Example
-from lora_core.models.attention import PackedAttention
-from lora_core.models.hooks.bank import Segment
 from lora_core.training import job as engine_job
 from lora_core.training.active_job import LiveJob
 from lora_core.training.engine import TrainEngine
 from lora_core.training.job import JobDiverged, Progress
 from lora_core.training.optimizer import Evaluation, StepOutcome
-from tests.support.models import RanksInThreads, documents, job, outcome_of, state, tiny_base, train_to_the_end
+from tests.support.models import (
+    RanksInThreads,
+    documents,
+    job,
+    logits_of,
+    outcome_of,
+    state,
+    tiny_base,
+    train_to_the_end,
+)
 
 VALIDATION = documents(9, seed=50)
 
@@ -29,9 +36,7 @@ def by_definition(engine: TrainEngine, live: LiveJob, examples: Sequence[Example
     loss, correct, tokens = 0.0, 0, 0
     for example in examples:
         ids = torch.tensor([example.ids])
-        with torch.no_grad(), engine.forward.modules.routed([Segment(live.adapter, ids.shape[1])]):
-            hidden = engine.base.hidden(ids, torch.arange(ids.shape[1])[None], PackedAttention((ids.shape[1],)))[0]
-        logits = engine.base.head(hidden)[:-1]
+        logits = logits_of(engine.base, ids, engine.forward.modules, live.adapter)[0, :-1]
         kept = torch.tensor(example.labels_mask[1:])
         labels = ids[0, 1:][kept]
         loss += float(F.cross_entropy(logits[kept].double(), labels, reduction="sum"))

@@ -22,10 +22,10 @@ from lora_core.adapters.init import init_adapter
 from lora_core.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, AdapterFormatError, adapter_files, read_adapter
 from lora_core.adapters.targets import AdaptableModules
 from lora_core.config import LoraConfig
-from lora_core.models.attention import PackedAttention
 from lora_core.models.base import BaseModel
-from lora_core.models.hooks.bank import AdapterBank, Segment
-from tests.support.models import VOCABULARY, adapter_in_double, tiny_base, tiny_model
+from lora_core.models.hooks.bank import AdapterBank
+from tests.support.models import VOCABULARY, adapter_in_double, logits_of, tiny_base, tiny_model
+from tests.support.tiny_models import write_adapter
 
 IDS = torch.randint(3, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(0))
 pytestmark = pytest.mark.filterwarnings(
@@ -43,18 +43,9 @@ def trained(bank: AdaptableModules, config: LoraConfig, seed: int = 1) -> Adapte
     )
 
 
-def write(adapter: Adapter, bank: AdaptableModules, folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in adapter_files(adapter, bank, "tiny").items():
-        (folder / name).write_bytes(content)
-    return folder
-
-
-@torch.no_grad()
 def our_logits(base: BaseModel, bank: AdapterBank, adapter: Adapter) -> Tensor:
     """In fp64."""
-    with bank.routed([Segment(adapter_in_double(adapter), IDS.shape[1])]):
-        return base.head(base.hidden(IDS, torch.arange(IDS.shape[1])[None], PackedAttention([IDS.shape[1]])))
+    return logits_of(base, IDS, bank, adapter_in_double(adapter))
 
 
 @torch.no_grad()
@@ -77,19 +68,11 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-head": ("llama", {"r": 4, "lora_alpha": 6, "target_modules": ["lm_head"]}),
     "llama-head-dora": ("llama", {"r": 4, "lora_alpha": 6, "target_modules": ["lm_head", "q_proj"], "use_dora": True}),
     "gpt2": ("gpt2", {"r": 8, "lora_alpha": 12}),
-    "llama-patterns": (
-        "llama",
-        {
-            "r": 4,
-            "lora_alpha": 6,
-            "rank_pattern": {r"layers\.0\..*q_proj": 2, "q_proj": 9, "mlp.down_proj": 3},
-            "alpha_pattern": {"v_proj": 1, r"model\.layers\.1\..*": 9},
-            "use_rslora": True,
-        },
-    ),
+    "llama-patterns": ("llama", {"r": 4, "lora_alpha": 6, "rank_pattern": {r"layers\.0\..*q_proj": 2, "q_proj": 9,
+     "mlp.down_proj": 3}, "alpha_pattern": {"v_proj": 1, r"model\.layers\.1\..*": 9}, "use_rslora": True}),
     "gpt2-patterns": ("gpt2", {"rank_pattern": {"attn.c_proj": 2, "c_proj": 5}, "alpha_pattern": {"c_attn": 3}}),
     "gpt2-rslora": ("gpt2", {"r": 4, "lora_alpha": 2, "use_rslora": True, "target_modules": ["c_attn", "mlp.c_proj"]}),
-}
+}  # fmt: skip
 
 
 @torch.no_grad()
@@ -99,7 +82,7 @@ def test_peft_computes_the_same_from_our_files(name: str, tmp_path: Path) -> Non
     base = tiny_base(kind, dtype=torch.float64)
     bank = AdapterBank(base.model)
     adapter = trained(bank, LoraConfig(**config))
-    folder = write(adapter, bank, tmp_path / "adapter")
+    folder = write_adapter(adapter, bank, tmp_path / "adapter")
     theirs = logits_of_peft(kind, folder)
     torch.testing.assert_close(our_logits(base, bank, read_adapter(folder, bank)), theirs, rtol=1e-12, atol=1e-12)
     # In the files B is times the scale, rounded to fp32.
@@ -157,7 +140,7 @@ def test_a_pissa_adapter_is_published_for_the_base_as_it_is(kind: str, dora: boo
     adapter = init_adapter(bank, LoraConfig(**options, use_dora=dora), seed=0)
     plain = tiny_model(kind, attention="eager", dtype=torch.float64)(IDS).logits
     for step in range(2):
-        folder = write(adapter, bank, tmp_path / str(step))
+        folder = write_adapter(adapter, bank, tmp_path / str(step))
         config = json.loads((folder / CONFIG_FILE).read_text())
         assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (10, 10, True)
         theirs = logits_of_peft(kind, folder)
@@ -171,7 +154,9 @@ def test_a_pissa_adapter_is_published_for_the_base_as_it_is(kind: str, dora: boo
 
 def test_config_is_what_peft_and_vllm_read(tmp_path: Path) -> None:
     bank = AdaptableModules(tiny_model("llama"))
-    folder = write(trained(bank, LoraConfig(r=4, lora_alpha=32, use_rslora=True, lora_dropout=0.1)), bank, tmp_path)
+    folder = write_adapter(
+        trained(bank, LoraConfig(r=4, lora_alpha=32, use_rslora=True, lora_dropout=0.1)), bank, tmp_path
+    )
     config = json.loads((folder / CONFIG_FILE).read_text())
     assert config["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 4, False)
@@ -187,7 +172,7 @@ def test_config_is_what_peft_and_vllm_read(tmp_path: Path) -> None:
 
 def test_gpt2_says_fan_in_fan_out_and_keeps_pefts_shapes(tmp_path: Path) -> None:
     bank = AdaptableModules(tiny_model("gpt2"))
-    folder = write(trained(bank, LoraConfig(r=4)), bank, tmp_path)
+    folder = write_adapter(trained(bank, LoraConfig(r=4)), bank, tmp_path)
     assert json.loads((folder / CONFIG_FILE).read_text())["fan_in_fan_out"]
     tensors = load_file(folder / WEIGHTS_FILE)
     assert tensors["base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"].shape == (4, 64)
@@ -196,7 +181,7 @@ def test_gpt2_says_fan_in_fan_out_and_keeps_pefts_shapes(tmp_path: Path) -> None
 
 def test_targets_of_a_few_layers_are_full_names(tmp_path: Path) -> None:
     bank = AdaptableModules(tiny_model("llama"))
-    folder = write(trained(bank, LoraConfig(target_modules=["layers.1.self_attn.v_proj"])), bank, tmp_path)
+    folder = write_adapter(trained(bank, LoraConfig(target_modules=["layers.1.self_attn.v_proj"])), bank, tmp_path)
     assert json.loads((folder / CONFIG_FILE).read_text())["target_modules"] == ["model.layers.1.self_attn.v_proj"]
 
 
@@ -210,7 +195,7 @@ def test_equal_weights_give_equal_bytes(tmp_path: Path) -> None:
     assert adapter_files(trained(bank, LoraConfig(r=4), seed=2), bank, "tiny")[WEIGHTS_FILE] != files[WEIGHTS_FILE]
     other_scale = trained(bank, LoraConfig(r=4, lora_alpha=5))
     assert adapter_files(other_scale, bank, "tiny")[WEIGHTS_FILE] != files[WEIGHTS_FILE]
-    published_again = read_adapter(write(adapter, bank, tmp_path), bank)
+    published_again = read_adapter(write_adapter(adapter, bank, tmp_path), bank)
     assert adapter_files(published_again, bank, "tiny") == files
 
 
@@ -274,10 +259,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "dora without m": (edit_config(use_dora=True), "q_proj has no lora_magnitude_vector"),
     "whole modules": (edit_config(modules_to_save=["lm_head"]), "modules_to_save is set"),
     "a layer too many": (edit_config(layers_to_transform=[0, 1], target_modules=["v_proj"]), "layers.1.* is a target"),
-    "named in full": (
-        edit_config(layers_to_transform=[1], target_modules=["model.layers.0.self_attn.v_proj"]),
-        "layers.0.self_attn.v_proj is a target without",
-    ),
+    "named in full": (edit_config(layers_to_transform=[1], target_modules=["model.layers.0.self_attn.v_proj"]),
+     "layers.0.self_attn.v_proj is a target without"),
     "an expression": (edit_config(layers_to_transform=1, target_modules=".*v_proj"), "layers.0.* is a target"),
     "layers by another name": (edit_config(layers_pattern="layers"), "layers_pattern is set"),
     "excluded": (edit_config(exclude_modules=["q_proj"]), "exclude_modules is set"),
@@ -288,41 +271,31 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no expression": (edit_config(alpha_pattern={"(": 2}), "alpha_pattern: .* no regular expression"),
     "changed base": (edit_config(init_lora_weights="pissa"), "init_lora_weights is pissa"),
     "more targets": (edit_config(target_modules="all-linear"), "k_proj is a target without weights"),
-    "a target of another family": (
-        edit_config(target_modules=["c_attn", "q_proj", "k_proj"]),
-        "k_proj is a target without",
-    ),
+    "a target of another family": (edit_config(target_modules=["c_attn", "q_proj", "k_proj"]),
+     "k_proj is a target without"),
     "a layer is gone": (edit_weights(without_layer), "model.layers.1.mlp.up_proj is a target without weights"),
     "A is gone": (edit_weights(lambda tensors: tensors.pop(Q_A)), "q_proj has only one of lora_A and lora_B"),
     "B is gone": (edit_weights(lambda tensors: tensors.pop(Q_B)), "q_proj has only one of lora_A and lora_B"),
     "renamed": (edit_weights(renamed), "query.lora_A.weight belongs to no linear"),
-    "head": (
-        edit_weights(lambda tensors: tensors.update({"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 64)})),
-        "lm_head has only one of",
-    ),
-    "magnitudes": (
-        edit_weights(
-            lambda tensors: tensors.update({Q_A.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(64)})
-        ),
-        "q_proj has a lora_magnitude_vector, which only use_dora",
-    ),
+    "head": (edit_weights(lambda tensors: tensors.update({"base_model.model.lm_head.lora_A.weight": torch.zeros(4,
+     64)})), "lm_head has only one of"),
+    "magnitudes": (edit_weights(lambda tensors: tensors.update({Q_A.replace("lora_A.weight",
+     "lora_magnitude_vector"): torch.ones(64)})), "q_proj has a lora_magnitude_vector, which only use_dora"),
     "no prefix": (edit_weights(lambda tensors: tensors.update({"x" + Q_A: tensors.pop(Q_A)})), "belongs to no linear"),
-    "transposed": (
-        edit_weights(lambda tensors: tensors.update({Q_B: tensors[Q_B].t().contiguous()})),
-        r"has shape \[4, 64\]",
-    ),
-    "integers": (
-        edit_weights(lambda tensors: tensors.update({Q_A: tensors[Q_A].int()})),
-        "not a floating-point tensor",
-    ),
+    "transposed": (edit_weights(lambda tensors: tensors.update({Q_B: tensors[Q_B].t().contiguous()})),
+     r"has shape \[4, 64\]"),
+    "integers": (edit_weights(lambda tensors: tensors.update({Q_A: tensors[Q_A].int()})),
+     "not a floating-point tensor"),
     "empty": (edit_weights(lambda tensors: tensors.clear()), "it holds no weights"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_adapter_is_refused(damage: str, tmp_path: Path) -> None:
     bank = AdaptableModules(tiny_model("llama"))
-    folder = write(trained(bank, LoraConfig(r=4, target_modules=["q_proj", "up_proj"])), bank, tmp_path / "triage")
+    folder = write_adapter(
+        trained(bank, LoraConfig(r=4, target_modules=["q_proj", "up_proj"])), bank, tmp_path / "triage"
+    )
     read_adapter(folder, bank)
     change, message = DAMAGES[damage]
     change(folder)
@@ -357,7 +330,7 @@ DORA_DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_damaged_dora_adapter_is_refused(damage: str, tmp_path: Path) -> None:
     bank = AdaptableModules(tiny_model("llama"))
     targets = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], use_dora=True)
-    folder = write(trained(bank, targets), bank, tmp_path / "triage")
+    folder = write_adapter(trained(bank, targets), bank, tmp_path / "triage")
     read_adapter(folder, bank)
     change, message = DORA_DAMAGES[damage]
     change(folder)
@@ -367,7 +340,7 @@ def test_damaged_dora_adapter_is_refused(damage: str, tmp_path: Path) -> None:
 
 def test_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
     bank = AdaptableModules(tiny_model("llama"))
-    folder = write(trained(bank, LoraConfig(r=4)), bank, tmp_path)
+    folder = write_adapter(trained(bank, LoraConfig(r=4)), bank, tmp_path)
     with pytest.raises(AdapterFormatError, match="does not fit r=4, 50 -> 75"):
         read_adapter(folder, AdaptableModules(tiny_model("llama-odd")))
     with pytest.raises(AdapterFormatError, match="belongs to no linear"):
@@ -376,7 +349,7 @@ def test_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
 
 def test_all_damage_is_told_at_once(tmp_path: Path) -> None:
     bank = AdaptableModules(tiny_model("llama"))
-    folder = write(trained(bank, LoraConfig(r=4)), bank, tmp_path)
+    folder = write_adapter(trained(bank, LoraConfig(r=4)), bank, tmp_path)
     edit_config(lora_bias=True, rank_pattern={"k_proj": 2})(folder)
     edit_weights(renamed)(folder)
     with pytest.raises(AdapterFormatError) as caught:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -35,10 +33,10 @@ from deploy.api.schemas import ApiError, ChatRequest, TextRequest, parse_request
 from deploy.serving.protocol import Completion, Delta, StreamStart
 from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.peft_format import adapter_files
-from lora_core.models.attention import PackedAttention
 from lora_core.models.base import BaseModel, load_base
-from lora_core.models.hooks.bank import AdapterBank, Segment
-from tests.support.models import random_adapter
+from lora_core.models.hooks.bank import AdapterBank
+from tests.support.machine import clean_environment, free_port
+from tests.support.models import logits_of, random_adapter
 from tests.support.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.alone
@@ -365,11 +363,8 @@ class App:
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
     home = tmp_path_factory.mktemp("served")
     save_tiny_model("llama", home / "tiny", seed=6)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "LORA_", "AWS_"))}
-    environment |= {
+    port = free_port()
+    environment = clean_environment("AWS_") | {
         "LORA_HOME": str(home),
         "LORA_BASE_MODELS": json.dumps({"tiny": str(home / "tiny")}),
         "LORA_THREADS": "1",
@@ -396,7 +391,6 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
                 raise
 
 
-@torch.inference_mode()
 def clear_answer(app: App, adapter: Adapter | None, tokens: int = 4) -> tuple[str, str]:
     """A question and its greedy answer, each token of it likelier than any other by far more than rounding makes."""
     for number in range(2000):
@@ -405,10 +399,7 @@ def clear_answer(app: App, adapter: Adapter | None, tokens: int = 4) -> tuple[st
         ids = list(app.base.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
         start = len(ids)
         while len(ids) < start + tokens:
-            with app.bank.routed([Segment(adapter, len(ids))]):
-                row = torch.tensor([ids])
-                hidden = app.base.hidden(row, torch.arange(len(ids))[None], PackedAttention([len(ids)]))
-            logits = app.base.head(hidden[0, -1])
+            logits = logits_of(app.base, torch.tensor([ids]), app.bank, adapter)[0, -1]
             first, second = logits.topk(2).values
             if first - second < 0.3 * logits.std() or int(logits.argmax()) >= 256:
                 break

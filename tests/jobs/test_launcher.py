@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 from ray.exceptions import RpcError
 from ray.util.state.exception import ServerUnavailable
 
 from jobs.scheduling import launcher
 from jobs.scheduling.launcher import Launcher, RayUnreachableError, SubmissionState
+from tests.support.machine import free_port
 
 
 @pytest.fixture
 def nobody(monkeypatch: pytest.MonkeyPatch) -> str:
     """An address where nobody listens, as the environment's."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_ADDRESS", address)
     return address

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ContextDecorator, contextmanager
+from contextlib import ContextDecorator, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,8 +22,9 @@ from lora_core.config import LoraConfig, TrainConfig
 from lora_core.data.dataset import Example
 from lora_core.data.packing import Chunk
 from lora_core.kernels import dispatch
-from lora_core.models.attention import ATTENTION_NAME
-from lora_core.models.base import BaseModel
+from lora_core.models.attention import ATTENTION_NAME, PackedAttention
+from lora_core.models.base import BaseModel, placed
+from lora_core.models.hooks.bank import AdapterBank, Segment
 from lora_core.models.llama.adapters import KernelArgs
 from lora_core.models.llama.decoder import Checkpointing, Decoder, DecoderBatch, DecoderInput
 from lora_core.training.active_job import LiveJob
@@ -72,6 +73,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "gpt2": transformers.GPT2Config(**_GPT2, bos_token_id=1, eos_token_id=2),
 }
 
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gpt2"]
+"""A kind of each whose layers are others."""
+
 
 def tiny_model(
     kind: str, seed: int = 0, attention: str = ATTENTION_NAME, dtype: torch.dtype = torch.float32, **config: Any
@@ -103,10 +107,15 @@ def tiny_base(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, **co
     return BaseModel(model, tokenizer, f"tiny-{kind}", "0" * 64, "bf16" if dtype == torch.bfloat16 else "fp32", CPU)
 
 
-def decoder_base(kind: str, dtype: torch.dtype = torch.float64) -> BaseModel:
+def decoder_base(kind: str, dtype: torch.dtype = torch.float64, **config: Any) -> BaseModel:
     """`tiny_base` with the written-out decoder, which a base in these precisions has on a GPU alone."""
-    base = tiny_base(kind, dtype=dtype)
+    base = tiny_base(kind, dtype=dtype, **config)
     return replace(base, decoder=Decoder(base.model))
+
+
+def quantised_base(precision: str, dtype: torch.dtype = torch.float64) -> BaseModel:
+    """The decoder with weights of a precision; the rest is in `dtype`."""
+    return placed(replace(tiny_base("llama-even", dtype=dtype), precision=precision), CPU)
 
 
 class InDouble(TorchFunctionMode, ContextDecorator):
@@ -199,6 +208,16 @@ def random_b(live: LiveJob, seed: int = 7) -> None:
             b.copy_(torch.randn(b.shape, generator=stream) * 0.1)
 
 
+def gradient(base: BaseModel, wanted: EngineJob, capacity: int) -> Tensor:
+    """The step's summed gradient, loss and token count from one given state."""
+    engine = TrainEngine(base, capacity=capacity)
+    live = engine.add(wanted)
+    random_b(live)
+    for chunks in micro_batches([next_chunks([live])], capacity):
+        engine.forward_backward(engine.ready(chunks))
+    return live.optimizer._message.clone()
+
+
 def train_until(engine: TrainEngine, name: str, step: int) -> list[StepOutcome]:
     """The job's outcomes until it has done `step` steps; neighbours do as many as they do."""
     outcomes: list[StepOutcome] = []
@@ -236,6 +255,7 @@ class RanksInThreads:
     checkpointing: Checkpointing = "none"
     with_decoder: bool = False
     ranks: int = 2
+    config: dict[str, Any] = field(default_factory=dict)
     sent: list[int] = field(default_factory=list)
     _parts: list[Tensor | None] = field(default_factory=lambda: [None, None])
     _barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(2, timeout=60))
@@ -243,7 +263,7 @@ class RanksInThreads:
     def run(self, work: Callable[[TrainEngine], None]) -> list[TrainEngine]:
         engines = [
             TrainEngine(
-                (decoder_base if self.with_decoder else tiny_base)(self.kind, dtype=self.dtype),
+                (decoder_base if self.with_decoder else tiny_base)(self.kind, dtype=self.dtype, **self.config),
                 capacity=self.capacity,
                 checkpointing=self.checkpointing,
                 rank=rank,
@@ -281,6 +301,14 @@ class RanksInThreads:
             self._barrier.wait()
 
         return reduce
+
+
+@torch.no_grad()
+def logits_of(base: BaseModel, ids: Tensor, bank: AdapterBank | None = None, adapter: Adapter | None = None) -> Tensor:
+    """Of one document `[1, tokens]`, through an adapter if there is one."""
+    tokens = ids.shape[1]
+    with nullcontext() if bank is None else bank.routed([Segment(adapter, tokens)]):
+        return base.head(base.hidden(ids, torch.arange(tokens)[None], PackedAttention([tokens])))
 
 
 def relative(one: Tensor, other: Tensor) -> float:

@@ -9,7 +9,6 @@ import itertools
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -18,6 +17,8 @@ from pathlib import Path
 
 import psycopg
 import pytest
+
+from tests.support.machine import free_port
 
 START_SECONDS = 60.0  # 0.3 s on an idle machine
 UNPRIVILEGED = "nobody"  # initdb and postgres refuse to run as root
@@ -29,13 +30,6 @@ def find_binaries() -> Path | None:
     places = [Path(on_path).resolve().parent] if on_path else []
     places += sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: -float(path.parent.name))
     return next((place for place in places if (place / "postgres").exists()), None)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def run_server(binaries: Path, folder: Path) -> Iterator[str]:

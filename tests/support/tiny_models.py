@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -35,22 +38,15 @@ DATED_TEMPLATE = "{{ strftime_now('%d %b') }}" + CHAT_TEMPLATE  # as Llama 3.2 a
 VOCABULARY = 264  # 256 bytes, the specials, and a few ids that the tokenizer does not know
 
 CONFIGS: dict[str, PretrainedConfig] = {
-    "llama": LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=6,
-        num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
-    ),
-    "qwen3": Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=20, max_position_embeddings=256,
-    ),
-    "gpt2": GPT2Config(
-        vocab_size=VOCABULARY, n_embd=48, n_layer=3, n_head=4, n_positions=128, bos_token_id=256, eos_token_id=256
-    ),
-    "gemma2": Gemma2Config(
-        vocab_size=VOCABULARY, hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, sliding_window=16, max_position_embeddings=256,
-        tie_word_embeddings=False,
-    ),
+    "llama": LlamaConfig(vocab_size=VOCABULARY, hidden_size=48, intermediate_size=96, num_hidden_layers=3,
+     num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(vocab_size=VOCABULARY, hidden_size=48, intermediate_size=96, num_hidden_layers=3,
+     num_attention_heads=4, num_key_value_heads=2, head_dim=20, max_position_embeddings=256),
+    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=48, n_layer=3, n_head=4, n_positions=128, bos_token_id=256,
+     eos_token_id=256),
+    "gemma2": Gemma2Config(vocab_size=VOCABULARY, hidden_size=48, intermediate_size=96, num_hidden_layers=4,
+     num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=16, max_position_embeddings=256,
+     tie_word_embeddings=False),
 }  # fmt: skip
 
 
@@ -111,6 +107,16 @@ def save_random(folder: Path, kind: str = "llama", seed: int = 0, dtype: torch.d
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def set_config(**fields: Any) -> Callable[[Path], None]:
+    """What writes these into the config.json of a folder."""
+
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | fields))
+
+    return change
 
 
 def load_on_cpu(folder: Path | str, cache: Path, precision: str = "fp32") -> BaseModel:
