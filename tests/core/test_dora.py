@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,41 +11,41 @@ import peft
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from lora_core.adapters import dora
-from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.dora import weight_of
 from lora_core.adapters.init import LoraConfigError, init_adapter
-from lora_core.adapters.peft_format import adapter_files, read_adapter
+from lora_core.adapters.peft_format import read_adapter
 from lora_core.config import LoraConfig
-from lora_core.models.attention import PackedAttention
+from lora_core.models.base import BaseModel
 from lora_core.models.hooks.bank import AdapterBank, Segment
 from lora_core.models.merge import write_merged
 from lora_core.models.probes import probe_losses
 from lora_core.training import job as engine_job
-from lora_core.training.active_job import LiveJob
 from lora_core.training.engine import TrainEngine
-from tests.core.test_trainer import gradient, padded_loss, reference_training
 from tests.support.models import (
     CONFIGS,
     VOCABULARY,
-    InDouble,
     adapter_in_double,
+    decode_with_triton,
+    decoder_base,
     documents,
     in_double,
     job,
+    logits_of,
     micro_batches,
     next_chunks,
     outcome_of,
     relative,
-    state,
     tiny_base,
     tiny_model,
 )
-from tests.support.tiny_models import byte_tokenizer
+from tests.support.peft_reference import moved
+from tests.support.tiny_models import byte_tokenizer, write_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+IDS = torch.randint(3, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(0))
 HEAD = {"target_modules": ["lm_head"]}
 DORA_HEAD = {"use_dora": True, "target_modules": ["lm_head", "q_proj", "down_proj"]}
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -57,84 +58,6 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "capped head": ("gemma2-untied", {"target_modules": ["lm_head", "v_proj"]}),
     "head with dora": ("llama", DORA_HEAD),
 }
-
-
-def move(live: LiveJob) -> None:
-    """B and m away from where they start; the rest of the vector too, so that every part has a gradient."""
-    stream = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for b in live.adapter.b.values():
-            b.copy_(torch.randn(b.shape, generator=stream) * 0.1)
-        for m in live.adapter.magnitude.values():
-            m.mul_(1 + 0.2 * torch.randn(m.shape, generator=stream))
-    live.adapter.norm.clear()
-
-
-def pefts(live: LiveJob, kind: str) -> tuple[PreTrainedModel, list[Tensor]]:
-    """PEFT's model in fp64 with the weights of `live`, and its trained weights in the order of the flat vector."""
-    fields = {"r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "init_lora_weights"}
-    config = peft.LoraConfig(task_type="CAUSAL_LM", **live.job.lora.model_dump(include=fields))
-    model = tiny_model(kind, attention="eager")
-    with InDouble():  # singular vectors too
-        model = in_double(peft.get_peft_model(model, config))
-    layers = [model.base_model.model.get_submodule(name) for name in live.adapter.a]
-    weights = [layer.lora_A["default"].weight for layer in layers]
-    weights += [layer.lora_B["default"].weight for layer in layers]
-    if live.job.lora.use_dora:
-        weights += [layer.lora_magnitude_vector["default"].weight for layer in layers]
-    with torch.no_grad():
-        for theirs, ours in zip(weights, live.adapter.trained, strict=True):
-            theirs.copy_(ours)
-    return model, weights
-
-
-# --- the same as PEFT ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_gradients_equal_pefts(name: str) -> None:
-    kind, lora = ADAPTERS[name]
-    engine = TrainEngine(tiny_base(kind, dtype=torch.float64))
-    live = engine.add(job(lora=lora, batch_size=6))
-    move(live)
-    model, weights = pefts(live, kind)
-    engine.forward_backward(engine.ready(next_chunks([live])))
-    examples = [live.job.examples[index] for index in live.job.examples_of(0)]
-    tokens = sum(sum(example.labels_mask) for example in examples)
-    (padded_loss(model, examples) * tokens).backward()
-    for ours, theirs in zip(live.adapter.trained, weights, strict=True):
-        assert ours.grad is not None and theirs.grad is not None
-        assert bool(theirs.grad.any())
-        assert relative(ours.grad, theirs.grad) < 1e-10
-
-
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_twenty_steps_equal_peft(name: str) -> None:
-    """From PEFT's own start of m; with weight decay, which PEFT's users have on m too."""
-    kind, lora = ADAPTERS[name]
-    engine = TrainEngine(tiny_base(kind, dtype=torch.float64))
-    live = engine.add(job(lora=lora, learning_rate=2e-3, weight_decay=0.1, warmup_ratio=0.1))
-    model, weights = pefts(live, kind)
-    expected = reference_training(model, weights, live.job, 20)
-    losses = [outcome_of(engine.step()["job"]).loss for _ in range(20)]
-    assert max(abs(ours - theirs) for ours, theirs in zip(losses, expected, strict=True)) < 1e-9
-    assert min(losses) < 0.97 * losses[0]
-    for ours, theirs in zip(live.adapter.trained, weights, strict=True):
-        assert relative(ours.detach(), theirs.detach()) < 1e-9
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_m_starts_as_pefts_and_changes_nothing(kind: str) -> None:
-    base = tiny_base(kind, dtype=torch.float64)
-    bank = AdapterBank(base.model)
-    adapter = init_adapter(bank, LoraConfig(r=4, use_dora=True), seed=0)
-    config = peft.LoraConfig(r=4, use_dora=True, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = peft.get_peft_model(tiny_model(kind, dtype=torch.float64), config).base_model.model
-    for name, m in adapter.magnitude.items():
-        theirs = model.get_submodule(name).lora_magnitude_vector["default"].weight
-        torch.testing.assert_close(m, theirs, rtol=1e-12, atol=0)
-    torch.testing.assert_close(logits(base, bank, adapter), logits(base, bank, None), rtol=1e-12, atol=1e-12)
 
 
 def test_m_of_a_fresh_adapter_takes_no_product_with_a(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,17 +103,17 @@ def test_norms_are_taken_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = TrainEngine(tiny_base("llama"), capacity=32)
     live = engine.add(job(lora={"use_dora": True}, batch_size=8))
     assert len(micro_batches([next_chunks([live])], 32)) > 2
-    taken: list[str] = []
-    of = engine.forward.modules.row_norms.of
+    measured: list[str] = []
+    measure = engine.forward.modules.row_norms.of
 
     def counted(module: str, a: Tensor, b: Tensor) -> Tensor:
-        taken.append(module)
-        return of(module, a, b)
+        measured.append(module)
+        return measure(module, a, b)
 
     monkeypatch.setattr(engine.forward.modules.row_norms, "of", counted)
     for _ in range(3):
         engine.step()
-    assert sorted(taken) == sorted([*live.adapter.a] * 3)
+    assert sorted(measured) == sorted([*live.adapter.a] * 3)
 
 
 @torch.no_grad()
@@ -210,49 +133,13 @@ def test_small_dora_scales_survive_a_bf16_base() -> None:
     assert float(scaled.norm() / plain.norm()) == pytest.approx(1.02, abs=1e-3)
 
 
-# --- neighbours, chunks, restarts ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("lora", [DORA_HEAD, {**HEAD, "lora_dropout": 0.3}])
-def test_one_micro_batch_or_many_same_gradient(lora: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the head too: a row's dropout is its own, wherever its chunk and its slice of logits begin."""
-    wanted, base = job(batch_size=8, lora=lora), tiny_base("llama", dtype=torch.float64)
-    whole = gradient(base, wanted, capacity=4096)
-    monkeypatch.setattr(engine_job, "CHUNK_TOKENS", 32)
-    monkeypatch.setattr("lora_core.models.hooks.loss.SLICE_ROWS", 7)
-    assert relative(gradient(base, wanted, capacity=64), whole) < 1e-12
-    monkeypatch.setattr(engine_job, "CHUNK_TOKENS", 1)
-    assert relative(gradient(base, wanted, capacity=4096), whole) < 1e-12
-
-
-def test_bf16_follows_fp32() -> None:
-    def losses(dtype: torch.dtype) -> list[float]:
-        engine = TrainEngine(tiny_base("llama", dtype=dtype))
-        engine.add(job(lora=DORA_HEAD | {"lora_alpha": 4}, learning_rate=2e-3))
-        return [outcome_of(engine.step()["job"]).loss for _ in range(10)]
-
-    exact = losses(torch.float32)
-    assert losses(torch.bfloat16) == pytest.approx(exact, rel=0.02)
-    assert exact[-1] < 0.99 * exact[0]
-
-
-def test_restart_continues_bit_for_bit() -> None:
-    wanted = job(lora=DORA_HEAD)
-    whole = (engine := TrainEngine(tiny_base("llama"))).add(wanted)
-    for _ in range(2):
-        engine.step()
-    checkpoint = whole.snapshot().dump()
-    again = (other := TrainEngine(tiny_base("llama"))).add(wanted, checkpoint)
-    for _ in range(3):
-        assert engine.step() == other.step()
-    assert torch.equal(state(whole), state(again))
+# --- what training leaves ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lora", [HEAD, DORA_HEAD])
 def test_a_probe_leaves_no_gradient(lora: dict[str, Any]) -> None:
     engine = TrainEngine(tiny_base("llama"))
-    live = engine.add(job(lora=lora))
-    move(live)
+    live = moved(engine, job(lora=lora))
     probe_losses(engine.forward, live.bound, documents(2, 1))
     assert not live.optimizer._message.any()
 
@@ -278,7 +165,9 @@ def test_a_start_from_another_adapter_computes_the_same(before: bool) -> None:
         weight.add_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)), alpha=0.1)
     wanted = replace(job(lora={"use_dora": True}), init_adapter=given)
     live = TrainEngine(base).add(wanted)
-    torch.testing.assert_close(logits(base, bank, live.adapter), logits(base, bank, given), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        logits_of(base, IDS, bank, live.adapter), logits_of(base, IDS, bank, given), rtol=1e-12, atol=1e-12
+    )
     assert live.adapter.magnitude.keys() == live.adapter.a.keys()
     if before:
         with pytest.raises(LoraConfigError, match="init_adapter: it was trained with DoRA, so set use_dora"):
@@ -301,14 +190,75 @@ def test_dropout_with_dora_is_refused_with_the_reason() -> None:
         LoraConfig(use_dora=True, lora_dropout=0.1)
 
 
+# --- in the decoder --------------------------------------------------------------------------------------------------
+
+SOME = {"use_dora": True, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+
+
+IN_TRITON = pytest.param(
+    True, marks=pytest.mark.skipif(torch.cuda.is_available(), reason="tests/core/test_decoder.py has the GPU's DoRA")
+)
+
+
+@pytest.mark.parametrize("in_triton", [False, IN_TRITON])
+def test_many_steps_in_the_decoder_are_those_of_the_hooks(in_triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms follow every step, an evaluation before the first, a step that failed, and the return to the best."""
+    # In Triton's interpreter rows take seconds.
+    dtype, steps, rows, held_out = (torch.float32, 2, 2, 1) if in_triton else (torch.float64, 8, 8, 4)
+    if in_triton:
+        pytest.importorskip("triton", reason="Triton has no build for this system")
+
+    def train(base: BaseModel) -> dict[str, Tensor]:
+        engine = TrainEngine(base)
+        best = {"validation": documents(held_out, 9), "eval_steps": 2, "load_best_model_at_end": True}
+        jobs = [
+            job("best", examples=documents(rows, 1), lora=SOME, epochs=steps, batch_size=rows, **best),
+            job("failed", examples=documents(rows, 2), lora={"use_dora": True, "r": 3}, batch_size=rows),
+            job("plain", examples=documents(rows, 3), batch_size=rows),
+        ]
+        live = [engine.add(wanted) for wanted in (jobs[:2] if in_triton else jobs)]
+        poisoned = False
+        while not live[0].done:
+            if live[0].progress.step == 1 and not poisoned:
+                live[1].optimizer._grad[3], poisoned = math.nan, True
+            engine.micro_batch()
+        found = {one.job.name: one.optimizer.flat.detach().clone() for one in live}
+        evaluations = [live[0].progress.before, live[0].progress.evaluation]
+        return found | {"losses": torch.tensor([one.loss for one in evaluations if one is not None])}
+
+    by_hooks = train(tiny_base("llama", dtype=dtype))
+    if in_triton:
+        decode_with_triton(monkeypatch)
+    by_decoder = train(decoder_base("llama", dtype=dtype))
+    for name, numbers in by_hooks.items():
+        assert relative(by_decoder[name], numbers) < (1e-4 if in_triton else 1e-11), name
+
+
+def test_the_decoder_measures_norms_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of the jobs alone that have stepped."""
+    base = decoder_base("llama")
+    assert base.decoder is not None
+    engine = TrainEngine(base, capacity=64)
+    quick = engine.add(job("quick", examples=documents(8, 1), lora={"use_dora": True}, batch_size=2))
+    slow = engine.add(job("slow", examples=documents(8, 2), lora=SOME, batch_size=8))
+    measured: list[int] = []
+    measure = base.decoder.row_norms.of
+
+    def counted(module: str, a: Tensor, b: Tensor) -> Tensor:
+        measured.append(a.data_ptr())
+        return measure(module, a, b)
+
+    monkeypatch.setattr(base.decoder.row_norms, "of", counted)
+    while slow.progress.step < 2:
+        engine.micro_batch()
+    assert quick.progress.step > slow.progress.step
+    for live in (quick, slow):
+        count = sum(measured.count(weight.data_ptr()) for weight in live.adapter.a.values())
+        times, left = divmod(count, len(live.adapter.a))
+        assert left == 0 and times in (live.progress.step, live.progress.step + 1)  # of the next step, too, or not yet
+
+
 # --- merged ----------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def logits(base: Any, bank: AdapterBank, adapter: Adapter | None) -> Tensor:
-    ids = torch.randint(3, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(0))
-    with bank.routed([Segment(adapter, 24)]):
-        return base.head(base.hidden(ids, torch.arange(24)[None], PackedAttention([24])))
 
 
 @torch.no_grad()
@@ -324,12 +274,10 @@ def test_merged_directory_computes_the_same(case: str, tmp_path: Path) -> None:
         weight.add_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)), alpha=0.2)
     if name in adapter.b:
         adapter.b[name][5] = 0  # a row of zeros, whose norm is none to divide by
-    for file, content in adapter_files(adapter, bank, "base").items():
-        (tmp_path / file).write_bytes(content)
-    ours = logits(base, bank, adapter_in_double(read_adapter(tmp_path, bank)))
+    write_adapter(adapter, bank, tmp_path)
+    ours = logits_of(base, IDS, bank, adapter_in_double(read_adapter(tmp_path, bank)))
     write_merged(base, tmp_path, tmp_path / "merged")
     model = in_double(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager").eval())
-    ids = torch.randint(3, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(model(ids).logits, ours, rtol=1e-12, atol=1e-12)
-    assert float((ours - logits(base, bank, None)).abs().max()) > 0.1
+    torch.testing.assert_close(model(IDS).logits, ours, rtol=1e-12, atol=1e-12)
+    assert float((ours - logits_of(base, IDS, bank, None)).abs().max()) > 0.1
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
