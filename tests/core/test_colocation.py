@@ -8,7 +8,6 @@ import gc
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 from weakref import ref
@@ -17,64 +16,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_core.models.base import BaseModel, placed
-from lora_core.models.hooks.bank import AdapterBank
+from lora_core.models.base import BaseModel
+from lora_core.models.precision import QUANTISED
 from lora_core.training import job as engine_job
 from lora_core.training.engine import TrainEngine
 from lora_core.training.job import EngineJob, JobDiverged
 from lora_core.training.optimizer import StepOutcome
 from tests.support.models import (
-    CPU,
     RanksInThreads,
     decoder_base,
-    documents,
     job,
-    random_adapter,
+    quantised_base,
     relative,
     state,
     threads,
     tiny_base,
-    tiny_model,
     train_until,
 )
+from tests.support.unlike_jobs import unlike_jobs
 
 STEPS = 10
 JOINS, LEAVES, POISONED_AT = 3, 9, 3  # micro-batches, and steps of the poisoned job
 DOUBLE = torch.float64
-
-
-def jobs(kind: str, path: str, steps: int) -> dict[str, EngineJob]:
-    """No two alike in rank, targets, lengths, batches, schedule or dropout. Each has two steps an epoch, and `steps` in
-    all, but for "idle".
-    """
-    some = ["c_attn", "mlp.c_proj"] if kind == "gpt2" else ["k_proj", "gate_proj"]
-    few, part = {"r": 3, "lora_alpha": 7}, {"target_modules": some}  # a scale that is no power of two rounds
-
-    def one(name: str, seed: int, lora: dict[str, Any], *, epochs: int = steps // 2, **train: Any) -> EngineJob:
-        examples = documents(4 + seed, seed, 3, 12 + seed)
-        options = {"batch_size": (len(examples) + 1) // 2, "learning_rate": 2e-3} | train
-        return job(name, examples=examples, epochs=epochs, lora=lora, seed=seed, **options)
-
-    found = [
-        one("ranks", 0, {"r": 1, "rank_pattern": {some[-1]: 7}}, validation=documents(5, 50), eval_steps=4),
-        one("wide", 7, {"r": 64, "lora_dropout": 0.3}, lr_scheduler="linear", weight_decay=0.2),
-        one("rs", 1, {"r": 8, "use_rslora": True, "init_lora_weights": "gaussian"}, warmup_ratio=0.3),
-        one("some", 6, few | part | {"alpha_pattern": {some[-1]: 20}, "layers_to_transform": [1]}, max_grad_norm=None),
-        one("dora", 2, few | {"use_dora": True}, loraplus_lr_ratio=3.0),
-        one("start", 3, {"r": 4}, lr_scheduler="constant"),
-        one("late", 4, {"r": 32, "lora_dropout": 0.05}, max_grad_norm=0.05),
-        one("early", 5, {"r": 2}, weight_decay=0.1),
-        one("idle", 0, {"r": 5}, epochs=2),
-        one("poison", 3, few | {"use_dora": True}, validation=documents(3, 51), eval_steps=2),
-    ]
-    start = random_adapter(AdapterBank(tiny_model(kind)), 5)
-    found = [replace(wanted, init_adapter=start) if wanted.name == "start" else wanted for wanted in found]
-    if path == "hooks":
-        found.append(one("pissa", 8, {"r": 6, "init_lora_weights": "pissa", "lora_dropout": 0.2}))
-    if path == "hooks" and kind != "gpt2":
-        found.append(one("head", 9, few | {"target_modules": ["lm_head", *some], "lora_dropout": 0.1}))
-        found.append(one("head with dora", 2, few | {"target_modules": ["lm_head", "down_proj"], "use_dora": True}))
-    return {wanted.name: wanted for wanted in found}
 
 
 class Result(NamedTuple):
@@ -141,7 +104,7 @@ def test_colocated_equals_alone_bit_for_bit(kind: str, path: str, count: int, mo
     differs from one to the next.
     """
     monkeypatch.setattr(engine_job, "CHUNK_TOKENS", 32)
-    wanted = jobs(kind, path, STEPS)
+    wanted = unlike_jobs(kind, path, STEPS)
 
     def engine() -> TrainEngine:
         base = tiny_base(kind) if path == "hooks" else decoder_base(kind, dtype=torch.float32)
@@ -158,30 +121,27 @@ def test_colocated_equals_alone_bit_for_bit(kind: str, path: str, count: int, mo
 # --- by the formula, in fp64 -----------------------------------------------------------------------------------------
 
 
-def quantised(precision: str) -> BaseModel:
-    """The decoder with weights of a precision; the rest is in fp64."""
-    return placed(replace(tiny_base(KIND, dtype=DOUBLE), precision=precision), CPU)
-
-
-# What trains together, and what it is compared with alone.
 KIND = "llama-even"
-BASES: dict[str, tuple[Callable[[], BaseModel], Callable[[], BaseModel]]] = {
-    "llama": (lambda: decoder_base(KIND), lambda: tiny_base(KIND, dtype=DOUBLE)),
-    "fp8": (lambda: quantised("fp8"), lambda: quantised("fp8")),
-    "nf4": (lambda: quantised("nf4"), lambda: quantised("nf4")),
-}
+
+
+def base_of(path: str, steps: int, alone: bool = False) -> BaseModel:
+    """What trains together, and what it is compared with alone: transformers' modules where they are what the base is,
+    of one layer where there are many steps.
+    """
+    if path in QUANTISED:
+        return quantised_base(path)
+    return (tiny_base if alone else decoder_base)(KIND, dtype=DOUBLE, num_hidden_layers=1 if steps == 200 else 2)
 
 
 @cache
-def alone_in_double(base: str, steps: int, name: str, done: int) -> Result:
-    """On transformers' modules where they are what the base is."""
-    wanted = jobs(KIND, "llama", steps)[name]
-    return train_alone(TrainEngine(BASES[base][1](), capacity=128), wanted, done)
+def alone_in_double(path: str, steps: int, name: str, done: int) -> Result:
+    wanted = unlike_jobs(KIND, "llama", steps)[name]
+    return train_alone(TrainEngine(base_of(path, steps, alone=True), capacity=128), wanted, done)
 
 
-def compare(base: str, steps: int, colocated: dict[str, Result]) -> None:
+def compare(path: str, steps: int, colocated: dict[str, Result]) -> None:
     for name, together in colocated.items():
-        alone = alone_in_double(base, steps, name, len(together.outcomes))
+        alone = alone_in_double(path, steps, name, len(together.outcomes))
         assert relative(together.state, alone.state) < 1e-9, name
         losses, expected = ([outcome.loss for outcome in result.outcomes] for result in (together, alone))
         assert losses == pytest.approx(expected, rel=1e-9), name
@@ -191,33 +151,33 @@ LONG = ("wide", "dora", "late", "early", "idle", "poison")
 
 
 @pytest.mark.parametrize(
-    ("base", "steps"),
+    ("path", "steps"),
     [pytest.param("llama", 200, marks=pytest.mark.slow), ("llama", STEPS), ("fp8", STEPS), ("nf4", STEPS)],
 )
 def test_colocated_on_the_decoder_is_alone_by_the_formula(
-    base: str, steps: int, monkeypatch: pytest.MonkeyPatch
+    path: str, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever is computed twice and cut how, which changes here between any two micro-batches: many chunks packed side
     by side with all activations kept, or a document at a time, which is no packing at all.
     """
-    engine = TrainEngine(BASES[base][0](), capacity=96)
+    engine = TrainEngine(base_of(path, steps), capacity=96)
     modes: Any = itertools.cycle([("none", 96, 16), ("selective", 1, 1), ("full", 256, 64)])
 
     def change() -> None:
         engine.planner.checkpointing, engine.planner.capacity, chunk_tokens = next(modes)
         monkeypatch.setattr(engine_job, "CHUNK_TOKENS", chunk_tokens)
 
-    wanted = jobs(KIND, "llama", steps)
+    wanted = unlike_jobs(KIND, "llama", steps)
     if steps == 200:
         wanted = {name: wanted[name] for name in LONG}
-    compare(base, steps, train_together(engine, wanted, math.nan, change))
+    compare(path, steps, train_together(engine, wanted, math.nan, change))
 
 
 def test_colocated_on_two_ranks_on_the_decoder_is_alone_by_the_formula() -> None:
     """And both ranks end with the same bits; a number that is too large spreads as one that is none."""
     found: list[dict[str, Result]] = []
     ranks = RanksInThreads(KIND, DOUBLE, 96, "full", with_decoder=True)
-    ranks.run(lambda engine: found.append(train_together(engine, jobs(KIND, "llama", STEPS), math.inf)))
+    ranks.run(lambda engine: found.append(train_together(engine, unlike_jobs(KIND, "llama", STEPS), math.inf)))
     one, other = found
     assert all(torch.equal(one[name].state, other[name].state) for name in one)
     compare("llama", STEPS, one)
@@ -235,7 +195,7 @@ def test_jobs_that_come_and_go_leave_the_base_where_and_what_it_was(make_base: C
     engine.add(job("stays", batch_size=10))
     gone = []
     path = "hooks" if make_base is tiny_base else "llama"
-    for wanted in [one for one in jobs("llama", path, STEPS).values() if not one.validation]:
+    for wanted in [one for one in unlike_jobs("llama", path, STEPS).values() if not one.validation]:
         live = engine.add(wanted)
         for _ in range(2):
             engine.micro_batch()

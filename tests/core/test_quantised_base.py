@@ -24,7 +24,7 @@ from lora_core.models.llama.decoder import Decoder
 from lora_core.models.precision import DenseWeight, Fp8Weight, Nf4Weight
 from lora_core.training.engine import TrainEngine
 from lora_core.training.job import EngineJob
-from tests.support.models import CPU, VOCABULARY, documents, job, outcome_of, relative, tiny_base
+from tests.support.models import CPU, VOCABULARY, documents, job, outcome_of, quantised_base, relative, tiny_base
 from tests.support.tiny_models import save_tiny_model
 
 
@@ -85,10 +85,6 @@ def test_products_with_a_quantised_weight_and_its_transpose(kind: type[Fp8Weight
 KIND = "llama-even"
 
 
-def in_precision(precision: str, dtype: torch.dtype) -> BaseModel:
-    return placed(replace(tiny_base(KIND, dtype=dtype), precision=precision), CPU)
-
-
 def dense_twin(base: BaseModel, dtype: torch.dtype) -> BaseModel:
     """The base whose modules have the weights that the products of `base` take, computed through hooks."""
     twin = tiny_base(KIND, dtype=dtype)
@@ -101,7 +97,7 @@ def dense_twin(base: BaseModel, dtype: torch.dtype) -> BaseModel:
 
 @pytest.mark.parametrize("precision", ["fp8", "nf4"])
 def test_dense_is_what_is_multiplied_with(precision: str) -> None:
-    base = in_precision(precision, torch.float32)
+    base = quantised_base(precision, torch.float32)
     assert base.decoder is not None
     for group in base.decoder.groups:
         weight = base.decoder.layers[group.index // 4].weights[group.index % 4]
@@ -128,14 +124,14 @@ def test_dora_on_a_base_in_nf4_is_dora_on_the_weights_that_are_left_of_it() -> N
             engine.step()
         return [one.optimizer.flat.detach().clone() for one in live]
 
-    base = in_precision("nf4", torch.float64)
+    base = quantised_base("nf4", torch.float64)
     for ours, theirs in zip(train(base), train(dense_twin(base, torch.float64)), strict=True):
         assert relative(ours, theirs) < 1e-11
 
 
 @pytest.mark.parametrize("precision", ["fp8", "nf4"])
 def test_m_starts_as_the_norms_of_the_weights_that_are_left(precision: str) -> None:
-    base = in_precision(precision, torch.float64)
+    base = quantised_base(precision, torch.float64)
     live = TrainEngine(base).add(job(lora={"use_dora": True}))
     twin, dense = dense_twin(base, torch.float64).model, tiny_base(KIND, dtype=torch.float64).model
     for name, m in live.adapter.magnitude.items():
