@@ -16,9 +16,11 @@ from torch import Tensor
 import lora_core
 from jobs.spec import JobSpec
 from lora_core import LoraConfig, TrainConfig, TrainJob
+from lora_core.library import TrainResult
 from lora_core.models.base import load_base
 from lora_core.training.engine import TrainEngine
-from lora_core.training.optimizer import Evaluation
+from lora_core.training.optimizer import Evaluation, StepOutcome
+from tests.support.models import outcome_of
 from tests.support.tiny_models import save_tiny_model
 
 CPU = torch.device("cpu")
@@ -69,7 +71,7 @@ TRAIN: dict[str, Any] = {
 }  # fmt: skip
 
 
-class Came(NamedTuple):
+class Trained(NamedTuple):
     """All that training leaves, and where."""
 
     weights: dict[str, Tensor]
@@ -78,7 +80,7 @@ class Came(NamedTuple):
     evaluations: tuple[Evaluation, ...]
     folder: Path
 
-    def differs(self, other: Came) -> bool:
+    def differs(self, other: Trained) -> bool:
         """In numbers, or in how many there are of them."""
         return (
             (self.steps, self.losses, self.evaluations) != (other.steps, other.losses, other.evaluations)
@@ -89,7 +91,7 @@ class Came(NamedTuple):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a case trains, and what it trains on if it does not say."""
+    """Where jobs train, and what they train on if they do not say."""
 
     folder: Path
 
@@ -101,45 +103,43 @@ class Place:
         path.write_text("\n".join(lines))
         return path
 
-    def train(
+    def job(
         self,
+        name: str,
         lora: dict[str, Any] | None = None,
         train: dict[str, Any] | None = None,
-        *,
-        seed_of_base: int = 0,
-        precision: Any = "fp32",
         numbers: range = range(8, 18),
-        **job: Any,
-    ) -> Came:
-        """Through the library; every outcome is seen on its way."""
+        **more: Any,
+    ) -> TrainJob:
+        given = {"validation": self.rows("held_out", range(30, 34))} | more
+        configs = LoraConfig(**LORA | (lora or {})), TrainConfig(**TRAIN | (train or {}))
+        return TrainJob(name, self.rows(f"{numbers}", numbers), *configs, **given)
+
+    def train(self, *jobs: TrainJob, seed_of_base: int = 0, precision: Any = "fp32") -> dict[str, Trained]:
+        """Through the library, together; every outcome is seen on its way."""
         source = self.folder / f"base-{seed_of_base}"
         if not source.is_dir():
             save_tiny_model("llama", source, seed_of_base)
         base = load_base(str(source), precision=precision, cache_dir=self.folder / "cache", device=CPU)
-        wanted = TrainJob(
-            "job",
-            self.rows("rows", numbers),
-            LoraConfig(**LORA | (lora or {})),
-            TrainConfig(**TRAIN | (train or {})),
-            **{"validation": self.rows("held_out", range(30, 34))} | job,
-        )
-        losses, evaluations = [], []
+        outcomes: dict[str, list[StepOutcome]] = {job.name: [] for job in jobs}
         with pytest.MonkeyPatch.context() as patch:
             micro_batch = TrainEngine.micro_batch
 
             def watched(engine: TrainEngine) -> Any:
-                outcomes = micro_batch(engine)
-                for outcome in outcomes.values():
-                    assert not isinstance(outcome, Exception), outcome
-                    losses.append(outcome.loss)
-                    evaluations.extend([] if outcome.evaluation is None else [outcome.evaluation])
-                return outcomes
+                stepped = micro_batch(engine)
+                for name, outcome in stepped.items():
+                    outcomes[name].append(outcome_of(outcome))
+                return stepped
 
             patch.setattr(TrainEngine, "micro_batch", watched)
-            result = lora_core.train(base, [wanted], mkdtemp(dir=self.folder))["job"]
+            results = lora_core.train(base, jobs, mkdtemp(dir=self.folder))
+        return {name: self._trained(results[name], outcomes[name]) for name in results}
+
+    def _trained(self, result: TrainResult, outcomes: list[StepOutcome]) -> Trained:
         assert result.folder is not None and result.error is None
+        evaluations = tuple(outcome.evaluation for outcome in outcomes if outcome.evaluation is not None)
         weights = load_file(result.folder / "adapter_model.safetensors")
-        return Came(weights, result.steps, tuple(losses), tuple(evaluations), result.folder)
+        return Trained(weights, result.steps, tuple(outcome.loss for outcome in outcomes), evaluations, result.folder)
 
 
 @pytest.fixture(scope="module")
@@ -148,56 +148,56 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 @pytest.fixture(scope="module")
-def default(place: Place) -> Came:
-    """Without options, twice the same."""
-    came = place.train()
-    assert not came.differs(place.train())
-    return came
+def trained(place: Place) -> dict[str, Trained]:
+    """A job for each option and one without it, "default" and "again" without any: all at once, each as if alone."""
+    jobs = [place.job("default"), place.job("again")]
+    for option, value in LORA_OPTIONS.items():
+        jobs.append(place.job(option, lora={option: value}))
+    for name in ("constant", "linear"):
+        jobs.append(place.job(name, train={"lr_scheduler": name}))
+    for name in ("gaussian", "pissa"):
+        jobs.append(place.job(name, lora={"init_lora_weights": name}))
+    for option, (value, more) in TRAIN_OPTIONS.items():
+        jobs += [place.job(option, train=more | {option: value}), place.job(f"without-{option}", train=more)]
+    return place.train(*jobs)
 
 
 def test_every_field_has_an_entry_and_every_entry_a_field() -> None:
     assert set(LORA_OPTIONS) == set(LoraConfig.model_fields)
     assert set(TRAIN_OPTIONS) == set(TrainConfig.model_fields)
     assert JOB_OPTIONS | NOT_OF_THE_ENGINE.keys() | {"lora", "train"} == set(JobSpec.model_fields)
-    assert {field.name for field in fields(TrainJob)} == {
-        "name",
-        "dataset",
-        "validation",
-        "init_adapter",
-        "lora",
-        "train",
-    }
+    of_a_job = {"name", "dataset", "validation", "init_adapter", "lora", "train"}
+    assert {field.name for field in fields(TrainJob)} == of_a_job
+
+
+def test_without_options_the_same_comes_out_twice(trained: dict[str, Trained]) -> None:
+    assert not trained["default"].differs(trained["again"])
 
 
 @pytest.mark.parametrize("option", LORA_OPTIONS)
-def test_every_option_of_an_adapter_changes_what_comes_out(option: str, place: Place, default: Came) -> None:
-    came = place.train(lora={option: LORA_OPTIONS[option]})
-    assert came.differs(default)
-    assert came.losses[-1] != default.losses[-1]
+def test_every_option_of_an_adapter_changes_what_comes_out(option: str, trained: dict[str, Trained]) -> None:
+    assert trained[option].differs(trained["default"])
+    assert trained[option].losses[-1] != trained["default"].losses[-1]
 
 
 @pytest.mark.parametrize("option", TRAIN_OPTIONS)
-def test_every_option_of_training_changes_what_comes_out(option: str, place: Place, default: Came) -> None:
-    value, more = TRAIN_OPTIONS[option]
-    without = place.train(train=more) if more else default
-    assert place.train(train=more | {option: value}).differs(without)
+def test_every_option_of_training_changes_what_comes_out(option: str, trained: dict[str, Trained]) -> None:
+    assert trained[option].differs(trained[f"without-{option}"])
 
 
-def test_no_two_schedules_and_no_two_starts_are_alike(place: Place, default: Came) -> None:
+@pytest.mark.parametrize("names", [("default", "constant", "linear"), ("default", "gaussian", "pissa")])
+def test_no_two_schedules_and_no_two_starts_are_alike(names: tuple[str, ...], trained: dict[str, Trained]) -> None:
     """An option of a few words changes the result with each of them."""
-    schedules = [place.train(train={"lr_scheduler": name}) for name in ("constant", "linear")]
-    starts = [place.train(lora={"init_lora_weights": name}) for name in ("gaussian", "pissa")]
-    for came in (schedules, starts):
-        assert len({one.losses for one in (default, *came)}) == 3
+    assert len({trained[name].losses for name in names}) == 3
 
 
 @pytest.mark.parametrize("option", sorted(JOB_OPTIONS))
-def test_every_option_of_a_job_changes_what_comes_out(option: str, place: Place, default: Came) -> None:
+def test_every_option_of_a_job_changes_what_comes_out(option: str, place: Place, trained: dict[str, Trained]) -> None:
     changed: dict[str, dict[str, Any]] = {
-        "base_model": {"seed_of_base": 1},
         "dataset": {"numbers": range(9, 19)},
         "validation": {"validation": 0.3},
-        "init_adapter": {"init_adapter": default.folder},
-        "precision": {"precision": "bf16"},
+        "init_adapter": {"init_adapter": trained["default"].folder},
     }
-    assert place.train(**changed[option]).differs(default)
+    base: dict[str, dict[str, Any]] = {"base_model": {"seed_of_base": 1}, "precision": {"precision": "bf16"}}
+    (found,) = place.train(place.job("job", **changed.get(option, {})), **base.get(option, {})).values()
+    assert found.differs(trained["default"])
