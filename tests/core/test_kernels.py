@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -165,8 +167,18 @@ def kernels(low: LowRank) -> ModuleType:
 
 with_and_without_dora = pytest.mark.parametrize("dora", [False, True])
 with_and_without_dropout = pytest.mark.parametrize("dropouts", [NO_DROPOUT, DROPOUT])
-in_one_stripe_and_in_two = pytest.mark.parametrize("blocks", [16, 1])
-"""A row is 96 or 80 numbers here, and a block of the kernels in fp32 64."""
+
+
+def all_of_any_three(choices: dict[str, tuple[Any, Any]]) -> pytest.MarkDecorator:
+    """Cases in which any three of these choices of two meet in all their combinations, of four to six choices; `blocks`
+    are one stripe or two of a row, which is 96 or 80 numbers here (a block of the kernels in fp32 is 64).
+    """
+    free = 3 if len(choices) == 4 else 4
+    cases = []
+    for bits in itertools.product((0, 1), repeat=free):
+        made = [bits[0] ^ bits[1] ^ bits[2], bits[1] ^ bits[2] ^ bits[-1]]
+        cases.append([pair[bit] for pair, bit in zip(choices.values(), (*bits, *made), strict=False)])
+    return pytest.mark.parametrize(list(choices), cases)
 
 
 @with_and_without_dropout
@@ -270,12 +282,13 @@ def test_norm_forward(with_sum: bool, with_update: bool, dora: bool) -> None:
         close(added + x, reference[0])
 
 
-@with_and_without_dropout
-@in_one_stripe_and_in_two
-@pytest.mark.parametrize("below_kind", ["o", "down_small"])
-@pytest.mark.parametrize("with_products", [True, False])
-@pytest.mark.parametrize("with_residual", [True, False])
-@pytest.mark.parametrize("with_update", [True, False])
+BACKWARD = {
+    "with_update": (True, False), "with_residual": (True, False), "with_products": (True, False),
+    "below_kind": ("o", "down_small"), "blocks": (16, 1), "dropouts": (DROPOUT, NO_DROPOUT),
+}  # fmt: skip
+
+
+@all_of_any_three(BACKWARD)
 def test_norm_backward(
     with_update: bool,
     with_residual: bool,
@@ -360,10 +373,10 @@ def ropes(size: int, with_bias: bool, with_norm: bool) -> tuple[Rope, Rope]:
     return on(CPU), on(DEVICE)
 
 
-@with_and_without_dora
-@pytest.mark.parametrize("with_norm", [True, False])
-@pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("with_update", [True, False])
+ROPE = {"with_update": (True, False), "with_bias": (True, False), "with_norm": (True, False), "dora": (False, True)}
+
+
+@all_of_any_three(ROPE)
 def test_rope(with_update: bool, with_bias: bool, with_norm: bool, dora: bool) -> None:
     here, there = low_rank_on("qkv", dora=dora), low_rank_on("qkv", DEVICE, dora=dora)
     y, h = randn(T, 128), randn(T, here.width) if with_update else None
@@ -394,11 +407,13 @@ def test_rope_keeps_nothing_without_a_backward_pass(with_norm: bool) -> None:
     close(ours, layer_ops.rope_forward_(randn(T, 128), None, low_rank_on("qkv"), rope, True)[0])
 
 
-@in_one_stripe_and_in_two
-@with_and_without_dropout
-@with_and_without_dora
-@pytest.mark.parametrize("with_update", [True, False])
-@pytest.mark.parametrize("kinds", [("gate_up", "down"), ("gate_up_small", "down_small")])
+SWIGLU = {
+    "kinds": (("gate_up", "down"), ("gate_up_small", "down_small")), "with_update": (True, False),
+    "dora": (False, True), "dropouts": (NO_DROPOUT, DROPOUT), "blocks": (16, 1),
+}  # fmt: skip
+
+
+@all_of_any_three(SWIGLU)
 def test_swiglu(
     kinds: tuple[str, str],
     with_update: bool,
