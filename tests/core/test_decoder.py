@@ -127,13 +127,6 @@ def test_what_is_left_to_the_hooks_says_why() -> None:
         assert Decoder.misfit(config) == reason
 
 
-def test_a_neighbours_dropout_changes_nothing() -> None:
-    plain, mixed = World().by_decoder(), World(dropouts=DROPOUTS).by_decoder()
-    assert torch.equal(mixed[1], plain[1])
-    for place in (0, 2):
-        assert relative(mixed[place], plain[place]) > 0.01
-
-
 def test_gradients_add_up_over_batches() -> None:
     world = World()
     once = world.by_hooks()
@@ -151,17 +144,6 @@ def test_rows_of_no_adapter_go_through_the_base_alone() -> None:
     assert without[1][-2] != whole[1][-2]
     for place in (0, 2):
         assert relative(without[place], whole[place]) < 1e-12
-
-
-def test_a_poisoned_neighbour_changes_nothing() -> None:
-    world = World()
-    clean = world.by_decoder()
-    with torch.no_grad():
-        world.jobs[1].optimizer.flat.fill_(torch.nan)
-    poisoned = world.by_decoder()
-    assert poisoned[1].isnan().any()
-    for place in (0, 2):
-        assert torch.equal(poisoned[place], clean[place])
 
 
 def test_the_engine_drops_in_training_alone() -> None:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lora_core.adapters.init import LoraConfigError
 from lora_core.adapters.targets import AdaptableModules
-from lora_core.config import LoraConfig, TrainConfig
-from lora_core.library import TrainJob, train
-from lora_core.models.base import BaseModel
+from lora_core.config import LoraConfig
 from lora_core.models.forward import ForwardPath, forward_path, open_forward
 from lora_core.models.llama.decoder import Decoder
 from lora_core.training.engine import TrainEngine
 from tests.support.models import job, tiny_base, tiny_model
-from tests.support.tiny_models import load_on_cpu, save_tiny_model
 
 PISSA = {"init_lora_weights": "pissa"}
 HEAD = {"target_modules": ["q_proj", "lm_head"]}
@@ -57,24 +52,3 @@ def test_a_path_that_a_base_has_not_is_refused() -> None:
         open_forward(tiny_base("gpt2"), "llama")
     with pytest.raises(ValueError, match="in nf4 there is the llama path alone; use bf16"):
         open_forward(replace(tiny_base("llama"), precision="nf4"), "hooks")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
-    folder = tmp_path_factory.mktemp("base")
-    return load_on_cpu(save_tiny_model("llama", folder / "model"), folder / "cache")
-
-
-def test_jobs_of_both_paths_are_each_as_if_alone(base: BaseModel, tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": f"{n} and", "completion": f" {n + 1}"}) + "\n" for n in range(9)))
-    short = TrainConfig(epochs=2, batch_size=3)
-    jobs = [TrainJob(name, rows, LoraConfig(r=4, **lora), short) for name, lora in (("plain", {}), ("pissa", PISSA))]
-    together = train(base, jobs, tmp_path / "together")
-    assert {name: result.path for name, result in together.items()} == {"plain": "llama", "pissa": "hooks"}
-    for one in jobs:
-        alone = train(base, [one], tmp_path / "alone")[one.name]
-        folders = [result.folder for result in (alone, together[one.name])]
-        assert alone.steps == 6 and None not in folders
-        weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in folders if folder is not None]
-        assert weights[0] == weights[1]

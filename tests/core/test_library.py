@@ -6,8 +6,11 @@ import json
 import math
 import re
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -60,12 +63,16 @@ def test_the_readmes_ten_lines_run(
         peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.source), f"adapters/{name}")
 
 
-def test_two_jobs_together_leave_what_each_leaves_alone(base: BaseModel, dataset: Path, tmp_path: Path) -> None:
+def test_jobs_of_both_paths_together_leave_what_each_leaves_alone(
+    base: BaseModel, dataset: Path, tmp_path: Path
+) -> None:
     jobs = [
         TrainJob("a", dataset, LoraConfig(r=4, lora_dropout=0.1), SHORT),
         TrainJob("b", dataset, LoraConfig(r=8), SHORT.model_copy(update={"epochs": 3, "seed": 1})),
+        TrainJob("pissa", dataset, LoraConfig(r=4, init_lora_weights="pissa"), SHORT),
     ]
     together = lora_core.train(base, jobs, tmp_path / "together")
+    assert {name: result.path for name, result in together.items()} == {"a": "llama", "b": "llama", "pissa": "hooks"}
     for job in jobs:
         alone = lora_core.train(base, [job], tmp_path / "alone")[job.name]
         result = together[job.name]
@@ -187,7 +194,7 @@ def test_every_mistake_is_told_before_anything_trains(
     ]
     with pytest.raises(TrainJobsError) as caught:
         lora_core.train(base, jobs, tmp_path / "file" / "out")
-    told = str(caught.value)
+    message = str(caught.value)
     for part in (
         "2 jobs are named 'twice'",
         "job name '../up' cannot be a folder's",
@@ -198,7 +205,7 @@ def test_every_mistake_is_told_before_anything_trains(
         "targets: rank_pattern",
         "out: nothing can be written",
     ):
-        assert part in told, told
+        assert part in message, message
 
 
 def test_what_became_of_the_rows_is_in_the_result_and_the_log(
@@ -325,7 +332,7 @@ def test_mistakes_about_validation_rows_are_told(base: BaseModel, dataset: Path,
     ]
     with pytest.raises(TrainJobsError) as caught:
         lora_core.train(base, jobs, tmp_path / "out")
-    told = str(caught.value)
+    message = str(caught.value)
     for part in (
         "half: validation must be a fraction of the rows above 0 and below 0.5, or a second file, not 0.5",
         "one: validation must be a fraction of the rows above 0 and below 0.5, or a second file, not 1",
@@ -334,7 +341,7 @@ def test_mistakes_about_validation_rows_are_told(base: BaseModel, dataset: Path,
         "bad: validation: dataset",
         "without has no validation examples, which eval_steps",
     ):
-        assert part in told, told
+        assert part in message, message
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
@@ -344,10 +351,11 @@ class Killed(BaseException):
     """As an interrupt would be: no handler for errors takes it."""
 
 
-def killed_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """From here on training ends after so many calls of `step`; returns the names of the jobs that stepped."""
+@contextmanager
+def steps_of(most: int = 1000) -> Iterator[list[str]]:
+    """The names of the jobs that step from here on; training ends after so many calls of `step`."""
     step, stepped = TrainEngine.step, list[str]()
-    calls = iter(range(steps))
+    calls = iter(range(most))
 
     def stepping(engine: TrainEngine) -> object:
         if next(calls, None) is None:
@@ -356,7 +364,14 @@ def killed_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         stepped.extend(outcomes)
         return outcomes
 
-    monkeypatch.setattr(TrainEngine, "step", stepping)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(TrainEngine, "step", stepping)
+        yield stepped
+
+
+def train_killed(base: BaseModel, jobs: list[TrainJob], out: Path, most: int, **options: Any) -> list[str]:
+    with steps_of(most) as stepped, pytest.raises(Killed):
+        lora_core.train(base, jobs, out, **options)
     return stepped
 
 
@@ -364,9 +379,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_resumed_jobs_are_those_that_were_never_interrupted(
-    base: BaseModel, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_jobs_are_those_that_were_never_interrupted(base: BaseModel, dataset: Path, tmp_path: Path) -> None:
     """Killed twice: while all train, and when one has ended."""
     evaluated = SHORT.model_copy(update={"epochs": 4, "eval_steps": 2})
     jobs = [
@@ -377,15 +390,11 @@ def test_resumed_jobs_are_those_that_were_never_interrupted(
     whole = lora_core.train(base, jobs, tmp_path / "whole", checkpoint_seconds=None)
     trained = list[str]()
     for resume in (False, True):
-        with monkeypatch.context() as patched:
-            stepped = killed_after(6, patched)
-            with pytest.raises(Killed):
-                lora_core.train(base, jobs, tmp_path / "out", resume=resume, checkpoint_seconds=0)
-            trained += stepped
+        trained += train_killed(base, jobs, tmp_path / "out", 6, resume=resume, checkpoint_seconds=0)
     assert (tmp_path / "out" / "short").exists() and not (tmp_path / "out" / "long").exists()
     (tmp_path / "out" / ".checkpoints" / "long.partial").write_bytes(b"killed while it was written")
-    stepped = killed_after(1000, monkeypatch)
-    found = lora_core.train(base, jobs, tmp_path / "out", resume=True)
+    with steps_of() as stepped:
+        found = lora_core.train(base, jobs, tmp_path / "out", resume=True)
     assert files(tmp_path / "out") == files(tmp_path / "whole")  # and no checkpoint is left
     assert [replace(one, folder=None) for one in found.values()] == [
         replace(one, folder=None) for one in whole.values()
@@ -396,26 +405,21 @@ def test_resumed_jobs_are_those_that_were_never_interrupted(
 
 
 def test_a_call_in_which_a_job_failed_is_resumed_without_training_the_others(
-    base: BaseModel, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: BaseModel, dataset: Path, tmp_path: Path
 ) -> None:
     wild = SHORT.model_copy(update={"learning_rate": 1e30, "max_grad_norm": 1e30})
     good, tame = TrainJob("good", dataset, train=SHORT), TrainJob("wild", dataset, train=SHORT)
     first = lora_core.train(base, [replace(tame, train=wild), good], tmp_path / "out", checkpoint_seconds=0)
     assert first["wild"].error is not None
-    stepped = killed_after(1000, monkeypatch)
-    second = lora_core.train(base, [good, tame], tmp_path / "out", resume=True)
+    with steps_of() as stepped:
+        second = lora_core.train(base, [good, tame], tmp_path / "out", resume=True)
     assert second["good"] == first["good"] and second["wild"].error is None
     assert set(stepped) == {"wild"}
 
 
-def test_a_checkpoint_of_something_else_is_refused_and_stays(
-    base: BaseModel, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_of_something_else_is_refused_and_stays(base: BaseModel, dataset: Path, tmp_path: Path) -> None:
     jobs = [TrainJob("a", dataset, train=SHORT), TrainJob("b", dataset, train=SHORT)]
-    with monkeypatch.context() as patched:
-        killed_after(4, patched)
-        with pytest.raises(Killed):
-            lora_core.train(base, jobs, tmp_path / "out", checkpoint_seconds=0)
+    train_killed(base, jobs, tmp_path / "out", 4, checkpoint_seconds=0)
     left = files(tmp_path / "out")
     other = SHORT.model_copy(update={"learning_rate": 1e-4})
     with pytest.raises(
@@ -433,12 +437,9 @@ def test_a_checkpoint_of_something_else_is_refused_and_stays(
     with pytest.raises(TrainJobsError, match=r"b: the checkpoint .*b.safetensors cannot be read"):
         lora_core.train(base, jobs, tmp_path / "out", resume=True)
     changed = [replace(job, train=other) for job in jobs]
-    with monkeypatch.context() as patched:
-        killed_after(1, patched)
-        with pytest.raises(Killed):
-            lora_core.train(base, changed, tmp_path / "out")  # anew, and nothing was written yet
-    stepped = killed_after(1000, monkeypatch)
-    results = lora_core.train(base, changed, tmp_path / "out", resume=True)
+    train_killed(base, changed, tmp_path / "out", 1)  # anew, and nothing was written yet
+    with steps_of() as stepped:
+        results = lora_core.train(base, changed, tmp_path / "out", resume=True)
     assert stepped.count("a") == stepped.count("b") == results["a"].steps
 
 
@@ -453,10 +454,7 @@ def test_resumed_on_another_day_rows_are_what_they_became_on_the_first(
     jobs = [TrainJob("a", dataset, train=SHORT), TrainJob("b", dataset, train=SHORT, validation=0.3)]
     clock_says(monkeypatch, "31 Dec")
     whole = lora_core.train(base, jobs, tmp_path / "whole", checkpoint_seconds=None)
-    with monkeypatch.context() as patched:
-        killed_after(2, patched)
-        with pytest.raises(Killed):
-            lora_core.train(base, jobs, tmp_path / "out", checkpoint_seconds=0)
+    train_killed(base, jobs, tmp_path / "out", 2, checkpoint_seconds=0)
     left = files(tmp_path / "out")
     assert {Path(name).name for name in left} == {
         f"{name}.{kind}" for name in "ab" for kind in ("safetensors", "encoded")
