@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+import os
 import pickle
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -141,33 +141,31 @@ def test_readers_never_see_part_of_a_version(storage: Storage, tmp_path: Path) -
     assert registry.resolve(BASE, NAME).manifest["number"] == versions - 1
 
 
-KILLED_PUBLISHER = """
-import os, sys
-from cluster.registry import AdapterRegistry
-from cluster.storage.directory import open_storage
-from tests.cluster.test_registry import BASE, FILES, NAME
+def publish_and_die(url: str, environment: dict[str, str], writes: int) -> None:
+    """In a process of its own, which is killed before the next write after so many."""
+    os.environ |= environment
+    storage, keys = open_storage(url), list[str]()
+    put = storage.put
 
-storage, left = open_storage(sys.argv[1]), int(sys.argv[2])
-put = storage.put
+    def put_or_die(key: str, *arguments: Any, **options: Any) -> bool:
+        if len(keys) == writes:
+            os.kill(os.getpid(), signal.SIGKILL)
+        keys.append(key)
+        return put(key, *arguments, **options)
 
-def put_or_die(*arguments, **options):
-    global left
-    if left == 0:
-        os.kill(os.getpid(), 9)
-    left -= 1
-    return put(*arguments, **options)
-
-storage.put = put_or_die
-AdapterRegistry(storage).publish(BASE, NAME, FILES, {"job": "job-1"})
-"""
+    storage.put = put_or_die  # type: ignore[method-assign]
+    AdapterRegistry(storage).publish(BASE, NAME, FILES, {"job": "job-1"})
 
 
 @pytest.mark.parametrize("writes", range(5))
 def test_a_publish_killed_anywhere_is_completed_by_the_next(storage: Storage, tmp_path: Path, writes: int) -> None:
     """Killed after 0 to 4 writes: two files, the manifest, the alias."""
-    command = [sys.executable, "-c", KILLED_PUBLISHER, storage.url, str(writes)]
-    child = subprocess.run(command, cwd=Path(__file__).parents[2], check=False, timeout=60)
-    assert child.returncode == (-signal.SIGKILL if writes < 4 else 0)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.cluster.test_registry", "cluster.storage.s3"])
+    child = context.Process(target=publish_and_die, args=(storage.url, dict(os.environ), writes))
+    child.start()
+    child.join(60)
+    assert child.exitcode == (-signal.SIGKILL if writes < 4 else 0)
     registry = AdapterRegistry(storage)
     assert len(storage.list()) == writes
     assert len(registry.versions(BASE, NAME)) == (writes > 2)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,14 @@ def byte_level(
     template: str | None, end: str, *, bos: bool = False, pattern: str = LLAMA3_SPLIT
 ) -> PreTrainedTokenizerBase:
     """A byte-level BPE that merges whole words; with `bos` it puts <s> before a text, as Llama's does."""
+    tokenizer = Tokenizer.from_str(trained_bpe(pattern))
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return wrapped(tokenizer, bos_token="<s>", eos_token=end, chat_template=template)
+
+
+@cache
+def trained_bpe(pattern: str) -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -95,9 +104,8 @@ def byte_level(
     )
     tokenizer.train_from_iterator(CORPUS * 5, trainer)
     tokenizer.add_tokens([AddedToken("<think>", special=False), AddedToken("</think>", special=False)])
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return wrapped(tokenizer, bos_token="<s>", eos_token=end, chat_template=template)
+    serialised: str = tokenizer.to_str()
+    return serialised
 
 
 def sentence_piece(template: str | None) -> PreTrainedTokenizerBase:
@@ -120,7 +128,7 @@ def smollm2(shared_cache: Path) -> PreTrainedTokenizerBase:
     return load_tokenizer(local_folder(smollm2_gguf(), shared_cache))
 
 
-TOKENIZERS = {
+TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
     "chatml": lambda: byte_level(CHATML, "<|im_end|>"),
     "thinking": lambda: byte_level(THINKING, "<|im_end|>"),
     "llama3": lambda: byte_level(LLAMA3, "<|eot_id|>", bos=True),

@@ -22,7 +22,7 @@ from lora_core.inference.engine import GenerationRequest, Generator, PromptTooLo
 from lora_core.inference.sampling import SamplingParams
 from lora_core.models.base import BaseModel, load_base
 from lora_core.models.files import local_folder
-from lora_core.models.forward import Bound, ForwardPath, open_forward
+from lora_core.models.forward import Bound, Forward, ForwardPath, open_forward
 from lora_core.models.llama.decoder import Decoder
 from tests.support.models import random_adapter
 from tests.support.tiny_models import byte_tokenizer, save_tiny_model, smollm2_gguf, write_adapter
@@ -69,6 +69,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BaseModel]:
     yield load_base(str(folder), precision="fp32", cache_dir=tmp_path_factory.mktemp("llama-cache"))
 
 
+@pytest.fixture
+def forward(llama: BaseModel) -> Iterator[Forward]:
+    forward = open_forward(llama)
+    yield forward
+    forward.close()
+
+
 def run(generator: Generator, requests: list[GenerationRequest]) -> tuple[list[list[int]], list[str], list[str | None]]:
     """All requests at once, to their ends: tokens, texts and finish reasons."""
     ids = [generator.add(request) for request in requests]
@@ -102,20 +109,20 @@ def test_greedy_equals_transformers_and_peft_alone_and_beside_others(stock: Stoc
     served = [stock.forward.load(adapter) for adapter in adapters]
     generator = Generator(stock.base, stock.forward, slots=4, max_len=128)
     plan = [(text, which) for text in PROMPTS for which in (None, 0, 1, 2)]
-    requests, wanted = [], []
+    requests, expected = [], []
     for text, which in plan:
         prompt = encode(stock.base, text)
         requests.append(
             GenerationRequest(
-                prompt=prompt, adapter=None if which is None else served[which], sampling=GREEDY, max_tokens=24
+                prompt=prompt, adapter=None if which is None else served[which], sampling=GREEDY, max_tokens=14
             )
         )
         folder = None if which is None else folders[which]
-        wanted.append(stock.greedy(prompt, 24, generator.end_tokens, folder))
+        expected.append(stock.greedy(prompt, 14, generator.end_tokens, folder))
     together = run(generator, requests)[0]  # 20 requests, 3 adapters, 4 slots: joining and leaving all the time
-    assert together == wanted
+    assert together == expected
     assert len({tuple(tokens) for tokens in together}) == len(plan), "answers must differ, or equality proves nothing"
-    assert run(generator, requests[4:8])[0] == wanted[4:8]  # few of them, in slots that others have used
+    assert run(generator, requests[4:8])[0] == expected[4:8]  # few of them, in slots that others have used
 
 
 def test_greedy_equals_transformers_on_a_real_model(shared_cache: Path, tmp_path: Path) -> None:
@@ -139,8 +146,7 @@ def test_greedy_equals_transformers_on_a_real_model(shared_cache: Path, tmp_path
     assert tokens[0] != tokens[1] and tokens[2] != tokens[3]
 
 
-def test_samples_follow_the_seed_not_the_neighbours(llama: BaseModel) -> None:
-    forward = open_forward(llama)
+def test_samples_follow_the_seed_not_the_neighbours(llama: BaseModel, forward: Forward) -> None:
     generator = Generator(llama, forward, slots=8, max_len=64)
 
     def request(seed: int | None, prompt: str = "Hello", adapter: Bound | None = None) -> GenerationRequest:
@@ -153,26 +159,22 @@ def test_samples_follow_the_seed_not_the_neighbours(llama: BaseModel) -> None:
     tokens = run(generator, beside)[0]
     assert tokens[2] == alone and tokens[0] != alone
     assert run(generator, [request(None)])[0] != run(generator, [request(None)])[0]
-    forward.close()
 
 
-def test_what_a_sequence_leaves_in_its_slot_reaches_nobody(llama: BaseModel) -> None:
-    forward = open_forward(llama)
+def test_what_a_sequence_leaves_in_its_slot_reaches_nobody(llama: BaseModel, forward: Forward) -> None:
     generator = Generator(llama, forward, slots=2, max_len=64)
     poison = random_adapter(forward.modules, 1)
     poison.b = {name: torch.full_like(b, float("nan")) for name, b in poison.b.items()}
     long = GenerationRequest(prompt=encode(llama, "y" * 30), sampling=GREEDY, max_tokens=8)
     short = GenerationRequest(prompt=encode(llama, "Hi"), sampling=GREEDY, max_tokens=8)
-    wanted = [run(generator, [request])[0][0] for request in (long, short)]
+    expected = [run(generator, [request])[0][0] for request in (long, short)]
     nan = GenerationRequest(prompt=encode(llama, "z" * 40), adapter=forward.load(poison), sampling=GREEDY, max_tokens=8)
-    assert run(generator, [nan, short])[0][1] == wanted[1]  # beside it
+    assert run(generator, [nan, short])[0][1] == expected[1]  # beside it
     run(generator, [nan, nan])
-    assert run(generator, [long, short])[0] == wanted  # after it, where reading goes beyond the end of "Hi"
-    forward.close()
+    assert run(generator, [long, short])[0] == expected  # after it, where reading goes beyond the end of "Hi"
 
 
-def test_ends_and_limits(llama: BaseModel) -> None:
-    forward = open_forward(llama)
+def test_ends_and_limits(llama: BaseModel, forward: Forward) -> None:
     generator = Generator(llama, forward, slots=2, max_len=32)
     assert generator.end_tokens == {256, 258}  # generation config, and the chat template's <|im_end|>
     prompt = encode(llama, "Hello")
@@ -192,11 +194,9 @@ def test_ends_and_limits(llama: BaseModel) -> None:
     for broken in (GenerationRequest(prompt=[]), GenerationRequest(prompt=[5], max_tokens=0)):
         with pytest.raises(ValueError, match="at least one token"):
             generator.add(broken)
-    forward.close()
 
 
-def test_abort_frees_the_slot(llama: BaseModel) -> None:
-    forward = open_forward(llama)
+def test_abort_frees_the_slot(llama: BaseModel, forward: Forward) -> None:
     generator = Generator(llama, forward, slots=1, max_len=64)
     request = GenerationRequest(prompt=encode(llama, "Hello"), sampling=GREEDY, max_tokens=30)
     first, second, third = (generator.add(request) for _ in range(3))
@@ -206,11 +206,9 @@ def test_abort_frees_the_slot(llama: BaseModel) -> None:
     generator.abort(first)  # twice is once
     assert (generator.running, generator.waiting) == (0, 1)
     assert [event.request for event in generator.step()] == [third]
-    forward.close()
 
 
-def test_stop_strings_in_the_generator(llama: BaseModel) -> None:
-    forward = open_forward(llama)
+def test_stop_strings_in_the_generator(llama: BaseModel, forward: Forward) -> None:
     generator = Generator(llama, forward, slots=2, max_len=64)
     prompt = encode(llama, "Hello")
     full = run(generator, [GenerationRequest(prompt=prompt, sampling=GREEDY, max_tokens=40)])[1][0]
@@ -219,7 +217,6 @@ def test_stop_strings_in_the_generator(llama: BaseModel) -> None:
         generator, [GenerationRequest(prompt=prompt, sampling=GREEDY, max_tokens=40, stop=("never", stop))]
     )
     assert texts[0] == full[: full.index(stop)] and reasons == ["stop"] and len(tokens[0]) < 40
-    forward.close()
 
 
 def metaspace_tokenizer() -> PreTrainedTokenizerFast:

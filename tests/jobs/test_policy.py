@@ -134,7 +134,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(queued, running, sessions, cluster(draw(st.integers(0, 8)), draw(st.integers(1, 4))))
 
 
-@settings(max_examples=2000, deadline=None, derandomize=True, database=None)
+@settings(max_examples=1000, deadline=None, derandomize=True, database=None)
 @given(cases())
 def test_every_plan_keeps_order_capacity_and_sessions(case: Case) -> None:
     check_each_once(case)
