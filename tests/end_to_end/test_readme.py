@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import pytest
 
 from cluster.registry import AdapterRegistry
 from cluster.storage.directory import open_storage
+from tests.support.machine import clean_environment, free_port
 from tests.support.s3_server import S3Server
 
 pytestmark = pytest.mark.alone
@@ -26,18 +26,12 @@ pytestmark = pytest.mark.alone
 ROOT = Path(__file__).parents[2]
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 @pytest.fixture
 def cluster(tmp_path: Path, s3_server: S3Server) -> Iterator[dict[str, str]]:
     """The environment of a shell that has the README's cluster to itself: ports, folders and a bucket of its own."""
     gcs, api, serve = free_port(), free_port(), free_port()
     environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "LORA_"))},
+        **clean_environment(),
         **s3_server.environment,
         "LORA_HOME": str(tmp_path / "home"),
         "SERVE_PORT": str(serve),

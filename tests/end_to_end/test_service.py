@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,14 +24,13 @@ import pytest
 from cluster.settings import Settings
 from cluster.storage.directory import open_storage
 from cluster.storage.keys import checkpoints_prefix, examples_key
-from jobs.__main__ import follow, main
+from jobs.__main__ import main
 from jobs.admission import admit
 from jobs.job import Job, JobStatus, RequestedAction
-from jobs.scheduling.launcher import RayUnreachableError
 from jobs.spec import load_spec
 from jobs.store.jobs import JobQueue
 from tests.support.another_ray import another_ray
-from tests.support.queue_kit import submit
+from tests.support.machine import clean_environment, free_port
 from tests.support.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.alone
@@ -46,11 +43,9 @@ class Laptop:
 
     def __init__(self, home: Path) -> None:
         self.home = home
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.metrics_port = free.getsockname()[1]
+        self.metrics_port = free_port()
         self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "LORA_"))},
+            **clean_environment(),
             "LORA_HOME": str(home),
             "LORA_BASE_MODELS": json.dumps({"tiny": str(save_tiny_model("llama", home / "tiny"))}),
             "LORA_CHECKPOINT_SECONDS": "0.5",
@@ -260,50 +255,6 @@ def test_interrupting_the_client_leaves_its_job_running(laptop: Laptop) -> None:
     assert client.returncode == 130
     assert "goes on without you" in errors
     assert laptop.finished(job_id).status is JobStatus.SUCCEEDED
-
-
-def test_a_follower_in_the_background_ignores_ctrl_c_and_waits_while_ray_is_away(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    queue = JobQueue(f"sqlite:///{tmp_path / 'lora.db'}")
-    job, _ = submit(queue)
-    asked = []
-
-    def watch() -> None:
-        asked.append(signal.getsignal(signal.SIGINT))
-        if len(asked) == 1:
-            raise RayUnreachableError("Ray's API does not answer")
-        queue.request(job.id, RequestedAction.CANCEL)
-
-    clock = itertools.count(0.0, 11.0)
-    monkeypatch.setattr("time.monotonic", lambda: next(clock))
-    monkeypatch.setattr("time.sleep", lambda _: None)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        assert follow(queue, job.id, watch) == 1
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert asked == [signal.SIG_IGN] * 2
-    queue.close()
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_ctrl_c_is_heard_while_python_collects_garbage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What is raised in a finalizer, as a collection calls it, is printed and dropped: libraries of ours have some."""
-
-    class Finalized:
-        def __del__(self) -> None:
-            signal.raise_signal(signal.SIGINT)  # not kill: another thread may take that, a little later
-
-    queue = JobQueue(f"sqlite:///{tmp_path / 'lora.db'}")
-    job, _ = submit(queue)
-    monkeypatch.setattr(JobQueue, "events", lambda *_, **__: [Finalized()][:0])
-    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("went on after Ctrl-C"))
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        follow(queue, job.id)
-    assert signal.getsignal(signal.SIGINT) is before
-    queue.close()
 
 
 def test_a_job_that_dies_in_a_rank_fails_with_its_reason_and_the_one_beside_it_goes_on(laptop: Laptop) -> None:

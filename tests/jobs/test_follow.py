@@ -1,14 +1,16 @@
-"""Following a job that waits: whoever does is told why within seconds."""
+"""Following a job: whoever does is told within seconds why it waits, and may interrupt it at any moment."""
 
 from __future__ import annotations
 
+import itertools
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from jobs.__main__ import PATIENCE_SECONDS, WATCH_SECONDS, follow, main
-from jobs.job import JobStatus, lease_name
+from jobs.job import JobStatus, RequestedAction, lease_name
 from jobs.scheduling.launcher import RayUnreachableError
 from jobs.spec import SpecError
 from jobs.store.jobs import JobQueue
@@ -91,3 +93,44 @@ def test_what_keeps_a_scheduler_from_being_started_is_said(follower: Follower) -
 
     follower.at = {WATCH_SECONDS + 1: follower.end}
     assert follower.lines(away)[-1] == "waits: Ray's API does not answer: no route"
+
+
+def test_a_follower_in_the_background_ignores_ctrl_c_and_waits_while_ray_is_away(
+    follower: Follower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def watch() -> None:
+        asked.append(signal.getsignal(signal.SIGINT))
+        if len(asked) == 1:
+            raise RayUnreachableError("Ray's API does not answer")
+        follower.queue.request(follower.job_id, RequestedAction.CANCEL)
+
+    clock = itertools.count(0.0, 11.0)
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert follow(follower.queue, follower.job_id, watch) == 1
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert asked == [signal.SIG_IGN] * 2
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_ctrl_c_is_heard_while_python_collects_garbage(follower: Follower, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is raised in a finalizer, as a collection calls it, is printed and dropped: libraries of ours have some."""
+
+    class Finalized:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)  # not kill: another thread may take that, a little later
+
+    monkeypatch.setattr(JobQueue, "events", lambda *_, **__: [Finalized()][:0])
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("went on after Ctrl-C"))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            follow(follower.queue, follower.job_id)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
