@@ -17,33 +17,12 @@ ROOT = Path(__file__).parent.parent
 # files are free to import each other, but not in a circle; no list says how they stand.
 ORDER = {
     "lora_core": ["config", "lora", "adapters", "kernels", "data", "models", "training", "inference", "library"],
-    "cluster": [
-        "requirements",
-        "settings",
-        "metrics",
-        "proxies",
-        "storage",
-        "sources",
-        "registry",
-        "ray_runtime",
-        "embedded_ray",
-    ],
-    "jobs": [
-        "spec_text",
-        "spec",
-        "job",
-        "initial_adapter",
-        "stored_examples",
-        "admission",
-        "store",
-        "job_report",
-        "scheduling",
-        "session",
-        "demo",
-        "__main__",
-    ],
+    "cluster": ["requirements", "settings", "metrics", "proxies", "storage", "sources", "registry", "ray_runtime",
+     "embedded_ray"],
+    "jobs": ["spec_text", "spec", "job", "initial_adapter", "stored_examples", "admission", "store", "job_report",
+     "scheduling", "session", "demo", "__main__"],
     "deploy": ["serving", "api", "app"],
-}
+}  # fmt: skip
 MAY_IMPORT = {
     "lora_core": set(),
     "cluster": set(),
@@ -146,18 +125,12 @@ def test_imports_follow_the_layout() -> None:
         ("lora_core.data.files", "from lora_core.models.base import BaseModel", "lora_core.data.files: models stands"),
         ("lora_core.models.llama.head", "import lora_core.library", "lora_core.models.llama.head: library stands"),
         ("lora_core.models.base", "from .files import x", "lora_core.models.base: .files is relative"),
-        (
-            "lora_core.__init__",
-            "from lora_core.config import LoraConfig",
-            "lora_core.__init__: imports lora_core.config",
-        ),
+        ("lora_core.__init__", "from lora_core.config import LoraConfig",
+         "lora_core.__init__: imports lora_core.config"),
         ("jobs.store.__init__", "from jobs.store.jobs import JobQueue", "jobs.store.__init__: imports jobs.store.jobs"),
         ("cluster.storage.base", "from cluster.storage.s3 import S3Storage", "cluster.storage: a circle of imports, "),
-        (
-            "lora_core.models.llama.head",
-            "from lora_core.models.base import x",
-            "lora_core.models: a circle of imports, ",
-        ),
+        ("lora_core.models.llama.head", "from lora_core.models.base import x",
+         "lora_core.models: a circle of imports, "),
         ("jobs.store.database", "if True:\n    from jobs.store import jobs", "jobs.store: a circle of imports, "),
         ("cluster.storage.base", "import torch.nn", "cluster.storage.base: may not import torch"),
         ("cluster.sources", "import lora_core.lora", "cluster.sources: cluster may not import lora_core"),
@@ -168,7 +141,7 @@ def test_imports_follow_the_layout() -> None:
         ("cluster.misc", "", "cluster.misc: has no place in the order of cluster"),
         ("lora_core.misc.trainer", "", "lora_core.misc.trainer: has no place in the order of lora_core"),
     ],
-)
+)  # fmt: skip
 def test_a_broken_rule_is_seen(module: str, line: str, complaint: str) -> None:
     sources = read_sources()
     sources[module] = f"{sources.get(module, '')}\n{line}\n"

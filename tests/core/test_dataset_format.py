@@ -64,25 +64,19 @@ def test_every_unreadable_line_is_reported_beside_the_other_mistakes(tmp_path: P
         ("a.jsonl.gz", b"\x1f\x8b", "`.gz` is not read; convert it to .jsonl, .json, .csv or .parquet"),
         ("a.json", b"[ ]", "the file has no rows"),
         ("a.json", b'[{"text": "\xff"}]', "line 1 is not UTF-8; save the file as UTF-8"),
-        (
-            "a.json",
-            b'{\n"data": [{"text": "a"}]\n}',
-            "the file is one object: column `data`: no known format; use `messages`, or",
-        ),
+        ("a.json", b'{\n"data": [{"text": "a"}]\n}',
+         "the file is one object: column `data`: no known format; use `messages`, or"),
         ("a.csv", "text\na".encode("utf-16"), "the file is UTF-16; save it as UTF-8"),
         ("a.csv", b"", "the file has no rows"),
         ("a.csv", b"text\n", "the file has no rows"),
-        (
-            "a.csv",
-            b"question,\xff\na,b",
-            "the first line has to name the columns: column `question`, `\\udcff`: no known",
-        ),
+        ("a.csv", b"question,\xff\na,b",
+         "the first line has to name the columns: column `question`, `\\udcff`: no known"),
         ("a.csv", b'messages\n"[]"', "a cell of CSV is text, no list of messages; write them as .jsonl"),
         ("a.csv", b"text,id,text\na,1,b", "column `text` is there twice; keep one of them"),
         ("a.parquet", b"PAR1 and no more", "it cannot be read as Parquet"),
         ("a.parquet", b'{"text": "a"}', "it cannot be read as Parquet"),
     ],
-)
+)  # fmt: skip
 def test_files_that_are_no_data_set_are_refused_in_a_sentence(
     tmp_path: Path, name: str, content: bytes, advice: str
 ) -> None:
@@ -116,25 +110,17 @@ def turn(speaker: str, value: str, **more: Any) -> dict[str, Any]:
 
 
 FORMATS: dict[str, list[dict[str, Any]]] = {
-    "messages": [
-        {**chat("a", "b"), "id": 1},
-        {"messages": [message("system", "s"), message("user", "a", name="n"), message("assistant", "b", weight=0)]},
-        {"messages": [message("user", "a"), message("assistant", "b", weight=1)], "id": None},
-    ],
-    "conversations (ShareGPT)": [
-        {"id": "x", "conversations": [turn("human", "a"), turn("gpt", "b", weight=None), turn("human", "")]},
-        {
-            "conversations": [turn("human", "a"), turn("gpt", "b", weight=0), turn("gpt", "c", html="<p>")],
-            "system": "s",
-        },
-    ],
+    "messages": [{**chat("a", "b"), "id": 1}, {"messages": [message("system", "s"), message("user", "a", name="n"),
+     message("assistant", "b", weight=0)]}, {"messages": [message("user", "a"), message("assistant", "b", weight=1)],
+     "id": None}],
+    "conversations (ShareGPT)": [{"id": "x", "conversations": [turn("human", "a"), turn("gpt", "b", weight=None),
+     turn("human", "")]}, {"conversations": [turn("human", "a"), turn("gpt", "b", weight=0), turn("gpt", "c",
+     html="<p>")], "system": "s"}],
     "prompt/completion": [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d", "extra": [1, 2]}],
-    "instruction/output": [
-        {"instruction": "a", "input": "x", "output": "b"},
-        {"instruction": "c", "input": None, "output": "d"},
-    ],
+    "instruction/output": [{"instruction": "a", "input": "x", "output": "b"}, {"instruction": "c", "input": None,
+     "output": "d"}],
     "text": [{"text": "a"}, {"text": "b 🙂", "when": 1.5}],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("row_format", FORMATS)
@@ -172,166 +158,73 @@ MIXED = "and a data set has one format"
     ("good", "bad", "expected"),
     [
         ("messages", {"messages": "a"}, ["`messages`: a string; write a list of messages with `role` and `content`"]),
-        (
-            "messages",
-            {"messages": []},
-            ["`messages`: an empty list; write a list of messages with `role` and `content`"],
-        ),
+        ("messages", {"messages": []},
+         ["`messages`: an empty list; write a list of messages with `role` and `content`"]),
         ("messages", {"messages": ["a"]}, ["`messages[0]`: a string; write an object with `role` and `content`"]),
-        (
-            "messages",
-            {"messages": [{"from": "human", "value": "a"}]},
-            [
-                "`messages[0].role`: missing; use system, user, assistant or tool",
-                "`messages[0].content`: missing; add a string",
-            ],
-        ),
-        (
-            "messages",
-            {"messages": [message("user", "a"), message("gpt", "b")]},
-            ["`messages[1].role`: `gpt` is unknown; use system, user, assistant or tool"],
-        ),
+        ("messages", {"messages": [{"from": "human", "value": "a"}]},
+         ["`messages[0].role`: missing; use system, user, assistant or tool",
+         "`messages[0].content`: missing; add a string"]),
+        ("messages", {"messages": [message("user", "a"), message("gpt", "b")]},
+         ["`messages[1].role`: `gpt` is unknown; use system, user, assistant or tool"]),
         ("messages", chat("a", " \n"), [f"`messages[1].content`: {EMPTY}"]),
-        (
-            "messages",
-            {"messages": [{"role": "user", "content": [{"type": "image"}]}, message("assistant", "b")]},
-            ["`messages[0].content`: a list; write a string, or parts of type text"],
-        ),
-        (
-            "messages",
-            {"messages": [message("user", "a"), {"role": "assistant", "content": None, "tool_calls": [{}]}]},
-            [
-                "`messages[1].tool_calls`: calls are not supported; write the call into `content`",
-                "`messages[1].content`: missing; add a string",
-            ],
-        ),
-        (
-            "messages",
-            {"messages": [message("user", "a"), message("assistant", "b", weight=0.5)]},
-            ["`messages[1].weight`: use 1 to learn this message, 0 to leave it as context"],
-        ),
-        (
-            "messages",
-            {"messages": [message("system", "a"), message("user", "b")]},
-            ["`messages`: no message of the assistant that follows another one; add the answer to learn"],
-        ),
-        (
-            "messages",
-            {"messages": [message("assistant", "a"), message("user", "b")]},
-            ["`messages`: no message of the assistant that follows another one; add the answer to learn"],
-        ),
+        ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}, message("assistant", "b")]},
+         ["`messages[0].content`: a list; write a string, or parts of type text"]),
+        ("messages", {"messages": [message("user", "a"), {"role": "assistant", "content": None, "tool_calls": [{}]}]},
+         ["`messages[1].tool_calls`: calls are not supported; write the call into `content`",
+         "`messages[1].content`: missing; add a string"]),
+        ("messages", {"messages": [message("user", "a"), message("assistant", "b", weight=0.5)]},
+         ["`messages[1].weight`: use 1 to learn this message, 0 to leave it as context"]),
+        ("messages", {"messages": [message("system", "a"), message("user", "b")]},
+         ["`messages`: no message of the assistant that follows another one; add the answer to learn"]),
+        ("messages", {"messages": [message("assistant", "a"), message("user", "b")]},
+         ["`messages`: no message of the assistant that follows another one; add the answer to learn"]),
         ("messages", chat("\ud83d", "b"), [f"`messages[0].content`: {HALF}"]),
-        (
-            "messages",
-            {"conversations": []},
-            [f"`messages`: missing: this row is conversations (ShareGPT), most are messages, {MIXED}"],
-        ),
-        (
-            "messages",
-            {"messages": [message("user", "a", name="\ud83d"), message("assistant", "b")]},
-            [f"`messages[0].name`: {HALF}"],
-        ),
-        (
-            "messages",
-            {"messages": [{"role": "\ud83d\n", "content": "a"}, {"role": {"a": 1}, "content": "b"}]},
-            [
-                "`messages[0].role`: `\\ud83d\\n` is unknown; use system, user, assistant or tool",
-                "`messages[1].role`: `{'a': 1}` is unknown; use system, user, assistant or tool",
-            ],
-        ),
-        (
-            "messages",
-            {"messages": [message("user", "a", **{"\udc00": 1}), message("assistant", "b")]},
-            ["`messages[0].\\udc00`: not supported; leave it out"],
-        ),
+        ("messages", {"conversations": []},
+         [f"`messages`: missing: this row is conversations (ShareGPT), most are messages, {MIXED}"]),
+        ("messages", {"messages": [message("user", "a", name="\ud83d"), message("assistant", "b")]},
+         [f"`messages[0].name`: {HALF}"]),
+        ("messages", {"messages": [{"role": "\ud83d\n", "content": "a"}, {"role": {"a": 1}, "content": "b"}]},
+         ["`messages[0].role`: `\\ud83d\\n` is unknown; use system, user, assistant or tool",
+         "`messages[1].role`: `{'a': 1}` is unknown; use system, user, assistant or tool"]),
+        ("messages", {"messages": [message("user", "a", **{"\udc00": 1}), message("assistant", "b")]},
+         ["`messages[0].\\udc00`: not supported; leave it out"]),
         ("messages", {"text": "a"}, [f"`messages`: missing: this row is text, most are messages, {MIXED}"]),
-        (
-            "sharegpt",
-            {
-                "conversations": [
-                    turn("gtp", "a"),
-                    turn("gpt", " "),
-                    {"value": "a"},
-                    {"from": "human"},
-                    "x",
-                    turn("gpt", "\ud83d"),
-                ]
-            },
-            [
-                "`conversations[0].from`: `gtp` is unknown; use system, user, assistant or tool",
-                "`conversations[2].from`: missing; use system, user, assistant or tool",
-                "`conversations[3].value`: missing; add a string",
-                "`conversations[4]`: a string; write an object with `role` and `content`",
-                f"`conversations[5].value`: {HALF}",
-            ],
-        ),
+        ("sharegpt", {"conversations": [turn("gtp", "a"), turn("gpt", " "), {"value": "a"}, {"from": "human"}, "x",
+         turn("gpt", "\ud83d")]}, ["`conversations[0].from`: `gtp` is unknown; use system, user, assistant or tool",
+         "`conversations[2].from`: missing; use system, user, assistant or tool",
+         "`conversations[3].value`: missing; add a string",
+         "`conversations[4]`: a string; write an object with `role` and `content`",
+         f"`conversations[5].value`: {HALF}"]),
         ("sharegpt", {"conversations": [turn("human", ""), turn("gpt", " ")]}, [f"`conversations[1].value`: {EMPTY}"]),
-        (
-            "sharegpt",
-            {"conversations": []},
-            ["`conversations`: an empty list; write a list of messages with `from` and `value`"],
-        ),
-        (
-            "sharegpt",
-            {"conversations": [turn("gpt", "a"), turn("human", "b")]},
-            ["`conversations`: no message of the assistant that follows another one; add the answer to learn"],
-        ),
-        (
-            "sharegpt",
-            {
-                "conversations": [
-                    turn("human", "a"),
-                    turn("function_call", "f()"),
-                    turn("observation", "1"),
-                    turn("gpt", 3),
-                ]
-            },
-            [
-                "`conversations[1].from`: calls are not supported; write the call into an answer, or leave the row out",
-                "`conversations[3].value`: a number; write a string, or parts of type text",
-            ],
-        ),
-        (
-            "sharegpt",
-            {"conversations": [{"role": "wizard", "content": "a"}, turn("gpt", "b", weight=2)]},
-            [
-                "`conversations[0].role`: `wizard` is unknown; use system, user, assistant or tool",
-                "`conversations[1].weight`: use 1 to learn this message, 0 to leave it as context",
-            ],
-        ),
-        (
-            "sharegpt",
-            {"conversations": [turn("system", "a"), turn("gpt", "b")], "system": "c"},
-            ["`system`: the conversation begins with a system turn of its own; leave one of the two out"],
-        ),
-        (
-            "sharegpt",
-            {"conversations": [turn("human", "a"), turn("gpt", "b")], "system": 3},
-            ["`system`: a number; write a string"],
-        ),
+        ("sharegpt", {"conversations": []},
+         ["`conversations`: an empty list; write a list of messages with `from` and `value`"]),
+        ("sharegpt", {"conversations": [turn("gpt", "a"), turn("human", "b")]},
+         ["`conversations`: no message of the assistant that follows another one; add the answer to learn"]),
+        ("sharegpt", {"conversations": [turn("human", "a"), turn("function_call", "f()"), turn("observation", "1"),
+         turn("gpt", 3)]},
+         ["`conversations[1].from`: calls are not supported; write the call into an answer, or leave the row out",
+         "`conversations[3].value`: a number; write a string, or parts of type text"]),
+        ("sharegpt", {"conversations": [{"role": "wizard", "content": "a"}, turn("gpt", "b", weight=2)]},
+         ["`conversations[0].role`: `wizard` is unknown; use system, user, assistant or tool",
+         "`conversations[1].weight`: use 1 to learn this message, 0 to leave it as context"]),
+        ("sharegpt", {"conversations": [turn("system", "a"), turn("gpt", "b")], "system": "c"},
+         ["`system`: the conversation begins with a system turn of its own; leave one of the two out"]),
+        ("sharegpt", {"conversations": [turn("human", "a"), turn("gpt", "b")], "system": 3},
+         ["`system`: a number; write a string"]),
         ("prompt", {"prompt": "a"}, ["`completion`: missing; add it"]),
         ("prompt", {"question": "a"}, ["`prompt`: missing; add it", "`completion`: missing; add it"]),
         ("prompt", {"prompt": 1, "completion": ""}, ["`prompt`: a number; write a string", f"`completion`: {EMPTY}"]),
-        (
-            "prompt",
-            {"prompt": "a", "completion": [message("assistant", "b")]},
-            ["`completion`: `prompt` is a string and `completion` a list; make both strings or both lists of messages"],
-        ),
-        (
-            "prompt",
-            {"prompt": [message("user", "a")], "completion": [message("user", "b")]},
-            ["`completion`: no message of the assistant; add the answer to learn"],
-        ),
-        (
-            "alpaca",
-            {"instruction": " ", "input": 3, "output": True},
-            [f"`instruction`: {EMPTY}", "`input`: a number; write a string", "`output`: a boolean; write a string"],
-        ),
+        ("prompt", {"prompt": "a", "completion": [message("assistant", "b")]},
+         ["`completion`: `prompt` is a string and `completion` a list; make both strings or both lists of messages"]),
+        ("prompt", {"prompt": [message("user", "a")], "completion": [message("user", "b")]},
+         ["`completion`: no message of the assistant; add the answer to learn"]),
+        ("alpaca", {"instruction": " ", "input": 3, "output": True}, [f"`instruction`: {EMPTY}",
+         "`input`: a number; write a string", "`output`: a boolean; write a string"]),
         ("alpaca", {"instruction": "a"}, ["`output`: missing; add it"]),
         ("text", {"text": {"a": 1}}, ["`text`: an object; write a string"]),
         ("text", {"text": "\ud83d"}, [f"`text`: {HALF}"]),
     ],
-)
+)  # fmt: skip
 def test_a_bad_row_is_reported_with_line_column_and_what_to_change(
     good: str, bad: dict[str, Any], expected: list[str], tmp_path: Path
 ) -> None:

@@ -110,26 +110,20 @@ def test_options_of_evaluation_are_refused_without_held_out_rows() -> None:
         ({"learning_rate": 1e-4}, "unknown key 'learning_rate': 'learning_rate' belongs under 'train'"),
         ({"lora": {"epochs": 1}}, "unknown key 'lora.epochs': 'epochs' belongs under 'train'"),
         ({"train": {"priority": 1}}, "unknown key 'train.priority': 'priority' belongs at the top level"),
-        (
-            {"lora": {"zzz": 1}},
-            "unknown key 'lora.zzz': the keys here are r, lora_alpha, use_rslora, rank_pattern, alpha_pattern,"
-            " target_modules, lora_dropout, layers_to_transform, init_lora_weights, use_dora",
-        ),
+        ({"lora": {"zzz": 1}},
+         "unknown key 'lora.zzz': the keys here are r, lora_alpha, use_rslora, rank_pattern, alpha_pattern,"
+         " target_modules, lora_dropout, layers_to_transform, init_lora_weights, use_dora"),
         ({"lora": 3}, "lora must be a block of options, not 3"),
         ({"train": None}, "train must be a block of options, not empty"),
         ({"lora": {"target_modules": ["q_proj", 1]}}, "lora.target_modules[1] must be text, not 1"),
         ({"lora": {"target_modules": []}}, "lora.target_modules must not be empty"),
         ({"lora": {"lora_alpha": True}}, "lora.lora_alpha must be a number, not true"),
-        (
-            {"lora": {"lora_dropout": 0.1, "use_dora": True}},
-            "lora.use_dora needs lora_dropout to be 0: with dropout PEFT computes another formula, in which the frozen"
-            " weights' product is dropped too",
-        ),
+        ({"lora": {"lora_dropout": 0.1, "use_dora": True}},
+         "lora.use_dora needs lora_dropout to be 0: with dropout PEFT computes another formula, in which the frozen"
+         " weights' product is dropped too"),
         ({"lora": {"lora_dropout": 1.0}}, "lora.lora_dropout must be less than 1.0, not 1.0"),
-        (
-            {"lora": {"lora_dropout": 1e-5}},
-            "lora.lora_dropout must be 0 or at least 1/65,536 (1.6e-05): less would drop nothing",
-        ),
+        ({"lora": {"lora_dropout": 1e-5}},
+         "lora.lora_dropout must be 0 or at least 1/65,536 (1.6e-05): less would drop nothing"),
         ({"train": {"epochs": 1.5}}, "train.epochs must be a whole number, not 1.5"),
         ({"train": {"learning_rate": 0}}, "train.learning_rate must be more than 0.0, not 0"),
         ({"train": {"learning_rate": float("nan")}}, "train.learning_rate must be a number, not the text 'NaN'"),
@@ -138,30 +132,24 @@ def test_options_of_evaluation_are_refused_without_held_out_rows() -> None:
         ({"lora": {"rank_pattern": {"q_proj": 0}}}, "lora.rank_pattern.q_proj must be at least 1, not 0"),
         ({"lora": {"alpha_pattern": {"q_proj": "8"}}}, "lora.alpha_pattern.q_proj must be a number, not the text '8'"),
         ({"lora": {"rank_pattern": 8}}, "lora.rank_pattern must be a block of options, not 8"),
-        (
-            {"lora": {"rank_pattern": {"(q": 8}}},
-            "lora.rank_pattern has the key '(q', which is no regular expression (missing ), unterminated subpattern at"
-            " position 0)",
-        ),
-        (
-            {"lora": {"alpha_pattern": {"(?i)Q": 8}}},
-            "lora.alpha_pattern has the key '(?i)Q', which is no regular expression (global flags not at the start of"
-            " the expression at position 8)",
-        ),
+        ({"lora": {"rank_pattern": {"(q": 8}}},
+         "lora.rank_pattern has the key '(q', which is no regular expression (missing ), unterminated subpattern at"
+         " position 0)"),
+        ({"lora": {"alpha_pattern": {"(?i)Q": 8}}},
+         "lora.alpha_pattern has the key '(?i)Q', which is no regular expression (global flags not at the start of"
+         " the expression at position 8)"),
         ({"lora": {"layers_to_transform": [0, -1]}}, "lora.layers_to_transform[1] must be at least 0, not -1"),
         ({"lora": {"layers_to_transform": 1}}, "lora.layers_to_transform must be a list, not 1"),
         ({"lora": {"layers_to_transform": []}}, "lora.layers_to_transform must not be empty"),
-        (
-            {"lora": {"init_lora_weights": "olora"}},
-            "lora.init_lora_weights must be one of true, 'gaussian' or 'pissa', not the text 'olora'",
-        ),
+        ({"lora": {"init_lora_weights": "olora"}},
+         "lora.init_lora_weights must be one of true, 'gaussian' or 'pissa', not the text 'olora'"),
         ({"train": {"loraplus_lr_ratio": 0}}, "train.loraplus_lr_ratio must be more than 0.0, not 0"),
         ({"train": {"max_grad_norm": 0}}, "train.max_grad_norm must be more than 0.0, not 0"),
         ({"init_adapter": ""}, "init_adapter must not be empty"),
         ({"init_adapter": 3}, "init_adapter must be text, not 3"),
         ({"priority": 5000}, "priority must be at most 1000, not 5000"),
     ],
-)
+)  # fmt: skip
 def test_one_mistake_is_one_sentence(changes: dict[str, object], sentence: str) -> None:
     assert problems(**changes) == [sentence]
 
@@ -330,19 +318,10 @@ def test_content_is_what_is_trained_and_not_where_it_lies_or_when_it_runs() -> N
         spec.content_key("d2"),
         spec.model_copy(update={"validation": "/v"}).content_key("d1", "v1"),
         spec.model_copy(update={"validation": "/v"}).content_key("d1", "v2"),
-        *(
-            JobSpec.model_validate(GOOD | change).content_key("d1")
-            for change in (
-                {"base_model": "other"},
-                {"adapter": "other"},
-                {"validation": 0.1},
-                {"lora": {"r": 8}},
-                {"train": {"seed": 1}},
-                {"precision": "fp32"},
-                {"num_workers": 2},
-            )
-        ),
-    ]
+        *(JobSpec.model_validate(GOOD | change).content_key("d1") for change in ({"base_model": "other"},
+         {"adapter": "other"}, {"validation": 0.1}, {"lora": {"r": 8}}, {"train": {"seed": 1}}, {"precision": "fp32"},
+         {"num_workers": 2})),
+    ]  # fmt: skip
     assert len({key, *other}) == len(other) + 1
     started = [
         JobSpec.model_validate(GOOD | {"init_adapter": source}).content_key("d1", None, sha)

@@ -180,12 +180,12 @@ def code_problems(manifests: list[Object]) -> list[str]:
         for container in containers(pod):
             environment = variables(container, manifests)
             ports = {port.get("name"): str(port["containerPort"]) for port in container.get("ports", [])}
-            wanted = agreed | {"LORA_METRICS_PORT": ports.get("metrics")}
+            expected = agreed | {"LORA_METRICS_PORT": ports.get("metrics")}
             for name, value in environment.items():
                 if name.startswith("LORA_") and name not in known:
                     problems.append(f"{where}: no setting is called {name}")
-                if wanted.get(name, value) != value:
-                    problems.append(f"{where}: {name} is {value}, not {wanted[name]}")
+                if expected.get(name, value) != value:
+                    problems.append(f"{where}: {name} is {value}, not {expected[name]}")
     for name, item in named(manifests, "RayService").items():
         problems += [f"RayService/{name}: {problem}" for problem in serve_problems(item["spec"]["serveConfigV2"])]
     return problems

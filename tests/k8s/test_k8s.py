@@ -117,36 +117,15 @@ def test_schemas_refuse(fault: str, manifests: list[Object], schemas: dict[str, 
     refuse(schema_problems(manifests, schemas), complaint)
 
 
-def test_base_is_of_one_ray_and_puts_work_where_it_belongs(manifests: list[Object]) -> None:
-    assert placement_problems(manifests) == []
-
-
 PLACEMENT_FAULTS: dict[str, tuple[Fault, str]] = {
     "another Ray": (lambda m: training(m)["spec"].update(rayVersion="2.59.0"), "is not of Ray 2.59.0"),
-    "image of another Ray": (
-        lambda m: container(m, "gpu").update(image="ray-lora:0.1.0-ray2.59.0"),
-        "is not of Ray 2.60.0",
-    ),
-    "work on the head": (
-        lambda m: training(m)["spec"]["headGroupSpec"]["rayStartParams"].clear(),
-        "num-cpus is not '0'",
-    ),
-    "ranks beside the database": (
-        lambda m: group(m, "driver")["rayStartParams"].update({"num-cpus": "2"}),
-        "driver: num-cpus is not '0'",
-    ),
-}
-
-
-@pytest.mark.parametrize("fault", PLACEMENT_FAULTS)
-def test_placement_refuses(fault: str, manifests: list[Object]) -> None:
-    break_it, complaint = PLACEMENT_FAULTS[fault]
-    break_it(manifests)
-    refuse(placement_problems(manifests), complaint)
-
-
-def test_base_names_what_exists_and_keeps_secrets(manifests: list[Object]) -> None:
-    assert reference_problems(manifests) == []
+    "image of another Ray": (lambda m: container(m, "gpu").update(image="ray-lora:0.1.0-ray2.59.0"),
+     "is not of Ray 2.60.0"),
+    "work on the head": (lambda m: training(m)["spec"]["headGroupSpec"]["rayStartParams"].clear(),
+     "num-cpus is not '0'"),
+    "ranks beside the database": (lambda m: group(m, "driver")["rayStartParams"].update({"num-cpus": "2"}),
+     "driver: num-cpus is not '0'"),
+}  # fmt: skip
 
 
 SECRET_VOLUME = {"name": "db", "projected": {"sources": [{"secret": {"name": DATABASE_SECRET}}]}}
@@ -198,17 +177,6 @@ REFERENCE_FAULTS: dict[str, tuple[Fault, str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", REFERENCE_FAULTS)
-def test_references_refuse(fault: str, manifests: list[Object]) -> None:
-    break_it, complaint = REFERENCE_FAULTS[fault]
-    break_it(manifests)
-    refuse(reference_problems(manifests), complaint)
-
-
-def test_base_says_what_the_code_reads(manifests: list[Object]) -> None:
-    assert code_problems(manifests) == []
-
-
 CODE_FAULTS: dict[str, tuple[Fault, str]] = {
     "unknown variable": (
         lambda m: set_variable(container(m, "gpu"), "LORA_STORAGE", "x"),
@@ -253,24 +221,37 @@ CODE_FAULTS: dict[str, tuple[Fault, str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", CODE_FAULTS)
-def test_code_refuses(fault: str, manifests: list[Object]) -> None:
-    break_it, complaint = CODE_FAULTS[fault]
+RULES = {
+    "one Ray, and work where it belongs": (placement_problems, PLACEMENT_FAULTS),
+    "names of what exists, and secrets kept": (reference_problems, REFERENCE_FAULTS),
+    "what the code reads": (code_problems, CODE_FAULTS),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_base_keeps_every_rule(rule: str, manifests: list[Object]) -> None:
+    assert RULES[rule][0](manifests) == []
+
+
+@pytest.mark.parametrize(("rule", "fault"), [(rule, fault) for rule, (_, faults) in RULES.items() for fault in faults])
+def test_every_rule_refuses_its_faults(rule: str, fault: str, manifests: list[Object]) -> None:
+    problems_of, faults = RULES[rule]
+    break_it, complaint = faults[fault]
     break_it(manifests)
-    refuse(code_problems(manifests), complaint)
+    refuse(problems_of(manifests), complaint)
 
 
 def test_settings_read_every_pods_environment(manifests: list[Object], monkeypatch: pytest.MonkeyPatch) -> None:
     """What the manifests say reaches the code: no value that Settings refuses, and the right cluster and bucket."""
     for name in [name for name in os.environ if name.startswith("LORA_")]:
         monkeypatch.delenv(name)
-    told = named(manifests, "ConfigMap")["lora-settings"]["data"]
+    data = named(manifests, "ConfigMap")["lora-settings"]["data"]
     for where, pod in pods(manifests):
         with monkeypatch.context() as patch:
             for name, value in variables(pod["containers"][0], manifests).items():
                 patch.setenv(name, value or "postgresql+psycopg://user:password@postgres/lora")
             settings = load_settings()
-        assert (settings.cluster, settings.storage_url) == (told["LORA_CLUSTER"], told["LORA_STORAGE_URL"]), where
+        assert (settings.cluster, settings.storage_url) == (data["LORA_CLUSTER"], data["LORA_STORAGE_URL"]), where
         assert settings.database_url.startswith("postgresql" if "DATABASE" in str(pod) else "sqlite"), where
 
 
@@ -305,8 +286,8 @@ def test_serve_application_builds_here(manifests: list[Object], tmp_path: Path) 
     )
     assert done.returncode == 0, done.stderr
     (built,) = yaml.safe_load((tmp_path / "built.yaml").read_text())["applications"]
-    wanted = [deployment["ray_actor_options"].get("num_gpus", 0) for deployment in built["deployments"]]
-    assert 0 < sum(wanted) <= workers["minReplicas"] * pod_gpus(pod)
+    gpus = [deployment["ray_actor_options"].get("num_gpus", 0) for deployment in built["deployments"]]
+    assert 0 < sum(gpus) <= workers["minReplicas"] * pod_gpus(pod)
 
 
 def test_image_is_built_for_the_manifests(manifests: list[Object]) -> None:
