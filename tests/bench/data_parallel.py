@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import socket
 
 import torch
 import torch.distributed as dist
@@ -26,8 +25,10 @@ from lora_core.models.base import BaseModel
 from lora_core.training.engine import TrainEngine
 from lora_core.training.optimizer import StepOutcome
 from tests.bench.engines import base_of, bench_job, session_step
+from tests.bench.options import bench_parser, conditions_of, head_of
 from tests.bench.peers import SHAPES, empty_llama, random_llama, stock_step, with_peft
 from tests.bench.report import OURS, PEFT, Conditions, Report, Row, Step, free_memory, peak_gib, time_steps
+from tests.support.machine import free_port
 
 STEP_TOKENS = 8192
 JOBS = (1, 8)
@@ -37,19 +38,12 @@ PEFT_DOCUMENTS = 4
 class Ranks:
     """This process among all: rank 0 reports what all of them did."""
 
-    def __init__(self, rank: int, ranks: int, conditions: Conditions) -> None:
+    def __init__(self, rank: int, ranks: int, conditions: Conditions, head: dict[str, object]) -> None:
         self.rank, self.ranks, self.conditions = rank, ranks, conditions
         self._control = dist.new_group(backend="gloo")  # whoever waits in it leaves the GPUs alone
         self.report: Report | None = None
         if rank == 0:
-            cuda = conditions.device.type == "cuda"
-            words = {
-                "shape": conditions.shape,
-                "document": conditions.tokens,
-                "device": f"{ranks} x {torch.cuda.get_device_name() if cuda else 'cpu'}",
-                "torch": torch.__version__,
-            }
-            self.report = Report("data_parallel", words, conditions.device, empty_llama(conditions.shape))
+            self.report = Report(head, conditions.device, empty_llama(conditions.shape))
 
     def wait(self) -> None:
         """Until all are here."""
@@ -86,8 +80,8 @@ def run(rank: int, arguments: argparse.Namespace, port: int) -> None:
         torch.cuda.set_device(device)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=arguments.ranks)
-    conditions = Conditions(arguments.shape, arguments.tokens, device, *((1, 3) if arguments.quick else (2, 7)))
-    ranks = Ranks(rank, arguments.ranks, conditions)
+    head = head_of("data_parallel", arguments, device, arguments.ranks)
+    ranks = Ranks(rank, arguments.ranks, conditions_of(arguments, device), head)
     ours(ranks)
     free_memory()
     peft_on_all(ranks)
@@ -155,17 +149,10 @@ def peft_on_all(ranks: Ranks) -> None:
 
 def main() -> None:
     """Start the ranks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=list(SHAPES), default="8b")
-    parser.add_argument("--tokens", type=int, default=1024, help="of a document")
+    parser = bench_parser(__doc__, tokens=1024, of="of a document")
     parser.add_argument("--ranks", type=int, default=max(2, torch.cuda.device_count()))
-    parser.add_argument("--quick", action="store_true", help="fewer steps")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries the program out")
     arguments = parser.parse_args()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes.spawn(run, (arguments, port), arguments.ranks)
+    processes.spawn(run, (arguments, free_port()), arguments.ranks)
 
 
 if __name__ == "__main__":

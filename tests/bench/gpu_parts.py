@@ -130,13 +130,13 @@ def _split_step(engine: TrainEngine, device: torch.device) -> tuple[float, float
     before that part and after it.
     """
     optim_step = engine.optim_step
-    taken: list[float] = []
+    seconds_of_optimizer: list[float] = []
 
     def timed(complete: Sequence[LiveJob]) -> dict[str, StepOutcome | JobDiverged]:
         outcomes: dict[str, StepOutcome | JobDiverged] = {}
         seconds = seconds_of(lambda: outcomes.update(optim_step(complete)), device)
         if complete:
-            taken.append(seconds)
+            seconds_of_optimizer.append(seconds)
         return outcomes
 
     whole = seconds_of(lambda: checked_step(engine), device)
@@ -145,8 +145,8 @@ def _split_step(engine: TrainEngine, device: torch.device) -> tuple[float, float
         parted = seconds_of(lambda: checked_step(engine), device)
     finally:
         del engine.optim_step
-    assert taken, "the engine's step went past optim_step, so its time is not known"
-    return whole, parted - sum(taken)
+    assert seconds_of_optimizer, "the engine's step went past optim_step, so its time is not known"
+    return whole, parted - sum(seconds_of_optimizer)
 
 
 def swap(report: Report, conditions: Conditions, precision: str) -> None:

@@ -37,9 +37,8 @@ from torch._dynamo.utils import counters
 
 from tests.bench.kernel_cases import OF_JOBS, OF_ROWS
 from tests.bench.kernel_operands import Case, Operands, Side, definitions_run
-from tests.bench.peers import SHAPES
+from tests.bench.options import bench_parser, head_of, some_of
 from tests.bench.report import Step, copy_rate, free_memory, matmul_rate, seconds_of
-from tests.bench.train_gpu import some_of
 
 NAMES = (*OF_JOBS, *OF_ROWS)
 JOBS = (1, 8)
@@ -90,14 +89,7 @@ def main() -> int:
     torch.manual_seed(0)
     cuda = device.type == "cuda"
     rates = Rates(copy_rate(device), matmul_rate(device)) if cuda else None
-    head = {
-        "bench": "kernels_gpu",
-        "shape": arguments.shape,
-        "tokens": arguments.tokens,
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "torch": torch.__version__,
-        "autotune": arguments.autotune,
-    }
+    head = head_of("kernels_gpu", arguments, device) | {"autotune": arguments.autotune}
     if rates is not None:
         head |= {"bytes_per_second": round(rates.bytes), "bf16_flops": round(rates.flops)}
     print(", ".join(f"{name} {value}" for name, value in head.items()) + f"\n{_titles()}", flush=True)
@@ -197,14 +189,10 @@ def _cases(only: tuple[str, ...]) -> Iterator[tuple[str, int]]:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=list(SHAPES), default="8b")
-    parser.add_argument("--tokens", type=int, default=8192, help="rows of a batch, of all jobs together")
+    parser = bench_parser(__doc__, tokens=8192, of="rows of a batch, of all jobs together")
     parser.add_argument("--only", type=some_of(NAMES), default=NAMES, help="kernels, by commas")
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
     parser.add_argument("--autotune", action="store_true", help="compile with max-autotune-no-cudagraphs")
     parser.add_argument("--eager", action="store_true", help="compile nothing")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries the program out")
     arguments = parser.parse_args()
     if arguments.tokens < JOBS[-1] or arguments.tokens % JOBS[-1]:
         parser.error(f"--tokens {arguments.tokens}: {JOBS[-1]} jobs share them, so choose a multiple of {JOBS[-1]}")

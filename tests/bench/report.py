@@ -73,20 +73,15 @@ class Report:
     """The rows of one run of a benchmark."""
 
     def __init__(
-        self,
-        bench: str,
-        conditions: Mapping[str, object],
-        device: torch.device,
-        model: nn.Module,
-        dtype: torch.dtype = torch.bfloat16,
+        self, head: Mapping[str, object], device: torch.device, model: nn.Module, dtype: torch.dtype = torch.bfloat16
     ) -> None:
         self.rows: list[Row] = []
-        self._bench, self._conditions = bench, dict(conditions)
+        self._head = dict(head)
         self._figures: dict[str, float] = {}
         self._failures: dict[str, str] = {}
         self._flops, self._dtype = matmul_rate(device, dtype), _NAMES[dtype]
         self._floor = self._flops / (4 * product_parameters(model))
-        print(", ".join(f"{name} {value}" for name, value in conditions.items()))
+        print(", ".join(f"{name} {value}" for name, value in head.items()))
         print(
             f"{self._dtype} products {self._flops / 1e12:.2f} TFLOP/s, {product_parameters(model) / 1e9:.3f} G"
             f" parameters in products: the floor is {self._floor:.0f} tokens/s\n{self._titles()}",
@@ -131,8 +126,7 @@ class Report:
             print(f"{name:<64}{value:>10.4g}")
         for case, reason in self._failures.items():
             print(f"{case:<64}{reason.splitlines()[0]}")
-        head = {"bench": self._bench, **self._conditions, f"{self._dtype}_flops": self._flops}
-        head["floor"] = round(self._floor, 1)
+        head = self._head | {f"{self._dtype}_flops": self._flops, "floor": round(self._floor, 1)}
         rows = [self._as_json(row) for row in self.rows]
         print("\n" + json.dumps({**head, "rows": rows, "figures": self._figures, "failed": self._failures}))
 

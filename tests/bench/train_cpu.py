@@ -45,7 +45,8 @@ def main(threads: int) -> None:
     base = load_base(source, precision="auto", cache_dir=cache, device=CPU)
     seconds = {dtype: _probe(folder, dtype) for dtype in (torch.float32, torch.bfloat16)}
     dtype = min(seconds, key=lambda dtype: seconds[dtype])
-    conditions = {
+    head = {
+        "bench": "train_cpu",
         "model": "SmolLM2-135M",
         "base": base.precision,
         "why": base.why,
@@ -53,7 +54,7 @@ def main(threads: int) -> None:
         "threads": threads,
         "torch": torch.__version__,
     }
-    report = Report("train_cpu", conditions, CPU, base.model, base.model.dtype)
+    report = Report(head, CPU, base.model, base.model.dtype)
     report.attempt(ONE_JOB, lambda: compare(report, base, folder, dtype, ONE_JOB, jobs=1, documents=4, tokens=256))
     report.attempt(MANY_JOBS, lambda: compare(report, base, folder, dtype, MANY_JOBS, jobs=8, documents=1, tokens=128))
     report.finish()

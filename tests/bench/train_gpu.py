@@ -34,6 +34,7 @@ from collections.abc import Callable
 import torch
 
 from tests.bench import gpu_parts, length_parts
+from tests.bench.options import bench_parser, conditions_of, head_of, some_of
 from tests.bench.peers import (
     SHAPES,
     compiled_step,
@@ -59,14 +60,15 @@ COMPILED_DOCUMENTS = (1, 4, 8)  # each is compiled for up to a minute
 def main() -> None:
     """Measure what the command line asks for."""
     arguments = _arguments()
-    conditions = Conditions(arguments.shape, arguments.tokens, torch.device(arguments.device), *_steps(arguments.quick))
+    device = torch.device(arguments.device)
+    conditions = conditions_of(arguments, device)
     torch.set_num_threads(1)  # as Ray has it in a rank's worker
     if arguments.child:
         print(json.dumps(_as_child(arguments.child, conditions, *arguments.precisions)))
         return
     # By default a function that was compiled eight times runs eagerly from then on, without a word.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    report = _report(conditions)
+    report = Report(head_of("train_gpu", arguments, device), device, empty_llama(conditions.shape))
     for name, part in _parts(report, conditions, arguments.precisions).items():
         if name.split()[0] in arguments.only:
             report.attempt(name, part)
@@ -75,13 +77,9 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=list(SHAPES), default="8b")
-    parser.add_argument("--tokens", type=int, default=1024, help="of a document")
+    parser = bench_parser(__doc__, tokens=1024, of="of a document")
     parser.add_argument("--only", type=some_of(PARTS), default=PARTS, help="parts, by commas")
     parser.add_argument("--precisions", type=some_of(PRECISIONS), default=PRECISIONS, help="of our base, by commas")
-    parser.add_argument("--quick", action="store_true", help="fewer steps")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries the program out")
     parser.add_argument("--child", choices=CHILDREN, help="what the parts 'join' and 'first' run in other processes")
     return parser.parse_args()
 
@@ -90,34 +88,6 @@ def _as_child(what: str, conditions: Conditions, precision: str) -> dict[str, fl
     if what == "first":
         return gpu_parts.first_steps(conditions, precision)
     return gpu_parts.joins(conditions, precision, what == "warm")
-
-
-def some_of(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
-    """The type of an option that takes some of these words, by commas."""
-
-    def parse(text: str) -> tuple[str, ...]:
-        chosen = tuple(text.split(","))
-        if unknown := sorted(set(chosen) - set(known)):
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose from {', '.join(known)}")
-        return chosen
-
-    return parse
-
-
-def _steps(quick: bool) -> tuple[int, int]:
-    """Steps to warm up, and steps to time."""
-    return (1, 3) if quick else (2, 7)
-
-
-def _report(conditions: Conditions) -> Report:
-    cuda = conditions.device.type == "cuda"
-    words = {
-        "shape": conditions.shape,
-        "document": conditions.tokens,
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "torch": torch.__version__,
-    }
-    return Report("train_gpu", words, conditions.device, empty_llama(conditions.shape))
 
 
 def _parts(report: Report, conditions: Conditions, precisions: tuple[str, ...]) -> dict[str, Callable[[], None]]:
