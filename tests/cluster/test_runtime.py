@@ -26,8 +26,8 @@ def test_inside_a_ray_job_the_ray_that_runs_it_counts(tmp_path: Path) -> None:
     between = f"import subprocess; subprocess.run({job!r}, check=True)"
     below = f"import subprocess; subprocess.run({[sys.executable, '-c', between]!r}, check=True)"
     raylet = raylet_command(tmp_path, below, "10.0.0.1:7000")
-    said = subprocess.run(raylet, env={**os.environ, **OTHER}, capture_output=True, text=True, check=True).stdout
-    assert json.loads(said) == {"RAY_ADDRESS": "10.0.0.1:7000", "RAY_API_SERVER_ADDRESS": ""}
+    output = subprocess.run(raylet, env={**os.environ, **OTHER}, capture_output=True, text=True, check=True).stdout
+    assert json.loads(output) == {"RAY_ADDRESS": "10.0.0.1:7000", "RAY_API_SERVER_ADDRESS": ""}
 
 
 def test_elsewhere_the_environment_says_which_ray_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

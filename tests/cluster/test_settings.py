@@ -59,7 +59,7 @@ def test_home_moves_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_variables_are_read_and_empty_ones_are_not_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted: dict[str, tuple[str, Any]] = {
+    fields: dict[str, tuple[str, Any]] = {
         "storage_url": ("s3://bucket/x", "s3://bucket/x"),
         "database_url": ("postgresql+psycopg://u:p@h/d", "postgresql+psycopg://u:p@h/d"),
         "base_models": ('{"llama": "meta/Llama"}', {"llama": "meta/Llama"}),
@@ -75,11 +75,11 @@ def test_variables_are_read_and_empty_ones_are_not_set(tmp_path: Path, monkeypat
         "serve_port": ("8001", 8001),
         "threads": ("2", 2),
     }
-    for field, (text, _) in wanted.items():
+    for field, (text, _) in fields.items():
         monkeypatch.setenv(f"LORA_{field.upper()}", text)
     settings = load_settings()
-    assert {field: getattr(settings, field) for field in wanted} == {
-        field: value for field, (_, value) in wanted.items()
+    assert {field: getattr(settings, field) for field in fields} == {
+        field: value for field, (_, value) in fields.items()
     }
     assert settings.train_storage_path == "s3://bucket/x/ray-train"
     for name in [name for name in os.environ if name.startswith("LORA_")]:
@@ -111,15 +111,15 @@ def test_variables_are_read_and_empty_ones_are_not_set(tmp_path: Path, monkeypat
 def test_a_wrong_variable_gets_one_sentence(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str, sentence: str
 ) -> None:
-    (said,) = refused(monkeypatch, **{name: value})
-    assert sentence in said
+    (problem,) = refused(monkeypatch, **{name: value})
+    assert sentence in problem
 
 
 def test_all_mistakes_come_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = refused(
+    problems = refused(
         monkeypatch, LORA_HOME="~nobody-of-this-name", LORA_THREADS="x", LORA_TENNANT="x", LORA_SERVE_PORT="-1"
     )
-    assert [line.split()[0] for line in said] == ["LORA_TENNANT", "LORA_HOME", "LORA_SERVE_PORT", "LORA_THREADS"]
+    assert [line.split()[0] for line in problems] == ["LORA_TENNANT", "LORA_HOME", "LORA_SERVE_PORT", "LORA_THREADS"]
 
 
 def test_what_kubernetes_adds_for_services_is_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -224,15 +224,15 @@ def test_the_columns_of_most_rows_are_read(tmp_path: Path) -> None:
     table = write_table(tmp_path / "a.parquet", columns)
     lines = tmp_path / "a.jsonl"
     lines.write_text("\n".join(json.dumps({name: columns[name][n] for name in columns}) for n in range(4)))
-    said = []
+    places = []
     for path in (lines, table):
         with pytest.raises(DatasetError) as raised:
             check_rows(read_rows(path))
-        said.append([problem.split(": ")[:2] for problem in raised.value.problems])
-    assert [[place.split()[1], column] for place, column in said[0]] == [
-        [place.split()[1], column] for place, column in said[1]
+        places.append([problem.split(": ")[:2] for problem in raised.value.problems])
+    assert [[place.split()[1], column] for place, column in places[0]] == [
+        [place.split()[1], column] for place, column in places[1]
     ]
-    assert {place.split()[0] for place, _ in said[1]} == {"row"}
+    assert {place.split()[0] for place, _ in places[1]} == {"row"}
 
 
 def test_a_string_that_is_not_utf8_is_named_with_its_row(tmp_path: Path) -> None:

@@ -116,8 +116,8 @@ def test_a_job_that_was_away_is_not_owed_what_it_did_not_ask_for() -> None:
         queue.take(16)
     queue.put("brief", rows_of([1] * 100, "brief"), training=True)
     queue.put("new", rows_of([1] * 100, "new"), training=True)
-    taken = [chunk.job for _ in range(10) for chunk in queue.take(24)[0]]
-    assert all(abs(taken.count(name) - 10) <= 2 for name in ("old", "brief", "new"))
+    served = [chunk.job for _ in range(10) for chunk in queue.take(24)[0]]
+    assert all(abs(served.count(name) - 10) <= 2 for name in ("old", "brief", "new"))
 
 
 def test_a_small_job_steps_with_every_micro_batch_while_a_big_one_fills_its_own(

@@ -35,11 +35,11 @@ def test_frequencies_are_the_nucleus_distribution(temperature: float, top_p: flo
     sampler = Sampler(SamplingParams(temperature=temperature, top_p=top_p, seed=3))
     draws = 30_000
     tokens = torch.tensor(sample(logits.expand(draws, -1), [sampler] * draws))
-    wanted = nucleus(logits[0], temperature, top_p)
+    expected = nucleus(logits[0], temperature, top_p)
     seen = torch.bincount(tokens, minlength=400) / draws
-    assert set(tokens.tolist()) <= set(wanted.nonzero()[:, 0].tolist()), "a token outside the nucleus"
-    deviation = (seen - wanted) / (wanted * (1 - wanted) / draws).sqrt().clamp_min(1e-9)
-    assert deviation[wanted > 0].abs().max() < 5  # standard deviations
+    assert set(tokens.tolist()) <= set(expected.nonzero()[:, 0].tolist()), "a token outside the nucleus"
+    deviation = (seen - expected) / (expected * (1 - expected) / draws).sqrt().clamp_min(1e-9)
+    assert deviation[expected > 0].abs().max() < 5  # standard deviations
 
 
 @settings(max_examples=60, deadline=None)
@@ -57,9 +57,9 @@ def test_a_row_is_drawn_alike_alone_and_beside_others(
     ]
     alone, beside = Sampler(params), Sampler(params)
     for _ in range(3):
-        (wanted,) = sample(logits[2:3], [alone])
+        (expected,) = sample(logits[2:3], [alone])
         rows = [Sampler(others[0]), Sampler(others[1]), beside, Sampler(others[2]), Sampler(others[3])]
-        assert sample(logits, rows)[2] == wanted
+        assert sample(logits, rows)[2] == expected
 
 
 def test_greedy_is_argmax_and_draws_nothing() -> None:

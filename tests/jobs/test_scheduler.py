@@ -63,8 +63,8 @@ class World:
     @property
     def waits(self) -> list[str]:
         """Why it waits, as its history has it."""
-        told = [event.message for event in self.queue.events(self.job_id) if event.kind is EventKind.WAITS]
-        return [message.removeprefix("waits: ") for message in told]
+        messages = [event.message for event in self.queue.events(self.job_id) if event.kind is EventKind.WAITS]
+        return [message.removeprefix("waits: ") for message in messages]
 
     def come_up(self) -> None:
         """The session's driver starts, and the job goes to it."""
@@ -157,9 +157,9 @@ def test_sessions_that_never_come_up_fail_the_job_that_waits_for_them(world: Wor
         assert world.status is JobStatus.QUEUED
         world.scheduler.step()
         messages = [event.message for event in world.queue.events(world.job_id)]
-        told = [message for message in messages if message.startswith("its session could not start")]
-        assert len(told) == (death if death < MAX_ATTEMPTS else death + 1)  # and what failed it
-        assert all(message.endswith(": OSError: no disk") for message in told)
+        failures = [message for message in messages if message.startswith("its session could not start")]
+        assert len(failures) == (death if death < MAX_ATTEMPTS else death + 1)  # and what failed it
+        assert all(message.endswith(": OSError: no disk") for message in failures)
     assert world.status is JobStatus.FAILED
     assert len(world.ray.launched) == MAX_ATTEMPTS
 
