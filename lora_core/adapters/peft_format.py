@@ -142,6 +142,8 @@ def read_adapter(folder: Path, adaptable: AdaptableModules) -> Adapter:
             problems.append(f"{key} has shape {list(tensor.shape)}, which does not fit r={r}, {fan_in} -> {fan_out}")
         elif not tensor.is_floating_point():
             problems.append(f"{key} is {tensor.dtype}, not a floating-point tensor")
+        elif not tensor.isfinite().all():
+            problems.append(f"{key} has numbers that are not finite")
         else:
             parts[part][module] = tensor.float()
     a, b, magnitude = parts["A"], parts["B"], parts["magnitude"]
