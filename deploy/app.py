@@ -14,7 +14,7 @@ from cluster.settings import Settings, load_settings
 from deploy.api.gateway import Gateway
 from deploy.serving.server import AdapterServer
 
-_ONGOING = 64  # a replica decodes 8 of them at a time; the others wait in its line
+_ONGOING = 64  # a replica decodes 32 of them at a time; the others wait in its line
 _QUEUED = 256  # more than that and callers are told to come back (429)
 _GATEWAY_ONGOING = 1024
 

@@ -70,7 +70,7 @@ def _answers(client: Any, model: str, rows: list[dict[str, Any]]) -> list[bool]:
         *prompt, answer = row["messages"]
         return _ask(client, model, prompt, max_tokens=LONGEST) == str(answer["content"]).strip()
 
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(32) as pool:
         return list(pool.map(right, rows))
 
 

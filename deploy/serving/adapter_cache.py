@@ -30,8 +30,9 @@ from lora_core.adapters.peft_format import AdapterFormatError, read_adapter
 from lora_core.data.dataset import Example
 from lora_core.models.base import BaseModel
 from lora_core.models.files import chat_template_hash
-from lora_core.models.forward import Bound, Forward
+from lora_core.models.forward import Forward
 from lora_core.models.probes import probe_losses
+from lora_core.models.step import Bound
 
 log = logging.getLogger("ray.serve.lora")
 

@@ -47,7 +47,7 @@ class AdapterServer:
 
         began = time.monotonic()
         source = local_source(settings.resolve_base(name), settings.cache_dir)
-        self._base = load_base(source, precision="auto", cache_dir=settings.cache_dir, for_training=False)
+        self._base = load_base(source, precision="auto", cache_dir=settings.cache_dir)
         self._tokenizer = copy.deepcopy(self._base.tokenizer)  # the decode loop uses the other in its thread
         forward = open_forward(self._base)
         self._metrics = ServingMetrics(name)
@@ -109,6 +109,7 @@ class AdapterServer:
         return digest, GenerationRequest(
             prompt=prompt,
             adapter=adapter,
+            digest=digest,
             sampling=SamplingParams(temperature=asked.temperature, top_p=asked.top_p, seed=asked.seed),
             max_tokens=asked.max_tokens,
             stop=asked.stop,

@@ -1,8 +1,8 @@
 """Continuous batching over many adapters on one base: a step is batch, run, sample.
 
-    plan = scheduler.next_step()          whose prompt is read, who decodes
-    logits = prefill(...), decode(...)    one forward pass for each prompt, one for all that decode
-    events = sample(logits)               one token for every running request
+    runs = scheduler.next_step()       a token of all that decode, and stretches of prompts
+    logits = forward.step(runs)        one forward pass for all of them
+    events = sample(logits)            one token for every request whose prompt has been read
 
 Requests join and leave between steps. Those of one adapter lie side by side in the batch, so that each
 adapter is computed once. One thread owns a generator and the base's path (`models/forward.py`).
@@ -10,6 +10,7 @@ adapter is computed once. One thread owns a generator and the base's path (`mode
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -20,9 +21,10 @@ from torch import Tensor
 from lora_core.inference.detokenizer import TextStream, end_tokens
 from lora_core.inference.kv_cache import KVCache
 from lora_core.inference.sampling import Sampler, SamplingParams, sample
-from lora_core.inference.scheduler import RequestScheduler, WaitingRequest
+from lora_core.inference.scheduler import RequestScheduler, Run, WaitingRequest
 from lora_core.models.base import BaseModel, token_rows
-from lora_core.models.forward import Bound, Forward
+from lora_core.models.forward import Forward
+from lora_core.models.step import Bound, Step
 
 FinishReason = Literal["stop", "length"]
 
@@ -37,13 +39,15 @@ class UnknownTokenError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """A prompt of token ids for `adapter` (None: the base).
+    """A prompt of token ids for `adapter` (None: the base), which `digest` names by its content: requests of one digest
+    share the beginnings of their prompts, those without one share nothing.
 
     The answer ends at a stop string, at the model's end token, after `max_tokens`, or at the end of the context.
     """
 
     prompt: Sequence[int]
     adapter: Bound | None = None
+    digest: str | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
@@ -69,7 +73,11 @@ class _Live:
     sampler: Sampler
     text: TextStream
     limit: int
-    tokens: list[int] = field(default_factory=list)
+    ids: list[int]  # of the prompt, and of the answer so far
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.ids) - len(self.request.prompt)
 
 
 class Generator:
@@ -79,14 +87,23 @@ class Generator:
     """
 
     def __init__(
-        self, base: BaseModel, forward: Forward, *, slots: int = 8, max_len: int = 4096, prefill_tokens: int = 1024
+        self,
+        base: BaseModel,
+        forward: Forward,
+        *,
+        slots: int = 32,
+        max_len: int = 4096,
+        prefill_tokens: int = 1024,
+        mixed_tokens: int = 256,
     ) -> None:
         self.base, self.forward = base, forward
         self.context = min(max_len, int(base.model.config.get_text_config().max_position_embeddings))
         self.end_tokens = end_tokens(base)
         self._token_rows = token_rows(base.model)
-        self._cache = KVCache(forward, slots=slots, max_len=self.context)
-        self._scheduler = RequestScheduler(slots=slots, prefill_tokens=prefill_tokens)
+        self._cache = KVCache(forward, slots=slots, context=self.context)
+        self._scheduler = RequestScheduler(
+            self._take_slot, self._cache.release, prefill_tokens=prefill_tokens, mixed_tokens=mixed_tokens
+        )
         self._live: dict[int, _Live] = {}
         self._next_id = 1
 
@@ -125,10 +142,8 @@ class Generator:
         number, self._next_id = self._next_id, self._next_id + 1
         limit = room if request.max_tokens is None else min(room, request.max_tokens)
         text = TextStream(self.base.tokenizer, request.stop)
-        self._live[number] = _Live(request, Sampler(request.sampling), text, limit)
-        self._scheduler.add(
-            WaitingRequest(number, 0 if request.adapter is None else id(request.adapter), len(request.prompt))
-        )
+        self._live[number] = _Live(request, Sampler(request.sampling), text, limit, list(request.prompt))
+        self._scheduler.add(WaitingRequest(number, len(request.prompt)))
         return number
 
     def abort(self, request: int) -> None:
@@ -138,42 +153,44 @@ class Generator:
 
     @torch.inference_mode()
     def step(self) -> list[GeneratedToken]:
-        """One token for every running request, in the order of the batch; nothing where nobody waits or runs."""
-        plan = self._scheduler.next_step()
-        rows = [self._prefill(number, slot) for number, slot in plan.prefill]
-        if plan.decode:
-            rows.append(self._decode(plan.decode))
-        if not rows:
+        """One token for every request whose prompt has been read, in the order of the batch."""
+        runs = self._scheduler.next_step()
+        if not runs:
             return []
-        numbers = [number for number, _ in (*plan.prefill, *plan.decode)]
-        tokens = sample(torch.cat(rows), [self._live[number].sampler for number in numbers])
-        return [self._take(number, token) for number, token in zip(numbers, tokens, strict=True)]
+        best = self.forward.order([(self._live[run.request].request.adapter, run.tokens) for run in runs])
+        runs = [runs[index] for index in best]
+        logits = self._logits(runs)
+        numbers = [run.request for run in runs if run.last]
+        tokens = sample(logits, [self._live[number].sampler for number in numbers])
+        return [self._accept(number, token) for number, token in zip(numbers, tokens, strict=True)]
 
-    def _prefill(self, number: int, slot: int) -> Tensor:
-        """Read a prompt into its slot; logits `[1, vocabulary]` of its last token."""
+    def _take_slot(self, number: int) -> tuple[int, int] | None:
         request = self._live[number].request
-        ids = torch.tensor(list(request.prompt), device=self.base.device)
-        return self.forward.prefill(ids, request.adapter, self._cache.prefill(slot, len(ids)))
+        owner = self.base.fingerprint if request.adapter is None else request.digest
+        return self._cache.take(self._live[number].ids, owner)
 
-    def _decode(self, batch: Sequence[tuple[int, int]]) -> Tensor:
-        """The last token of each request in `batch` -> logits `[n, vocabulary]`."""
-        live = [self._live[number] for number, _ in batch]
-        positions = [len(one.request.prompt) + len(one.tokens) - 1 for one in live]
-        ids, at = torch.tensor([[one.tokens[-1] for one in live], positions], device=self.base.device)
-        attend = self._cache.decode([slot for _, slot in batch], positions)
-        return self.forward.decode(ids, at, [one.request.adapter for one in live], attend)
+    def _logits(self, runs: Sequence[Run]) -> Tensor:
+        """`[n, vocabulary]` of the last token of each run that is the last of what is known."""
+        ids = [self._live[run.request].ids[run.start : run.start + run.tokens] for run in runs]
+        joined = [token for of_run in ids for token in of_run]
+        positions = [position for run in runs for position in range(run.start, run.start + run.tokens)]
+        on_device = torch.tensor([joined, positions], device=self.base.device)
+        adapters = [(self._live[run.request].request.adapter, run.tokens) for run in runs]
+        ends = itertools.accumulate(run.tokens for run in runs)
+        last = [end - 1 for run, end in zip(runs, ends, strict=True) if run.last]
+        return self.forward.step(Step(on_device[0], on_device[1], adapters, self._cache.step(runs, ids), last))
 
-    def _take(self, number: int, token: int) -> GeneratedToken:
+    def _accept(self, number: int, token: int) -> GeneratedToken:
         """Record a token, and let the request go where the answer is over."""
         live = self._live[number]
-        live.tokens.append(token)
+        live.ids.append(token)
         ended = token in self.end_tokens
         text = "" if ended else live.text.push(token)
         reason: FinishReason | None = "stop" if ended or live.text.stopped else None
-        if reason is None and len(live.tokens) == live.limit:
+        if reason is None and live.completion_tokens == live.limit:
             reason = "length"
         if reason is not None:
             if not live.text.stopped:
                 text += live.text.finish()
             self.abort(number)
-        return GeneratedToken(number, token, text, reason, len(live.tokens))
+        return GeneratedToken(number, token, text, reason, live.completion_tokens)

@@ -1,126 +1,245 @@
 """Keys and values of the sequences that are being generated: static slots, allocated once.
 
-    k, v of a layer    [slots, kv heads, max_len, d]   dtype of the base
+    k, v of a layer    [slots, kv heads, context, d]   dtype of the base
 
-A sequence owns one slot from its first token to its last. Two objects implement `Attend` (attention.py): one reads a
-prompt into a slot, the other takes one token of several slots at once and is a single attention call per layer. The
-memory of a slot is touched only as far as its sequence grows (on CPU the rest is never resident).
+A sequence owns one slot from its first token to its last; what it leaves there is known by its tokens and its adapter's
+digest until another takes the slot, and a prompt that begins like it is read from where they part. `attend` is the
+attention of one step over any number of sequences, each with one token or a stretch of its prompt. A slot's memory is
+touched only as far as sequences reach (on CPU the rest is never resident).
+
+In fp32 and fp64 a token has the same bits whatever is computed beside it and however its prompt was cut: each row sums
+over keys in blocks of `KEY_BLOCK`, and what is masked adds zeros.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lora_core.models.attention import Attend, AttentionSpec, PackedAttention, scaled_dot_product
+from lora_core.inference.scheduler import Run
+from lora_core.models.attention import Attend, AttentionSpec
 from lora_core.models.forward import Forward
+from lora_core.models.step import Step
 
-_CLEAR_TOKENS = 256  # cleared ahead of a growing sequence at a time
+KEY_BLOCK = 128
+"""Keys over which one product sums: MKL splits longer sums by how long they are."""
+
+KEY_STEP = 64
+"""Lengths are rounded up to it, so that torch's sums over a row take their terms in the same order for all lengths."""
+
+QUERY_ROWS = 4
+"""Rows of one matrix of queries at least: MKL on AMD computes up to three otherwise than many."""
+
+MIN_SHARED_TOKENS = 8
+"""A shorter beginning is not worth copying."""
+
+
+@dataclass
+class _Slot:
+    """Whose tokens are in a slot. The numbers up to `finite` are finite: attention reads past a sequence's end, where
+    what another left behind, or uninitialised memory, would come through the mask, as 0 x NaN is NaN.
+    """
+
+    owner: str | None = None
+    tokens: list[int] = field(default_factory=list)
+    taken: bool = False
+    used_at: int = 0
+    finite: int = 0
 
 
 class KVCache:
-    """`slots` sequences of at most `max_len` tokens each."""
+    """`slots` sequences of at most `context` tokens each."""
 
-    def __init__(self, forward: Forward, *, slots: int, max_len: int) -> None:
-        self.slots, self.max_len = slots, max_len
-        shapes, device = _shapes_of_layers(forward), forward.device
-        self.keys = [torch.empty(slots, k[0], max_len, k[1], dtype=d, device=device) for k, _, d in shapes]
-        self.values = [torch.empty(slots, v[0], max_len, v[1], dtype=d, device=device) for _, v, d in shapes]
-        # A slot's numbers are finite up to here. Decoding reads all slots as far as the longest one reaches, and what a
-        # sequence with NaN left behind, or uninitialised memory, would come through the mask: 0 x NaN is NaN.
-        self._finite = [0] * slots
+    def __init__(self, forward: Forward, *, slots: int, context: int) -> None:
+        assert slots > 0
+        self.context = context
+        shapes, device = _layer_shapes(forward), forward.device
+        length = _rounded(context)
+        self.keys = [torch.empty(slots, k[0], length, k[1], dtype=d, device=device) for k, _, d in shapes]
+        self.values = [torch.empty(slots, v[0], length, v[1], dtype=d, device=device) for _, v, d in shapes]
+        self._slots = [_Slot() for _ in range(slots)]
+        self._clock = itertools.count(1)
 
-    def prefill(self, slot: int, tokens: int) -> Attend:
-        """Attend in a forward pass over `[1, tokens]`, the prompt that starts a new sequence in `slot`."""
-        assert 0 < tokens <= self.max_len
-        self._finite[slot] = tokens
-        return _Prefill(self, slot, tokens)
+    def take(self, prompt: Sequence[int], owner: str | None) -> tuple[int, int] | None:
+        """(slot, tokens of `prompt` that are in it already) for a new sequence; None where all are taken.
 
-    def decode(self, slots: Sequence[int], positions: Sequence[int]) -> Attend:
-        """Attend in a forward pass over `[n, 1]`: token i is at `positions[i]` of the sequence in `slots[i]`."""
-        length = max(positions) + 1
-        assert length <= self.max_len and len(set(slots)) == len(slots)
-        for slot in slots:
-            self._clear(slot, length)
-        return _Decode(self, slots, positions, length)
+        `owner` is the digest of what computes it; None shares nothing. The last token is never shared: its logits are
+        asked for.
+        """
+        free = [index for index, slot in enumerate(self._slots) if not slot.taken]
+        if not free:
+            return None
+        source, shared = self._longest_beginning(prompt, owner)
+        if source in free:
+            index = source
+        else:
+            index = min(free, key=lambda index: self._slots[index].used_at)
+            self._slots[index].finite = 0
+            if shared:
+                self._copy(source, index, shared)
+        slot = self._slots[index]
+        slot.owner, slot.tokens, slot.taken, slot.used_at = owner, list(prompt[:shared]), True, next(self._clock)
+        slot.finite = min(slot.finite, shared)
+        return index, shared
 
-    def _clear(self, slot: int, length: int) -> None:
-        start = self._finite[slot]
-        if start >= length:
-            return
-        end = min(self.max_len, -(-length // _CLEAR_TOKENS) * _CLEAR_TOKENS)
+    def release(self, slot: int) -> None:
+        """The sequence in this slot is over; what it has computed may serve another."""
+        self._slots[slot].taken = False
+        self._slots[slot].used_at = next(self._clock)
+
+    def step(self, runs: Sequence[Run], ids: Sequence[Sequence[int]]) -> Attend:
+        """Attend in a forward pass over `[1, tokens]`, the tokens `ids` of these runs end to end."""
+        for run, tokens in zip(runs, ids, strict=True):
+            slot = self._slots[run.slot]
+            assert run.start + run.tokens <= self.context and run.start == len(slot.tokens)
+            slot.tokens.extend(tokens)
+            slot.finite = max(slot.finite, run.start + run.tokens)
+        return _StepAttention(self, runs)
+
+    def finite_to(self, slot: int, length: int) -> None:
+        """Clear what lies between a sequence's end and `length`, unless it is clear."""
+        start, end = self._slots[slot].finite, min(self.keys[0].shape[2], -(-length // KEY_BLOCK) * KEY_BLOCK)
+        if start < length:
+            for memory in (*self.keys, *self.values):
+                memory[slot, :, start:end].zero_()
+            self._slots[slot].finite = end
+
+    def _longest_beginning(self, prompt: Sequence[int], owner: str | None) -> tuple[int, int]:
+        best = (-1, 0)
+        for index, slot in enumerate(self._slots):
+            if owner is not None and slot.owner == owner:
+                shared = _common(prompt[:-1], slot.tokens)
+                if shared >= MIN_SHARED_TOKENS and shared > best[1]:
+                    best = index, shared
+        return best
+
+    def _copy(self, source: int, target: int, tokens: int) -> None:
         for memory in (*self.keys, *self.values):
-            memory[slot, :, start:end].zero_()
-        self._finite[slot] = end
+            memory[target, :, :tokens] = memory[source, :, :tokens]
 
 
-class _Prefill:
-    """Causal attention over a prompt; its k and v stay in the slot."""
-
-    def __init__(self, cache: KVCache, slot: int, tokens: int) -> None:
-        self._cache, self._slot, self._tokens = cache, slot, tokens
-        self._attention = PackedAttention([tokens])
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
-        self._cache.keys[layer][self._slot, :, : self._tokens] = k[0]
-        self._cache.values[layer][self._slot, :, : self._tokens] = v[0]
-        return self._attention(layer, q, k, v, spec)
+def _rounded(length: int) -> int:
+    step = KEY_STEP if length <= KEY_BLOCK else KEY_BLOCK
+    return -(-length // step) * step
 
 
-class _Decode:
-    """One token of several sequences against all that each of them has seen.
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    equal, most = 0, min(len(one), len(other))
+    for size in (256, 1):
+        while equal + size <= most and one[equal : equal + size] == other[equal : equal + size]:
+            equal += size
+    return equal
 
-    Rows come in the order of the requests (by adapter), memory lies in the order of the slots: the queries, one token
-    each, are moved to their slots, since moving keys and values would copy the whole cache. A slot without a row
-    attends to its first position, and nobody reads the result.
 
-    The query heads that share a key head become rows of one small matrix, `[slots, kv heads, heads per kv head, d]`: on
-    CPU in bf16 that was measured 5 to 8 times as fast as `enable_gqa` (8 slots of 128 to 2,048 tokens).
+@dataclass(frozen=True)
+class _Product:
+    """Sequences in neighbouring slots, `tokens` of each, that are one product over `length` keys."""
+
+    rows: Tensor  # int64 [slots, tokens], of the step's tokens
+    first_slot: int
+    length: int
+    positions: Tensor  # int64 [slots, tokens]
+
+
+class _StepAttention:
+    """Writes the keys and values of a step's tokens into their slots, and attends from each to all that it follows.
+
+    Sequences that decode and lie in neighbouring slots are one product each; a stretch of a prompt is one by itself.
+    The query heads that share a key head become rows of one small matrix, `[slots, kv heads, heads of each * tokens,
+    d]`: on CPU in bf16 that was measured 5 to 8 times as fast as `enable_gqa` (8 slots of 128 to 2,048 tokens).
     """
 
-    def __init__(self, cache: KVCache, slots: Sequence[int], positions: Sequence[int], length: int) -> None:
-        device = cache.keys[0].device
-        self._cache, self._length, self._used = cache, length, max(slots) + 1
-        self._slots = torch.tensor(slots, device=device)
+    def __init__(self, cache: KVCache, runs: Sequence[Run]) -> None:
+        self._cache, device = cache, cache.keys[0].device
+        starts = [0, *itertools.accumulate(run.tokens for run in runs)]
+        positions = [position for run in runs for position in range(run.start, run.start + run.tokens)]
         self._positions = torch.tensor(positions, device=device)
-        self._slot_positions = torch.zeros(self._used, dtype=torch.int64, device=device)
-        self._slot_positions[self._slots] = self._positions
-        self._masks: dict[int | None, Tensor] = {}
+        self._slots = torch.tensor([run.slot for run in runs for _ in range(run.tokens)], device=device)
+        self._products = [self._product(of_product) for of_product in _side_by_side(runs, starts)]
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
+
+    def _product(self, runs: Sequence[tuple[Run, int]]) -> _Product:
+        (first, _), device = runs[0], self._positions.device
+        longest = max(run.start + run.tokens for run, _ in runs)
+        length = _rounded(longest)
+        for run, _ in runs:
+            self._cache.finite_to(run.slot, length)
+        rows = torch.tensor([range(row, row + run.tokens) for run, row in runs], device=device)
+        positions = torch.tensor([range(run.start, run.start + run.tokens) for run, _ in runs], device=device)
+        return _Product(rows, first.slot, length, positions)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        keys[self._slots, :, self._positions] = k[:, :, 0]
-        values[self._slots, :, self._positions] = v[:, :, 0]
-        rows, heads, _, d = q.shape
-        by_slot = q.new_zeros(self._used, heads, d)
-        by_slot[self._slots] = q[:, :, 0]
-        out = scaled_dot_product(
-            by_slot.view(self._used, k.shape[1], heads // k.shape[1], d),
-            keys[: self._used, :, : self._length],
-            values[: self._used, :, : self._length],
-            spec,
-            self._mask(spec.sliding_window),
-        )
-        return out.reshape(self._used, heads, -1)[self._slots].view(rows, heads, 1, -1)
+        tokens = len(self._positions)  # what lies behind them is padding
+        keys[self._slots, :, self._positions] = k[0, :, :tokens].transpose(0, 1)
+        values[self._slots, :, self._positions] = v[0, :, :tokens].transpose(0, 1)
+        by_token = q[0].transpose(0, 1)
+        out = q.new_zeros(q.shape[2], q.shape[1], v.shape[3])
+        for index, product in enumerate(self._products):
+            slots = slice(product.first_slot, product.first_slot + len(product.rows))
+            past = keys[slots, :, : product.length], values[slots, :, : product.length]
+            out[product.rows] = _attended(by_token[product.rows], *past, spec, self._mask(index, spec.sliding_window))
+        return out.transpose(0, 1)[None]
 
-    def _mask(self, window: int | None) -> Tensor:
-        """Make a mask `[slots, 1, 1, length]` of each token itself and the `window - 1` tokens before it."""
-        if window not in self._masks:
-            seen = torch.arange(self._length, device=self._slots.device)
-            mask = seen <= self._slot_positions[:, None]
+    def _mask(self, index: int, window: int | None) -> Tensor:
+        """`[slots, 1, 1, tokens, length]`: what each token does not see."""
+        if (index, window) not in self._masks:
+            product = self._products[index]
+            positions = product.positions[:, None, None, :, None]
+            keys = torch.arange(product.length, device=positions.device)
+            hidden = keys > positions
             if window is not None:
-                mask &= seen > self._slot_positions[:, None] - window
-            self._masks[window] = mask[:, None, None]
-        return self._masks[window]
+                hidden |= keys <= positions - window
+            self._masks[index, window] = hidden
+        return self._masks[index, window]
+
+
+def _side_by_side(runs: Sequence[Run], starts: Sequence[int]) -> Iterator[list[tuple[Run, int]]]:
+    """Runs with their first rows, those of one token in neighbouring slots together."""
+    together: list[tuple[Run, int]] = []
+    for run, row in sorted(zip(runs, starts, strict=False), key=lambda of: of[0].slot):
+        if together and not (run.tokens == together[-1][0].tokens == 1 and run.slot == together[-1][0].slot + 1):
+            yield together
+            together = []
+        together.append((run, row))
+    if together:
+        yield together
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, hidden: Tensor) -> Tensor:
+    """q `[slots, tokens, heads, d]` over k, v `[slots, kv heads, length, d]` -> `[slots, tokens, heads, d]`."""
+    slots, tokens, heads, d = q.shape
+    kv_heads, length = k.shape[1:3]
+    per_head = heads // kv_heads
+    queries = q.view(slots, tokens, kv_heads, per_head, d).permute(0, 2, 3, 1, 4).reshape(slots, kv_heads, -1, d)
+    rows = queries.shape[2]
+    if rows < QUERY_ROWS:
+        queries = F.pad(queries, (0, 0, 0, QUERY_ROWS - rows))
+    scores = (queries @ k.transpose(-1, -2)).mul_(spec.scaling)
+    if spec.softcap is not None:
+        scores = scores.div_(spec.softcap).tanh_().mul_(spec.softcap)
+    scores[:, :, :rows].unflatten(2, (per_head, tokens)).masked_fill_(hidden, -torch.inf)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    weights = torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype)
+    out = weights[..., :KEY_BLOCK] @ v[:, :, :KEY_BLOCK]
+    for start in range(KEY_BLOCK, length, KEY_BLOCK):
+        out += weights[..., start : start + KEY_BLOCK] @ v[:, :, start : start + KEY_BLOCK]
+    by_head = out[:, :, :rows].unflatten(2, (per_head, tokens))
+    joined: Tensor = by_head.permute(0, 3, 1, 2, 4).reshape(slots, tokens, heads, -1)
+    return joined
 
 
 _LayerShape = tuple[tuple[int, int], tuple[int, int], torch.dtype]
 
 
 @torch.inference_mode()
-def _shapes_of_layers(forward: Forward) -> list[_LayerShape]:
+def _layer_shapes(forward: Forward) -> list[_LayerShape]:
     """Ask the model for (kv heads, d) of k and of v and their dtype by layer: configs name them in many ways."""
     shapes: dict[int, _LayerShape] = {}
 
@@ -128,5 +247,6 @@ def _shapes_of_layers(forward: Forward) -> list[_LayerShape]:
         shapes[layer] = ((k.shape[1], k.shape[3]), (v.shape[1], v.shape[3]), k.dtype)
         return q.new_zeros(*q.shape[:-1], v.shape[-1])
 
-    forward.prefill(torch.zeros(1, dtype=torch.int64, device=forward.device), None, record)
+    zero = torch.zeros(1, dtype=torch.int64, device=forward.device)
+    forward.step(Step(zero, zero, [(None, 1)], record, [0]))
     return [shapes[layer] for layer in range(len(shapes))]

@@ -1,42 +1,64 @@
-"""Which requests run in the next step: first come, first served into free slots. No torch: deciding is not doing.
+"""Which tokens the next step computes. No torch: deciding is not doing.
 
-A step reads the prompts of the requests that are let in and gives every running request one token. Prompts are let in
-up to a budget of tokens a step, so that those who are being answered never wait for a whole queue of prompts.
+Every request whose prompt has been read gets one token a step. Prompts are read in what is left of a budget of tokens:
+first those that have begun, then those that wait, first come, first served into free slots. A prompt longer than that
+is read in chunks over several steps, and short ones share a step, so that neither holds up those who are answered.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class WaitingRequest:
-    """A request that has no slot yet. `group` is equal for requests of one adapter."""
+    """A request that has no slot yet."""
 
     request: int
-    group: int
     prompt_tokens: int
 
 
 @dataclass(frozen=True)
-class StepPlan:
-    """(request, slot) of the prompts to read and of the requests to decode, those of one adapter side by side."""
+class Run:
+    """`tokens` of one request from position `start` on; `last` says that its next token is sampled after them."""
 
-    prefill: tuple[tuple[int, int], ...]
-    decode: tuple[tuple[int, int], ...]
+    request: int
+    slot: int
+    start: int
+    tokens: int
+    last: bool
+
+
+@dataclass
+class _Running:
+    slot: int
+    prompt_tokens: int
+    done: int
 
 
 class RequestScheduler:
-    """The waiting line and the slots. `prefill_tokens` is the budget of a step; one prompt always fits."""
+    """The waiting line and who runs. `prefill_tokens` is the budget of a step in which nobody decodes, `mixed_tokens`
+    of one in which somebody does.
 
-    def __init__(self, *, slots: int, prefill_tokens: int) -> None:
-        assert slots > 0
-        self._prefill_tokens = prefill_tokens
+    `take` gives a request a slot, and says how many tokens of its prompt are there already, or None where all are
+    taken; `release` takes a slot back.
+    """
+
+    def __init__(
+        self,
+        take: Callable[[int], tuple[int, int] | None],
+        release: Callable[[int], None],
+        *,
+        prefill_tokens: int,
+        mixed_tokens: int,
+    ) -> None:
+        assert min(prefill_tokens, mixed_tokens) > 0
+        self._take, self._release = take, release
+        self._prefill_tokens, self._mixed_tokens = prefill_tokens, mixed_tokens
         self._waiting: deque[WaitingRequest] = deque()
-        self._running: dict[int, tuple[int, int]] = {}  # request -> (group, slot)
-        self._free = list(range(slots))  # a heap: low slots first, since decoding reads up to the highest one
+        self._running: dict[int, _Running] = {}
 
     @property
     def waiting(self) -> int:
@@ -53,22 +75,30 @@ class RequestScheduler:
     def remove(self, request: int) -> None:
         """Forget a request that is over or given up: it leaves the line, or its slot is free for the next step."""
         if request in self._running:
-            heapq.heappush(self._free, self._running.pop(request)[1])
+            self._release(self._running.pop(request).slot)
         else:
             self._waiting = deque(waiting for waiting in self._waiting if waiting.request != request)
 
-    def next_step(self) -> StepPlan:
-        """Let in whom slots and budget allow; all that were running before decode."""
-        by_group = sorted(self._running, key=lambda request: (self._running[request][0], request))
-        decode = tuple((request, self._running[request][1]) for request in by_group)
-        prefill: list[tuple[int, int]] = []
-        tokens = 0
-        while self._waiting and self._free:
-            first = self._waiting[0]
-            if prefill and tokens + first.prompt_tokens > self._prefill_tokens:
-                break
-            tokens += first.prompt_tokens
-            slot = heapq.heappop(self._free)
-            self._running[first.request] = (first.group, slot)
-            prefill.append((self._waiting.popleft().request, slot))
-        return StepPlan(tuple(prefill), decode)
+    def next_step(self) -> list[Run]:
+        """What is computed next; it counts as computed from now on."""
+        runs = {number: self._run(number, 1) for number, one in self._running.items() if one.done >= one.prompt_tokens}
+        budget = self._mixed_tokens if runs else self._prefill_tokens
+        reading = [number for number, one in self._running.items() if one.done < one.prompt_tokens]
+        while budget > 0 and (number := reading.pop(0) if reading else self._admit()) is not None:
+            runs[number] = self._run(number, budget)
+            budget -= runs[number].tokens
+        return list(runs.values())
+
+    def _admit(self) -> int | None:
+        if not self._waiting or (taken := self._take(self._waiting[0].request)) is None:
+            return None
+        first = self._waiting.popleft()
+        self._running[first.request] = _Running(taken[0], first.prompt_tokens, taken[1])
+        return first.request
+
+    def _run(self, number: int, most: int) -> Run:
+        one = self._running[number]
+        tokens = max(1, min(most, one.prompt_tokens - one.done))
+        run = Run(number, one.slot, one.done, tokens, one.done + tokens >= one.prompt_tokens)
+        one.done += tokens
+        return run

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lora_core.kernels import dispatch
+from lora_core.kernels import dispatch, stacked_low_rank
 from lora_core.kernels.operands import LowRank, Norm
 
 
@@ -25,6 +25,8 @@ def shrink(x: Tensor, low_rank: LowRank) -> Tensor:
         from lora_core.kernels import low_rank_triton
 
         return low_rank_triton.shrink(x, low_rank)
+    if low_rank.stacks is not None:
+        return stacked_low_rank.shrink(x, low_rank.stacks)
     h = x.new_zeros(x.shape[0], low_rank.width)
     for adapter, rows in low_rank.present():
         own, scale = h[rows, : adapter.width], adapter.scale
@@ -86,6 +88,8 @@ def expand_gradient_(dx: Tensor, dh: Tensor, low_rank: LowRank) -> Tensor:
 
 def expand_(y: Tensor, h: Tensor, low_rank: LowRank) -> Tensor:
     """`y += h B^T`, in place, on CPU: y `[T, out]`. (On CUDA the elementwise kernels do it.)"""
+    if low_rank.stacks is not None:
+        return stacked_low_rank.expand_(y, h, low_rank.stacks)
     for adapter, rows in low_rank.present():
         for part, columns, _ in adapter.present(low_rank.group):
             y[rows, columns].addmm_(h[rows, part.columns], part.b.t())

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_core.kernels.stacked_low_rank import StackedAdapters
 from lora_core.kernels.transfer import to_device
 
 TILE_ROWS = 64
@@ -131,6 +132,9 @@ class FusedLinearAdapter:
         return any(part is not None and part.magnitude is not None for part in self.parts)
 
 
+_ONE_THREAD = 32768  # elements from which torch's elementwise operations take several threads
+
+
 class Segments:
     """Which tokens of a batch belong to which adapter: (its index in the batch or `NO_ADAPTER`, tokens), in order."""
 
@@ -179,6 +183,17 @@ class Segments:
         return to_device(torch.tensor(pieces, dtype=torch.int32).view(-1, 3), self.device)
 
 
+class ServedSegments(Segments):
+    """Those of a batch that is only served: each of its rows is by itself."""
+
+    def split(self, x: Tensor) -> Sequence[Tensor]:
+        """x `[T, features]`, rows of a larger tensor, by so few that one thread takes them: in each row it then begins
+        anew.
+        """
+        parts: Sequence[Tensor] = x.split(max(1, (_ONE_THREAD - 1) // x.shape[1]))
+        return parts
+
+
 @dataclass(frozen=True)
 class LowRank:
     """The adapters of a batch on one group: what the kernels of one layer need.
@@ -186,7 +201,7 @@ class LowRank:
     `width` is the number of columns of h, at least that of any adapter here; `rank` the largest of any of its parts.
     `table` int64 `[adapters + 1, groups * FIELDS]` holds addresses for Triton (see `low_rank_triton.py`).
     `dropout_keys` int64 `[T]` are there if one of these adapters drops features in this batch, and `dora` says whether
-    one has magnitudes (`dora.py`).
+    one has magnitudes (`dora.py`). `stacks` are there where a CPU serves them (`stacked_low_rank.py`).
     """
 
     group: LinearGroup
@@ -197,6 +212,7 @@ class LowRank:
     table: Tensor | None
     dropout_keys: Tensor | None = None
     dora: bool = False
+    stacks: Sequence[StackedAdapters] | None = None
 
     def present(self) -> list[tuple[FusedLinearAdapter, slice]]:
         """Return each adapter that has something here, with its rows."""

@@ -127,18 +127,18 @@ class LayerAttention(Protocol):
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, with_backward: bool) -> tuple[Tensor, Backward]: ...
 
 
-class SequenceAttention:
-    """An `Attend` as `LayerAttention`, without a backward pass: T are the tokens of `sequences` of one length."""
+class StepAttention:
+    """An `Attend` as `LayerAttention`, without a backward pass."""
 
-    def __init__(self, attend: Attend, sequences: int, scaling: float) -> None:
-        self._attend, self._sequences, self._spec = attend, sequences, AttentionSpec(scaling)
+    def __init__(self, attend: Attend, scaling: float) -> None:
+        self._attend, self._spec = attend, AttentionSpec(scaling)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, with_backward: bool) -> tuple[Tensor, Backward]:
         """See `LayerAttention`."""
         assert not with_backward
-        q, k, v = (part.unflatten(0, (self._sequences, -1)).transpose(1, 2) for part in (q, k, v))
+        q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
         out = self._attend(layer, q, k, v, self._spec)
-        return out.transpose(1, 2).reshape(q.shape[0] * q.shape[2], -1), _no_backward
+        return out[0].transpose(0, 1).flatten(1), _no_backward
 
 
 class DocumentAttention:

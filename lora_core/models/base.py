@@ -112,18 +112,16 @@ def load_base(
     precision: Precision = "auto",
     cache_dir: Path | str = CACHE_DIR,
     device: torch.device | None = None,
-    for_training: bool = True,
 ) -> BaseModel:
-    """Load, freeze and fingerprint a base; on CPU through the shared file in `cache_dir`.
-
-    `for_training` has CPU products made exact from here on, which costs whoever only generates (`exactness.py`).
+    """Load, freeze and fingerprint a base; on CPU through the shared file in `cache_dir`, and with exact products from
+    here on (`exactness.py`).
 
     Raises:
         BaseModelError: no such source, not a causal language model, or a family whose forward pass differs from ours.
     """
     cache_dir = Path(cache_dir).expanduser().absolute()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if for_training and device.type == "cpu":
+    if device.type == "cpu":
         ask_for_exact_products()
     folder = local_folder(source, cache_dir)
     chosen = _chosen(precision, folder, cache_dir, device)

@@ -38,6 +38,9 @@ _PADDED = ((0, 8), (8, 16), (24, 24), (16, 72), (8, 136))
 _AS_THEY_ARE = ((0, 1), (3, 1), (5, 2), (0, 3), (8, 5), (1, 6), (13, 7), (2, 9), (0, 11), (7, 13), (29, 27), (5, 131))
 """(first row, rows) of chunks in that product."""
 
+_SERVED = ((0, 4), (7, 5), (2, 8), (9, 15), (0, 16), (3, 17), (5, 31), (1, 33), (8, 64), (7, 65), (29, 131))
+"""The same of what is served, which has 4 rows at least."""
+
 _RANK = 16  # of the adapter whose products are compared
 
 
@@ -80,8 +83,8 @@ def ask_for_exact_products() -> None:
 
     It counts if it is in the environment before MKL's first product in this process, also after `import torch`; later
     it is ignored without a word, and so would be a mode that this CPU has not. Measured on Intel (AVX-512, two
-    threads): nothing from 64 rows on, up to 1.5 times as long at 8 rows of small matrices, 2 to 3 times at one row; so
-    it is for training, not for serving. Whoever has set MKL_CBWR keeps what he chose.
+    threads): nothing from 64 rows on, up to 1.5 times as long at 8 rows of small matrices, 2 to 3 times at one row,
+    which is never multiplied by itself. Whoever has set MKL_CBWR keeps what he chose.
     """
     vectors = "AVX512" if torch.cpu.get_capabilities().get("avx512_f") else "AVX2"
     os.environ.setdefault("MKL_CBWR", f"{vectors},STRICT")
@@ -159,6 +162,17 @@ def _measured(frozen: FrozenProduct) -> Exactness:
         return Exactness(joined=False, promised=True)
     size = f"{frozen.inputs} x {frozen.outputs}"
     return Exactness(joined=False, problem=f"a product of its {size} linears comes out otherwise each time")
+
+
+@torch.no_grad()
+def served_rows_are_alike(products: Iterable[FrozenProduct]) -> bool:
+    """Whether rows have the same bits whatever is served beside them, with the threads of now; `forward` of each
+    product is what serves.
+    """
+    stream = torch.Generator().manual_seed(0)
+    kinds = {product.key: product for product in products}.values()
+    sources = [torch.randn(PRODUCT_ROWS, kind.inputs, dtype=kind.dtype, generator=stream) for kind in kinds]
+    return all(_rows_are_theirs(_Product(x, kind.forward), _SERVED) for x, kind in zip(sources, kinds, strict=True))
 
 
 @dataclass(frozen=True)

@@ -21,20 +21,17 @@ from lora_core.adapters.init import LoraConfigError
 from lora_core.adapters.targets import AdaptableModules
 from lora_core.config import LoraConfig
 from lora_core.data.packing import PackedBatch
-from lora_core.models.attention import Attend
 from lora_core.models.base import BaseModel
 from lora_core.models.exactness import Exactness
 from lora_core.models.hooks.forward import HooksForward
 from lora_core.models.llama.decoder import Checkpointing, Decoder
 from lora_core.models.llama.forward import LlamaForward, problems_on_llama
 from lora_core.models.precision import QUANTISED
+from lora_core.models.step import Bound, Step
 
 log = logging.getLogger("lora.engine")
 
 ForwardPath = Literal["llama", "hooks"]
-
-Bound = Any
-"""An adapter as a path takes it, which its `bind` returned."""
 
 Ready = Any
 """A batch as a path takes it, which its `ready` returned."""
@@ -86,14 +83,12 @@ class Forward(Protocol):
         """`[chunks]` twice: summed token losses, and how many labels are the most probable token."""
         ...
 
-    def prefill(self, ids: Tensor, adapter: Bound | None, attend: Attend) -> Tensor:
-        """Logits `[1, vocabulary]` of the last token of a prompt, int64 `[tokens]`."""
+    def order(self, runs: Sequence[tuple[Bound | None, int]]) -> list[int]:
+        """Say in which order a step had best have these runs, (adapter, tokens) each."""
         ...
 
-    def decode(self, ids: Tensor, positions: Tensor, adapters: Sequence[Bound | None], attend: Attend) -> Tensor:
-        """Logits `[n, vocabulary]` of one token, int64 `[n]`, of each of n sequences; those of one adapter are best
-        side by side.
-        """
+    def step(self, step: Step) -> Tensor:
+        """Logits `[n, vocabulary]` of the n tokens that are asked for, where nothing is trained."""
         ...
 
     def warm_up(self, newcomer: Adapter, others: Sequence[Adapter], checkpointing: Checkpointing) -> None:

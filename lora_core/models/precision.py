@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from lora_core.kernels.operands import EXACT_DTYPES
 from lora_core.kernels.quantize import dequantize_nf4, quantize_nf4, quantize_rows
 
 QUANTISED = ("fp8", "nf4")
@@ -55,10 +57,14 @@ class FrozenWeight(Protocol):
         ...
 
 
-FEW_ROWS = 64
-"""A CPU's fp32 product of at most so many rows is made as `(W x^T)^T`. MKL on AMD gives `x W^T` no second thread: all
-linears and the head of SmolLM2-135M, 8 rows, two threads, 168 ms that way and 91 ms this way (64 rows: 338 and 205).
-One row is faster as it is, 62 ms instead of 79.
+TRANSPOSED_ROWS = range(16, 65)
+"""A CPU's fp32 product of so many rows is made as `(W x^T)^T`, for which MKL on AMD has a second thread where it has
+none for `x W^T`: all linears and the head of SmolLM2-135M, 64 rows, two threads, 338 ms that way and 205 ms this way.
+"""
+
+EXACT_ROWS = 4
+"""Rows of a product at least where it is served in fp32 or fp64 on CPU: from so many on MKL on AMD gives a row of
+`x W^T` the same bits however many there are, and the other product, too, where it is made.
 """
 
 
@@ -79,7 +85,11 @@ class DenseWeight:
         return y
 
     def serve(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.float32 or x.is_cuda or not 2 <= len(x) <= FEW_ROWS:
+        if x.dtype not in EXACT_DTYPES or x.is_cuda:
+            return self.forward(x)
+        if len(x) < EXACT_ROWS:
+            return self.forward(F.pad(x, (0, 0, 0, EXACT_ROWS - len(x))))[: len(x)]
+        if len(x) not in TRANSPOSED_ROWS:
             return self.forward(x)
         transposed = x.t()
         return torch.cat([part @ transposed for part in self.parts]).t().contiguous()

@@ -8,7 +8,8 @@ import torch
 
 from lora_core.data.dataset import Example
 from lora_core.data.packing import Chunk, pack
-from lora_core.models.forward import Bound, Forward
+from lora_core.models.forward import Forward
+from lora_core.models.step import Bound
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.dropout import mix64
 from lora_core.data.packing import PAD_TO_MULTIPLE_OF, Chunk, PackedChunk, chunked
-from lora_core.models.forward import Bound
+from lora_core.models.step import Bound
 from lora_core.training.job import EngineJob, Progress
 from lora_core.training.optimizer import FlatAdamW, HostState, Snapshot
 

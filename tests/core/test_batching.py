@@ -1,97 +1,169 @@
-"""Who runs when: order, slots, budget, and one adapter's requests side by side."""
+"""What each step computes: order, slots, budgets, prompts in chunks; and which beginnings of prompts are shared."""
 
 from __future__ import annotations
 
-from itertools import groupby
+from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_core.inference.scheduler import RequestScheduler, WaitingRequest
+from lora_core.inference.kv_cache import MIN_SHARED_TOKENS, KVCache
+from lora_core.inference.scheduler import RequestScheduler, Run, WaitingRequest
+from lora_core.models.base import load_base
+from lora_core.models.forward import open_forward
+from tests.support.tiny_models import save_tiny_model
+
+
+class Slots:
+    """`count` of them, which know the first `shared` tokens of every prompt."""
+
+    def __init__(self, count: int, shared: int = 0) -> None:
+        self.free, self.shared = list(range(count)), shared
+
+    def take(self, request: int) -> tuple[int, int] | None:
+        return (self.free.pop(0), self.shared) if self.free else None
+
+    def release(self, slot: int) -> None:
+        assert slot not in self.free
+        self.free.insert(0, slot)
+
+
+def scheduler_of(slots: Slots, prefill_tokens: int = 100, mixed_tokens: int = 100) -> RequestScheduler:
+    return RequestScheduler(slots.take, slots.release, prefill_tokens=prefill_tokens, mixed_tokens=mixed_tokens)
 
 
 def test_first_come_first_served_into_free_slots() -> None:
-    scheduler = RequestScheduler(slots=2, prefill_tokens=100)
+    scheduler = scheduler_of(Slots(2))
     for request in (10, 11, 12):
-        scheduler.add(WaitingRequest(request, group=0, prompt_tokens=5))
-    plan = scheduler.next_step()
-    assert plan.prefill == ((10, 0), (11, 1)) and plan.decode == ()
-    assert scheduler.next_step().prefill == ()  # full
+        scheduler.add(WaitingRequest(request, 5))
+    assert scheduler.next_step() == [Run(10, 0, 0, 5, True), Run(11, 1, 0, 5, True)]
+    assert scheduler.next_step() == [Run(10, 0, 5, 1, True), Run(11, 1, 5, 1, True)]  # full
     scheduler.remove(10)
-    plan = scheduler.next_step()
-    assert plan.prefill == ((12, 0),) and plan.decode == ((11, 1),)  # a freed slot is used in the next step
+    assert scheduler.next_step() == [Run(11, 1, 6, 1, True), Run(12, 0, 0, 5, True)]  # the freed slot is used at once
 
 
-def test_low_slots_first() -> None:
-    scheduler = RequestScheduler(slots=3, prefill_tokens=100)
-    for request in range(3):
-        scheduler.add(WaitingRequest(request, group=0, prompt_tokens=5))
+def test_a_long_prompt_is_read_beside_those_who_decode() -> None:
+    scheduler = scheduler_of(Slots(4), prefill_tokens=100, mixed_tokens=30)
+    scheduler.add(WaitingRequest(0, 5))
     scheduler.next_step()
-    for request in (2, 0, 1):
-        scheduler.remove(request)
-    scheduler.add(WaitingRequest(3, group=0, prompt_tokens=5))
-    assert scheduler.next_step().prefill == ((3, 0),)
+    scheduler.add(WaitingRequest(1, 70))
+    scheduler.add(WaitingRequest(2, 10))
+    steps = [scheduler.next_step() for _ in range(3)]
+    assert all(Run(0, 0, 5 + number, 1, True) in step for number, step in enumerate(steps)), "it waits for no prompt"
+    assert [step[1] for step in steps] == [Run(1, 1, 0, 30, False), Run(1, 1, 30, 30, False), Run(1, 1, 60, 10, True)]
+    assert [step[2:] for step in steps] == [[], [], [Run(2, 2, 0, 10, True)]]  # what the long one leaves of the budget
 
 
-def test_a_long_queue_of_prompts_does_not_hold_up_those_who_decode() -> None:
-    scheduler = RequestScheduler(slots=8, prefill_tokens=100)
+def test_short_prompts_share_a_step() -> None:
+    scheduler = scheduler_of(Slots(8), prefill_tokens=100)
     for request, tokens in enumerate([60, 30, 20, 500, 1]):
-        scheduler.add(WaitingRequest(request, group=0, prompt_tokens=tokens))
-    assert [r for r, _ in scheduler.next_step().prefill] == [0, 1]  # 60 + 30 fit in 100, 20 more do not
-    assert [r for r, _ in scheduler.next_step().prefill] == [2]  # nobody overtakes the one of 500
-    plan = scheduler.next_step()
-    assert [r for r, _ in plan.prefill] == [3]  # a prompt above the budget gets a step of its own
-    assert sorted(r for r, _ in plan.decode) == [0, 1, 2]
-    assert [r for r, _ in scheduler.next_step().prefill] == [4]
+        scheduler.add(WaitingRequest(request, tokens))
+    assert [(run.request, run.tokens, run.last) for run in scheduler.next_step()] == [
+        (0, 60, True), (1, 30, True), (2, 10, False),
+    ]  # fmt: skip
+
+
+def test_a_prompt_is_read_from_where_it_is_known() -> None:
+    scheduler = scheduler_of(Slots(1, shared=8))
+    scheduler.add(WaitingRequest(0, 12))
+    assert scheduler.next_step() == [Run(0, 0, 8, 4, True)]
 
 
 def test_a_waiting_request_can_leave_the_line() -> None:
-    scheduler = RequestScheduler(slots=1, prefill_tokens=10)
+    scheduler = scheduler_of(Slots(1))
     for request in range(3):
-        scheduler.add(WaitingRequest(request, 0, 1))
+        scheduler.add(WaitingRequest(request, 1))
     scheduler.remove(0)
     scheduler.remove(1)
-    assert scheduler.next_step().prefill == ((2, 0),)
+    assert [run.request for run in scheduler.next_step()] == [2]
     assert (scheduler.running, scheduler.waiting) == (1, 0)
 
 
-events = st.lists(
+EVENTS = st.lists(
     st.one_of(
-        st.tuples(st.just("add"), st.integers(0, 3), st.integers(1, 60)),
-        st.tuples(st.just("remove"), st.integers(0, 30), st.just(0)),
-        st.tuples(st.just("step"), st.just(0), st.just(0)),
+        st.tuples(st.just("add"), st.integers(1, 60)),
+        st.tuples(st.just("remove"), st.integers(0, 30)),
+        st.tuples(st.just("step"), st.just(0)),
     ),
     max_size=60,
 )
 
 
 @settings(max_examples=200, deadline=None)
-@given(events, st.integers(1, 5))
-def test_whatever_happens_the_rules_hold(events: list[tuple[str, int, int]], slots: int) -> None:
-    scheduler = RequestScheduler(slots=slots, prefill_tokens=50)
-    groups: dict[int, int] = {}
+@given(EVENTS, st.integers(1, 5), st.integers(0, 3))
+def test_whatever_happens_the_rules_hold(events: list[tuple[str, int]], count: int, shared: int) -> None:
+    slots = Slots(count, shared)
+    scheduler = scheduler_of(slots, prefill_tokens=50, mixed_tokens=20)
+    prompts: list[int] = []
+    done: dict[int, int] = {}  # tokens computed of each that runs
     live: set[int] = set()
-    running: dict[int, int] = {}
     admitted: list[int] = []
-    for kind, first, second in events:
+    for kind, number in events:
         if kind == "add":
-            request = len(groups)
-            groups[request] = first
-            live.add(request)
-            scheduler.add(WaitingRequest(request, first, second))
-        elif kind == "remove" and first in live:
-            live.remove(first)
-            running.pop(first, None)
-            scheduler.remove(first)
+            live.add(len(prompts))
+            scheduler.add(WaitingRequest(len(prompts), number))
+            prompts.append(number)
+        elif kind == "remove" and number in live:
+            live.remove(number)
+            done.pop(number, None)
+            scheduler.remove(number)
         elif kind == "step":
-            plan = scheduler.next_step()
-            assert dict(plan.decode) == running, "all that were running decode, each in its slot"
-            assert len(list(groupby(groups[r] for r, _ in plan.decode))) == len({groups[r] for r in running}), (
-                "side by side"
-            )
-            running |= dict(plan.prefill)
-            admitted += [r for r, _ in plan.prefill]
-            assert len(set(running.values())) == len(running) <= slots and set(running) <= live
-            assert plan.prefill or len(running) == slots or not live - set(running), "a free slot and somebody waiting"
+            runs = scheduler.next_step()
+            decoding = {request for request, tokens in done.items() if tokens >= prompts[request]}
+            assert decoding <= {run.request for run in runs}, "whoever decodes gets a token in every step"
+            prompt_tokens = sum(run.tokens for run in runs if run.request not in decoding)
+            assert prompt_tokens <= (20 if decoding else 50)
+            for run in runs:
+                assert run.start == done.get(run.request, shared), "nothing twice, nothing left out"
+                assert (
+                    run.tokens == 1
+                    if run.request in decoding
+                    else run.start + run.tokens <= max(prompts[run.request], shared + 1)
+                )
+                admitted += [] if run.request in done else [run.request]
+                done[run.request] = run.start + run.tokens
+                assert run.last == (done[run.request] >= prompts[run.request])
+            assert len({run.slot for run in runs}) == len(runs) and len(done) <= count and done.keys() <= live
     assert admitted == sorted(admitted), "first come, first served"
-    assert scheduler.running == len(running) and scheduler.waiting == len(live) - len(running)
+    assert scheduler.running == len(done) == count - len(slots.free) and scheduler.waiting == len(live) - len(done)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> KVCache:
+    folder = tmp_path_factory.mktemp("cache-model")
+    base = load_base(str(save_tiny_model("llama", folder)), precision="fp32", cache_dir=folder / "cache")
+    return KVCache(open_forward(base), slots=3, context=64)
+
+
+def test_beginnings_are_shared_by_content_alone(cache: KVCache) -> None:
+    prompt = list(range(10, 30))
+
+    def computed(slot: int, start: int, ids: list[int]) -> None:
+        cache.step([Run(0, slot, start, len(ids), True)], [ids])
+
+    assert cache.take(prompt, "one") == (0, 0)
+    computed(0, 0, prompt)
+    assert cache.take(prompt, "two") == (1, 0), "another adapter's keys are other keys"
+    computed(1, 0, prompt)
+    assert cache.take([*prompt[:15], 99, 98], "one") == (2, 15), "of one that still runs"
+    assert all(bool((memory[2, :, :15] == memory[0, :, :15]).all()) for memory in (*cache.keys, *cache.values))
+    assert cache.take(prompt, "one") is None
+    cache.release(0)
+    assert cache.take(prompt, "one") == (0, 19), "in its place; the last token is computed, as its logits are asked for"
+    computed(0, 19, prompt[19:])
+    cache.release(1)
+    assert cache.take([*prompt[: MIN_SHARED_TOKENS - 1], 5, 5], "one") == (1, 0), "too short a beginning"
+    cache.release(1)
+    assert cache.take(prompt, None) == (1, 0), "without a digest nothing is shared"
+    computed(1, 0, prompt)
+    cache.release(1)
+    assert cache.take(prompt, None) == (1, 0)
+
+
+def test_the_slot_that_was_used_longest_ago_is_taken(tmp_path: Path, cache: KVCache) -> None:
+    for slot in range(3):
+        cache.release(slot)
+    for slot in (1, 0, 2):
+        cache.release(slot)
+    assert cache.take([1, 2], "other") == (1, 0)

@@ -22,8 +22,9 @@ from lora_core.inference.engine import GenerationRequest, Generator, PromptTooLo
 from lora_core.inference.sampling import SamplingParams
 from lora_core.models.base import BaseModel, load_base
 from lora_core.models.files import local_folder
-from lora_core.models.forward import Bound, Forward, ForwardPath, open_forward
+from lora_core.models.forward import Forward, ForwardPath, open_forward
 from lora_core.models.llama.decoder import Decoder
+from lora_core.models.step import Bound
 from tests.support.models import random_adapter
 from tests.support.tiny_models import byte_tokenizer, save_tiny_model, smollm2_gguf, write_adapter
 
@@ -164,7 +165,7 @@ def test_samples_follow_the_seed_not_the_neighbours(llama: BaseModel, forward: F
 def test_what_a_sequence_leaves_in_its_slot_reaches_nobody(llama: BaseModel, forward: Forward) -> None:
     generator = Generator(llama, forward, slots=2, max_len=64)
     poison = random_adapter(forward.modules, 1)
-    poison.b = {name: torch.full_like(b, float("nan")) for name, b in poison.b.items()}
+    poison.a = {name: torch.full_like(a, float("nan")) for name, a in poison.a.items()}
     long = GenerationRequest(prompt=encode(llama, "y" * 30), sampling=GREEDY, max_tokens=8)
     short = GenerationRequest(prompt=encode(llama, "Hi"), sampling=GREEDY, max_tokens=8)
     expected = [run(generator, [request])[0][0] for request in (long, short)]

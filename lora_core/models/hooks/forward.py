@@ -15,13 +15,13 @@ from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.targets import adaptable_linears
 from lora_core.config import LoraConfig
 from lora_core.data.packing import PackedBatch
-from lora_core.models.attention import Attend
 from lora_core.models.base import BaseModel
 from lora_core.models.exactness import Exactness, FrozenProduct, exactness_of
 from lora_core.models.hooks.bank import AdapterBank, Segment
 from lora_core.models.hooks.checkpointing import recomputed_layers
 from lora_core.models.hooks.loss import batch_losses, batch_scores
 from lora_core.models.llama.decoder import Checkpointing
+from lora_core.models.step import Step
 
 
 @dataclass(frozen=True)
@@ -81,18 +81,16 @@ class HooksForward:
         loss, correct = batch_scores(self.base, self.modules, ready.segments, ready.packed).unbind(1)
         return loss, correct
 
-    def prefill(self, ids: Tensor, adapter: Adapter | None, attend: Attend) -> Tensor:
-        positions = torch.arange(len(ids), device=self.device)
-        with self.modules.routed([Segment(adapter, len(ids))]):
-            hidden = self.base.hidden(ids[None], positions[None], attend)
-        with self.modules.routed([Segment(adapter, 1)]):
-            return self.base.head(hidden[:, -1])
+    def order(self, runs: Sequence[tuple[Adapter | None, int]]) -> list[int]:
+        """Those of one adapter side by side: they are one segment."""
+        return sorted(range(len(runs)), key=lambda index: id(runs[index][0]))
 
-    def decode(self, ids: Tensor, positions: Tensor, adapters: Sequence[Adapter | None], attend: Attend) -> Tensor:
-        same = itertools.groupby(adapters, key=id)
-        segments = [Segment((rows := list(of_adapter))[0], len(rows)) for _, of_adapter in same]
-        with self.modules.routed(segments):
-            return self.base.head(self.base.hidden(ids[:, None], positions[:, None], attend)[:, 0])
+    def step(self, step: Step) -> Tensor:
+        """Logits `[n, vocabulary]` of the n tokens that are asked for."""
+        with self.modules.routed(_segments(step.runs)):
+            hidden = self.base.hidden(step.ids[None], step.positions[None], step.attend)[0]
+        with self.modules.routed(_segments([(adapter, 1) for adapter in step.adapters()])):
+            return self.base.head(hidden[step.logits_of])
 
     def warm_up(self, newcomer: Adapter, others: Sequence[Adapter], checkpointing: Checkpointing) -> None:
         """There is nothing to compile."""
@@ -100,3 +98,9 @@ class HooksForward:
     def close(self) -> None:
         """Take the hooks off the model."""
         self.modules.close()
+
+
+def _segments(runs: Sequence[tuple[Adapter | None, int]]) -> list[Segment]:
+    """Of runs side by side, those of one adapter joined."""
+    joined = [list(of_adapter) for _, of_adapter in itertools.groupby(runs, key=lambda run: id(run[0]))]
+    return [Segment(of_adapter[0][0], sum(tokens for _, tokens in of_adapter)) for of_adapter in joined]

@@ -44,11 +44,12 @@ from lora_core.kernels.layer_ops import (
 )
 from lora_core.kernels.low_rank import add_b_gradients, shrink_gradient
 from lora_core.kernels.masked_low_rank import add_a_gradients, expand_gradient_, shrink
-from lora_core.kernels.operands import LowRank, Norm, Rope, Segments
+from lora_core.kernels.operands import LowRank, Norm, Rope, Segments, ServedSegments
 from lora_core.kernels.transfer import to_device
 from lora_core.models.attention import Backward, LayerAttention
 from lora_core.models.llama.adapters import KernelArgs, stacked_tables
 from lora_core.models.llama.head import Labels, head_losses
+from lora_core.models.llama.stacks import StacksByGroup
 from lora_core.models.llama.weights import DOWN, GATE_UP, QKV, DecoderWeights, Layer, O
 from lora_core.models.precision import FrozenWeight
 
@@ -116,12 +117,17 @@ class Decoder(DecoderWeights):
 
     @torch.no_grad()
     def batch(
-        self, inputs: DecoderInput, adapters: Sequence[KernelArgs], attention: LayerAttention, serving: bool = False
+        self,
+        inputs: DecoderInput,
+        adapters: Sequence[KernelArgs],
+        attention: LayerAttention,
+        serving: bool = False,
+        stacks: StacksByGroup | None = None,
     ) -> DecoderBatch:
         """What the passes take, with all of it on the device: it can be made while another one is computed. One that is
-        `serving` never goes backward.
+        `serving` never goes backward; on CPU `stacks` are its adapters.
         """
-        return DecoderBatch(self, inputs, adapters, attention, serving)
+        return DecoderBatch(self, inputs, adapters, attention, serving, stacks)
 
     @property
     def scaling(self) -> float:
@@ -174,10 +180,12 @@ class DecoderBatch:
         adapters: Sequence[KernelArgs],
         attention: LayerAttention,
         serving: bool,
+        stacks: StacksByGroup | None,
     ) -> None:
         self._decoder, self._adapters, self._attention, self._serving = decoder, adapters, attention, serving
         self.ids, device = inputs.ids, inputs.ids.device
-        self._segments = Segments(inputs.segments, device)
+        self._segments = (ServedSegments if serving else Segments)(inputs.segments, device)
+        self._stacks = stacks
         if device.type == "cuda" and adapters:  # made here, and not between the first kernels
             _ = self._segments.tiles, self._segments.narrow_tiles, self._segments.spans
         self._dropout_keys = inputs.dropout_keys
@@ -196,7 +204,9 @@ class DecoderBatch:
         width, rank, dora = (self._widths[index], self._ranks[index], self._dora[index]) if adapters else (0, 0, False)
         drops = any(adapter is not None and adapter.dropout > 0 for adapter in adapters)
         keys = self._dropout_keys if drops else None
-        return LowRank(group, adapters, self._segments, width, rank, self._table, keys, dora)
+        stacks = None if self._stacks is None else self._stacks[index]
+        width = width if stacks is None or stacks else 0
+        return LowRank(group, adapters, self._segments, width, rank, self._table, keys, dora, stacks)
 
     def refresh_dora_scales(self) -> None:
         """DoRA's norms change with A and B, and so with each optimizer step; until the next they are what they are."""

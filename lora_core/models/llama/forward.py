@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,14 +16,18 @@ from lora_core.adapters.init import adapted_modules
 from lora_core.adapters.targets import AdaptableModules
 from lora_core.config import LoraConfig
 from lora_core.data.packing import PackedBatch
-from lora_core.kernels.operands import NO_ADAPTER
-from lora_core.models.attention import Attend, DocumentAttention, SequenceAttention
-from lora_core.models.exactness import Exactness, FrozenProduct, exactness_of
+from lora_core.kernels.operands import EXACT_DTYPES, NO_ADAPTER
+from lora_core.models.attention import DocumentAttention, StepAttention
+from lora_core.models.exactness import Exactness, FrozenProduct, exactness_of, served_rows_are_alike
 from lora_core.models.llama.adapters import KernelArgs
 from lora_core.models.llama.decoder import Checkpointing, Decoder, DecoderBatch, DecoderInput
 from lora_core.models.llama.head import Labels
+from lora_core.models.llama.stacks import AdapterStacks
 from lora_core.models.llama.warmup import KernelWarmup
-from lora_core.models.precision import QUANTISED, DenseWeight
+from lora_core.models.precision import EXACT_ROWS, QUANTISED, DenseWeight, FrozenWeight
+from lora_core.models.step import Step
+
+log = logging.getLogger("lora.engine")
 
 
 @dataclass(frozen=True)
@@ -45,18 +49,41 @@ class LlamaForward:
         self.device = decoder.embedding.device
         self._head_weight = DenseWeight([decoder.head])
         self._head = next(iter(modules.modules.keys() - modules.linears.keys()), "")
+        self._is_exact = self.device.type == "cpu" and decoder.embedding.dtype in EXACT_DTYPES
+        self._stacks = AdapterStacks(decoder.groups, decoder.embedding.dtype) if self.device.type == "cpu" else None
+        self._serving_problems: dict[int, str | None] = {}
         self._warmup = KernelWarmup(decoder) if self.device.type == "cuda" else None
 
     def exactness(self) -> Exactness:
         """Asked of the stacked products; see `exactness.py`. All else runs on one chunk at a time, or by rows."""
-        decoder, dtype = self.decoder, self.decoder.embedding.dtype
-        weights = [weight for layer in decoder.layers for weight in layer.weights]
-        products = [
-            FrozenProduct((type(weight), group.outputs), group.inputs, sum(group.outputs), dtype, weight.forward,
+        return exactness_of(self._products(lambda weight: weight.forward), self.device, self.decoder.embedding.dtype)
+
+    def _products(self, forward: Callable[[FrozenWeight], Callable[[Tensor], Tensor]]) -> list[FrozenProduct]:
+        weights = [weight for layer in self.decoder.layers for weight in layer.weights]
+        dtype = self.decoder.embedding.dtype
+        return [
+            FrozenProduct((type(weight), group.outputs), group.inputs, sum(group.outputs), dtype, forward(weight),
                           weight.input_gradient)
-            for group, weight in zip(decoder.groups, weights, strict=True)
+            for group, weight in zip(self.decoder.groups, weights, strict=True)
         ]  # fmt: skip
-        return exactness_of(products, self.device, dtype)
+
+    def serving_problem(self) -> str | None:
+        """Why a request's tokens may depend on those beside it, with the threads of now; None where they do not.
+
+        Asked of the products at the first step, and of those of adapters.
+        """
+        threads = torch.get_num_threads()
+        if threads not in self._serving_problems:
+            problem = None
+            if not self._is_exact:
+                problem = "bits are promised in fp32 on CPU alone"
+            elif not served_rows_are_alike(self._products(lambda weight: weight.serve)):
+                problem = f"this CPU's products depend on how many rows they have with {threads} threads"
+            elif self._stacks is not None and not self._stacks.are_exact():
+                problem = f"this CPU's products of adapters depend on how many there are with {threads} threads"
+            self._serving_problems[threads] = problem
+            log.info("event=serving_exactness answer=%r", problem or "bit for bit")
+        return self._serving_problems[threads]
 
     def problems(self, lora: LoraConfig) -> list[str]:
         return problems_on_llama(self.modules, lora, self._precision)
@@ -101,27 +128,25 @@ class LlamaForward:
         losses, correct = torch.stack(scores, dim=1)
         return losses, correct
 
-    def prefill(self, ids: Tensor, adapter: KernelArgs | None, attend: Attend) -> Tensor:
-        positions = torch.arange(len(ids), device=self.device)
-        return self._logits(self._served(ids, positions, [adapter] * len(ids), attend, 1)[-1:], [adapter])
+    def order(self, runs: Sequence[tuple[KernelArgs | None, int]]) -> list[int]:
+        """As kernels take them in the fewest products."""
+        if self._stacks is not None:
+            return self._stacks.order(runs)
+        return sorted(range(len(runs)), key=lambda index: id(runs[index][0]))
 
-    def decode(self, ids: Tensor, positions: Tensor, adapters: Sequence[KernelArgs | None], attend: Attend) -> Tensor:
-        return self._logits(self._served(ids, positions, adapters, attend, len(ids)), adapters)
-
-    def _served(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        adapters: Sequence[KernelArgs | None],
-        attend: Attend,
-        sequences: int,
-    ) -> Tensor:
-        """Hidden states `[T, H]`."""
-        present, indices = _indexed(adapters)
-        segments = [(index, len(list(rows))) for index, rows in itertools.groupby(indices)]
+    def step(self, step: Step) -> Tensor:
+        """Logits `[n, vocabulary]` of the n tokens that are asked for."""
+        runs, ids, positions = list(step.runs), step.ids, step.positions
+        self.serving_problem()
+        if self._is_exact and (missing := EXACT_ROWS - len(ids)) > 0:
+            ids, positions, runs = F.pad(ids, (0, missing)), F.pad(positions, (0, missing)), [*runs, (None, missing)]
+        present, indices = _indexed([adapter for adapter, _ in runs])
+        segments = [(index, tokens) for index, (_, tokens) in zip(indices, runs, strict=True)]
+        stacks = self._stacks.of(runs, len(ids)) if self._stacks is not None and present else None
+        attention = StepAttention(step.attend, self.decoder.scaling)
         inputs = DecoderInput(ids, positions, segments)
-        attention = SequenceAttention(attend, sequences, self.decoder.scaling)
-        return self.decoder.hidden(self.decoder.batch(inputs, present, attention, serving=True))
+        hidden = self.decoder.hidden(self.decoder.batch(inputs, present, attention, serving=True, stacks=stacks))
+        return self._logits(hidden[step.logits_of], step.adapters())
 
     def _logits(self, hidden: Tensor, adapters: Sequence[KernelArgs | None]) -> Tensor:
         """`[n, vocabulary]` of hidden states `[n, H]`, each with what its adapter has on the head: here it is served,
