@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_core.kernels.dispatch import launch
+
 
 @triton.jit
 def _cross_entropy(logits, labels, losses, V, stride, BLOCK: tl.constexpr):
@@ -38,5 +40,7 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
     losses = torch.empty(count, dtype=torch.float32, device=logits.device)
     if count:
         block = min(8192, triton.next_power_of_2(vocabulary))
-        _cross_entropy[(count,)](logits, labels, losses, vocabulary, logits.stride(0), BLOCK=block, num_warps=16)
+        launch(
+            _cross_entropy, (count,), logits, labels, losses, vocabulary, logits.stride(0), BLOCK=block, num_warps=16
+        )
     return losses

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_core.kernels.dispatch import launch
 from lora_core.kernels.low_rank_triton import (
     MAGNITUDE,
     address,
@@ -134,7 +135,8 @@ def _norms(
 def dora_backward(dy: Tensor, y: Tensor, low_rank: LowRank) -> Tensor:
     """See `dora.dora_backward`; for a group of one linear."""
     dv, tiles, sums = torch.empty_like(dy), low_rank.segments.tiles, magnitude_sums(low_rank)
-    _dora_backward[tiles.shape[0], triton.cdiv(dy.shape[1], DORA_BACKWARD["COLUMNS"])](
+    launch(
+        _dora_backward, (tiles.shape[0], triton.cdiv(dy.shape[1], DORA_BACKWARD["COLUMNS"])),
         dy, y, dv, sums, tiles, *table_arguments(low_rank), dy.shape[1],
         ROWS=TILE_ROWS, **DORA_BACKWARD,
     )  # fmt: skip
@@ -156,7 +158,8 @@ def add_magnitude_gradients(sums: Tensor | None, low_rank: LowRank) -> None:
         table, row_fields, adapters = table_arguments(low_rank)
         blocks = sum(triton.cdiv(size, MAGNITUDE_SUMS["COLUMNS"]) for size in low_rank.group.outputs)
         tiles = low_rank.segments.tiles
-        _add_magnitude_gradient[blocks, adapters](
+        launch(
+            _add_magnitude_gradient, (blocks, adapters),
             sums, tiles, len(tiles), table, row_fields, *widths(low_rank.group), **MAGNITUDE_SUMS
         )  # fmt: skip
 
@@ -183,7 +186,8 @@ def update_dora_scales(
     for linear, (weight, of_rows) in enumerate(zip(weights, squares, strict=True)):
         products = None  # the last one's go first
         products = _wide_product(weight, stacked)
-        _norms[triton.cdiv(len(weight), NORMS["ROWS"]), adapters](
+        launch(
+            _norms, (triton.cdiv(len(weight), NORMS["ROWS"]), adapters),
             weight, products, grams, of_rows, starts, table, row_fields, linear, len(weight), len(stacked),
             RANKS=ranks, LOOP=low_rank.rank > ranks, **NORMS,
         )  # fmt: skip

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels import low_rank_triton, masked_low_rank_triton
+from lora_core.kernels.dispatch import launch
 from lora_core.kernels.dora_triton import dora_scale_of, dora_scaled
 from lora_core.kernels.low_rank_triton import (
     address,
@@ -163,7 +164,8 @@ def norm_forward(
     rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     dora = y is not None and low_rank.dora
     total = x if y is None else torch.empty_like(y) if dora else y
-    _norm_forward[(low_rank.segments.narrow_tiles.shape[0],)](
+    launch(
+        _norm_forward, (low_rank.segments.narrow_tiles.shape[0],),
         x, y, h, total, normed, rstd, weight, low_rank.segments.narrow_tiles, *table_arguments(low_rank),
         x.shape[1], 0 if h is None else h.stride(0), eps,
         ADD=y is not None, UPDATE=h is not None, DORA=dora,
@@ -193,14 +195,15 @@ def norm_backward(
     rows, width = x.shape
     if products is None:
         products = torch.empty_like(rstd)
-        _products[(rows,)](dn, x, rstd, weight, products, width, **PRODUCTS)
+        launch(_products, (rows,), dn, x, rstd, weight, products, width, **PRODUCTS)
     dx, tiles = torch.empty_like(x), low_rank.segments.tiles
     stripes = stripes_of(width, NORM_BACKWARD)
     below_ranks = rank_block(below.width)
     together = 0 < below.width <= below_ranks and not below.dora
     partial = partial_sums(x, stripes, below) if together else None
     table, row_fields, adapters = table_arguments(low_rank)
-    _norm_backward[tiles.shape[0], stripes](
+    launch(
+        _norm_backward, (tiles.shape[0], stripes),
         dn, dh, x, rstd, products, weight, residual, dx, partial, tiles, table, table_arguments(below)[0], row_fields,
         adapters, width, rows, 0 if dh is None else dh.stride(0), below.width,
         RESIDUAL=residual is not None, EXPAND=dh is not None, SHRINK=together, ROWS=TILE_ROWS,
@@ -220,7 +223,8 @@ def summed(partial: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum over the first dimension, `partial_sums` or products of all stripes: torch takes two launches for it."""
     total = torch.empty(partial.shape[1:], dtype=dtype, device=partial.device)
     count = total.numel()
-    _sum_stripes[(triton.cdiv(count, SUM_STRIPES["BLOCK"]),)](
+    launch(
+        _sum_stripes, (triton.cdiv(count, SUM_STRIPES["BLOCK"]),),
         partial, total, count, STRIPES=len(partial), **SUM_STRIPES
     )  # fmt: skip
     return total

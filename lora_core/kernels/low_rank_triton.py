@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.adapters.dropout import threshold
+from lora_core.kernels.dispatch import launch
 from lora_core.kernels.operands import TILE_ROWS, FusedLinearAdapter, LinearGroup, LowRank, Norm
 
 FIELDS = 32
@@ -296,7 +297,8 @@ def shrink(x: Tensor, low_rank: LowRank) -> Tensor:
     h = x.new_empty(x.shape[0], low_rank.width)
     ranks = rank_block(low_rank.width)
     grid = (low_rank.segments.tiles.shape[0], triton.cdiv(low_rank.width, ranks))
-    _shrink[grid](
+    launch(
+        _shrink, grid,
         x, h, low_rank.segments.tiles, *table_arguments(low_rank), x.shape[1], h.stride(0),
         ROWS=TILE_ROWS, RANKS=ranks, PRECISION=precision(x), **sized(SHRINK, x),
     )  # fmt: skip
@@ -312,7 +314,8 @@ def shrink_gradient(dy: Tensor, low_rank: LowRank) -> Tensor:
         len(low_rank.group.outputs),
         triton.cdiv(low_rank.rank, ranks),
     )
-    _shrink_gradient[grid](
+    launch(
+        _shrink_gradient, grid,
         dy, dh, low_rank.segments.tiles, *table_arguments(low_rank), *widths(low_rank.group), dh.stride(0),
         ROWS=TILE_ROWS, RANKS=ranks, PRECISION=precision(dy), **sized(SHRINK, dy),
     )  # fmt: skip
@@ -326,7 +329,8 @@ def add_a_gradients(x: Tensor, dh: Tensor, low_rank: LowRank, norm: Norm | None 
     ranks = rank_block(low_rank.width)
     config = A_GRADIENT if x.shape[1] <= 8192 else A_GRADIENT_WIDE
     grid = (triton.cdiv(x.shape[1], config["COLUMNS"]), spans.shape[0], triton.cdiv(low_rank.width, ranks))
-    _add_a_gradient[grid](
+    launch(
+        _add_a_gradient, grid,
         x, dh, *norm_arguments(norm), spans, table, row_fields, x.shape[1], dh.stride(0),
         NORM=norm is not None, RANKS=ranks, PRECISION=precision(x), **sized(config, x),
     )  # fmt: skip
@@ -338,7 +342,8 @@ def add_b_gradients(dy: Tensor, h: Tensor, low_rank: LowRank) -> None:
     spans = low_rank.segments.spans
     ranks = rank_block(low_rank.rank)
     blocks = sum(triton.cdiv(size, B_GRADIENT["COLUMNS"]) for size in low_rank.group.outputs)
-    _add_b_gradient[blocks, spans.shape[0], triton.cdiv(low_rank.rank, ranks)](
+    launch(
+        _add_b_gradient, (blocks, spans.shape[0], triton.cdiv(low_rank.rank, ranks)),
         dy, h, spans, table, row_fields, *widths(low_rank.group), h.stride(0),
         RANKS=ranks, PRECISION=precision(dy), **sized(B_GRADIENT, dy),
     )  # fmt: skip
@@ -347,7 +352,8 @@ def add_b_gradients(dy: Tensor, h: Tensor, low_rank: LowRank) -> None:
 def expand_gradient_(dx: Tensor, dh: Tensor, low_rank: LowRank) -> Tensor:
     """See `low_rank.expand_gradient_`."""
     grid = (low_rank.segments.tiles.shape[0], triton.cdiv(dx.shape[1], EXPAND_GRADIENT["COLUMNS"]))
-    _expand_gradient[grid](
+    launch(
+        _expand_gradient, grid,
         dx, dh, low_rank.segments.tiles, *table_arguments(low_rank), dx.shape[1], dh.stride(0),
         ROWS=TILE_ROWS, **ranks_of(low_rank.width), PRECISION=precision(dx), **EXPAND_GRADIENT,
     )  # fmt: skip

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_core.kernels.dispatch import launch
 from lora_core.kernels.low_rank_triton import (
     A_GRADIENT,
     EXPAND_GRADIENT,
@@ -189,7 +190,8 @@ def shrink(x: Tensor, low_rank: LowRank) -> Tensor:
     ranks = rank_block(low_rank.rank)
     tiles = low_rank.segments.tiles
     # The linears of one tile run side by side, so that all but one find x in the cache.
-    _shrink[len(low_rank.group.outputs), tiles.shape[0], triton.cdiv(low_rank.rank, ranks)](
+    launch(
+        _shrink, (len(low_rank.group.outputs), tiles.shape[0], triton.cdiv(low_rank.rank, ranks)),
         x, h, low_rank.dropout_keys, tiles, *table_arguments(low_rank), x.shape[1], h.stride(0),
         ROWS=TILE_ROWS, RANKS=ranks, PRECISION=precision(x), **sized(SHRINK, x),
     )  # fmt: skip
@@ -203,7 +205,8 @@ def add_a_gradients(x: Tensor, dh: Tensor, low_rank: LowRank, norm: Norm | None 
     ranks = rank_block(low_rank.rank)
     linears = len(low_rank.group.outputs)
     blocks = triton.cdiv(x.shape[1], A_GRADIENT["COLUMNS"])
-    _add_a_gradient[blocks, spans.shape[0], linears * triton.cdiv(low_rank.rank, ranks)](
+    launch(
+        _add_a_gradient, (blocks, spans.shape[0], linears * triton.cdiv(low_rank.rank, ranks)),
         x, dh, *norm_arguments(norm), low_rank.dropout_keys, spans, table, row_fields, x.shape[1], dh.stride(0),
         linears, NORM=norm is not None, RANKS=ranks, PRECISION=precision(x), **sized(A_GRADIENT, x),
     )  # fmt: skip
@@ -212,7 +215,8 @@ def add_a_gradients(x: Tensor, dh: Tensor, low_rank: LowRank, norm: Norm | None 
 def expand_gradient_(dx: Tensor, dh: Tensor, low_rank: LowRank) -> Tensor:
     """See `masked_low_rank.expand_gradient_`."""
     grid = (low_rank.segments.tiles.shape[0], triton.cdiv(dx.shape[1], EXPAND_GRADIENT["COLUMNS"]))
-    _expand_gradient[grid](
+    launch(
+        _expand_gradient, grid,
         dx, dh, low_rank.dropout_keys, low_rank.segments.tiles, *table_arguments(low_rank), dx.shape[1], dh.stride(0),
         LINEARS=len(low_rank.group.outputs), ROWS=TILE_ROWS, **ranks_of(low_rank.rank), PRECISION=precision(dx),
         **EXPAND_GRADIENT,

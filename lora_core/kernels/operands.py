@@ -114,8 +114,8 @@ class FusedLinearAdapter:
 
     @cached_property
     def part_scales(self) -> tuple[float, ...]:
-        """As torch's products take them; 0 where there is no part."""
-        return tuple(0.0 if part is None else float(self.scales[part.offset]) for part in self.parts)
+        """As torch's products take them; 0 where there is no part, or no number."""
+        return tuple(0.0 if part is None or part.b.is_meta else float(self.scales[part.offset]) for part in self.parts)
 
     @cached_property
     def scale(self) -> float | None:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_core.kernels.dispatch import launch
 from lora_core.kernels.operands import FP8_MAX, FP8_TINY, NF4_BLOCK, NF4_LEVELS, Nf4
 
 
@@ -38,9 +39,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     q = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(rows, 1, device=x.device)
     block = triton.next_power_of_2(width)
-    _quantize_rows[(rows,)](
-        x, q, scales, width, TINY=FP8_TINY, MAX=FP8_MAX, BLOCK=block, num_warps=4 if block <= 4096 else 16
-    )
+    warps = 4 if block <= 4096 else 16
+    launch(_quantize_rows, (rows,), x, q, scales, width, TINY=FP8_TINY, MAX=FP8_MAX, BLOCK=block, num_warps=warps)
     return q, scales
 
 
@@ -54,7 +54,8 @@ def dequantize_nf4(packed: Nf4, dtype: torch.dtype) -> Tensor:
         _levels[device] = torch.tensor(NF4_LEVELS, device=device)
     out = torch.empty(packed.shape, dtype=dtype, device=device)
     block = 1024 if out.numel() % 1024 == 0 else NF4_BLOCK
-    _dequantize_nf4[(out.numel() // block,)](
-        packed.codes, packed.scales, _levels[device], out, BLOCK=block, SCALE_OF=NF4_BLOCK, num_warps=4
-    )
+    launch(
+        _dequantize_nf4, (out.numel() // block,),
+        packed.codes, packed.scales, _levels[device], out, BLOCK=block, SCALE_OF=NF4_BLOCK, num_warps=4,
+    )  # fmt: skip
     return out

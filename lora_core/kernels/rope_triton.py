@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_core.kernels.dispatch import launch
 from lora_core.kernels.dora_triton import add_magnitude_gradients, dora_scale_of, dora_scaled, magnitude_sums
 from lora_core.kernels.layer_ops_triton import summed
 from lora_core.kernels.low_rank_triton import precision, ranks_of, table_arguments, table_of, updated, widths
@@ -166,7 +167,8 @@ def rope_forward_(
     unnormed = y.new_empty(y.shape[0], rope.rotated_heads * rope.head_size) if save else None
     half = rope.head_size // 2
     tiles = low_rank.segments.tiles
-    _rope_forward[tiles.shape[0], y.shape[1] // rope.head_size](
+    launch(
+        _rope_forward, (tiles.shape[0], y.shape[1] // rope.head_size),
         y, h, rope.bias, rope.cos, rope.sin, tiles, *table_arguments(low_rank),
         *widths(low_rank.group), 0 if h is None else h.stride(0), rope.rotated_heads,
         *_norm_arguments(rope), unnormed,
@@ -187,7 +189,8 @@ def rope_backward(
     dy = torch.empty_like(y)
     products = torch.empty(heads, tokens, dtype=torch.float32, device=y.device)
     tiles, sums = low_rank.segments.tiles, magnitude_sums(low_rank)
-    _rope_backward[tiles.shape[0], heads](
+    launch(
+        _rope_backward, (tiles.shape[0], heads),
         dq.contiguous(), dk.contiguous(), dv.contiguous(), y, rope.bias, dy, products, sums, rope.cos, rope.sin,
         tiles, *table_arguments(low_rank), *widths(low_rank.group), tokens, q_heads, k_heads,
         *_norm_arguments(rope), unnormed,

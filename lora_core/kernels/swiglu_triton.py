@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels import masked_low_rank_triton
+from lora_core.kernels.dispatch import launch
 from lora_core.kernels.dora_triton import add_magnitude_gradients, dora_scale_of, dora_scaled, magnitude_sums
 from lora_core.kernels.layer_ops_triton import partial_sums, sized, stripes_of, summed
 from lora_core.kernels.low_rank_triton import (
@@ -218,7 +219,8 @@ def swiglu_forward(y: Tensor, h: Tensor | None, low_rank: LowRank, down: LowRank
     together = 0 < down.width <= down_ranks and down.dropout_keys is None
     partial = partial_sums(y, stripes, down) if together else None
     table, row_fields, adapters = table_arguments(low_rank)
-    _swiglu_forward[tiles.shape[0], stripes](
+    launch(
+        _swiglu_forward, (tiles.shape[0], stripes),
         y, h, activation, partial, tiles, table, table_arguments(down)[0], row_fields, adapters,
         width, y.shape[0], 0 if h is None else h.stride(0), down.width,
         UPDATE=h is not None, DORA=low_rank.dora, SHRINK=together,
@@ -246,7 +248,8 @@ def swiglu_backward_(
     products = torch.empty(stripes, y.shape[0], dtype=torch.float32, device=y.device)
     sums = magnitude_sums(low_rank)
     table, row_fields, adapters = table_arguments(low_rank)
-    _swiglu_backward[tiles.shape[0], stripes](
+    launch(
+        _swiglu_backward, (tiles.shape[0], stripes),
         dact, dh_down, table_arguments(down)[0], 0 if dh_down is None else dh_down.stride(0), y, h, partial, products,
         sums, tiles, table, row_fields, adapters, width, y.shape[0], 0 if h is None else h.stride(0), low_rank.width,
         EXPAND=dh_down is not None,

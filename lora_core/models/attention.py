@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lora_core.kernels.dispatch import device_type
 from lora_core.kernels.operands import EXACT_DTYPES
 from lora_core.kernels.transfer import to_device
 from lora_core.models.attention_cpu import EqualDocuments
+from lora_core.models.attention_meta import fused_attention
 
 ATTENTION_NAME = "lora"
 
@@ -29,6 +31,9 @@ SHORT_DOCUMENT = 256
 """On CPU in bf16, torch's fused attention takes 1.2 ms forward and backward for 75 tokens (9 heads of 64), two products
 0.4 ms; at 256 tokens they are even, and at 1,024 the fused one is four times as fast.
 """
+
+HALF = (torch.bfloat16, torch.float16)
+"""What fused kernels take on a GPU."""
 
 
 class AttentionSpec(NamedTuple):
@@ -55,6 +60,8 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, mas
 
     `mask` is boolean `[b or 1, 1, n, m]`, or without a softcap what is added to the scores, or None for causal (n = m).
     """
+    if spec.softcap is None and q.is_meta and (q.dtype in HALF or device_type(q.device) == "cpu"):
+        return fused_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
     if spec.softcap is None:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=spec.scaling, enable_gqa=q.shape[1] != k.shape[1]
@@ -98,7 +105,8 @@ class PackedAttention:
     def _document(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         tokens, window = q.shape[2], spec.sliding_window
         window = None if window is None or tokens <= window else window
-        short = q.requires_grad and q.dtype == torch.bfloat16 and tokens <= SHORT_DOCUMENT and q.device.type == "cpu"
+        on_cpu = device_type(q.device) == "cpu"
+        short = on_cpu and q.requires_grad and q.dtype == torch.bfloat16 and tokens <= SHORT_DOCUMENT
         if short or spec.softcap is not None:
             return plain_attention(q, k, v, spec, self._mask(tokens, window, q.device))
         return scaled_dot_product(q, k, v, spec, None if window is None else self._added_mask(tokens, window, q))
@@ -157,7 +165,7 @@ class DocumentAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, with_backward: bool) -> tuple[Tensor, Backward]:
         """See `LayerAttention`."""
-        if not q.is_cuda:
+        if device_type(q.device) != "cuda":
             return self._on_cpu(q, k, v, with_backward)
         if not with_backward:
             return self._attend(q, k, v).flatten(1), _no_backward
@@ -173,7 +181,9 @@ class DocumentAttention:
         return out.detach().flatten(1), backward
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        half = q.dtype in (torch.bfloat16, torch.float16)  # what the kernels take
+        half = q.dtype in HALF
+        if half and q.is_meta:
+            return fused_attention(q, k, v)
         if half and len(set(self._lengths)) == 1:
             return _dense_attention(q, k, v, len(self._lengths), self._scaling)
         if half:

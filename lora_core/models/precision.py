@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_core.kernels.dispatch import device_type
 from lora_core.kernels.operands import EXACT_DTYPES
 from lora_core.kernels.quantize import dequantize_nf4, quantize_nf4, quantize_rows
 
@@ -137,7 +138,7 @@ class Fp8Weight:
 
     def _product(self, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
         q, row_scales = quantize_rows(x)
-        if not x.is_cuda:
+        if device_type(x.device) != "cuda":
             return ((q.float() @ weight.float().t()) * row_scales * scales.t()).to(self._dtype)
         y: Tensor = torch._scaled_mm(
             q, weight.t(), scale_a=row_scales, scale_b=scales.t(), out_dtype=self._dtype, use_fast_accum=True

@@ -27,9 +27,8 @@ from lora_core.training import engine as trainer
 from lora_core.training.engine import TrainEngine
 from lora_core.training.job import EngineJob
 from lora_core.training.memory import footprint
-from lora_core.training.memory import hooks as hook_memory
 from lora_core.training.memory import predictor as memory
-from lora_core.training.memory.hooks import Meter, frozen
+from lora_core.training.memory.dry_run import Activations, Meter
 from lora_core.training.memory.predictor import (
     DoesNotFitError,
     NoRoomBesideError,
@@ -61,11 +60,7 @@ def measured(base: BaseModel, checkpointing: Checkpointing, *wanted: EngineJob) 
     """Peak bytes of the tensors of one real micro-batch on the CPU, and its tokens."""
     engine = TrainEngine(base, capacity=4096, checkpointing=checkpointing)
     jobs = [engine.add(one) for one in wanted]
-    known = [*base.model.parameters(), *base.model.buffers()]
-    for live in jobs:
-        known += [*live.adapter.trained, live.optimizer._message, *frozen(live.adapter)]
-    meter = Meter(known)
-    with meter:
+    with Meter() as meter:
         batch = engine.ready(next_chunks(jobs))
         engine.forward_backward(batch)
     return meter.peak, batch.packed.ids.numel()
@@ -138,9 +133,8 @@ def test_on_a_cpu_a_checkpoint_a_hand_over_and_the_best_weights_are_counted(
     wanted = EngineJob("job", lora, TrainConfig(load_best_model_at_end=True), documents(4, 0), documents(2, 1))
     engine = TrainEngine(tiny_base("llama"), capacity=None)
     live = engine.add(wanted)
-    meter = Meter([*live.optimizer._state().values()])
     tracemalloc.start()
-    with meter:
+    with Meter() as meter:
         live.optimizer.keep_best()
         best = meter.live
         snapshot = live.snapshot()
@@ -296,14 +290,14 @@ def test_training_waits_for_no_dry_run_of_another_thread(monkeypatch: pytest.Mon
     engine = TrainEngine(tiny_base("llama"), capacity=None)
     engine.add(job("stays"))
     engine.add(job("leaves"))
-    dry_run, begun, go_on = hook_memory._dry_run, threading.Event(), threading.Event()
+    dry_run, begun, go_on = Activations.dry_run, threading.Event(), threading.Event()
 
-    def slow(*arguments: Any) -> int:
+    def slow(*arguments: Any) -> tuple[int, int]:
         begun.set()
         go_on.wait(30)
         return dry_run(*arguments)
 
-    monkeypatch.setattr(hook_memory, "_dry_run", slow)
+    monkeypatch.setattr(Activations, "dry_run", slow)
     with ThreadPoolExecutor(2) as threads:
         prepared = threads.submit(engine.prepare, job("new", r=16))
         assert begun.wait(30)
@@ -320,7 +314,7 @@ def test_a_plan_is_known_for_adapters_that_take_the_same(monkeypatch: pytest.Mon
     engine = TrainEngine(tiny_base("llama"), capacity=None)
     for name, lora in (("a", LoraConfig(r=8)), ("b", LoraConfig(r=4, use_dora=True, target_modules=["q_proj"]))):
         engine.add(EngineJob(name, lora, TrainConfig(), documents(4, 0)))
-    monkeypatch.setattr(hook_memory, "AdapterBank", None)
+    monkeypatch.setattr(Activations, "dry_run", None)
     monkeypatch.setattr(footprint, "AdaptableModules", None)
     engine.add(EngineJob("c", LoraConfig(r=8, lora_alpha=99), TrainConfig(), documents(4, 1, longest=60)))
     engine.remove("a")
@@ -332,8 +326,8 @@ def test_a_newcomer_has_its_vectors_only_once_there_is_room(monkeypatch: pytest.
     budget = of.predict([job().lora], LARGEST, 30, "none") + 1000
     engine = TrainEngine(tiny_base("llama"), capacity=None, budget_bytes=budget)
     engine.add(job())
-    meter, capacities = Meter([]), [engine.planner.capacity]
-    with meter:
+    capacities = [engine.planner.capacity]
+    with Meter() as meter:
         prepared = engine.prepare(job("large", r=128))
     vectors = vector_bytes(of.footprints, of.footprints.of(prepared.job.lora))
     assert meter.live < 0.5 * vectors  # its weights; not their gradient and two moments

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.dora import RowNorms
+from lora_core.kernels.dispatch import device_type
 from lora_core.kernels.operands import FusedLinearAdapter, LinearAdapter, LinearGroup, Magnitude
 
 
@@ -26,7 +27,7 @@ class KernelArgs:
         self.ranks = [0 if group is None else group.largest_rank for group in self.groups]
         self.dora = [group is not None and group.dora for group in self.groups]
         self.table: Tensor | None = None
-        if device.type == "cuda":
+        if device_type(device) == "cuda":
             from lora_core.kernels.low_rank_triton import table_row
 
             rows = [table_row(adapter, group) for adapter, group in zip(self.groups, groups, strict=True)]
@@ -114,10 +115,10 @@ def _stacked(parts: Sequence[Tensor]) -> Tensor:
     return first.as_strided((sum(part.shape[0] for part in parts), first.shape[1]), (first.shape[1], 1))
 
 
-def stacked_tables(adapters: Sequence[KernelArgs], groups: int) -> Tensor:
+def stacked_tables(adapters: Sequence[KernelArgs], groups: int, device: torch.device) -> Tensor:
     """int64 `[adapters + 1, groups * FIELDS]`; the last row is that of no adapter."""
     from lora_core.kernels.low_rank_triton import FIELDS
 
     tables = [adapter.table for adapter in adapters if adapter.table is not None]
-    none = torch.zeros(groups * FIELDS, dtype=torch.int64, device="cuda")
+    none = torch.zeros(groups * FIELDS, dtype=torch.int64, device=device)
     return torch.stack([*tables, none])

@@ -186,10 +186,11 @@ class DecoderBatch:
         self.ids, device = inputs.ids, inputs.ids.device
         self._segments = (ServedSegments if serving else Segments)(inputs.segments, device)
         self._stacks = stacks
-        if device.type == "cuda" and adapters:  # made here, and not between the first kernels
+        on_gpu = dispatch.device_type(device) == "cuda"
+        if on_gpu and adapters:  # made here, and not between the first kernels
             _ = self._segments.tiles, self._segments.narrow_tiles, self._segments.spans
         self._dropout_keys = inputs.dropout_keys
-        self._table = stacked_tables(adapters, len(decoder.groups)) if device.type == "cuda" else None
+        self._table = stacked_tables(adapters, len(decoder.groups), device) if on_gpu else None
         self._widths = [rounded_width(widths) for widths in zip(*(a.widths for a in adapters), strict=True)]
         self._ranks = [max(ranks) for ranks in zip(*(a.ranks for a in adapters), strict=True)]
         self._dora = [any(dora) for dora in zip(*(a.dora for a in adapters), strict=True)]

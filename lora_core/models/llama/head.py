@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_core.kernels.cross_entropy import cross_entropy_
+from lora_core.kernels.dispatch import device_type
 from lora_core.kernels.operands import EXACT_DTYPES
 
 HEAD_ROWS = 2048  # at a vocabulary of 128 K: 0.5 GB of bf16 logits at a time
@@ -26,10 +27,11 @@ def head_losses(
     many labels are what the model would have written (the first token of those with the largest logit). Only labelled
     rows go through the head `[vocabulary, H]`: chunk by chunk where bits are promised, else those of all together.
     """
-    joined = normed.is_cuda or normed.dtype not in EXACT_DTYPES
+    on_gpu = device_type(normed.device) == "cuda"
+    joined = on_gpu or normed.dtype not in EXACT_DTYPES
     parts = [tuple(map(torch.cat, zip(*labels, strict=True)))] if joined else labels
     losses, correct, gradients = [], [], []
-    limit = HEAD_ROWS if normed.is_cuda else CPU_HEAD_ROWS
+    limit = HEAD_ROWS if on_gpu else CPU_HEAD_ROWS
     for rows, targets in parts:
         picked = normed[rows]
         gradients.append(torch.empty_like(picked))

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.init import adapted_modules
-from lora_core.adapters.targets import AdaptableModules
+from lora_core.adapters.targets import AdaptableModules, layer_of
 from lora_core.config import LoraConfig
 
 META = torch.device("meta")
@@ -19,18 +19,24 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class Footprint:
-    """`ranks` are those of all modules that the model has, 0 where one is not adapted."""
+    """`ranks` are those of all modules that the model has, 0 where one is not adapted, and `dora` says which of them
+    have a magnitude.
+    """
 
     ranks: tuple[int, ...]
+    dora: tuple[bool, ...]
     dropout: bool
-    dora: bool
     residual: bool
 
     @staticmethod
     def widest(footprints: Iterable[Footprint]) -> Footprint:
-        """Of an adapter that has every module of these, with the highest rank, dropout, DoRA and residual."""
-        ranks, *kinds = zip(*((one.ranks, one.dropout, one.dora, one.residual) for one in footprints), strict=True)
-        return Footprint(tuple(map(max, zip(*ranks, strict=True))), *map(any, kinds))
+        """Of an adapter that has every module of these, with the highest rank and DoRA where one has it, dropout and
+        residual.
+        """
+        kinds = list(footprints)
+        ranks = tuple(map(max, zip(*(one.ranks for one in kinds), strict=True)))
+        dora = tuple(map(any, zip(*(one.dora for one in kinds), strict=True)))
+        return Footprint(ranks, dora, any(one.dropout for one in kinds), any(one.residual for one in kinds))
 
 
 class Footprints:
@@ -38,23 +44,35 @@ class Footprints:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self._adaptable = AdaptableModules(model)
-        self.modules = self._adaptable.shapes
+        self.adaptable = AdaptableModules(model)
+        self.modules = self.adaptable.shapes
         self._known: dict[str, Footprint] = {}
 
     def of(self, lora: LoraConfig) -> Footprint:
         """Of an adapter of this config."""
         key = lora.model_dump_json()
         if key not in self._known:
-            adapted = set(adapted_modules(self._adaptable, lora))
+            adapted = set(adapted_modules(self.adaptable, lora))
             ranks = tuple(lora.rank_of(name) if name in adapted else 0 for name in self.modules)
-            pissa = lora.init_lora_weights == "pissa"
-            self._known[key] = Footprint(ranks, lora.lora_dropout > 0, lora.use_dora, pissa)
+            dora = tuple(lora.use_dora and rank > 0 for rank in ranks)
+            self._known[key] = Footprint(ranks, dora, lora.lora_dropout > 0, lora.init_lora_weights == "pissa")
         return self._known[key]
 
-    def adapter(self, footprint: Footprint) -> Adapter:
-        """One without numbers."""
-        ranks = {name: rank for name, rank in zip(self.modules, footprint.ranks, strict=True) if rank}
+    def layers_are_alike(self, footprint: Footprint) -> bool:
+        """Whether an adapter is the same on every layer."""
+        parts: dict[int | None, list[tuple[str, int, bool]]] = {}
+        for name, rank, dora in zip(self.modules, footprint.ranks, footprint.dora, strict=True):
+            parts.setdefault(layer_of(name), []).append((name.rpartition(".")[2], rank, dora))
+        parts.pop(None, None)
+        first = next(iter(parts.values()))
+        return all(part == first for part in parts.values())
+
+    def adapter(self, footprint: Footprint, layers: int | None = None) -> Adapter:
+        """One without numbers, on the first `layers` alone."""
+        present = self.modules if layers is None else [name for name in self.modules if (layer_of(name) or 0) < layers]
+        ranks = {
+            name: rank for name, rank in zip(self.modules, footprint.ranks, strict=True) if rank and name in present
+        }
         adapter = Adapter(
             dict.fromkeys(ranks, 1.0),
             {name: _trained((rank, self.modules[name][0])) for name, rank in ranks.items()},
@@ -64,8 +82,8 @@ class Footprints:
         if footprint.residual:
             a, b = ({name: weight.detach().clone() for name, weight in of.items()} for of in (adapter.a, adapter.b))
             adapter.residual = Adapter(adapter.scale, a, b)
-        if footprint.dora:
-            adapter.magnitude = {name: _trained((self.modules[name][1],)) for name in ranks}
+        dora = [name for name, adapted in zip(self.modules, footprint.dora, strict=True) if adapted and name in ranks]
+        adapter.magnitude = {name: _trained((self.modules[name][1],)) for name in dora}
         return adapter
 
 

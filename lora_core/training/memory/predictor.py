@@ -3,8 +3,7 @@
     predicted = context + weights + vectors of every adapter + the peak of one micro-batch
                 + on a CPU what is kept in host memory: best weights, and one checkpoint while it is written
 
-The peak is that of the path: of the llama path from its shapes (`decoder.py` here), of hooks from a run without numbers
-(`hooks.py`).
+The peak is that of a run without numbers (`dry_run.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import psutil
 import torch
@@ -24,10 +22,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.models.attention import ATTENTION_NAME
 from lora_core.models.forward import ForwardPath
-from lora_core.models.llama.decoder import Checkpointing
-from lora_core.training.memory.decoder import DecoderActivations, linear_bytes
+from lora_core.models.llama.decoder import Checkpointing, Decoder
+from lora_core.training.memory.dry_run import Activations, Meter, frozen_weights
 from lora_core.training.memory.footprint import META, Footprint, Footprints
-from lora_core.training.memory.hooks import HookActivations, Meter, frozen
 from lora_core.training.optimizer import FlatAdamW, HostState
 
 LARGEST_CAPACITY = {"cpu": 2048, "cuda": 8192}
@@ -59,14 +56,6 @@ class DoesNotFitError(ValueError):
 
 class NoRoomBesideError(DoesNotFitError):
     """Training that fits by itself, and not beside the jobs that are there."""
-
-
-class Activations(Protocol):
-    """What one micro-batch takes beside weights and adapters. Each way through the base is one."""
-
-    def peak_bytes(self, kinds: Sequence[Footprint], tokens: int, longest: int, checkpointing: Checkpointing) -> int:
-        """At most, while `tokens` of any of these adapters, in documents up to `longest`, go forward and backward."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -188,14 +177,15 @@ def predictor(
         )
     model.requires_grad_(False)
     model.eval()
-    weights, footprints = sum(parameter.nbytes for parameter in model.parameters()), Footprints(model)
-    if path == "hooks":
-        hooks = HookActivations(footprints, device, LARGEST_CAPACITY[device])
-        return Predictor(footprints, device, weights, hooks)
-    decoder = DecoderActivations(footprints, device, quantised)
-    groups = decoder.decoder.groups
-    weights += linear_bytes(groups, dtype.itemsize, quantised) - linear_bytes(groups, dtype.itemsize, None)
-    return Predictor(footprints, device, weights, decoder)
+    weights, frozen = sum(parameter.nbytes for parameter in model.parameters()), []
+    if path == "llama":
+        frozen = frozen_weights(model, device, quantised)
+        dense = [part for layer in Decoder.stacks(model) for group in layer for part in group]
+        weights += sum(weight.nbytes for weight in frozen) - sum(part.nbytes for part in dense)
+    footprints = Footprints(model)
+    return Predictor(
+        footprints, device, weights, Activations(footprints, path, device, frozen, LARGEST_CAPACITY[device])
+    )
 
 
 def vector_bytes(footprints: Footprints, footprint: Footprint) -> int:
@@ -203,7 +193,7 @@ def vector_bytes(footprints: Footprints, footprint: Footprint) -> int:
     scales.
     """
     adapter, dtype = footprints.adapter(footprint), footprints.model.dtype
-    meter = Meter([*adapter.trained, *frozen(adapter)])
+    meter = Meter()
     with meter:
         FlatAdamW(HostState(adapter, dtype), TrainConfig(), META, dtype)
     return meter.peak + 2 * sum(m.nbytes for m in adapter.magnitude.values())
