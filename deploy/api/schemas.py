@@ -6,6 +6,7 @@ import difflib
 import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -15,13 +16,11 @@ from cluster.requirements import requirement
 from deploy.serving.protocol import GenerateRequest
 from lora_core.data.json_values import shown, unusable, whole_number
 from lora_core.data.messages import for_template, message_problems
+from lora_core.inference.sampling_params import SamplingParams
 
 # Parameters that would change the answer and are not implemented, with the values at which they change nothing.
 _NEUTRAL_SAMPLING: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
     "n": (1,),
-    "presence_penalty": (0,),
 }
 _NEUTRAL_CHAT: dict[str, tuple[Any, ...]] = {
     **_NEUTRAL_SAMPLING,
@@ -60,6 +59,8 @@ _HARMLESS = (
 
 _SAID = 30  # problems of a request that are told
 
+TokenId = Annotated[str, Field(pattern=r"^\d{1,9}$")]
+
 Problem = tuple[str, str, str]
 """parameter, OpenAI's code, one sentence"""
 
@@ -91,7 +92,9 @@ class StreamOptions(_Strict):
 
 
 class CompletionRequest(_Strict):
-    """What both kinds of completion share. Null counts as not given; the defaults are OpenAI's."""
+    """What both kinds of completion share. Null counts as not given; the defaults are OpenAI's. `top_k`, `min_p` and
+    `repetition_penalty` are vLLM's.
+    """
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = _NEUTRAL_SAMPLING
 
@@ -101,6 +104,12 @@ class CompletionRequest(_Strict):
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=300)
     stop: list[Annotated[str, Field(min_length=1)]] | None = Field(default=None, max_length=16)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
 
@@ -126,11 +135,14 @@ class CompletionRequest(_Strict):
             adapter=adapter,
             version=version,
             max_tokens=self._max_tokens(),
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            seed=self.seed,
+            sampling=self._sampling(),
             stop=tuple(self.stop or ()),
         )
+
+    def _sampling(self) -> SamplingParams:
+        given = self.model_dump(include={field.name for field in fields(SamplingParams)}, exclude_none=True)
+        bias = {int(token): value for token, value in given.pop("logit_bias", {}).items()}
+        return SamplingParams(**given, logit_bias=bias)
 
     @abstractmethod
     def _prompt(self) -> str | tuple[dict[str, Any], ...]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lora_core.inference.sampling_params import SamplingParams
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -22,9 +24,7 @@ class GenerateRequest:
     adapter: str | None
     version: str
     max_tokens: int | None
-    temperature: float
-    top_p: float
-    seed: int | None
+    sampling: SamplingParams
     stop: tuple[str, ...]
 
 

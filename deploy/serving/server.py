@@ -100,7 +100,6 @@ class AdapterServer:
     async def _request(self, asked: GenerateRequest, stack: AsyncExitStack) -> tuple[str, GenerationRequest]:
         """Return digest and request; the adapter stays in memory as long as the stack is open."""
         from lora_core.inference.engine import GenerationRequest
-        from lora_core.inference.sampling import SamplingParams
 
         prompt, digest, adapter = self._prompt(asked), self._base.fingerprint, None
         if asked.adapter is not None:
@@ -110,7 +109,7 @@ class AdapterServer:
             prompt=prompt,
             adapter=adapter,
             digest=digest,
-            sampling=SamplingParams(temperature=asked.temperature, top_p=asked.top_p, seed=asked.seed),
+            sampling=asked.sampling,
             max_tokens=asked.max_tokens,
             stop=asked.stop,
         )

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from lora_core.inference.detokenizer import TextStream, end_tokens
 from lora_core.inference.kv_cache import KVCache
-from lora_core.inference.sampling import Sampler, SamplingParams, sample
+from lora_core.inference.sampling import Sampler, sample
+from lora_core.inference.sampling_params import SamplingParams
 from lora_core.inference.scheduler import RequestScheduler, Run, WaitingRequest
 from lora_core.models.base import BaseModel, token_rows
 from lora_core.models.forward import Forward
@@ -34,7 +35,7 @@ class PromptTooLongError(ValueError):
 
 
 class UnknownTokenError(ValueError):
-    """The prompt has a token that the base has no row for, though its tokenizer may know it."""
+    """The prompt or `logit_bias` has a token that the base has no row for, though its tokenizer may know it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +123,7 @@ class Generator:
 
         Raises:
             PromptTooLongError: the prompt fills the context.
-            UnknownTokenError: one of its tokens is none of the base's; among others it would end the whole step.
+            UnknownTokenError: one of its tokens, or of `logit_bias`, is none of the base's: it would end the step.
             ValueError: an empty prompt, or `max_tokens` below 1.
         """
         room = self.context - len(request.prompt)
@@ -133,6 +134,11 @@ class Generator:
                 f"the prompt has {len(request.prompt)} tokens, and the context of {self.context} leaves no room for an"
                 " answer; send fewer or shorter messages"
             )
+        if biased := [token for token in request.sampling.logit_bias if not 0 <= token < self._token_rows]:
+            raise UnknownTokenError(
+                f"logit_bias has the token id {biased[0]}, and this base model's head has {self._token_rows} rows;"
+                " leave it out"
+            )
         if beyond := [token for token in request.prompt if not 0 <= token < self._token_rows]:
             name = self.base.tokenizer.convert_ids_to_tokens(beyond[0])
             raise UnknownTokenError(
@@ -142,7 +148,9 @@ class Generator:
         number, self._next_id = self._next_id, self._next_id + 1
         limit = room if request.max_tokens is None else min(room, request.max_tokens)
         text = TextStream(self.base.tokenizer, request.stop)
-        self._live[number] = _Live(request, Sampler(request.sampling), text, limit, list(request.prompt))
+        self._live[number] = _Live(
+            request, Sampler(request.sampling, request.prompt), text, limit, list(request.prompt)
+        )
         self._scheduler.add(WaitingRequest(number, len(request.prompt)))
         return number
 

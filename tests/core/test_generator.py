@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lora_core.adapters.peft_format import read_adapter
 from lora_core.inference.detokenizer import TextStream
-from lora_core.inference.engine import GenerationRequest, Generator, PromptTooLongError
-from lora_core.inference.sampling import SamplingParams
+from lora_core.inference.engine import GenerationRequest, Generator, PromptTooLongError, UnknownTokenError
+from lora_core.inference.sampling_params import SamplingParams
 from lora_core.models.base import BaseModel, load_base
 from lora_core.models.files import local_folder
 from lora_core.models.forward import Forward, ForwardPath, open_forward
@@ -195,6 +195,19 @@ def test_ends_and_limits(llama: BaseModel, forward: Forward) -> None:
     for broken in (GenerationRequest(prompt=[]), GenerationRequest(prompt=[5], max_tokens=0)):
         with pytest.raises(ValueError, match="at least one token"):
             generator.add(broken)
+
+
+def test_a_bias_of_an_unknown_token_is_refused_and_a_known_one_decides(llama: BaseModel, forward: Forward) -> None:
+    generator = Generator(llama, forward, slots=1, max_len=64)
+    prompt, favoured = encode(llama, "Hello"), SamplingParams(temperature=0.0, logit_bias={65: 100.0})
+    tokens = run(generator, [GenerationRequest(prompt=prompt, sampling=favoured, max_tokens=3)])[0][0]
+    assert tokens == [65, 65, 65]
+    repeated = SamplingParams(temperature=0.0, logit_bias={65: 100.0}, frequency_penalty=1000.0)
+    tokens = run(generator, [GenerationRequest(prompt=prompt, sampling=repeated, max_tokens=3)])[0][0]
+    assert tokens[0] == 65 and len(set(tokens)) == 3, "the answer so far is known to the penalty"
+    with pytest.raises(UnknownTokenError, match="logit_bias has the token id 9999"):
+        unknown = SamplingParams(logit_bias={9999: 1.0})
+        generator.add(GenerationRequest(prompt=prompt, sampling=unknown))
 
 
 def test_abort_frees_the_slot(llama: BaseModel, forward: Forward) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_core.inference.sampling import Sampler, SamplingParams, sample
+from lora_core.inference.sampling import Sampler, sample
+from lora_core.inference.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -17,25 +20,39 @@ def logits_of(seed: int, rows: int, vocabulary: int = 1000, spread: float = 3.0)
     return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * spread
 
 
-def nucleus(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """The distribution by its definition: sort, add up, cut, divide."""
-    p = torch.softmax(logits.double() / temperature, -1)
+def nucleus(logits: Tensor, params: SamplingParams) -> Tensor:
+    """The distribution by its definition: sort, leave out, add up, cut, divide."""
+    p = torch.softmax(logits.double() / params.temperature, -1)
     values, order = p.sort(descending=True)
+    values[params.top_k if params.top_k > 0 else len(values) :] = 0
+    values[values < params.min_p * values[0]] = 0
     before = values.cumsum(-1) - values
-    kept = torch.where(before < top_p, values, 0.0)
+    kept = torch.where(before < params.top_p * values.sum(), values, 0.0)
     return torch.zeros_like(p).scatter(-1, order, kept / kept.sum())
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9), (1.5, 0.5), (2.0, 0.999)])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_p": 0.9},
+        {"temperature": 1.5, "top_p": 0.5},
+        {"temperature": 2.0, "top_p": 0.999},
+        {"temperature": 1.0, "top_k": 20},
+        {"temperature": 1.0, "top_k": 300, "top_p": 0.95},
+        {"temperature": 1.0, "min_p": 0.2},
+        {"temperature": 1.0, "min_p": 0.01, "top_k": 50, "top_p": 0.9},
+    ],
+)
 @pytest.mark.parametrize(
     "spread", [0.1, 3.0]
 )  # nearly flat, so that more than the first candidates are needed; and peaked
-def test_frequencies_are_the_nucleus_distribution(temperature: float, top_p: float, spread: float) -> None:
+def test_frequencies_are_the_distribution(rules: dict[str, Any], spread: float) -> None:
     logits = logits_of(1, 1, vocabulary=400, spread=spread)
-    sampler = Sampler(SamplingParams(temperature=temperature, top_p=top_p, seed=3))
+    sampler = Sampler(params := SamplingParams(**rules, seed=3))
     draws = 30_000
     tokens = torch.tensor(sample(logits.expand(draws, -1), [sampler] * draws))
-    expected = nucleus(logits[0], temperature, top_p)
+    expected = nucleus(logits[0], params)
     seen = torch.bincount(tokens, minlength=400) / draws
     assert set(tokens.tolist()) <= set(expected.nonzero()[:, 0].tolist()), "a token outside the nucleus"
     deviation = (seen - expected) / (expected * (1 - expected) / draws).sqrt().clamp_min(1e-9)
@@ -90,9 +107,40 @@ def test_a_tiny_top_p_is_greedy() -> None:
     assert sample(logits, samplers) == logits.argmax(-1).tolist()
 
 
+def test_penalties_and_bias_by_their_formulas() -> None:
+    logits = torch.tensor([[2.0, -1.0, 0.5, 1.0, 0.0]])
+    params = SamplingParams(
+        temperature=0.0,
+        repetition_penalty=2.0,
+        presence_penalty=0.25,
+        frequency_penalty=0.5,
+        logit_bias={4: 3.0, 1: -1.0},
+    )
+    sampler = Sampler(params, prompt=[1, 2])
+    for token in (0, 0, 3):
+        sampler.accept(token)
+    expected = torch.tensor([2.0 / 2 - 0.25 - 2 * 0.5, -2.0 * 2, 0.5 / 2, 1.0 / 2 - 0.25 - 0.5, 3.0])
+    assert torch.allclose(sampler.adjusted(logits[0]), expected)
+    assert sample(logits, [sampler]) == [4] and sample(logits, [Sampler(GREEDY)]) == [0]
+    assert float(sampler.adjusted(logits[0])[4]) == pytest.approx(3.0 / 2 - 0.25 - 0.5), (
+        "what was chosen counts from now on"
+    )
+    assert torch.equal(logits, torch.tensor([[2.0, -1.0, 0.5, 1.0, 0.0]])), "others' logits are as they were"
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}, {"temperature": float("nan")}]
+    ("wrong", "sentence"),
+    [
+        ({"temperature": -0.1}, "temperature must be at least 0"),
+        ({"temperature": float("nan")}, "temperature must be at least 0"),
+        ({"top_p": 0.0}, "top_p must be above 0"),
+        ({"top_p": 1.1, "top_k": -2}, "top_p must be above 0 and at most 1 .1.1.; top_k must be at least -1"),
+        ({"min_p": -0.1}, "min_p must be between"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+        ({"presence_penalty": float("inf")}, "presence_penalty must be finite"),
+        ({"logit_bias": {3: float("nan")}}, "logit_bias must be finite"),
+    ],
 )
-def test_impossible_rules_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="temperature must be at least 0"):
+def test_impossible_rules_are_refused(wrong: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
         SamplingParams(**wrong)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lora_core.inference.engine import GenerationRequest, Generator
-from lora_core.inference.sampling import SamplingParams
+from lora_core.inference.sampling_params import SamplingParams
 from lora_core.models.attention import ATTENTION_NAME
 from lora_core.models.base import BaseModel, placed
 from lora_core.models.forward import Forward, open_forward

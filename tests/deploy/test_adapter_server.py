@@ -23,6 +23,7 @@ from deploy.serving.server import AdapterServer
 from lora_core.adapters.peft_format import adapter_files
 from lora_core.data.dataset import Example
 from lora_core.inference.engine import Generator
+from lora_core.inference.sampling_params import SamplingParams
 from lora_core.models.base import BaseModel, load_base
 from lora_core.models.files import chat_template_hash
 from lora_core.models.forward import open_forward
@@ -35,12 +36,10 @@ QUESTION = GenerateRequest(
     adapter=None,
     version="latest",
     max_tokens=12,
-    temperature=0.0,
-    top_p=1.0,
-    seed=None,
+    sampling=SamplingParams(temperature=0.0),
     stop=(),
 )
-ENDLESS = dataclasses.replace(QUESTION, max_tokens=None, temperature=2.0, seed=0)
+ENDLESS = dataclasses.replace(QUESTION, max_tokens=None, sampling=SamplingParams(temperature=2.0, seed=0))
 
 
 def about(adapter: str, version: str = "latest") -> GenerateRequest:

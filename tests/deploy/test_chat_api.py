@@ -33,6 +33,7 @@ from deploy.api.schemas import ApiError, ChatRequest, TextRequest, parse_request
 from deploy.serving.protocol import Completion, Delta, StreamStart
 from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.peft_format import adapter_files
+from lora_core.inference.sampling_params import SamplingParams
 from lora_core.models.base import BaseModel, load_base
 from lora_core.models.hooks.bank import AdapterBank
 from tests.support.machine import clean_environment, free_port
@@ -65,7 +66,19 @@ def test_supported_parameters_reach_the_question() -> None:
         {"role": "user", "content": "d"},
     ]
     asked = chat(
-        messages=messages, max_completion_tokens=7, temperature=0, top_p=0.5, stop="END", seed=3, stream=True
+        messages=messages,
+        max_completion_tokens=7,
+        temperature=0,
+        top_p=0.5,
+        stop="END",
+        seed=3,
+        stream=True,
+        top_k=40,
+        min_p=0.1,
+        repetition_penalty=1.2,
+        presence_penalty=0.5,
+        frequency_penalty=-1,
+        logit_bias={"5": 100},
     ).generate_request("triage", "latest")
     assert asked.prompt == (
         {"role": "system", "content": "Be brief."},
@@ -73,15 +86,19 @@ def test_supported_parameters_reach_the_question() -> None:
         {"role": "assistant", "content": "c"},
         {"role": "user", "content": "d"},
     )
-    assert (asked.adapter, asked.version, asked.max_tokens, asked.temperature) == (
+    assert (asked.adapter, asked.version, asked.max_tokens, asked.sampling.temperature) == (
         "triage",
         "latest",
         7,
         0.0,
     )
-    assert (asked.top_p, asked.stop, asked.seed) == (0.5, ("END",), 3)
+    assert asked.stop == ("END",)
+    assert asked.sampling == SamplingParams(
+        temperature=0.0, top_p=0.5, top_k=40, min_p=0.1, repetition_penalty=1.2, presence_penalty=0.5,
+        frequency_penalty=-1.0, logit_bias={5: 100.0}, seed=3,
+    )  # fmt: skip
     defaults = chat(temperature=None, stop=["a", "b"]).generate_request(None, "latest")
-    assert (defaults.temperature, defaults.top_p, defaults.seed, defaults.max_tokens) == (1.0, 1.0, None, None)
+    assert (defaults.sampling, defaults.max_tokens) == (SamplingParams(), None)
     assert defaults.stop == ("a", "b")
 
 
@@ -111,9 +128,6 @@ def test_parameters_without_effect_are_accepted(parameters: dict[str, Any]) -> N
         ("n", 2),
         ("logprobs", True),
         ("top_logprobs", 3),
-        ("logit_bias", {"5": 100}),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -1),
         ("response_format", {"type": "json_object"}),
         ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
@@ -145,6 +159,12 @@ def test_so_is_one_of_text_completions(parameter: str) -> None:
         ({"temperature": -1}, "temperature must be at least 0"),
         ({"temperature": float("nan")}, "temperature should be"),
         ({"top_p": 0}, "top_p must be more than 0"),
+        ({"top_k": -2}, "top_k must be at least -1"),
+        ({"min_p": 1.5}, "min_p must be at most 1"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be more than 0"),
+        ({"presence_penalty": 3}, "presence_penalty must be at most 2"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5 must be at most 100"),
+        ({"logit_bias": {"a": 1}}, "logit_bias.a"),
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
         ({"max_tokens": "5"}, "max_tokens must be a whole number"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens and max_completion_tokens differ"),
