@@ -141,7 +141,10 @@ def _converted_gguf(file: Path, cache_dir: Path) -> Path:
     return _build_once(cache_dir / "bases" / f"{digest[:16]}-gguf", convert)
 
 
-_patching_gguf = threading.Lock()
+_loading = threading.Lock()
+"""While it loads a model transformers replaces `tie_weights` of all models, and two threads at once can leave it so:
+models made of a config later would have a head of their own where it should be the embedding. So are gguf's below.
+"""
 
 
 @contextlib.contextmanager
@@ -149,7 +152,7 @@ def _gguf_read_once() -> Iterator[None]:
     """Within it gguf remembers: transformers reads a file's whole header for the config, the weights and the tokenizer,
     and asks for the names of all tensors once a module, which is most of the time that a small model takes.
     """
-    with _patching_gguf:
+    with _loading:
         forgetful = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
         for name, function in forgetful.items():
             setattr(gguf, name, functools.cache(function))
@@ -221,7 +224,7 @@ def open_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model with every one of its weights from the folder: transformers would draw at random those that are
     missing.
     """
-    with readable(folder):
+    with readable(folder), _loading:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,

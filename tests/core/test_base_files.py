@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from lora_core.models import files as base_files
 from lora_core.models.base import describe_base
 from lora_core.models.checks import BaseModelError
-from lora_core.models.files import chat_template_hash
+from lora_core.models.files import chat_template_hash, open_model
 from tests.support.models import logits_of, tiny_model
 from tests.support.tiny_models import byte_tokenizer, load_on_cpu, save_random, set_config, smollm2_gguf, weights
 
@@ -327,3 +328,14 @@ def test_broken_gguf_is_told_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match="cannot be opened") as caught:
         load_on_cpu(file, tmp_path / "cache")
     assert "\n" not in str(caught.value)
+
+
+def test_threads_that_load_at_once_leave_transformers_as_it_was(tmp_path: Path) -> None:
+    """While it loads a model it replaces a method of all models: two at once would leave it replaced."""
+    before, folder = PreTrainedModel.tie_weights, save_random(tmp_path / "base")
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: open_model(folder, torch.float32), range(24)))
+        assert PreTrainedModel.tie_weights is before
+    finally:
+        PreTrainedModel.tie_weights = before  # type: ignore[method-assign]
