@@ -124,6 +124,21 @@ def test_the_same_bits_alone_and_in_any_mix(threads: int, sizes: dict[str, int],
                 assert torch.equal(here, there), f"request {number} of {mix}"
 
 
+def test_more_adapters_at_once_than_are_one_product() -> None:
+    """Stacks grow as adapters come, and are as wide as this CPU asks for from the first on."""
+    base = base_of(TINY)
+    forward = open_forward(base)
+    adapters = [forward.load(random_adapter(forward.modules, seed, r=16)) for seed in range(27)]
+    requests = [
+        GenerationRequest(prompt=[seed, 5, 9], adapter=adapter, sampling=SamplingParams(temperature=0.0), max_tokens=3)
+        for seed, adapter in enumerate(adapters)
+    ]
+    alone = [answers(base, open_forward(base), [request], slots=1)[0] for request in requests]
+    for few in (requests[:1], requests[:3], requests):
+        for here, there in zip(answers(base, forward, few, slots=27), alone, strict=False):
+            assert all(map(torch.equal, here.logits, there.logits)) and here.tokens == there.tokens
+
+
 def test_products_that_depend_on_their_rows_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     base = base_of(TINY)
     forward = open_forward(base)

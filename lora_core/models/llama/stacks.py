@@ -79,7 +79,7 @@ class AdapterStacks:
         for rank, of_rank in by_rank.items():
             if rank not in self._buckets:
                 self._buckets[rank] = _Bucket(self._groups, rank, self._dtype)
-            self._buckets[rank].take(list(of_rank))
+            self._buckets[rank].take(list(of_rank), -(-self._columns_at_least() // rank))
 
     def _stacks(self, group: LinearGroup, pieces: Sequence[_Piece], tokens: int) -> Iterator[StackedAdapters]:
         def product(piece: _Piece) -> tuple[int, int, int]:
@@ -98,18 +98,18 @@ class AdapterStacks:
             if self._exact:  # some that are others' and masked, where there are too few
                 width = rank * len(group.outputs)
                 together = max(1, EXACT_SUM // width)
-                slots = _widened(
-                    slots,
-                    -(-(self._fewest_columns() or SMALLEST_RANK) // width),
-                    first // together * together,
-                    together,
-                )
+                block = first // together * together
+                fewest = -(-self._columns_at_least() // width)
+                slots = _widened(slots, fewest, block, min(together, bucket.capacity - block))
                 rows = _widened(rows, EXACT_ROWS, 0, tokens)
             yield StackedAdapters(rows, *bucket.stacked(group.index, slots), _others(members, slots, rows))
 
     def are_exact(self) -> bool:
         """Whether an adapter's products have the same bits whatever adapters are beside it, with the threads of now."""
         return self._fewest_columns() is not None
+
+    def _columns_at_least(self) -> int:
+        return (self._fewest_columns() or SMALLEST_RANK) if self._exact else 1
 
     def _fewest_columns(self) -> int | None:
         """Columns of h from which on that is so: MKL gives threads too few to compute them alike. Measured once."""
@@ -141,6 +141,10 @@ class _Bucket:
         self._a = [torch.empty(0, self._width(group), group.inputs, dtype=dtype) for group in groups]
         self._b = [torch.empty(0, self._width(group), sum(group.outputs), dtype=dtype) for group in groups]
 
+    @property
+    def capacity(self) -> int:
+        return len(self._used_at)
+
     def has(self, slot: int, group: int) -> bool:
         return self._present[slot][group]
 
@@ -148,9 +152,11 @@ class _Bucket:
         """A and B of these slots."""
         return self._a[group][slots].flatten(0, 1), self._b[group][slots].flatten(0, 1)
 
-    def take(self, adapters: Sequence[KernelArgs]) -> None:
-        """Give each of them a slot, from adapters that are not among them."""
+    def take(self, adapters: Sequence[KernelArgs], least: int) -> None:
+        """Give each of them a slot, from adapters that are not among them; there are `least` slots at least."""
         now = next(self._clock)
+        while self.capacity < least:
+            self._grow()
         for adapter in adapters:
             if adapter in self.slots:
                 self._used_at[self.slots[adapter]] = now
@@ -163,8 +169,8 @@ class _Bucket:
 
     def _free(self, now: int) -> int:
         taken = set(self.slots.values())
-        free = [slot for slot in range(len(self._used_at)) if slot not in taken]
-        oldest = min(range(len(self._used_at)), key=lambda slot: self._used_at[slot], default=-1)
+        free = [slot for slot in range(self.capacity) if slot not in taken]
+        oldest = min(range(self.capacity), key=lambda slot: self._used_at[slot], default=-1)
         if not free and (oldest < 0 or self._used_at[oldest] == now):
             return self._grow()
         if not free:
@@ -175,7 +181,10 @@ class _Bucket:
         return free[0]
 
     def _grow(self) -> int:
-        slots, more = len(self._used_at), max(len(self._used_at), EXACT_SUM // self._rank, 1)
+        """Twice as many slots; from a whole product's on, so many that each product is whole. The first new one."""
+        slots, whole = self.capacity, max(1, EXACT_SUM // self._rank)
+        wanted = max(1, 2 * slots)
+        more = (wanted if wanted < whole else -(-wanted // whole) * whole) - slots
         for tensors in (self._a, self._b):
             for index, tensor in enumerate(tensors):
                 tensors[index] = torch.cat([tensor, tensor.new_zeros(more, *tensor.shape[1:])])
