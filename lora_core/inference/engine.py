@@ -82,7 +82,7 @@ class _Live:
 
 
 class Generator:
-    """Answers requests on one base, at most `slots` at a time, in a context of at most `max_len` tokens.
+    """Answers requests on one base, at most `slots` at a time (None: see `KVCache`), in at most `max_len` tokens each.
 
     `context` is what the base allows of it. Adapters are used as they are given: see `Forward.load`.
     """
@@ -92,7 +92,7 @@ class Generator:
         base: BaseModel,
         forward: Forward,
         *,
-        slots: int = 32,
+        slots: int | None = None,
         max_len: int = 4096,
         prefill_tokens: int = 1024,
         mixed_tokens: int = 256,

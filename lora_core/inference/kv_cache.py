@@ -35,6 +35,11 @@ KEY_STEP = 64
 QUERY_ROWS = 4
 """Rows of one matrix of queries at least: MKL on AMD computes up to three otherwise than many."""
 
+MOST_SLOTS = 32
+
+GPU_SHARE = 0.25
+"""Of what is free on a GPU when a base has been loaded: a rank of training has its share of it, too."""
+
 MIN_SHARED_TOKENS = 8
 """A shorter beginning is not worth copying."""
 
@@ -53,13 +58,18 @@ class _Slot:
 
 
 class KVCache:
-    """`slots` sequences of at most `context` tokens each."""
+    """`slots` sequences of at most `context` tokens each (None: as many as `fitting_slots` allows on a GPU, where they
+    are memory at once, and `MOST_SLOTS` on a CPU).
+    """
 
-    def __init__(self, forward: Forward, *, slots: int, context: int) -> None:
-        assert slots > 0
+    def __init__(self, forward: Forward, *, slots: int | None, context: int) -> None:
         self.context = context
         shapes, device = _layer_shapes(forward), forward.device
         length = _rounded(context)
+        if slots is None and device.type == "cuda":
+            slot_bytes = length * sum((k[0] * k[1] + v[0] * v[1]) * dtype.itemsize for k, v, dtype in shapes)
+            slots = fitting_slots(slot_bytes, torch.cuda.mem_get_info(device)[0])
+        slots = slots or MOST_SLOTS
         self.keys = [torch.empty(slots, k[0], length, k[1], dtype=d, device=device) for k, _, d in shapes]
         self.values = [torch.empty(slots, v[0], length, v[1], dtype=d, device=device) for _, v, d in shapes]
         self._slots = [_Slot() for _ in range(slots)]
@@ -121,6 +131,11 @@ class KVCache:
     def _copy(self, source: int, target: int, tokens: int) -> None:
         for memory in (*self.keys, *self.values):
             memory[target, :, :tokens] = memory[source, :, :tokens]
+
+
+def fitting_slots(slot_bytes: int, free_bytes: int) -> int:
+    """How many sequences are answered at once on a GPU: one at least."""
+    return max(1, min(MOST_SLOTS, int(GPU_SHARE * free_bytes) // slot_bytes))
 
 
 def _rounded(length: int) -> int:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_core.inference.kv_cache import MIN_SHARED_TOKENS, KVCache
+from lora_core.inference.kv_cache import MIN_SHARED_TOKENS, MOST_SLOTS, KVCache, fitting_slots
 from lora_core.inference.scheduler import RequestScheduler, Run, WaitingRequest
 from lora_core.models.base import load_base
 from lora_core.models.forward import open_forward
@@ -167,3 +167,8 @@ def test_the_slot_that_was_used_longest_ago_is_taken(tmp_path: Path, cache: KVCa
     for slot in (1, 0, 2):
         cache.release(slot)
     assert cache.take([1, 2], "other") == (1, 0)
+
+
+def test_a_gpus_slots_leave_three_quarters_of_what_is_free() -> None:
+    gib = 2**30
+    assert [fitting_slots(gib, free * gib) for free in (1, 8, 100, 1000)] == [1, 2, 25, MOST_SLOTS]
