@@ -1,0 +1,317 @@
+"""OpenAI's API without a cluster: what is accepted, what is said of mistakes, and how answers are put."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from cluster.settings import Settings
+from deploy import app as application
+from deploy.api import gateway
+from deploy.api.responses import ChatResponse, ModelName, TextResponse, parse_model
+from deploy.api.schemas import ApiError, ChatRequest, TextRequest, parse_request
+from deploy.serving.protocol import Completion, Delta, StreamStart
+from lora_core.inference.sampling_params import SamplingParams
+
+ROOT = Path(__file__).parents[2]
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def chat(**parameters: Any) -> ChatRequest:
+    return parse_request(json.dumps({"model": "m", "messages": HELLO, **parameters}).encode(), ChatRequest)
+
+
+def refusal(kind: type[Any] = ChatRequest, **parameters: Any) -> ApiError:
+    body = {"model": "m", **({"messages": HELLO} if kind is ChatRequest else {"prompt": "x"}), **parameters}
+    with pytest.raises(ApiError) as caught:
+        parse_request(json.dumps(body).encode(), kind)
+    assert caught.value.status == 400 and not caught.value.retry
+    return caught.value
+
+
+def test_supported_parameters_reach_the_question() -> None:
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": "Ann"},
+        {"role": "assistant", "content": "c", "refusal": None, "tool_calls": [], "audio": None},
+        {"role": "user", "content": "d"},
+    ]
+    asked = chat(
+        messages=messages,
+        max_completion_tokens=7,
+        temperature=0,
+        top_p=0.5,
+        stop="END",
+        seed=3,
+        stream=True,
+        top_k=40,
+        min_p=0.1,
+        repetition_penalty=1.2,
+        presence_penalty=0.5,
+        frequency_penalty=-1,
+        logit_bias={"5": 100},
+    ).generate_request("triage", "latest")
+    assert asked.prompt == (
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "ab", "name": "Ann"},
+        {"role": "assistant", "content": "c"},
+        {"role": "user", "content": "d"},
+    )
+    assert (asked.adapter, asked.version, asked.max_tokens, asked.sampling.temperature) == (
+        "triage",
+        "latest",
+        7,
+        0.0,
+    )
+    assert asked.stop == ("END",)
+    assert asked.sampling == SamplingParams(
+        temperature=0.0, top_p=0.5, top_k=40, min_p=0.1, repetition_penalty=1.2, presence_penalty=0.5,
+        frequency_penalty=-1.0, logit_bias={5: 100.0}, seed=3,
+    )  # fmt: skip
+    defaults = chat(temperature=None, stop=["a", "b"]).generate_request(None, "latest")
+    assert (defaults.sampling, defaults.max_tokens) == (SamplingParams(), None)
+    assert defaults.stop == ("a", "b")
+
+
+def test_text_completions_default_to_16_tokens_as_openai_has_it() -> None:
+    request = parse_request(b'{"model": "m", "prompt": "once"}', TextRequest)
+    asked = request.generate_request(None, "latest")
+    assert (asked.prompt, asked.max_tokens) == ("once", 16)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"n": 1, "logprobs": False, "logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0.0, "tools": []},
+        {"response_format": {"type": "text"}, "tool_choice": "none", "top_logprobs": 0, "modalities": ["text"]},
+        {"n": None, "tools": None, "seed": None, "functions": None, "stream_options": None, "stop": None},
+        {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "parallel_tool_calls": True},
+        {"max_tokens": 5, "max_completion_tokens": 5},
+    ],
+)
+def test_parameters_without_effect_are_accepted(parameters: dict[str, Any]) -> None:
+    chat(**parameters)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value"),
+    [
+        ("n", 2),
+        ("logprobs", True),
+        ("top_logprobs", 3),
+        ("response_format", {"type": "json_object"}),
+        ("tools", [{"type": "function"}]),
+        ("tool_choice", "required"),
+        ("functions", [{"name": "f"}]),
+        ("prediction", {"type": "content"}),
+        ("audio", {"voice": "x"}),
+        ("reasoning_effort", "high"),
+    ],
+)
+def test_a_parameter_that_would_change_the_answer_is_refused_by_name(parameter: str, value: Any) -> None:
+    error = refusal(**{parameter: value})
+    assert (error.param, error.code) == (parameter, "unsupported_parameter")
+    assert error.message == f"{parameter} is not supported here; leave it out"
+    assert error.body()["error"] == {
+        "message": error.message, "type": "invalid_request_error", "param": parameter, "code": "unsupported_parameter"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("parameter", ["echo", "suffix", "best_of", "logprobs"])
+def test_so_is_one_of_text_completions(parameter: str) -> None:
+    value = {"echo": True, "suffix": "end", "best_of": 4, "logprobs": 0}[parameter]
+    assert refusal(TextRequest, **{parameter: value}).param == parameter
+
+
+@pytest.mark.parametrize(
+    ("parameters", "sentence"),
+    [
+        ({"temperature": 2.5}, "temperature must be at most 2"),
+        ({"temperature": -1}, "temperature must be at least 0"),
+        ({"temperature": float("nan")}, "temperature should be"),
+        ({"top_p": 0}, "top_p must be more than 0"),
+        ({"top_k": -2}, "top_k must be at least -1"),
+        ({"min_p": 1.5}, "min_p must be at most 1"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be more than 0"),
+        ({"presence_penalty": 3}, "presence_penalty must be at most 2"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5 must be at most 100"),
+        ({"logit_bias": {"a": 1}}, "logit_bias.a"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"max_tokens": "5"}, "max_tokens must be a whole number"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens and max_completion_tokens differ"),
+        ({"stream": "yes"}, "stream must be true or false"),
+        ({"stream_options": {"include_usage": True}}, "stream_options is only allowed when stream is true"),
+        ({"stop": [""]}, "stop.0 must not be empty"),
+        ({"seed": 2**63}, "seed must be less than"),
+        ({"messages": []}, "messages must not be empty"),
+        ({"messages": "hi"}, "messages must be a list"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content: missing; add a string"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role: `wizard` is unknown; use system"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content: a list; write"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages.0.tool_calls: calls are"),
+        ({"messages": ["hi"]}, "messages.0 must be a block of options"),
+        ({"max_token": 5}, "max_token is no parameter here; did you mean max_tokens?"),
+        ({"model": None}, "model must be text"),
+    ],
+)
+def test_bad_values_get_a_sentence(parameters: dict[str, Any], sentence: str) -> None:
+    assert sentence in refusal(**parameters).message
+
+
+def test_everything_wrong_is_said_at_once() -> None:
+    error = refusal(temperature=9, top_p=-1, n=3, colour="red", messages=[{"role": "x", "content": 1}])
+    for name in ("temperature", "top_p", "n is", "colour is", "messages.0.role", "messages.0.content"):
+        assert name in error.message, error.message
+    for body in (b"{", b"[]", b'"x"', b"\xff"):
+        with pytest.raises(ApiError, match="JSON"):
+            parse_request(body, ChatRequest)
+
+
+HALF = r"\ud83d"  # half of an emoji, as a client sends it that cut a text between the two
+REQUEST = r'{"model": "m", "messages": [{"role": "user", "content": "a"}], %s}'
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (rf'{{"model": "m", "messages": [{{"role": "user", "content": "cut {HALF}"}}]}}', "messages.0.content"),
+        (
+            rf'{{"model": "m", "messages": [{{"role": "user", "content": [{{"type": "text", "text": "{HALF}"}}]}}]}}',
+            "messages.0.content.0.text",
+        ),
+        (rf'{{"model": "m", "messages": [{{"role": "{HALF}", "content": "a"}}]}}', "messages.0.role"),
+        (rf'{{"model": "m", "messages": [{{"role": "user", "content": "a", "{HALF}": 1}}]}}', rf"messages.0.{HALF}"),
+        (rf'{{"model": "m:{HALF}", "messages": [{{"role": "user", "content": "a"}}]}}', "model"),
+        (REQUEST % rf'"{HALF}": 1', HALF),
+        (REQUEST % rf'"user": "{HALF}"', "user"),
+        (REQUEST % rf'"stop": ["a", "{HALF}"]', "stop.1"),
+        (REQUEST % rf'"metadata": {{"a": {{"{HALF}": 1}}}}', rf"metadata.a.{HALF}"),
+        (REQUEST % rf'"stream": true, "stream_options": {{"{HALF}": 1}}', rf"stream_options.{HALF}"),
+        (REQUEST % rf'"tools": [{{"type": "{HALF}"}}]', "tools.0.type"),
+        (REQUEST % '"user": "RAW"', "user"),
+        (REQUEST % f'"seed": {"9" * 5000}', "seed"),
+        (REQUEST % f'"metadata": {{"a": -{"9" * 5000}}}', "metadata.a"),
+        (REQUEST % f'"max_tokens": {2**64}', "max_tokens"),
+        (REQUEST % '"temperature": 1e999', "temperature"),
+        (REQUEST % '"user": NaN', "user"),
+        ("[" * 100_000, None),
+        (REQUEST % f'"metadata": {"[" * 100_000}', None),
+        ('{"a":' * 100_000, None),
+    ],
+)
+@pytest.mark.parametrize("kind", [ChatRequest, TextRequest])
+def test_what_no_text_or_number_can_be_is_a_400_that_can_be_sent(kind: type[Any], body: str, param: str | None) -> None:
+    raw = body.encode().replace(b"RAW", b"\xed\xa0\xbd")  # the same half in UTF-8, which json takes
+    with pytest.raises(ApiError) as caught:
+        parse_request(raw, kind)
+    answer = gateway._answer_error(caught.value)
+    error = json.loads(bytes(answer.body))["error"]
+    assert (answer.status_code, answer.headers["x-should-retry"], error["param"]) == (400, "false", param)
+    assert param is None or error["message"].startswith(param)
+
+
+def test_a_prompt_with_half_a_character_is_named() -> None:
+    with pytest.raises(ApiError, match="prompt has half of a surrogate pair") as caught:
+        parse_request(rb'{"model": "m", "prompt": "cut \ud83d"}', TextRequest)
+    assert caught.value.param == "prompt"
+
+
+def test_every_error_can_be_sent() -> None:
+    """Where its words come from elsewhere."""
+    answer = gateway._answer_error(ApiError(404, "no \ud83d", "model_not_found", "\udc00"))
+    assert json.loads(bytes(answer.body))["error"]["message"] == r"no \ud83d"
+
+
+def test_many_and_long_unknown_names_are_told_in_short() -> None:
+    error = refusal(**{f"k{n}": 1 for n in range(100)}, **{"x" * 100_000: 1})
+    assert len(error.message) < 2000 and error.message.endswith("and 71 more")
+
+
+def test_names_of_models() -> None:
+    bases = ["tiny", "smollm2-135m"]
+    assert parse_model("tiny", bases) == ModelName("tiny", None, "latest")
+    assert parse_model("smollm2-135m:a.b-c", bases) == ModelName("smollm2-135m", "a.b-c", "latest")
+    assert parse_model("tiny:a@0123", bases) == ModelName("tiny", "a", "0123")
+    for unknown in ("", "tin", "tiny:", "tiny:a@", "tiny:@0123", "other:a", ":a", "tiny@0123"):
+        assert parse_model(unknown, bases) is None, unknown
+
+
+def chunks_of(text: str) -> list[Any]:
+    assert text.endswith("data: [DONE]\n\n")
+    return [json.loads(line.removeprefix("data: ")) for line in text.split("\n\n")[:-2]]
+
+
+@pytest.mark.parametrize("usage", [False, True])
+def test_chunks_of_a_stream(usage: bool) -> None:
+    response = ChatResponse(chat(stream=True, stream_options={"include_usage": usage}))
+    text = response.first_chunk(StreamStart("d1g", 5)) + response.chunks(Delta("He€", None, 2))
+    text += response.chunks(Delta("", "stop", 3))
+    first, second, *rest = chunks_of(text)
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""} and first["system_fingerprint"] == "d1g"
+    assert second["choices"][0] == {"index": 0, "delta": {"content": "He€"}, "logprobs": None, "finish_reason": None}
+    assert rest[0]["choices"][0]["delta"] == {} and rest[0]["choices"][0]["finish_reason"] == "stop"
+    assert len({chunk["id"] for chunk in (first, second, *rest)}) == 1
+    if usage:
+        assert first["usage"] is None and rest[1]["choices"] == []
+        assert rest[1]["usage"] == {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
+    else:
+        assert len(rest) == 1 and "usage" not in first
+
+
+def test_a_text_stream_carries_the_same_text() -> None:
+    response = TextResponse(parse_request(b'{"model": "m", "prompt": "x", "stream": true}', TextRequest))
+    text = (
+        response.first_chunk(StreamStart("d", 1))
+        + response.chunks(Delta("ab", None, 1))
+        + response.chunks(Delta("c", "length", 2))
+    )
+    assert [chunk["choices"][0]["text"] for chunk in chunks_of(text)] == ["ab", "c", ""]
+    whole = response.whole(Completion(StreamStart("d", 1), "abc", "length", 2))
+    assert whole["choices"][0]["text"] == "abc" and whole["object"] == "text_completion"
+
+
+def test_too_many_questions_and_lost_replicas_may_be_tried_again() -> None:
+    async def fails(error: Exception) -> None:
+        raise error
+
+    for error, status in ((BackPressureError(5, 4), 429), (DeploymentUnavailableError(DeploymentID("a")), 503)):
+        with pytest.raises(ApiError) as caught:
+            asyncio.run(gateway._asked(fails(error)))
+        assert (caught.value.status, caught.value.retry) == (status, True)
+
+
+def test_the_application_is_imported_without_torch() -> None:
+    code = "import sys, deploy.app; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_replicas_ask_for_a_share_of_a_gpu_only_where_there_are_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(application, "_has_gpus", lambda: False)
+    assert application._resources(Settings(home=tmp_path)) == {"num_cpus": 0}
+    assert application._resources(Settings(home=tmp_path, gpus_per_replica=1))["num_gpus"] == 1
+    monkeypatch.setattr(application, "_has_gpus", lambda: True)
+    assert application._resources(Settings(home=tmp_path)) == {"num_cpus": 0, "num_gpus": 0.4}
+
+
+@pytest.mark.parametrize(("visible", "there"), [(None, True), ("0", True), ("", False), ("-1", False)])
+def test_gpus_that_are_hidden_from_ray_are_not_asked_for(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, there: bool
+) -> None:
+    monkeypatch.setattr(application.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(application.Path, "glob", lambda path, pattern: iter([path / "nvidia0"]))
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert application._has_gpus() is there
