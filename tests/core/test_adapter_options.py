@@ -28,16 +28,12 @@ from tests.support.models import (
     tiny_model,
     train_until,
 )
+from tests.support.peft_reference import LLAMA_PATTERNS
 from tests.support.tiny_models import write_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 DOUBLE = torch.float64
-PATTERNS: dict[str, Any] = {
-    "r": 4,
-    "lora_alpha": 6,
-    "rank_pattern": {r"layers\.0\..*q_proj": 2, "q_proj": 9, "mlp.down_proj": 3},
-    "alpha_pattern": {"v_proj": 1, r"model\.layers\.1\..*": 20},
-}
+PATTERNS: dict[str, Any] = {"r": 4, "lora_alpha": 6, **LLAMA_PATTERNS}
 
 
 def wanted(lora: dict[str, Any], **train: Any) -> EngineJob:

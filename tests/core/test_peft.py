@@ -20,6 +20,7 @@ from lora_core.training.active_job import LiveJob
 from lora_core.training.engine import TrainEngine
 from tests.support.models import VOCABULARY, decoder_base, documents, job, logits_of, outcome_of, relative, tiny_base
 from tests.support.peft_reference import (
+    LLAMA_PATTERNS,
     gradients_of,
     layers_of,
     moved,
@@ -33,10 +34,6 @@ from tests.support.peft_reference import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 DOUBLE = torch.float64
-LLAMA_PATTERNS: dict[str, Any] = {
-    "rank_pattern": {r"layers\.0\..*q_proj": 2, "q_proj": 9, "mlp.down_proj": 3},
-    "alpha_pattern": {"v_proj": 1, r"model\.layers\.1\..*": 20},
-}
 GPT2_PATTERNS: dict[str, Any] = {
     "rank_pattern": {"attn.c_proj": 2, "c_proj": 5}, "alpha_pattern": {"c_attn": 3}, "use_rslora": True,
 }  # fmt: skip

@@ -18,6 +18,11 @@ from lora_core.training.job import EngineJob
 from lora_core.training.optimizer import learning_rate
 from tests.support.models import InDouble, in_double, next_chunks, tiny_model
 
+LLAMA_PATTERNS: dict[str, Any] = {
+    "rank_pattern": {r"layers\.0\..*q_proj": 2, "q_proj": 9, "mlp.down_proj": 3},
+    "alpha_pattern": {"v_proj": 1, r"model\.layers\.1\..*": 20},
+}
+
 
 def moved(engine: TrainEngine, wanted: EngineJob) -> LiveJob:
     """The job with B and m away from where they start, so that every part has a gradient."""
