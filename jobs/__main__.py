@@ -94,7 +94,7 @@ def _submit(settings: Settings, arguments: argparse.Namespace) -> int:
         ensure_scheduler(settings, queue)  # Ray comes up while the job is checked; with nothing to do it ends by itself
         import torch
 
-        workers = torch.cuda.device_count() or os.cpu_count() or 1
+        workers = torch.cuda.device_count() or len(os.sched_getaffinity(0))
     admitted = admit(spec, settings, workers)
     for line in admitted.summary:
         print(f"  {line}")

@@ -98,7 +98,7 @@ class Rank:
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._publishes: dict[str, Future[None]] = {}
         self._reported = 0.0
-        torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) // collectives.local_ranks))
+        torch.set_num_threads(settings.threads or max(1, len(os.sched_getaffinity(0)) // collectives.local_ranks))
 
     def run(self) -> None:
         """Train until told to stop. What breaks it is told, with the jobs that it may be blamed on."""

@@ -51,17 +51,20 @@ def follower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 def test_ray_comes_up_while_a_job_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For as many workers as there are CPUs that this process may use."""
     order: list[str] = []
 
-    def refuse(*_: object) -> None:
-        order.append("checked")
+    def refuse(spec: object, settings: object, workers: int) -> None:
+        order.append(f"checked for {workers}")
         raise SpecError(["no such row"])
 
     monkeypatch.setenv("LORA_HOME", str(tmp_path))
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {1, 4, 5})
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.setattr("jobs.scheduling.scheduler.ensure_scheduler", lambda *_: order.append("started"))
     monkeypatch.setattr("jobs.admission.admit", refuse)
     assert main(["submit", "jobs/examples/triage.yaml"]) == 2
-    assert order == ["started", "checked"]
+    assert order == ["started", "checked for 3"]
 
 
 def test_without_a_scheduler_that_is_said_once(follower: Follower) -> None:

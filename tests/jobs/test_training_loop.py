@@ -62,6 +62,19 @@ def session(folder: Path, tmp_path: Path) -> Iterator[Session]:
     gc.unfreeze()  # ranks freeze what is there
 
 
+def test_ranks_share_the_cpus_that_they_may_use(
+    storage: ObservedStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    mailbox: Any = None
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(7)))
+    monkeypatch.setattr("torch.set_num_threads", told.append)
+    for threads in (0, 5):
+        settings = Settings(home=tmp_path, threads=threads)
+        Rank(settings, mailbox, storage, RankThreads(2).of(0), "tiny", "fp32")
+    assert told == [3, 5]
+
+
 # --- what a job needs is read ----------------------------------------------------------------------------------------
 
 
