@@ -8,11 +8,14 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from cluster.registry import LATEST
 from deploy.api.schemas import CompletionRequest
-from deploy.serving.protocol import Completion, Delta, StreamStart
+from deploy.serving.protocol import Completion, Delta, StreamStart, TokenLogprob
+
+_LEAST_LOGPROB = -9999.0
 
 
 @dataclass(frozen=True)
@@ -40,26 +43,28 @@ def model_object(model: str, base: str, created: float, digest: str | None = Non
 
 
 class CompletionResponse(ABC):
-    """One completion. A subclass says what its choices look like, whole and in a chunk."""
+    """One completion of one or several choices. A subclass says what these look like, whole and in a chunk."""
 
     prefix: str
     whole_object: str
     chunk_object: str
 
     def __init__(self, request: CompletionRequest) -> None:
-        self._include_usage = request.include_usage
+        self._include_usage, self._scored = request.include_usage, request.wants_logprobs
+        self._choices = request.n or 1
         self._head = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": request.model,
         }
         self._start = StreamStart("", 0)
+        self._ended: list[Delta] = []
 
     def whole(self, answer: Completion) -> dict[str, Any]:
         """Return the answer at once."""
         self._start = answer.start
-        choice = self.whole_choice(answer.text, answer.finish_reason)
-        return self._document(self.whole_object, [choice], {"usage": self._usage(answer.completion_tokens)})
+        choices = [self._choice(delta, delta.finish_reason, self.whole_choice(delta)) for delta in answer.choices]
+        return self._document(self.whole_object, choices, {"usage": self._usage(answer.choices)})
 
     def first_chunk(self, start: StreamStart) -> str:
         """Return what a stream begins with; to be called before `chunks`."""
@@ -67,22 +72,38 @@ class CompletionResponse(ABC):
         return ""
 
     def chunks(self, delta: Delta) -> str:
-        """Format one more piece of text; the last brings finish reason, usage and the end of the stream with it."""
-        text = self._chunk(self.chunk_choice(delta.text, None)) if delta.text else ""
+        """Format more of a choice; its last brings the finish reason with it, and the last of all usage and the end of
+        the stream.
+        """
+        text = ""
+        if delta.text or delta.logprobs:
+            text = self._chunk(self._choice(delta, None, self.chunk_choice(delta)))
         if delta.finish_reason is None:
             return text
-        text += self._chunk(self.chunk_choice("", delta.finish_reason))
+        end = Delta("", delta.finish_reason, delta.completion_tokens, delta.index)
+        text += self._chunk(self._choice(end, end.finish_reason, self.chunk_choice(end)))
+        self._ended.append(end)
+        if len(self._ended) < self._choices:
+            return text
         if self._include_usage:
-            text += event(self._document(self.chunk_object, [], {"usage": self._usage(delta.completion_tokens)}))
+            text += event(self._document(self.chunk_object, [], {"usage": self._usage(self._ended)}))
         return text + "data: [DONE]\n\n"
 
     @abstractmethod
-    def whole_choice(self, text: str, finish_reason: str) -> dict[str, Any]:
-        """Return the one entry of `choices` in a whole answer."""
+    def whole_choice(self, delta: Delta) -> dict[str, Any]:
+        """Return what a whole choice says."""
 
     @abstractmethod
-    def chunk_choice(self, text: str, finish_reason: str | None) -> dict[str, Any]:
-        """Return the one entry of `choices` in a chunk of a stream."""
+    def chunk_choice(self, delta: Delta) -> dict[str, Any]:
+        """Return what a chunk of a stream says of its one choice."""
+
+    @abstractmethod
+    def logprobs(self, delta: Delta) -> dict[str, Any]:
+        """Return the log-probabilities of a choice, or of a piece of it."""
+
+    def _choice(self, delta: Delta, finish_reason: str | None, content: dict[str, Any]) -> dict[str, Any]:
+        logprobs = self.logprobs(delta) if self._scored and delta.logprobs else None
+        return {"index": delta.index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def _chunk(self, choice: dict[str, Any]) -> str:
         usage: dict[str, Any] = {"usage": None} if self._include_usage else {}
@@ -91,8 +112,8 @@ class CompletionResponse(ABC):
     def _document(self, kind: str, choices: list[dict[str, Any]], more: dict[str, Any]) -> dict[str, Any]:
         return {**self._head, "object": kind, "system_fingerprint": self._start.digest, "choices": choices, **more}
 
-    def _usage(self, completion_tokens: int) -> dict[str, int]:
-        prompt_tokens = self._start.prompt_tokens
+    def _usage(self, choices: Sequence[Delta]) -> dict[str, int]:
+        prompt_tokens, completion_tokens = self._start.prompt_tokens, sum(last.completion_tokens for last in choices)
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
@@ -107,13 +128,19 @@ class ChatResponse(CompletionResponse):
 
     def first_chunk(self, start: StreamStart) -> str:
         super().first_chunk(start)
-        return self._chunk(_choice(None, delta={"role": "assistant", "content": ""}))
+        begin = {"delta": {"role": "assistant", "content": ""}}
+        return "".join(self._chunk(self._choice(Delta("", None, 0, i), None, begin)) for i in range(self._choices))
 
-    def whole_choice(self, text: str, finish_reason: str) -> dict[str, Any]:
-        return _choice(finish_reason, message={"role": "assistant", "content": text, "refusal": None})
+    def whole_choice(self, delta: Delta) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": delta.text, "refusal": None}}
 
-    def chunk_choice(self, text: str, finish_reason: str | None) -> dict[str, Any]:
-        return _choice(finish_reason, delta={"content": text} if text else {})
+    def chunk_choice(self, delta: Delta) -> dict[str, Any]:
+        return {"delta": {"content": delta.text} if delta.text else {}}
+
+    def logprobs(self, delta: Delta) -> dict[str, Any]:
+        """An end token is among them, as it is among the completion's tokens."""
+        content = [{**_scored(one), "top_logprobs": list(map(_scored, one.top))} for one in delta.logprobs]
+        return {"content": content, "refusal": None}
 
 
 class TextResponse(CompletionResponse):
@@ -121,14 +148,37 @@ class TextResponse(CompletionResponse):
 
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def whole_choice(self, text: str, finish_reason: str | None) -> dict[str, Any]:
-        return _choice(finish_reason, text=text)
+    def __init__(self, request: CompletionRequest) -> None:
+        super().__init__(request)
+        self._offsets = [0] * self._choices  # of the next token in the text of each choice
+
+    def whole_choice(self, delta: Delta) -> dict[str, Any]:
+        return {"text": delta.text}
 
     chunk_choice = whole_choice
 
+    def logprobs(self, delta: Delta) -> dict[str, Any]:
+        """The likeliest of each place as one object by their texts, the token itself among them."""
+        texts, first = [token.text for token in delta.logprobs], self._offsets[delta.index]
+        *offsets, self._offsets[delta.index] = accumulate(map(len, texts), initial=first)
+        return {
+            "tokens": texts,
+            "token_logprobs": [_finite(token.logprob) for token in delta.logprobs],
+            "top_logprobs": [
+                None if token.logprob is None else {one.text: _finite(one.logprob) for one in (*token.top, token)}
+                for token in delta.logprobs
+            ],
+            "text_offset": offsets,
+        }
 
-def _choice(finish_reason: str | None, **content: Any) -> dict[str, Any]:
-    return {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
+
+def _scored(token: TokenLogprob) -> dict[str, Any]:
+    return {"token": token.text, "bytes": list(token.data), "logprob": _finite(token.logprob)}
+
+
+def _finite(logprob: float | None) -> float | None:
+    """Of what is impossible, and of the numbers of a broken adapter, OpenAI's least."""
+    return logprob if logprob is None or logprob >= _LEAST_LOGPROB else _LEAST_LOGPROB
 
 
 def event(document: Mapping[str, Any]) -> str:

@@ -19,30 +19,21 @@ from lora_core.data.messages import for_template, message_problems
 from lora_core.inference.sampling_params import SamplingParams
 
 # Parameters that would change the answer and are not implemented, with the values at which they change nothing.
-_NEUTRAL_SAMPLING: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-}
 _NEUTRAL_CHAT: dict[str, tuple[Any, ...]] = {
-    **_NEUTRAL_SAMPLING,
     "audio": (),
     "function_call": ("none",),
     "functions": ([],),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "prediction": (),
     "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
 _NEUTRAL_TEXT: dict[str, tuple[Any, ...]] = {
-    **_NEUTRAL_SAMPLING,
     "best_of": (1,),
-    "echo": (False,),
-    "logprobs": (),
     "suffix": ("",),
 }
 # Parameters that change nothing about the answer.
@@ -58,6 +49,9 @@ _HARMLESS = (
 )
 
 _SAID = 30  # problems of a request that are told
+
+MOST_LOGPROBS = 20
+"""Of the likeliest tokens that are shown beside each: OpenAI's limit for chats."""
 
 TokenId = Annotated[str, Field(pattern=r"^\d{1,9}$")]
 
@@ -96,9 +90,10 @@ class CompletionRequest(_Strict):
     `repetition_penalty` are vLLM's.
     """
 
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = _NEUTRAL_SAMPLING
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     model: str
+    n: int | None = Field(default=None, ge=1, le=128)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, ge=1)
@@ -137,6 +132,9 @@ class CompletionRequest(_Strict):
             max_tokens=self._max_tokens(),
             sampling=self._sampling(),
             stop=tuple(self.stop or ()),
+            n=self.n or 1,
+            logprobs=self._logprobs(),
+            echo=self.echoes,
         )
 
     def _sampling(self) -> SamplingParams:
@@ -148,22 +146,54 @@ class CompletionRequest(_Strict):
     def _prompt(self) -> str | tuple[dict[str, Any], ...]:
         """Return plain text, or the messages of a conversation."""
 
+    @abstractmethod
+    def _logprobs(self) -> int | None:
+        """Return how many of the likeliest tokens go beside each, where log-probabilities are asked for."""
+
     def _max_tokens(self) -> int | None:
         return self.max_tokens
 
+    @property
+    def echoes(self) -> bool:
+        return False
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self._logprobs() is not None
+
 
 class TextRequest(CompletionRequest):
-    """`POST /v1/completions`: how an adapter is asked that was trained on plain prompts and completions."""
+    """`POST /v1/completions`: how an adapter is asked that was trained on plain prompts and completions.
+
+    `echo` with `logprobs` scores the prompt; with `max_tokens` 0 nothing else is done.
+    """
 
     neutral = _NEUTRAL_TEXT
 
     prompt: str
+    max_tokens: int | None = Field(default=None, ge=0)
+    logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
+    echo: bool | None = None
+
+    def contradictions(self) -> list[Problem]:
+        problems = super().contradictions()
+        if self.max_tokens == 0 and not self.echo:
+            sentence = "max_tokens must be at least 1, or echo must be true: there would be no answer"
+            problems.append(("max_tokens", "invalid_value", sentence))
+        return problems
+
+    @property
+    def echoes(self) -> bool:
+        return bool(self.echo)
 
     def _prompt(self) -> str:
         return self.prompt
 
     def _max_tokens(self) -> int:
-        return self.max_tokens or 16
+        return 16 if self.max_tokens is None else self.max_tokens
+
+    def _logprobs(self) -> int | None:
+        return self.logprobs
 
 
 class ChatRequest(CompletionRequest):
@@ -173,12 +203,16 @@ class ChatRequest(CompletionRequest):
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
 
     def contradictions(self) -> list[Problem]:
         problems = super().contradictions()
         if len({self.max_tokens, self.max_completion_tokens} - {None}) > 1:
             sentence = "max_tokens and max_completion_tokens differ; give one of them"
             problems.append(("max_tokens", "invalid_value", sentence))
+        if self.top_logprobs and not self.logprobs:
+            problems.append(("top_logprobs", "invalid_value", "top_logprobs is only allowed when logprobs is true"))
         return problems
 
     def _prompt(self) -> tuple[dict[str, Any], ...]:
@@ -186,6 +220,9 @@ class ChatRequest(CompletionRequest):
 
     def _max_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    def _logprobs(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
 
 
 R = TypeVar("R", bound=CompletionRequest)

@@ -9,10 +9,10 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -30,12 +30,16 @@ class DecodeLoopError(RuntimeError):
     """The thread is dead: a step failed, so nobody knows what the cache holds. The replica must be replaced."""
 
 
+ChoiceToken = tuple[int, GeneratedToken]
+"""Which of the answers to a prompt, and its next token."""
+
+
 @dataclass(eq=False)
 class _RequestHandle:
-    """One request from the side of the caller, who may leave before the generator has even taken it."""
+    """The answers to one prompt from the side of the caller, who may leave before the generator has even taken them."""
 
-    deliver: Callable[[GeneratedToken | DecodeLoopError], None]
-    number: int | None = None
+    deliver: Callable[[ChoiceToken | DecodeLoopError], None]
+    choices: dict[int, int] = field(default_factory=dict)  # by the generator's id
 
 
 class DecodeLoop:
@@ -70,34 +74,36 @@ class DecodeLoop:
         return await asyncio.wrap_future(future)
 
     @asynccontextmanager
-    async def answering(self, request: GenerationRequest) -> AsyncIterator[AsyncIterator[list[GeneratedToken]]]:
-        """Yield the events of a request, those that came together together; leaving the block gives the request up.
+    async def answering(self, choices: Sequence[GenerationRequest]) -> AsyncIterator[AsyncIterator[list[ChoiceToken]]]:
+        """Yield the tokens of the answers to one prompt, which is read once; those that came together together. Leaving
+        the block gives the answers up.
 
         Raises:
             PromptTooLongError: and what else `Generator.add` refuses.
             DecodeLoopError: the thread is dead, or dies (then out of the iterator).
         """
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[GeneratedToken | DecodeLoopError]()
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[ChoiceToken | DecodeLoopError]()
 
-        def deliver(event: GeneratedToken | DecodeLoopError) -> None:
+        def deliver(event: ChoiceToken | DecodeLoopError) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         handle = _RequestHandle(deliver)
 
         def add() -> None:
-            handle.number = self._generator.add(request)
-            self._handles[handle.number] = handle
+            for index, request in enumerate(choices):
+                number = self._generator.add(request, after=next(iter(handle.choices), None))
+                handle.choices[number], self._handles[number] = index, handle
 
         try:
             await self.call(add)
-            yield _together(events)
+            yield _together(events, len(choices))
         finally:
             self._post(lambda: self._give_up(handle))
 
     def _give_up(self, handle: _RequestHandle) -> None:
-        if handle.number is not None:
-            self._generator.abort(handle.number)
-            self._handles.pop(handle.number, None)
+        for number in handle.choices:
+            self._generator.abort(number)
+            self._handles.pop(number, None)
 
     def _post(self, command: Callable[[], None]) -> bool:
         """Return whether the thread lives to take it."""
@@ -112,7 +118,8 @@ class DecodeLoop:
             while True:
                 self._take_commands()
                 for event in self._generator.step():
-                    self._handles[event.request].deliver(event)
+                    handle = self._handles[event.request]
+                    handle.deliver((handle.choices[event.request], event))
                 self._observe(self._generator.running, self._generator.waiting)
         except Exception as error:
             log.exception("event=decode_failed requests=%d", len(self._handles))
@@ -134,20 +141,21 @@ class DecodeLoop:
             self.error = error
         while not self._commands.empty():
             self._commands.get()()
-        for handle in self._handles.values():
+        for handle in set(self._handles.values()):
             handle.deliver(error)
 
 
-async def _together(events: asyncio.Queue[GeneratedToken | DecodeLoopError]) -> AsyncIterator[list[GeneratedToken]]:
-    finished = False
-    while not finished:
+async def _together(
+    events: asyncio.Queue[ChoiceToken | DecodeLoopError], choices: int
+) -> AsyncIterator[list[ChoiceToken]]:
+    while choices:
         batch = [await events.get()]
         while not events.empty():
             batch.append(events.get_nowait())
-        tokens: list[GeneratedToken] = []
+        tokens: list[ChoiceToken] = []
         for event in batch:
             if isinstance(event, DecodeLoopError):
                 raise event
             tokens.append(event)
-        finished = tokens[-1].finish_reason is not None
+        choices -= sum(token.finish_reason is not None for _, token in tokens)
         yield tokens

@@ -17,7 +17,9 @@ FinishReason = Literal["stop", "length"]
 class GenerateRequest:
     """What one base is asked to generate. `adapter` None is the base itself; `version` is the id of one or `latest`.
 
-    `prompt` is text that the answer continues, or the messages of a chat, which go through the base's template.
+    `prompt` is text that the answer continues, or the messages of a chat, which go through the base's template. There
+    are `n` answers. `logprobs` asks for log-probabilities of their tokens, and of so many of the likeliest beside each.
+    `echo` puts the prompt before the answers, with its log-probabilities where they are asked for.
     """
 
     prompt: str | tuple[dict[str, Any], ...]
@@ -26,6 +28,9 @@ class GenerateRequest:
     max_tokens: int | None
     sampling: SamplingParams
     stop: tuple[str, ...]
+    n: int = 1
+    logprobs: int | None = None
+    echo: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,27 @@ class StreamStart:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """ln p of a token by the model's own distribution, and the `top` likeliest in its place; None of a prompt's first.
+
+    `data` are the bytes that it stands for, which may be a part of a character that `text` shows as U+FFFD.
+    """
+
+    text: str
+    data: bytes
+    logprob: float | None
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
 class Delta:
-    """More text. The last delta has a finish reason; `completion_tokens` counts from the beginning."""
+    """More of the choice `index`. Its last delta has a finish reason; `completion_tokens` counts from its beginning."""
 
     text: str
     finish_reason: FinishReason | None
     completion_tokens: int
+    index: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,9 +77,7 @@ class ErrorResponse:
 
 @dataclass(frozen=True)
 class Completion:
-    """A whole answer, for those who do not stream."""
+    """Whole answers, for those who do not stream: each choice as the one delta that its deltas join to."""
 
     start: StreamStart
-    text: str
-    finish_reason: FinishReason
-    completion_tokens: int
+    choices: tuple[Delta, ...]

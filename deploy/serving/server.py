@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cluster.registry import AdapterNotFound, AdapterRegistry
@@ -24,8 +25,9 @@ from cluster.storage.directory import open_storage
 from deploy.serving.protocol import Completion, Delta, ErrorResponse, FinishReason, GenerateRequest, StreamStart
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the driver that deploys this class has no use for it
+    from deploy.serving.decode_loop import ChoiceToken
     from deploy.serving.metrics import ServingMetrics
-    from lora_core.inference.engine import GeneratedToken, GenerationRequest
+    from lora_core.inference.engine import GenerationRequest
 
 log = logging.getLogger("ray.serve.lora")
 
@@ -41,6 +43,7 @@ class AdapterServer:
         from deploy.serving.adapter_cache import AdapterCache
         from deploy.serving.decode_loop import DecodeLoop
         from deploy.serving.metrics import QueueGauges, ServingMetrics
+        from lora_core.inference.detokenizer import TokenTexts
         from lora_core.inference.engine import Generator
         from lora_core.models.base import load_base
         from lora_core.models.forward import open_forward
@@ -49,6 +52,7 @@ class AdapterServer:
         source = local_source(settings.resolve_base(name), settings.cache_dir)
         self._base = load_base(source, precision="auto", cache_dir=settings.cache_dir)
         self._tokenizer = copy.deepcopy(self._base.tokenizer)  # the decode loop uses the other in its thread
+        self._texts = TokenTexts(self._tokenizer)
         forward = open_forward(self._base)
         self._metrics = ServingMetrics(name)
         self._loop = DecodeLoop(
@@ -69,30 +73,36 @@ class AdapterServer:
             raise self._loop.error
 
     async def answer(self, asked: GenerateRequest) -> Completion | ErrorResponse:
-        """Return the whole answer."""
-        items = [item async for item in self.stream(asked)]
-        start, *deltas = items
-        last = items[-1]
+        """Return the whole answers."""
+        from deploy.serving.choices import joined
+
+        start, *items = [item async for item in self.stream(asked)]
+        last = items[-1] if items else start
         if isinstance(last, ErrorResponse):
             return last
-        assert isinstance(start, StreamStart) and isinstance(last, Delta) and last.finish_reason is not None
-        text = "".join(delta.text for delta in deltas if isinstance(delta, Delta))
-        return Completion(start, text, last.finish_reason, last.completion_tokens)
+        assert isinstance(start, StreamStart)
+        deltas = [item for item in items if isinstance(item, Delta)]
+        of_choices = [[delta for delta in deltas if delta.index == index] for index in range(asked.n)]
+        return Completion(start, tuple(map(joined, of_choices)))
 
     async def stream(self, asked: GenerateRequest) -> AsyncGenerator[StreamStart | Delta | ErrorResponse]:
-        """Return the answer as it comes. A caller who stops listening gives the request up."""
-        account = _Account(self._metrics, asked.adapter or "")
+        """Return the answers as they come. A caller who stops listening gives the request up."""
+        from deploy.serving.choices import Choices
+
+        account = _Account(self._metrics, asked)
         async with AsyncExitStack() as stack:
             try:
                 digest, request = await self._request(asked, stack)
-                batches = await stack.enter_async_context(self._loop.answering(request))
+                requests = [replace(request, sampling=request.sampling.of_choice(index)) for index in range(asked.n)]
+                requests[1:] = [replace(other, prompt_logprobs=None) for other in requests[1:]]
+                batches = await stack.enter_async_context(self._loop.answering(requests))
                 stack.callback(account.close, len(request.prompt))
                 yield StreamStart(digest, len(request.prompt))
+                choices = Choices(asked, request.prompt, self._texts)
                 async for batch in batches:
                     account.took(batch)
-                    text = "".join(event.text for event in batch)
-                    if text or account.finish_reason is not None:
-                        yield Delta(text, account.finish_reason, account.tokens)
+                    for delta in choices.deltas(batch):
+                        yield delta
             except Exception as error:
                 account.failed = True
                 yield _refusal(error)
@@ -112,6 +122,8 @@ class AdapterServer:
             sampling=asked.sampling,
             max_tokens=asked.max_tokens,
             stop=asked.stop,
+            logprobs=asked.logprobs,
+            prompt_logprobs=asked.logprobs if asked.echo else None,
         )
 
     def _prompt(self, asked: GenerateRequest) -> list[int]:
@@ -124,24 +136,30 @@ class AdapterServer:
 class _Account:
     """What one request comes to in the metrics."""
 
-    def __init__(self, metrics: ServingMetrics, adapter: str) -> None:
-        self._metrics, self._adapter, self._arrived = metrics, adapter, time.monotonic()
-        self.tokens = 0
-        self.finish_reason: FinishReason | None = None
+    def __init__(self, metrics: ServingMetrics, asked: GenerateRequest) -> None:
+        self._metrics, self._adapter, self._arrived = metrics, asked.adapter or "", time.monotonic()
+        self._tokens: dict[int, int] = {}  # of each choice
+        self._unfinished = asked.n
+        self._finish_reason: FinishReason | None = None
         self.failed = False
 
-    def took(self, batch: list[GeneratedToken]) -> None:
-        if self.tokens == 0:
+    def took(self, batch: list[ChoiceToken]) -> None:
+        if not self._tokens:
             self._metrics.first_token(time.monotonic() - self._arrived)
-        self.tokens, self.finish_reason = batch[-1].completion_tokens, batch[-1].finish_reason
+        self._tokens |= {index: token.completion_tokens for index, token in batch}
+        reasons = [token.finish_reason for _, token in batch if token.finish_reason is not None]
+        self._unfinished -= len(reasons)
+        if not self._unfinished:
+            self._finish_reason = reasons[-1]
 
     def close(self, prompt_tokens: int) -> None:
-        reason = self.finish_reason or ("error" if self.failed else "abort")
+        tokens = sum(self._tokens.values())
+        reason = self._finish_reason or ("error" if self.failed else "abort")
         seconds = time.monotonic() - self._arrived
-        self._metrics.answered(self._adapter, reason, seconds, prompt_tokens, self.tokens)
+        self._metrics.answered(self._adapter, reason, seconds, prompt_tokens, tokens)
         log.info(
             "event=answered adapter=%s reason=%s prompt_tokens=%d tokens=%d seconds=%.3f",
-            self._adapter or "-", reason, prompt_tokens, self.tokens, seconds,
+            self._adapter or "-", reason, prompt_tokens, tokens, seconds,
         )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +11,11 @@ from lora_core.data.prompts import NoTemplateError, PromptError, rendered
 from lora_core.models.base import BaseModel
 
 _INCOMPLETE = "\ufffd"  # what bytes decode to as long as their character is not whole
+
+# The characters that byte-level tokenizers write for bytes: those that can be seen are themselves, the others follow.
+_SEEN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_UNSEEN = [byte for byte in range(256) if byte not in _SEEN]
+_BYTES = {chr(byte): byte for byte in _SEEN} | {chr(256 + index): byte for index, byte in enumerate(_UNSEEN)}
 
 
 class TextStream:
@@ -60,6 +66,32 @@ class TextStream:
         keep = max((_overlap(pending, stop) for stop in self._stop), default=0)
         self._pending = pending[len(pending) - keep :]
         return pending[: len(pending) - keep]
+
+
+class TokenTexts:
+    """What each token says by itself: its text, that of special tokens too, and the bytes that it stands for, which may
+    be a part of a character.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[int, tuple[str, bytes]] = {}
+
+    def __call__(self, token: int) -> tuple[str, bytes]:
+        if token not in self._known:
+            # Behind another, since SentencePiece drops the space before the first.
+            text = self._decode([token, token])[len(self._decode([token])) :]
+            self._known[token] = text, self._bytes(token) if _INCOMPLETE in text else text.encode()
+        return self._known[token]
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+
+    def _bytes(self, token: int) -> bytes:
+        written = str(self._tokenizer.convert_ids_to_tokens(token))
+        if fallback := re.fullmatch("<0x([0-9A-F]{2})>", written):
+            return bytes.fromhex(fallback[1])
+        return bytes(_BYTES[char] for char in written) if _BYTES.keys() >= set(written) else written.encode()
 
 
 def _overlap(text: str, stop: str) -> int:

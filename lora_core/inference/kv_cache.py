@@ -75,16 +75,16 @@ class KVCache:
         self._slots = [_Slot() for _ in range(slots)]
         self._clock = itertools.count(1)
 
-    def take(self, prompt: Sequence[int], owner: str | None) -> tuple[int, int] | None:
+    def take(self, prompt: Sequence[int], owner: str | None, *, share: bool = True) -> tuple[int, int] | None:
         """(slot, tokens of `prompt` that are in it already) for a new sequence; None where all are taken.
 
         `owner` is the digest of what computes it; None shares nothing. The last token is never shared: its logits are
-        asked for.
+        asked for. Without `share` all are read, but others may share them.
         """
         free = [index for index, slot in enumerate(self._slots) if not slot.taken]
         if not free:
             return None
-        source, shared = self._longest_beginning(prompt, owner)
+        source, shared = self._longest_beginning(prompt, owner) if share else (-1, 0)
         if source in free:
             index = source
         else:

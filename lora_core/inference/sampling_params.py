@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 GREEDY_BELOW = 1e-5  # dividing by less overflows fp32 logits
 
@@ -41,6 +41,10 @@ class SamplingParams:
         }
         if problems := [problem for problem, holds in rules.items() if not holds]:
             raise ValueError("; ".join(problems))
+
+    def of_choice(self, index: int) -> SamplingParams:
+        """Those of the index-th answer to a prompt: with a seed each has a stream of its own, that of seed + index."""
+        return self if self.seed is None else replace(self, seed=self.seed + index)
 
     @property
     def greedy(self) -> bool:

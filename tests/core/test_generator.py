@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lora_core.adapters.peft_format import read_adapter
-from lora_core.inference.detokenizer import TextStream
+from lora_core.inference.detokenizer import TextStream, TokenTexts
 from lora_core.inference.engine import GenerationRequest, Generator, PromptTooLongError, UnknownTokenError
 from lora_core.inference.sampling_params import SamplingParams
 from lora_core.models.base import BaseModel, load_base
@@ -192,8 +192,8 @@ def test_ends_and_limits(llama: BaseModel, forward: Forward) -> None:
         generator.add(GenerationRequest(prompt=[5] * 32))
     generator.add(GenerationRequest(prompt=[5] * 31, max_tokens=1))
     assert [event.finish_reason for event in generator.step()] == ["length"]
-    for broken in (GenerationRequest(prompt=[]), GenerationRequest(prompt=[5], max_tokens=0)):
-        with pytest.raises(ValueError, match="at least one token"):
+    for broken in (GenerationRequest(prompt=[]), GenerationRequest(prompt=[5], max_tokens=-1)):
+        with pytest.raises(ValueError, match="max_tokens of at least 0"):
             generator.add(broken)
 
 
@@ -278,6 +278,16 @@ def test_no_piece_ends_inside_a_character() -> None:
     pieces = [text.push(token) for token in tokenizer("a€👍🏽é")["input_ids"]]
     assert [piece for piece in pieces if piece] == ["a", "€", "👍", "🏽", "é"]
     assert text.push(tokenizer("€")["input_ids"][0]) == "" and text.finish() == "\ufffd"
+
+
+@pytest.mark.parametrize("kind", sorted(TOKENIZERS))
+def test_tokens_by_themselves_join_to_the_bytes_of_the_text(kind: str) -> None:
+    tokenizer = TOKENIZERS[kind]
+    texts, ids = TokenTexts(tokenizer), tokenizer("the cat sat €👍é\ufffd")["input_ids"]
+    assert b"".join(texts(token)[1] for token in ids).decode().strip() == tokenizer.decode(ids)
+    assert "\ufffd" in {texts(token)[0] for token in ids}  # a part of a character
+    assert texts(tokenizer.eos_token_id) == (tokenizer.eos_token, tokenizer.eos_token.encode())
+    assert texts(263 if kind == "bytes" else 259)[0] == ("" if kind == "bytes" else " cat")
 
 
 def cut_by_hand(text: str, stop: list[str]) -> tuple[str, bool]:

@@ -118,9 +118,35 @@ def test_a_stream_is_the_answer_in_pieces(service: Service) -> None:
     answer, items = run(both())
     start, *deltas = items
     assert start == answer.start == StreamStart(service.trained.fingerprint, 21)
-    assert "".join(delta.text for delta in deltas) == answer.text != ""
+    assert "".join(delta.text for delta in deltas) == answer.choices[0].text != ""
     assert [delta.finish_reason for delta in deltas] == [None] * (len(deltas) - 1) + ["length"]
-    assert deltas[-1].completion_tokens == answer.completion_tokens == 12
+    assert deltas[-1].completion_tokens == answer.choices[0].completion_tokens == 12
+
+
+def test_choices_are_those_of_their_seeds_with_the_prompt_and_its_scores(service: Service) -> None:
+    seeded = SamplingParams(temperature=1.0, seed=4)
+    asked = dataclasses.replace(QUESTION, prompt="€ and more", sampling=seeded, n=3, logprobs=2, echo=True)
+    alone = [dataclasses.replace(asked, sampling=seeded.of_choice(index), n=1) for index in range(3)]
+
+    async def all_of_them() -> list[Any]:
+        return await asyncio.gather(*(service.server.answer(one) for one in (asked, *alone)))
+
+    answer, *others = run(all_of_them())
+    assert [choice.text for choice in answer.choices] == [one.choices[0].text for one in others]
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert len({choice.text for choice in answer.choices}) == 3
+    for choice in answer.choices:
+        assert choice.text.startswith("€ and more") and choice.completion_tokens == 12
+        first, *scored = choice.logprobs
+        assert (first.data, first.logprob, first.top) == (b"\xe2", None, ())
+        assert len(scored) == 11 + 12 and all(len(token.top) == 2 and token.logprob <= 0 for token in scored)
+        specials = {token.data: b"" for token in scored if token.data.startswith(b"<|")}
+        shown = b"".join(specials.get(token.data, token.data) for token in choice.logprobs)
+        assert shown.decode(errors="replace") == choice.text
+    scoring = dataclasses.replace(asked, n=1, max_tokens=0)
+    (only,) = run(service.server.answer(scoring)).choices
+    assert (only.text, only.completion_tokens, only.finish_reason) == ("€ and more", 0, "length")
+    assert [token.text for token in only.logprobs] == [token.text for token in answer.choices[0].logprobs[:12]]
 
 
 def test_one_adapter_is_loaded_once_for_all_who_ask(service: Service, fetches: list[str]) -> None:
@@ -134,10 +160,9 @@ def test_one_adapter_is_loaded_once_for_all_who_ask(service: Service, fetches: l
 
     first, *others = run(crowd())
     assert isinstance(first, asyncio.CancelledError)
-    assert {answer.start.digest for answer in others} == {version.digest} and len(
-        {answer.text for answer in others}
-    ) == 1
-    assert others[0].text != run(service.server.answer(QUESTION)).text, "the adapter must change the answer"
+    assert {answer.start.digest for answer in others} == {version.digest}
+    assert len({answer.choices for answer in others}) == 1
+    assert others[0].choices != run(service.server.answer(QUESTION)).choices, "the adapter must change the answer"
     assert fetches == [version.version]
     run(service.server.answer(about("once")))
     assert len(fetches) == 1
@@ -149,7 +174,7 @@ def test_a_new_version_is_served_without_a_restart(service: Service, monkeypatch
     before = run(service.server.answer(about("moving")))
     new = service.publish("moving", 3)
     after = run(service.server.answer(about("moving")))
-    assert (before.start.digest, after.start.digest) == (old.digest, new.digest) and before.text != after.text
+    assert (before.start.digest, after.start.digest) == (old.digest, new.digest) and before.choices != after.choices
     pinned = run(service.server.answer(about("moving", old.version)))
     assert pinned == before
 
@@ -317,7 +342,7 @@ def test_more_questions_than_slots_are_all_answered(service: Service) -> None:
         return await asyncio.gather(*(service.server.answer(asked) for asked in requests))
 
     answers = run(crowd())
-    assert len(answers) == 20 and {answer.completion_tokens for answer in answers} == {12}
+    assert len(answers) == 20 and {answer.choices[0].completion_tokens for answer in answers} == {12}
     assert len({answer.start.digest for answer in answers}) == 4
 
 

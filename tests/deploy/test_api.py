@@ -18,7 +18,7 @@ from deploy import app as application
 from deploy.api import gateway
 from deploy.api.responses import ChatResponse, ModelName, TextResponse, parse_model
 from deploy.api.schemas import ApiError, ChatRequest, TextRequest, parse_request
-from deploy.serving.protocol import Completion, Delta, StreamStart
+from deploy.serving.protocol import Completion, Delta, StreamStart, TokenLogprob
 from lora_core.inference.sampling_params import SamplingParams
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +58,9 @@ def test_supported_parameters_reach_the_question() -> None:
         presence_penalty=0.5,
         frequency_penalty=-1,
         logit_bias={"5": 100},
+        n=3,
+        logprobs=True,
+        top_logprobs=2,
     ).generate_request("triage", "latest")
     assert asked.prompt == (
         {"role": "system", "content": "Be brief."},
@@ -71,20 +74,23 @@ def test_supported_parameters_reach_the_question() -> None:
         7,
         0.0,
     )
-    assert asked.stop == ("END",)
+    assert (asked.stop, asked.n, asked.logprobs, asked.echo) == (("END",), 3, 2, False)
     assert asked.sampling == SamplingParams(
         temperature=0.0, top_p=0.5, top_k=40, min_p=0.1, repetition_penalty=1.2, presence_penalty=0.5,
         frequency_penalty=-1.0, logit_bias={5: 100.0}, seed=3,
     )  # fmt: skip
     defaults = chat(temperature=None, stop=["a", "b"]).generate_request(None, "latest")
     assert (defaults.sampling, defaults.max_tokens) == (SamplingParams(), None)
-    assert defaults.stop == ("a", "b")
+    assert (defaults.stop, defaults.n, defaults.logprobs) == (("a", "b"), 1, None)
 
 
 def test_text_completions_default_to_16_tokens_as_openai_has_it() -> None:
     request = parse_request(b'{"model": "m", "prompt": "once"}', TextRequest)
     asked = request.generate_request(None, "latest")
-    assert (asked.prompt, asked.max_tokens) == ("once", 16)
+    assert (asked.prompt, asked.max_tokens, asked.logprobs, asked.echo) == ("once", 16, None, False)
+    scoring = parse_request(b'{"model": "m", "prompt": "a", "echo": true, "logprobs": 0, "max_tokens": 0}', TextRequest)
+    asked = scoring.generate_request(None, "latest")
+    assert (asked.max_tokens, asked.logprobs, asked.echo) == (0, 0, True)
 
 
 @pytest.mark.parametrize(
@@ -104,9 +110,6 @@ def test_parameters_without_effect_are_accepted(parameters: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     ("parameter", "value"),
     [
-        ("n", 2),
-        ("logprobs", True),
-        ("top_logprobs", 3),
         ("response_format", {"type": "json_object"}),
         ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
@@ -125,9 +128,9 @@ def test_a_parameter_that_would_change_the_answer_is_refused_by_name(parameter: 
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("parameter", ["echo", "suffix", "best_of", "logprobs"])
+@pytest.mark.parametrize("parameter", ["suffix", "best_of"])
 def test_so_is_one_of_text_completions(parameter: str) -> None:
-    value = {"echo": True, "suffix": "end", "best_of": 4, "logprobs": 0}[parameter]
+    value = {"suffix": "end", "best_of": 4}[parameter]
     assert refusal(TextRequest, **{parameter: value}).param == parameter
 
 
@@ -160,15 +163,27 @@ def test_so_is_one_of_text_completions(parameter: str) -> None:
         ({"messages": ["hi"]}, "messages.0 must be a block of options"),
         ({"max_token": 5}, "max_token is no parameter here; did you mean max_tokens?"),
         ({"model": None}, "model must be text"),
+        ({"n": 0}, "n must be at least 1"),
+        ({"n": 129}, "n must be at most 128"),
+        ({"logprobs": 2}, "logprobs must be true or false"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs must be at most 20"),
+        ({"top_logprobs": 2}, "top_logprobs is only allowed when logprobs is true"),
     ],
 )
 def test_bad_values_get_a_sentence(parameters: dict[str, Any], sentence: str) -> None:
     assert sentence in refusal(**parameters).message
 
 
+def test_bad_values_of_text_completions_do_too() -> None:
+    error = refusal(TextRequest, echo=1, logprobs=21, max_tokens=-1)
+    for sentence in ("echo must be true or false", "logprobs must be at most 20", "max_tokens must be at least 0"):
+        assert sentence in error.message
+    assert "or echo must be true" in refusal(TextRequest, max_tokens=0).message
+
+
 def test_everything_wrong_is_said_at_once() -> None:
-    error = refusal(temperature=9, top_p=-1, n=3, colour="red", messages=[{"role": "x", "content": 1}])
-    for name in ("temperature", "top_p", "n is", "colour is", "messages.0.role", "messages.0.content"):
+    error = refusal(temperature=9, top_p=-1, audio={}, colour="red", messages=[{"role": "x", "content": 1}])
+    for name in ("temperature", "top_p", "audio is", "colour is", "messages.0.role", "messages.0.content"):
         assert name in error.message, error.message
     for body in (b"{", b"[]", b'"x"', b"\xff"):
         with pytest.raises(ApiError, match="JSON"):
@@ -274,8 +289,51 @@ def test_a_text_stream_carries_the_same_text() -> None:
         + response.chunks(Delta("c", "length", 2))
     )
     assert [chunk["choices"][0]["text"] for chunk in chunks_of(text)] == ["ab", "c", ""]
-    whole = response.whole(Completion(StreamStart("d", 1), "abc", "length", 2))
+    whole = response.whole(Completion(StreamStart("d", 1), (Delta("abc", "length", 2),)))
     assert whole["choices"][0]["text"] == "abc" and whole["object"] == "text_completion"
+
+
+A, EURO, BROKEN = (
+    TokenLogprob("a", b"a", -0.5, (TokenLogprob("b", b"b", -0.1), TokenLogprob("a", b"a", -0.5))),
+    TokenLogprob("\ufffd", b"\xe2", -1.0, (TokenLogprob("c", b"c", -0.25),)),
+    TokenLogprob("x", b"x", float("nan")),
+)
+
+
+def test_logprobs_of_chats() -> None:
+    response = ChatResponse(chat(n=2, logprobs=True, top_logprobs=2))
+    choices = Delta("a", "stop", 1, 0, (A,)), Delta("x", "stop", 2, 1, (EURO, BROKEN))
+    first, second = response.whole(Completion(StreamStart("d", 1), choices))["choices"]
+    a = {"token": "a", "bytes": [97], "logprob": -0.5}
+    assert first["logprobs"]["content"] == [{**a, "top_logprobs": [{"token": "b", "bytes": [98], "logprob": -0.1}, a]}]
+    assert (second["index"], second["logprobs"]["content"][0]["bytes"]) == (1, [0xE2])
+    assert second["logprobs"]["content"][1]["logprob"] == -9999.0, "JSON has no NaN"
+
+
+def test_logprobs_of_text_whole_and_in_chunks() -> None:
+    body = b'{"model": "m", "prompt": "x", "stream": true, "n": 2, "echo": true, "logprobs": 2}'
+    response = TextResponse(parse_request(body, TextRequest))
+    begun = TokenLogprob("<s>", b"<s>", None)
+    text = response.chunks(Delta("", None, 0, 0, (begun, A))) + response.chunks(Delta("", None, 0, 1, (begun, A)))
+    text += response.chunks(Delta("c", "length", 1, 0, (EURO,))) + response.chunks(Delta("d", "stop", 1, 1, (A,)))
+    pieces = [chunk["choices"][0] for chunk in chunks_of(text)]
+    assert [piece["index"] for piece in pieces] == [0, 1, 0, 0, 1, 1]
+    assert pieces[0]["logprobs"] == {
+        "tokens": ["<s>", "a"], "token_logprobs": [None, -0.5], "top_logprobs": [None, {"b": -0.1, "a": -0.5}],
+        "text_offset": [0, 3],
+    }  # fmt: skip
+    assert pieces[2]["logprobs"]["text_offset"] == [4] and pieces[4]["logprobs"]["text_offset"] == [4]
+    assert pieces[2]["logprobs"]["top_logprobs"] == [{"c": -0.25, "\ufffd": -1.0}]
+    assert pieces[3]["logprobs"] is None and pieces[3]["finish_reason"] == "length"
+
+
+def test_a_stream_of_several_choices_ends_once() -> None:
+    response = ChatResponse(chat(stream=True, n=2, stream_options={"include_usage": True}))
+    text = response.first_chunk(StreamStart("d", 5)) + response.chunks(Delta("a", "stop", 3, 1))
+    text += response.chunks(Delta("b", None, 1, 0)) + response.chunks(Delta("c", "length", 4, 0))
+    *pieces, usage = chunks_of(text)
+    assert [piece["choices"][0]["index"] for piece in pieces] == [0, 1, 1, 1, 0, 0, 0]
+    assert usage["usage"] == {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
 
 
 def test_too_many_questions_and_lost_replicas_may_be_tried_again() -> None:

@@ -167,6 +167,26 @@ def test_plain_text_is_continued(app: App) -> None:
     assert answer.usage is not None and answer.usage.prompt_tokens == 5
 
 
+def test_choices_and_logprobs_reach_the_client(app: App) -> None:
+    options: dict[str, Any] = {"n": 2, "temperature": 1.0, "seed": 3, "logprobs": True, "top_logprobs": 1}
+    whole = app.ask("tiny", "Tell me", **options)
+    assert [choice.index for choice in whole.choices] == [0, 1]
+    assert whole.usage.completion_tokens == sum(len(choice.logprobs.content) for choice in whole.choices)
+    chunks = list(app.ask("tiny", "Tell me", **options, stream=True))
+    for choice in whole.choices:
+        pieces = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == choice.index]
+        assert "".join(piece.delta.content or "" for piece in pieces) == choice.message.content
+        tokens = [token for piece in pieces if piece.logprobs for token in piece.logprobs.content]
+        assert [(token.token, token.bytes) for token in tokens] == [
+            (token.token, token.bytes) for token in choice.logprobs.content
+        ]
+    scored = app.client.completions.create(model="tiny", prompt="Hello", echo=True, logprobs=1, max_tokens=0)
+    logprobs = scored.choices[0].logprobs
+    assert scored.choices[0].text == "Hello" and logprobs is not None and logprobs.token_logprobs is not None
+    assert logprobs.text_offset == [0, 1, 2, 3, 4]
+    assert logprobs.token_logprobs[0] is None and all(value < 0 for value in logprobs.token_logprobs[1:])
+
+
 def test_a_new_version_is_served_soon_and_an_old_one_by_name(app: App) -> None:
     first = app.publish("moving", 3)
     prompt, text = clear_answer(app, first[0])
@@ -187,8 +207,8 @@ def test_errors_are_openais(app: App) -> None:
     with pytest.raises(openai.NotFoundError, match=r"there is no version 0000 of tiny:known; published: \w{16}"):
         app.ask("tiny:known@0000", "x")
     with pytest.raises(openai.BadRequestError) as bad:
-        app.ask("tiny", "x", temperature=3, n=2)
-    assert "temperature must be" in bad.value.message and "n is not supported" in bad.value.message
+        app.ask("tiny", "x", temperature=3, n=0)
+    assert "temperature must be" in bad.value.message and "n must be at least 1" in bad.value.message
     with pytest.raises(openai.BadRequestError, match="context of 4096") as long:
         app.ask("tiny", "x" * 5000, stream=True)
     assert long.value.code == "context_length_exceeded"
@@ -219,11 +239,18 @@ def test_models_are_listed_and_found(app: App) -> None:
 
 def test_a_client_that_leaves_frees_its_place_and_metrics_say_so(app: App) -> None:
     aborted = "ray_lora_requests_total{adapter=,base=tiny,finish_reason=abort}"
-    stream = app.ask("tiny", "Go on", max_tokens=4000, temperature=0, stream=True)
+    running = "ray_lora_num_requests_running{base=tiny}"
+    endless: dict[str, Any] = {"max_tokens": 4000, "temperature": 0, "n": 2}
+    stream = app.ask("tiny", "Go on", **endless, stream=True)
     next(iter(stream))
     stream.close()
     wait_for(lambda: app.metrics().get(aborted) == 1.0, 30)
-    wait_for(lambda: app.metrics()["ray_lora_num_requests_running{base=tiny}"] == 0)
+    with pytest.raises(openai.APITimeoutError):  # who waits for a whole answer, and leaves
+        app.client.with_options(timeout=1.5, max_retries=0).chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "Go on"}], **endless
+        )
+    wait_for(lambda: app.metrics().get(aborted) == 2.0, 30)
+    wait_for(lambda: app.metrics()[running] == 0)
     metrics = app.metrics()
     names = {name.split("{")[0] for name in metrics}
     for spec in vars(every_metric).values():
