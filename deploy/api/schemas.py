@@ -7,7 +7,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
@@ -26,7 +26,6 @@ _NEUTRAL_CHAT: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "prediction": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "verbosity": ("medium",),
@@ -85,6 +84,23 @@ class StreamOptions(_Strict):
     include_usage: bool = False
 
 
+class JsonSchema(_Strict):
+    """What OpenAI's `json_schema` says; the name is the client's own."""
+
+    document: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(_Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def schema_of_answers(self) -> dict[str, Any] | None:
+        """Return what answers must be, in JSON Schema."""
+        if self.type == "json_schema" and self.json_schema is not None:
+            return self.json_schema.document
+        return {"type": "object"} if self.type == "json_object" else None
+
+
 class CompletionRequest(_Strict):
     """What both kinds of completion share. Null counts as not given; the defaults are OpenAI's. `top_k`, `min_p` and
     `repetition_penalty` are vLLM's.
@@ -107,6 +123,7 @@ class CompletionRequest(_Strict):
     logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=300)
     stop: list[Annotated[str, Field(min_length=1)]] | None = Field(default=None, max_length=16)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    response_format: ResponseFormat | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -119,9 +136,15 @@ class CompletionRequest(_Strict):
 
     def contradictions(self) -> list[Problem]:
         """Name parameters that do not go together."""
+        problems = []
         if self.stream_options is not None and not self.stream:
-            return [("stream_options", "invalid_value", "stream_options is only allowed when stream is true")]
-        return []
+            sentence = "stream_options is only allowed when stream is true"
+            problems.append(("stream_options", "invalid_value", sentence))
+        wanted = self.response_format
+        if wanted is not None and wanted.type == "json_schema" and wanted.json_schema is None:
+            name = "response_format.json_schema"
+            problems.append((name, "missing_parameter", f"{name} is missing"))
+        return problems
 
     def generate_request(self, adapter: str | None, version: str) -> GenerateRequest:
         """Return what an adapter server is asked."""
@@ -135,6 +158,7 @@ class CompletionRequest(_Strict):
             n=self.n or 1,
             logprobs=self._logprobs(),
             echo=self.echoes,
+            json_schema=self.response_format and self.response_format.schema_of_answers(),
         )
 
     def _sampling(self) -> SamplingParams:

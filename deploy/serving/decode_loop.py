@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import torch
 
-from lora_core.inference.engine import GeneratedToken, GenerationRequest, Generator
+from lora_core.inference.engine import FailedRequest, GeneratedToken, GenerationRequest, Generator
 
 log = logging.getLogger("ray.serve.lora")  # below `ray.serve`, whose handlers write the replica's log
 
@@ -38,7 +38,7 @@ ChoiceToken = tuple[int, GeneratedToken]
 class _RequestHandle:
     """The answers to one prompt from the side of the caller, who may leave before the generator has even taken them."""
 
-    deliver: Callable[[ChoiceToken | DecodeLoopError], None]
+    deliver: Callable[[ChoiceToken | Exception], None]
     choices: dict[int, int] = field(default_factory=dict)  # by the generator's id
 
 
@@ -80,11 +80,12 @@ class DecodeLoop:
 
         Raises:
             PromptTooLongError: and what else `Generator.add` refuses.
+            GrammarError: an answer cannot go on (out of the iterator).
             DecodeLoopError: the thread is dead, or dies (then out of the iterator).
         """
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[ChoiceToken | DecodeLoopError]()
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[ChoiceToken | Exception]()
 
-        def deliver(event: ChoiceToken | DecodeLoopError) -> None:
+        def deliver(event: ChoiceToken | Exception) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         handle = _RequestHandle(deliver)
@@ -119,7 +120,10 @@ class DecodeLoop:
                 self._take_commands()
                 for event in self._generator.step():
                     handle = self._handles[event.request]
-                    handle.deliver((handle.choices[event.request], event))
+                    if isinstance(event, FailedRequest):
+                        handle.deliver(event.error)
+                    else:
+                        handle.deliver((handle.choices[event.request], event))
                 self._observe(self._generator.running, self._generator.waiting)
         except Exception as error:
             log.exception("event=decode_failed requests=%d", len(self._handles))
@@ -145,16 +149,14 @@ class DecodeLoop:
             handle.deliver(error)
 
 
-async def _together(
-    events: asyncio.Queue[ChoiceToken | DecodeLoopError], choices: int
-) -> AsyncIterator[list[ChoiceToken]]:
+async def _together(events: asyncio.Queue[ChoiceToken | Exception], choices: int) -> AsyncIterator[list[ChoiceToken]]:
     while choices:
         batch = [await events.get()]
         while not events.empty():
             batch.append(events.get_nowait())
         tokens: list[ChoiceToken] = []
         for event in batch:
-            if isinstance(event, DecodeLoopError):
+            if isinstance(event, Exception):
                 raise event
             tokens.append(event)
         choices -= sum(token.finish_reason is not None for _, token in tokens)

@@ -5,6 +5,7 @@ A refusal is a value too, not an exception: Serve logs every exception that leav
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +20,8 @@ class GenerateRequest:
 
     `prompt` is text that the answer continues, or the messages of a chat, which go through the base's template. There
     are `n` answers. `logprobs` asks for log-probabilities of their tokens, and of so many of the likeliest beside each.
-    `echo` puts the prompt before the answers, with its log-probabilities where they are asked for.
+    `echo` puts the prompt before the answers, with its log-probabilities where they are asked for. The answers are JSON
+    that `json_schema` describes, where it is given.
     """
 
     prompt: str | tuple[dict[str, Any], ...]
@@ -31,6 +33,7 @@ class GenerateRequest:
     n: int = 1
     logprobs: int | None = None
     echo: bool = False
+    json_schema: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ A request pins the digest that its model's name meant when it came; a new versio
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import logging
 import os
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and the driver that deploys 
     from deploy.serving.decode_loop import ChoiceToken
     from deploy.serving.metrics import ServingMetrics
     from lora_core.inference.engine import GenerationRequest
+    from lora_core.inference.grammar import Grammar
 
 log = logging.getLogger("ray.serve.lora")
 
@@ -45,7 +47,8 @@ class AdapterServer:
         from deploy.serving.metrics import QueueGauges, ServingMetrics
         from lora_core.inference.detokenizer import TokenTexts
         from lora_core.inference.engine import Generator
-        from lora_core.models.base import load_base
+        from lora_core.inference.grammar import GrammarCompiler
+        from lora_core.models.base import load_base, token_rows
         from lora_core.models.forward import open_forward
 
         began = time.monotonic()
@@ -55,8 +58,10 @@ class AdapterServer:
         self._texts = TokenTexts(self._tokenizer)
         forward = open_forward(self._base)
         self._metrics = ServingMetrics(name)
+        generator = Generator(self._base, forward)
+        self._grammars = GrammarCompiler(self._tokenizer, token_rows(self._base.model), generator.end_tokens)
         self._loop = DecodeLoop(
-            Generator(self._base, forward),
+            generator,
             threads=settings.threads or len(os.sched_getaffinity(0)),
             observe=QueueGauges(name).show,
         )
@@ -124,7 +129,13 @@ class AdapterServer:
             stop=asked.stop,
             logprobs=asked.logprobs,
             prompt_logprobs=asked.logprobs if asked.echo else None,
+            grammar=await self._grammar(asked),
         )
+
+    async def _grammar(self, asked: GenerateRequest) -> Grammar | None:
+        if asked.json_schema is None:
+            return None
+        return await asyncio.to_thread(self._grammars.json, asked.json_schema)
 
     def _prompt(self, asked: GenerateRequest) -> list[int]:
         """Return the tokens that the answer follows, made as in training."""
@@ -170,12 +181,14 @@ def _refusal(error: Exception) -> ErrorResponse:
     from lora_core.adapters.peft_format import AdapterFormatError
     from lora_core.data.prompts import NoTemplateError, PromptError
     from lora_core.inference.engine import PromptTooLongError, UnknownTokenError
+    from lora_core.inference.grammar import GrammarError
 
     kinds: list[tuple[type[Exception], int, str, str | None]] = [
         (PromptError, 400, "invalid_prompt", None),
         (NoTemplateError, 400, "invalid_prompt", None),
         (PromptTooLongError, 400, "context_length_exceeded", None),
         (UnknownTokenError, 400, "invalid_prompt", None),
+        (GrammarError, 400, "invalid_json_schema", "response_format"),
         (AdapterNotFound, 404, "model_not_found", "model"),
         (AdapterRefusedError, 409, "adapter_refused", "model"),
         (AdapterFormatError, 409, "adapter_refused", "model"),

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lora_core.inference.detokenizer import TextStream, end_tokens
+from lora_core.inference.grammar import Grammar, GrammarError
 from lora_core.inference.kv_cache import KVCache
 from lora_core.inference.logprobs import TokenLogprob, token_logprobs
 from lora_core.inference.sampling import Sampler, sample
@@ -47,7 +48,8 @@ class GenerationRequest:
 
     The answer ends at a stop string, at the model's end token, after `max_tokens` (0: the prompt is read and nothing is
     sampled), or at the end of the context. `logprobs` and `prompt_logprobs` ask for the log-probability of each token
-    of the answer, and of the prompt but its first, and of so many of the likeliest beside it; None for none.
+    of the answer, and of the prompt but its first, and of so many of the likeliest beside it; None for none. An answer
+    that has a `grammar` follows it, and ends where nothing can follow.
     """
 
     prompt: Sequence[int]
@@ -58,6 +60,7 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,14 @@ class GeneratedToken:
     completion_tokens: int
     logprob: TokenLogprob | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class FailedRequest:
+    """A request that cannot go on, which is over by that."""
+
+    request: int
+    error: GrammarError
 
 
 @dataclass
@@ -161,7 +172,7 @@ class Generator:
         limit = room if request.max_tokens is None else min(room, request.max_tokens)
         text = TextStream(self.base.tokenizer, request.stop)
         self._live[number] = _Live(
-            request, Sampler(request.sampling, request.prompt), text, limit, list(request.prompt)
+            request, Sampler(request.sampling, request.prompt, request.grammar), text, limit, list(request.prompt)
         )
         if after in self._live and not self._live[after].completion_tokens:
             self._followers.setdefault(after, []).append(number)
@@ -178,8 +189,8 @@ class Generator:
             self._release_followers([request])
 
     @torch.inference_mode()
-    def step(self) -> list[GeneratedToken]:
-        """One token for every request whose prompt has been read, in the order of the batch."""
+    def step(self) -> list[GeneratedToken | FailedRequest]:
+        """One token for every request whose prompt has been read, or why it fails."""
         runs = self._scheduler.next_step()
         if not runs:
             return []
@@ -197,7 +208,7 @@ class Generator:
             logits = logits[list(wanted.values())]
         events = self._sampled(list(wanted), logits)
         self._release_followers(last)
-        return ended + events
+        return [*ended, *events]
 
     def _take_slot(self, number: int) -> tuple[int, int] | None:
         request = self._live[number].request
@@ -227,7 +238,7 @@ class Generator:
         assert top is not None
         live.prompt_logprobs += token_logprobs(logits[: len(tokens)], tokens, [top] * len(tokens))
 
-    def _sampled(self, numbers: Sequence[int], logits: Tensor) -> list[GeneratedToken]:
+    def _sampled(self, numbers: Sequence[int], logits: Tensor) -> list[GeneratedToken | FailedRequest]:
         """The next token of each request, by its row of `[n, vocabulary]`."""
         tokens = sample(logits, [self._live[number].sampler for number in numbers])
         scored = self._answer_logprobs(numbers, tokens, logits)
@@ -244,13 +255,17 @@ class Generator:
         scored = token_logprobs(logits[rows], [tokens[row] for row in rows], [top for _, top in asked])
         return {numbers[row]: logprob for row, logprob in zip(rows, scored, strict=True)}
 
-    def _accept(self, number: int, token: int, logprob: TokenLogprob | None) -> GeneratedToken:
+    def _accept(self, number: int, token: int, logprob: TokenLogprob | None) -> GeneratedToken | FailedRequest:
         """Record a token, and let the request go where the answer is over."""
-        live = self._live[number]
+        live, grammar = self._live[number], self._live[number].sampler.grammar
+        if grammar is not None and grammar.error is not None:
+            self.abort(number)
+            return FailedRequest(number, grammar.error)
         live.ids.append(token)
         ended = token in self.end_tokens
         text = "" if ended else live.text.push(token)
-        reason: FinishReason | None = "stop" if ended or live.text.stopped else None
+        complete = grammar is not None and grammar.is_complete
+        reason: FinishReason | None = "stop" if ended or live.text.stopped or complete else None
         if reason is None and live.completion_tokens == live.limit:
             reason = "length"
         if reason is not None:

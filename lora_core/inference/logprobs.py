@@ -2,7 +2,7 @@
 
     ln p = log_softmax(z)      z: the logits as the model and its adapter give them
 
-Bias, penalties, temperature and whatever else shapes a sample come after that and have no say: so what is
+Bias, penalties, temperature, grammars and whatever else shapes a sample come after that and have no say: so what is
 served is what validation in training computes.
 """
 

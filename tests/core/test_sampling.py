@@ -101,6 +101,15 @@ def test_the_seed_fixes_the_stream_and_no_seed_does_not() -> None:
     assert draw(None) != draw(None)
 
 
+def test_a_row_that_is_not_finite_harms_no_other() -> None:
+    logits = logits_of(3, 4)
+    params = SamplingParams(temperature=1.0, seed=1)
+    expected = sample(logits, [Sampler(params) for _ in range(4)])
+    logits[1], logits[2, 3] = torch.nan, torch.inf
+    drawn = sample(logits, [Sampler(params) for _ in range(4)])
+    assert [drawn[0], drawn[3]] == [expected[0], expected[3]] and all(0 <= token < 1000 for token in drawn)
+
+
 def test_a_tiny_top_p_is_greedy() -> None:
     logits = logits_of(4, 3)
     samplers = [Sampler(SamplingParams(temperature=2.0, top_p=1e-9, seed=s)) for s in range(3)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -147,6 +148,29 @@ def test_choices_are_those_of_their_seeds_with_the_prompt_and_its_scores(service
     (only,) = run(service.server.answer(scoring)).choices
     assert (only.text, only.completion_tokens, only.finish_reason) == ("€ and more", 0, "length")
     assert [token.text for token in only.logprobs] == [token.text for token in answer.choices[0].logprobs[:12]]
+
+
+TICKET: dict[str, Any] = {
+    "type": "object",
+    "properties": {"level": {"enum": [1, 2, 30]}},
+    "required": ["level"],
+    "additionalProperties": False,
+}
+
+
+def test_formats_are_followed_and_a_bad_schema_fails_alone(service: Service) -> None:
+    formed = dataclasses.replace(QUESTION, json_schema=TICKET, n=2, sampling=SamplingParams(seed=1), max_tokens=200)
+    bad = dataclasses.replace(formed, json_schema={"type": "objekt"})
+
+    async def side_by_side() -> list[Any]:
+        return await asyncio.gather(*(service.server.answer(asked) for asked in (formed, bad, QUESTION)))
+
+    answer, refused, free = run(side_by_side())
+    for choice in answer.choices:
+        assert json.loads(choice.text)["level"] in (1, 2, 30) and choice.finish_reason == "stop"
+    assert isinstance(refused, ErrorResponse) and (refused.status, refused.code) == (400, "invalid_json_schema")
+    assert "objekt" in refused.message
+    assert free == run(service.server.answer(QUESTION))
 
 
 def test_one_adapter_is_loaded_once_for_all_who_ask(service: Service, fetches: list[str]) -> None:

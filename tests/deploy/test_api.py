@@ -84,6 +84,14 @@ def test_supported_parameters_reach_the_question() -> None:
     assert (defaults.stop, defaults.n, defaults.logprobs) == (("a", "b"), 1, None)
 
 
+def test_formats_reach_the_question() -> None:
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": {"type": "array"}}}
+    wanted: dict[str, Any] = {"json_object": {"type": "object"}, "text": None}
+    for kind, expected in wanted.items():
+        assert chat(response_format={"type": kind}).generate_request(None, "latest").json_schema == expected
+    assert chat(response_format=schema).generate_request(None, "latest").json_schema == {"type": "array"}
+
+
 def test_text_completions_default_to_16_tokens_as_openai_has_it() -> None:
     request = parse_request(b'{"model": "m", "prompt": "once"}', TextRequest)
     asked = request.generate_request(None, "latest")
@@ -110,7 +118,6 @@ def test_parameters_without_effect_are_accepted(parameters: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     ("parameter", "value"),
     [
-        ("response_format", {"type": "json_object"}),
         ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
         ("functions", [{"name": "f"}]),
@@ -168,6 +175,12 @@ def test_so_is_one_of_text_completions(parameter: str) -> None:
         ({"logprobs": 2}, "logprobs must be true or false"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs must be at most 20"),
         ({"top_logprobs": 2}, "top_logprobs is only allowed when logprobs is true"),
+        ({"response_format": {"type": "xml"}}, "response_format.type must be one of"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema is missing"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {}}},
+            "response_format.json_schema.schema is missing",
+        ),
     ],
 )
 def test_bad_values_get_a_sentence(parameters: dict[str, Any], sentence: str) -> None:
