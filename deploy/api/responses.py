@@ -14,6 +14,7 @@ from typing import Any
 from cluster.registry import LATEST
 from deploy.api.schemas import CompletionRequest
 from deploy.serving.protocol import Completion, Delta, StreamStart, TokenLogprob
+from lora_core.inference.tool_calls import ToolCall
 
 _LEAST_LOGPROB = -9999.0
 
@@ -63,7 +64,7 @@ class CompletionResponse(ABC):
     def whole(self, answer: Completion) -> dict[str, Any]:
         """Return the answer at once."""
         self._start = answer.start
-        choices = [self._choice(delta, delta.finish_reason, self.whole_choice(delta)) for delta in answer.choices]
+        choices = [self._choice(delta, self.finish_reason(delta), self.whole_choice(delta)) for delta in answer.choices]
         return self._document(self.whole_object, choices, {"usage": self._usage(answer.choices)})
 
     def first_chunk(self, start: StreamStart) -> str:
@@ -76,12 +77,12 @@ class CompletionResponse(ABC):
         the stream.
         """
         text = ""
-        if delta.text or delta.logprobs:
+        if delta.text or delta.logprobs or delta.tool_calls:
             text = self._chunk(self._choice(delta, None, self.chunk_choice(delta)))
         if delta.finish_reason is None:
             return text
         end = Delta("", delta.finish_reason, delta.completion_tokens, delta.index)
-        text += self._chunk(self._choice(end, end.finish_reason, self.chunk_choice(end)))
+        text += self._chunk(self._choice(end, self.finish_reason(end), self.chunk_choice(end)))
         self._ended.append(end)
         if len(self._ended) < self._choices:
             return text
@@ -96,6 +97,10 @@ class CompletionResponse(ABC):
     @abstractmethod
     def chunk_choice(self, delta: Delta) -> dict[str, Any]:
         """Return what a chunk of a stream says of its one choice."""
+
+    def finish_reason(self, delta: Delta) -> str | None:
+        """Return why a choice ended, by its last delta."""
+        return delta.finish_reason
 
     @abstractmethod
     def logprobs(self, delta: Delta) -> dict[str, Any]:
@@ -126,16 +131,32 @@ class ChatResponse(CompletionResponse):
 
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def __init__(self, request: CompletionRequest) -> None:
+        super().__init__(request)
+        self._calls = [0] * self._choices  # of each choice so far
+
     def first_chunk(self, start: StreamStart) -> str:
         super().first_chunk(start)
         begin = {"delta": {"role": "assistant", "content": ""}}
         return "".join(self._chunk(self._choice(Delta("", None, 0, i), None, begin)) for i in range(self._choices))
 
     def whole_choice(self, delta: Delta) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": delta.text, "refusal": None}}
+        calls = {"tool_calls": list(map(_call, delta.tool_calls))} if delta.tool_calls else {}
+        content = delta.text or None if calls else delta.text
+        return {"message": {"role": "assistant", "content": content, "refusal": None, **calls}}
 
     def chunk_choice(self, delta: Delta) -> dict[str, Any]:
-        return {"delta": {"content": delta.text} if delta.text else {}}
+        """A call is whole in its chunk."""
+        said: dict[str, Any] = {"content": delta.text} if delta.text else {}
+        if delta.tool_calls:
+            first = self._calls[delta.index]
+            said["tool_calls"] = [{"index": i, **_call(call)} for i, call in enumerate(delta.tool_calls, first)]
+            self._calls[delta.index] += len(delta.tool_calls)
+        return {"delta": said}
+
+    def finish_reason(self, delta: Delta) -> str | None:
+        called = delta.tool_calls or self._calls[delta.index]
+        return "tool_calls" if called and delta.finish_reason == "stop" else delta.finish_reason
 
     def logprobs(self, delta: Delta) -> dict[str, Any]:
         """An end token is among them, as it is among the completion's tokens."""
@@ -170,6 +191,11 @@ class TextResponse(CompletionResponse):
             ],
             "text_offset": offsets,
         }
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
 
 
 def _scored(token: TokenLogprob) -> dict[str, Any]:

@@ -6,10 +6,10 @@ import difflib
 import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, field_validator
 from pydantic_core import ErrorDetails
 
 from cluster.requirements import requirement
@@ -26,8 +26,6 @@ _NEUTRAL_CHAT: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "prediction": (),
     "reasoning_effort": ("none",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -38,7 +36,6 @@ _NEUTRAL_TEXT: dict[str, tuple[Any, ...]] = {
 # Parameters that change nothing about the answer.
 _HARMLESS = (
     "metadata",
-    "parallel_tool_calls",
     "prompt_cache_key",
     "prompt_cache_retention",
     "safety_identifier",
@@ -101,6 +98,32 @@ class ResponseFormat(_Strict):
         return {"type": "object"} if self.type == "json_object" else None
 
 
+class Function(_Strict):
+    """What a model is shown of a function, in this order."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(_Strict):
+    type: Literal["function"]
+    function: Function
+
+    def shown(self) -> dict[str, Any]:
+        """Return what the chat template is shown."""
+        return self.model_dump(exclude_none=True, exclude={"function": {"strict"}})
+
+
+class NamedFunction(_Strict):
+    name: str
+
+
+class NamedTool(_Strict):
+    type: Literal["function"]
+    function: NamedFunction
+
+
 class CompletionRequest(_Strict):
     """What both kinds of completion share. Null counts as not given; the defaults are OpenAI's. `top_k`, `min_p` and
     `repetition_penalty` are vLLM's.
@@ -158,7 +181,7 @@ class CompletionRequest(_Strict):
             n=self.n or 1,
             logprobs=self._logprobs(),
             echo=self.echoes,
-            json_schema=self.response_format and self.response_format.schema_of_answers(),
+            json_schema=self._json_schema(),
         )
 
     def _sampling(self) -> SamplingParams:
@@ -176,6 +199,9 @@ class CompletionRequest(_Strict):
 
     def _max_tokens(self) -> int | None:
         return self.max_tokens
+
+    def _json_schema(self) -> dict[str, Any] | None:
+        return self.response_format.schema_of_answers() if self.response_format is not None else None
 
     @property
     def echoes(self) -> bool:
@@ -229,6 +255,18 @@ class ChatRequest(CompletionRequest):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
+    tools: list[Tool] | None = Field(default=None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+
+    @field_validator("tool_choice", mode="wrap")
+    @classmethod
+    def _one_of_three_or_a_name(cls, choice: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return validate(choice)
+        except ValidationError as error:
+            named = '{"type": "function", "function": {"name": ...}}'
+            raise ValueError(f"must be none, auto, required or {named}") from error
 
     def contradictions(self) -> list[Problem]:
         problems = super().contradictions()
@@ -237,7 +275,33 @@ class ChatRequest(CompletionRequest):
             problems.append(("max_tokens", "invalid_value", sentence))
         if self.top_logprobs and not self.logprobs:
             problems.append(("top_logprobs", "invalid_value", "top_logprobs is only allowed when logprobs is true"))
+        names = [tool.function.name for tool in self.tools or ()]
+        if forced := [name for name in self._forced_tools(names) if name not in names]:
+            sentence = f"tool_choice names {shown(forced[0])}, which is none of tools"
+            problems.append(("tool_choice", "invalid_value", sentence))
+        if self.tool_choice == "required" and not names:
+            problems.append(("tool_choice", "invalid_value", "tool_choice is required, and there are no tools"))
+        if names and self._json_schema() is not None and self.tool_choice != "none":
+            sentence = "response_format and tools do not go together; give one of them, or tool_choice none"
+            problems.append(("response_format", "invalid_value", sentence))
         return problems
+
+    def generate_request(self, adapter: str | None, version: str) -> GenerateRequest:
+        asked = super().generate_request(adapter, version)
+        if not self.tools or self.tool_choice == "none":  # then the model is not told of them
+            return asked
+        return replace(
+            asked,
+            tools=tuple(tool.shown() for tool in self.tools),
+            forced_tools=self._forced_tools([tool.function.name for tool in self.tools]),
+            parallel_tool_calls=self.parallel_tool_calls is not False,
+        )
+
+    def _forced_tools(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Return one of what a model has to call, of tools of these names."""
+        if isinstance(self.tool_choice, NamedTool):
+            return (self.tool_choice.function.name,)
+        return tuple(names) if self.tool_choice == "required" else ()
 
     def _prompt(self) -> tuple[dict[str, Any], ...]:
         return tuple(for_template(message) for message in self.messages)
@@ -313,7 +377,7 @@ def _unsupported(document: Mapping[str, Any], kind: type[CompletionRequest]) -> 
             problems.append((shown(name), "unknown_parameter", f"{shown(name)} is no parameter here; {hint}"))
     messages = document.get("messages")
     for index, message in enumerate(messages if isinstance(messages, list) else []):
-        for key, advice in message_problems(message) if isinstance(message, dict) else ():
+        for key, advice in message_problems(message, calls=True) if isinstance(message, dict) else ():
             name = f"messages.{index}{key}"
             problems.append((name, "invalid_value", f"{name}: {advice}"))
     return problems

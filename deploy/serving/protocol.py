@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lora_core.inference.sampling_params import SamplingParams
+from lora_core.inference.tool_calls import ToolCall
 
 FinishReason = Literal["stop", "length"]
 
@@ -21,7 +22,8 @@ class GenerateRequest:
     `prompt` is text that the answer continues, or the messages of a chat, which go through the base's template. There
     are `n` answers. `logprobs` asks for log-probabilities of their tokens, and of so many of the likeliest beside each.
     `echo` puts the prompt before the answers, with its log-probabilities where they are asked for. The answers are JSON
-    that `json_schema` describes, where it is given.
+    that `json_schema` describes, where it is given. The model may call `tools` (as OpenAI has them), several of them
+    where they are `parallel`, and calls one of `forced_tools` where there are some.
     """
 
     prompt: str | tuple[dict[str, Any], ...]
@@ -34,6 +36,9 @@ class GenerateRequest:
     logprobs: int | None = None
     echo: bool = False
     json_schema: Mapping[str, Any] | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    forced_tools: tuple[str, ...] = ()
+    parallel_tool_calls: bool = True
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class Delta:
     completion_tokens: int
     index: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)

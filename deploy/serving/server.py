@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and the driver that deploys 
     from deploy.serving.metrics import ServingMetrics
     from lora_core.inference.engine import GenerationRequest
     from lora_core.inference.grammar import Grammar
+    from lora_core.inference.tool_calls import CallFormat
 
 log = logging.getLogger("ray.serve.lora")
 
@@ -103,7 +104,7 @@ class AdapterServer:
                 batches = await stack.enter_async_context(self._loop.answering(requests))
                 stack.callback(account.close, len(request.prompt))
                 yield StreamStart(digest, len(request.prompt))
-                choices = Choices(asked, request.prompt, self._texts)
+                choices = Choices(asked, request.prompt, self._texts, self._call_format() if asked.tools else None)
                 async for batch in batches:
                     account.took(batch)
                     for delta in choices.deltas(batch):
@@ -133,15 +134,26 @@ class AdapterServer:
         )
 
     async def _grammar(self, asked: GenerateRequest) -> Grammar | None:
-        if asked.json_schema is None:
-            return None
-        return await asyncio.to_thread(self._grammars.json, asked.json_schema)
+        """Return what the answers follow, made in a thread: it may take long."""
+        if asked.forced_tools:
+            functions = [tool["function"] for tool in asked.tools if tool["function"]["name"] in asked.forced_tools]
+            tools = {function["name"]: function.get("parameters", {}) for function in functions}
+            return await asyncio.to_thread(self._grammars.call, tools, self._call_format())
+        if asked.json_schema is not None:
+            return await asyncio.to_thread(self._grammars.json, asked.json_schema)
+        return None
+
+    def _call_format(self) -> CallFormat:
+        from lora_core.data.prompts import chat_template
+        from lora_core.inference.tool_calls import CallFormat
+
+        return CallFormat.of_template(chat_template(self._tokenizer, tools=True))
 
     def _prompt(self, asked: GenerateRequest) -> list[int]:
         """Return the tokens that the answer follows, made as in training."""
         from lora_core.data.prompts import prompt_ids
 
-        return prompt_ids(self._tokenizer, asked.prompt)
+        return prompt_ids(self._tokenizer, asked.prompt, asked.tools)
 
 
 class _Account:
@@ -188,7 +200,7 @@ def _refusal(error: Exception) -> ErrorResponse:
         (NoTemplateError, 400, "invalid_prompt", None),
         (PromptTooLongError, 400, "context_length_exceeded", None),
         (UnknownTokenError, 400, "invalid_prompt", None),
-        (GrammarError, 400, "invalid_json_schema", "response_format"),
+        (GrammarError, 400, "invalid_json_schema", None),
         (AdapterNotFound, 404, "model_not_found", "model"),
         (AdapterRefusedError, 409, "adapter_refused", "model"),
         (AdapterFormatError, 409, "adapter_refused", "model"),

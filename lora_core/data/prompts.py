@@ -10,6 +10,7 @@ A chat template is a program that came with the base: whatever goes wrong in it 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,15 +30,20 @@ class NoTemplateError(ValueError):
     """The base has no chat template that could be used, whatever the messages are."""
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
-    """Return the tokens that an answer follows: of a plain prompt, or of the messages of a chat.
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> list[int]:
+    """Return the tokens that an answer follows: of a plain prompt, or of the messages of a chat, where the model may
+    call `tools`.
 
     Raises:
         PromptError: there are none, or the chat template refuses the messages.
-        NoTemplateError: messages, and no chat template for them.
+        NoTemplateError: messages, and no chat template for them, or for tools.
     """
     if not isinstance(prompt, str):
-        return tokenised(tokenizer, [rendered(tokenizer, prompt, generation_prompt=True)])[0]
+        return tokenised(tokenizer, [rendered(tokenizer, prompt, generation_prompt=True, tools=tools)])[0]
     (ids,) = text_ids(tokenizer, [prompt])
     if not ids:
         raise PromptError("the prompt is empty")
@@ -45,21 +51,33 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mappin
 
 
 def rendered(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    generation_prompt: bool,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Render messages by the chat template.
 
     Raises:
         PromptError: it refuses them, or fails.
-        NoTemplateError: there is none, or it is no template.
+        NoTemplateError: there is none, it is no template, or it shows no tools or no calls where there are some.
     """
-    template = _template(tokenizer)
+    template = chat_template(tokenizer, tools=bool(tools))
     shown = [for_template(message) for message in messages]
+    if tools and not re.search(r"\btools\b", template):
+        raise NoTemplateError("the base model's chat template shows no tools; leave tools out")
+    if "tool_calls" not in template and any("tool_calls" in message for message in shown):
+        raise NoTemplateError("the base model's chat template shows no calls; write them into `content`")
     what = f"the first {len(shown)} messages" if len(shown) > 1 else "the first message"
     try:
         text = str(
             tokenizer.apply_chat_template(
-                shown, chat_template=template, tokenize=False, add_generation_prompt=generation_prompt
+                shown,
+                tools=list(map(dict, tools)) or None,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
             )
         )
     except TemplateSyntaxError as error:
@@ -69,7 +87,7 @@ def rendered(
     except Exception as error:  # of any type, as in any program
         reason = f"{type(error).__name__}: {_reason(error)}"
         raise PromptError(f"the chat template fails on {what} ({reason})") from error
-    if len(text) > MOST_ADDED + 10 * sum(len(message["content"]) for message in shown):
+    if len(text) > MOST_ADDED + 10 * (sum(len(message["content"]) for message in shown) + len(str(tools))):
         raise PromptError(f"the chat template makes {len(text):,} characters of {what}")
     return text
 
@@ -102,14 +120,19 @@ def _first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return whole[: next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)]
 
 
-def _template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the template for chats, where there are several."""
+def chat_template(tokenizer: PreTrainedTokenizerBase, *, tools: bool = False) -> str:
+    """Return the template for chats, or for those with tools, where there are several.
+
+    Raises:
+        NoTemplateError: there is none.
+    """
     template: Any = tokenizer.chat_template
     if isinstance(template, dict) and template:
-        if "default" not in template:
+        name = "tool_use" if tools and "tool_use" in template else "default"
+        if name not in template:
             names = ", ".join(sorted(map(str, template)))
             raise NoTemplateError(f"the base model has several chat templates ({names}) and none is named default")
-        template = template["default"]
+        template = template[name]
     if not template:
         raise NoTemplateError("the base model has no chat template for messages")
     if not isinstance(template, str):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from lora_core.data.prompts import NoTemplateError, PromptError, rendered
+from lora_core.inference.tool_calls import overlap
 from lora_core.models.base import BaseModel
 
 _INCOMPLETE = "\ufffd"  # what bytes decode to as long as their character is not whole
@@ -63,7 +64,7 @@ class TextStream:
         if matches:  # the stop string that was complete first, however the text was cut into tokens
             self.stopped, self._pending = True, ""
             return pending[: min(matches)[1]]
-        keep = max((_overlap(pending, stop) for stop in self._stop), default=0)
+        keep = max((overlap(pending, stop) for stop in self._stop), default=0)
         self._pending = pending[len(pending) - keep :]
         return pending[: len(pending) - keep]
 
@@ -92,11 +93,6 @@ class TokenTexts:
         if fallback := re.fullmatch("<0x([0-9A-F]{2})>", written):
             return bytes.fromhex(fallback[1])
         return bytes(_BYTES[char] for char in written) if _BYTES.keys() >= set(written) else written.encode()
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` that is a beginning of `stop`."""
-    return next(n for n in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:n]))
 
 
 def end_tokens(base: BaseModel) -> frozenset[int]:

@@ -8,6 +8,7 @@ state.accept(token)
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from lora_core.inference.tool_calls import CLOSE, OPEN, CallFormat
 
 _WHITESPACE = r"[ \n\r\t]{1,40}"  # between the parts of JSON: a small model that may go on for ever does
 _SAID = 300
@@ -77,6 +80,21 @@ class GrammarCompiler:
         return self._grammar(
             LLMatcher.grammar_from_json_schema(dict(schema), overrides={"whitespace_pattern": _WHITESPACE})
         )
+
+    def call(self, tools: Mapping[str, Mapping[str, Any]], form: CallFormat) -> Grammar:
+        """A call of one of these tools, which are the JSON Schemas of their arguments by name.
+
+        Raises:
+            GrammarError: as above.
+        """
+        before, behind = (f"{OPEN}\n", f"\n{CLOSE}") if form.tagged else ("", "")
+        rules = ["start: " + " | ".join(f"call_{index}" for index in range(len(tools)))]
+        for index, (name, schema) in enumerate(tools.items()):
+            begin = f'{before}{{"name": {json.dumps(name)}, "{form.key}": '
+            rules.append(f"call_{index}: {json.dumps(begin)} arguments_{index} {json.dumps('}' + behind)}")
+            options = {"x-guidance": {"whitespace_pattern": _WHITESPACE}}
+            rules.append(f"arguments_{index}: %json {json.dumps({'type': 'object', **schema, **options})}")
+        return self._grammar(LLMatcher.grammar_from_lark("\n".join(rules)))
 
     def _grammar(self, grammar: str) -> Grammar:
         matcher = LLMatcher(self._trie, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))

@@ -14,6 +14,7 @@ import torch
 from lora_core.inference.engine import FailedRequest, GenerationRequest, Generator
 from lora_core.inference.grammar import Grammar, GrammarCompiler, GrammarError, GrammarState
 from lora_core.inference.sampling_params import SamplingParams
+from lora_core.inference.tool_calls import CallFormat, ToolCallParser
 from lora_core.models.base import BaseModel
 from lora_core.models.forward import open_forward
 from tests.support.models import decoder_base
@@ -110,6 +111,10 @@ def test_a_tokenizer_may_know_more_than_the_head_has_rows() -> None:
 def test_a_schema_that_no_answer_can_follow_is_refused_with_the_reason(schema: Mapping[str, Any], reason: str) -> None:
     with pytest.raises(GrammarError, match=reason):
         COMPILER.json(schema)
+    with pytest.raises(GrammarError, match=reason):
+        COMPILER.call(
+            {"good": {}, "bad": {"properties": {"a": schema}, "required": ["a"]}}, CallFormat(True, "arguments")
+        )
 
 
 def test_an_answer_that_cannot_go_on_fails_alone() -> None:
@@ -127,3 +132,22 @@ def test_an_answer_that_cannot_go_on_fails_alone() -> None:
     assert "\n" not in str(failed.error) and "<state>" not in str(failed.error)
     assert {event.request for event in events} == {failing, other} and generator.running == 0
     assert texts_of(generator, [request(1, None, 8)]) == expected
+
+
+@pytest.mark.parametrize("form", [CallFormat(True, "arguments"), CallFormat(False, "parameters")])
+def test_a_forced_call_is_a_call_of_one_of_the_tools(form: CallFormat) -> None:
+    base = served_base()
+    generator = Generator(base, open_forward(base), slots=4, max_len=256)
+    referring = {"properties": {"t": {"$ref": "#/$defs/T"}}, "required": ["t"], "$defs": {"T": TICKET}}
+    grammar = COMPILER.call({"open": TICKET, "move": {**referring, "additionalProperties": False}}, form)
+    names = set()
+    for text, reason in texts_of(generator, [request(seed, grammar) for seed in range(8)]):
+        parser = ToolCallParser(form, ["open", "move"], parallel=True)
+        said, calls = parser.push(text)
+        rest, more = parser.finish()
+        (call,) = [*calls, *more]
+        assert said + rest == "" and reason == "stop"
+        ticket = json.loads(call.arguments)
+        jsonschema.validate(ticket if call.name == "open" else ticket["t"], TICKET)
+        names.add(call.name)
+    assert names == {"open", "move"}

@@ -14,7 +14,7 @@ from deploy.api.schemas import ApiError, ChatRequest, TextRequest, parse_request
 from deploy.serving.server import AdapterServer
 from lora_core.data.dataset import DatasetError, Example, build_examples
 from lora_core.data.format import Row
-from lora_core.data.prompts import PromptError, prompt_ids, rendered
+from lora_core.data.prompts import NoTemplateError, PromptError, prompt_ids, rendered
 from lora_core.inference.detokenizer import end_tokens
 from tests.support.models import tiny_base
 from tests.support.rows import chat, clock_says, message, numbered
@@ -108,6 +108,50 @@ def test_a_template_is_shown_what_was_given_and_nothing_else() -> None:
         "user", "user/name=Ann", "user", "user", "user",
     ]  # fmt: skip
     assert shown.splitlines()[-1] == f"ab{SPECIALS[2]}"
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+WITH_TOOLS = (
+    "{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }}:"
+    "{{ c.function.arguments | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+)
+
+
+def test_tools_and_calls_are_shown_by_templates_that_have_them() -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": "é"}'}}
+    messages = [message("user", "a"), {"role": "assistant", "content": None, "tool_calls": [call]},
+                message("tool", "7", tool_call_id="c1")]  # fmt: skip
+    ids = served(tokenizer_with(WITH_TOOLS), messages=messages, tools=TOOLS)
+    assert tokenizer_with().decode(ids) == (
+        '{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}\n'
+        '<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<tool_call>f:{"x": "é"}</tool_call><|im_end|>\n'
+        "<|im_start|>tool\n7<|im_end|>\n"
+    )
+    several = {"default": CHAT_TEMPLATE, "tool_use": WITH_TOOLS}
+    assert served(tokenizer_with(several), messages=messages, tools=TOOLS) == ids
+    with pytest.raises(NoTemplateError, match="shows no tools; leave tools out"):
+        served(tokenizer_with(), messages=messages[:1], tools=TOOLS)
+    assert served(tokenizer_with(), messages=messages[:1], tools=TOOLS, tool_choice="none")
+    with pytest.raises(NoTemplateError, match="shows no calls; write them into `content`"):
+        served(tokenizer_with(), messages=messages)
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        ({"id": "c1"}, ": no call; write an object"),
+        ({"function": {"name": 3}}, ": no call"),
+        ({"function": {"name": "f", "arguments": "{"}}, ".function.arguments: no object in JSON"),
+        ({"function": {"name": "f", "arguments": "[1]"}}, ".function.arguments: no object"),
+        ({"function": {"name": "f", "arguments": r'{"a": "\ud83d"}'}}, ".function.arguments: no object"),
+    ],
+    ids=str,
+)
+def test_what_is_no_call_is_named(call: Any, sentence: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        served(tokenizer_with(WITH_TOOLS), messages=[message("assistant", "a", tool_calls=[call])])
+    assert f"messages.0.tool_calls.0{sentence}" in caught.value.message
 
 
 def test_only_answers_that_are_learned_have_to_say_something() -> None:

@@ -156,6 +156,9 @@ TICKET: dict[str, Any] = {
     "required": ["level"],
     "additionalProperties": False,
 }
+TEMPLATE_WITH_TOOLS = (
+    "{% for t in tools or [] %}{{ t }}<tool_call>{% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}"
+)
 
 
 def test_formats_are_followed_and_a_bad_schema_fails_alone(service: Service) -> None:
@@ -171,6 +174,24 @@ def test_formats_are_followed_and_a_bad_schema_fails_alone(service: Service) -> 
     assert isinstance(refused, ErrorResponse) and (refused.status, refused.code) == (400, "invalid_json_schema")
     assert "objekt" in refused.message
     assert free == run(service.server.answer(QUESTION))
+
+
+def test_tools_are_called_where_the_template_shows_them(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = {"type": "function", "function": {"name": "open", "parameters": TICKET}}
+    sampling = SamplingParams(seed=1)
+    asked = dataclasses.replace(
+        QUESTION, tools=(tool,), forced_tools=("open",), max_tokens=200, n=2, sampling=sampling, logprobs=0
+    )
+    refused = run(service.server.answer(asked))
+    assert isinstance(refused, ErrorResponse) and refused.status == 400 and "shows no tools" in refused.message
+    monkeypatch.setattr(service.server._tokenizer, "chat_template", TEMPLATE_WITH_TOOLS)
+    for choice in run(service.server.answer(asked)).choices:
+        (call,) = choice.tool_calls
+        assert (call.name, choice.text, choice.finish_reason) == ("open", "", "stop")
+        assert json.loads(call.arguments)["level"] in (1, 2, 30)
+        assert len(choice.logprobs) == choice.completion_tokens
+    free = run(service.server.answer(dataclasses.replace(asked, forced_tools=(), max_tokens=12)))
+    assert free.choices[0].text and not free.choices[0].tool_calls
 
 
 def test_one_adapter_is_loaded_once_for_all_who_ask(service: Service, fetches: list[str]) -> None:

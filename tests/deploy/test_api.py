@@ -20,9 +20,14 @@ from deploy.api.responses import ChatResponse, ModelName, TextResponse, parse_mo
 from deploy.api.schemas import ApiError, ChatRequest, TextRequest, parse_request
 from deploy.serving.protocol import Completion, Delta, StreamStart, TokenLogprob
 from lora_core.inference.sampling_params import SamplingParams
+from lora_core.inference.tool_calls import ToolCall
 
 ROOT = Path(__file__).parents[2]
 HELLO = [{"role": "user", "content": "Hello"}]
+
+
+TOOL = {"type": "function", "function": {"parameters": {"type": "object"}, "name": "f", "strict": True}}
+SHOWN = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
 
 def chat(**parameters: Any) -> ChatRequest:
@@ -84,6 +89,23 @@ def test_supported_parameters_reach_the_question() -> None:
     assert (defaults.stop, defaults.n, defaults.logprobs) == (("a", "b"), 1, None)
 
 
+@pytest.mark.parametrize(
+    ("choice", "tools", "forced"),
+    [
+        (None, (SHOWN,), ()),
+        ("auto", (SHOWN,), ()),
+        ("none", (), ()),
+        ("required", (SHOWN,), ("f",)),
+        ({"type": "function", "function": {"name": "f"}}, (SHOWN,), ("f",)),
+    ],
+)
+def test_tools_reach_the_question(choice: Any, tools: Any, forced: Any) -> None:
+    asked = chat(tools=[TOOL], tool_choice=choice, parallel_tool_calls=False).generate_request(None, "latest")
+    assert (asked.tools, asked.forced_tools, asked.parallel_tool_calls) == (tools, forced, not tools)
+    if tools:
+        assert list(asked.tools[0]["function"]) == ["name", "parameters"], "in the order of OpenAI's documents"
+
+
 def test_formats_reach_the_question() -> None:
     schema = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": {"type": "array"}}}
     wanted: dict[str, Any] = {"json_object": {"type": "object"}, "text": None}
@@ -118,8 +140,6 @@ def test_parameters_without_effect_are_accepted(parameters: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     ("parameter", "value"),
     [
-        ("tools", [{"type": "function"}]),
-        ("tool_choice", "required"),
         ("functions", [{"name": "f"}]),
         ("prediction", {"type": "content"}),
         ("audio", {"voice": "x"}),
@@ -166,7 +186,7 @@ def test_so_is_one_of_text_completions(parameter: str) -> None:
         ({"messages": [{"role": "user"}]}, "messages.0.content: missing; add a string"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role: `wizard` is unknown; use system"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content: a list; write"),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages.0.tool_calls: calls are"),
+        ({"messages": [{"role": "user", "content": "", "tool_calls": [{}]}]}, "messages.0.tool_calls: calls are"),
         ({"messages": ["hi"]}, "messages.0 must be a block of options"),
         ({"max_token": 5}, "max_token is no parameter here; did you mean max_tokens?"),
         ({"model": None}, "model must be text"),
@@ -180,6 +200,15 @@ def test_so_is_one_of_text_completions(parameter: str) -> None:
         (
             {"response_format": {"type": "json_schema", "json_schema": {}}},
             "response_format.json_schema.schema is missing",
+        ),
+        ({"response_format": {"type": "json_object"}, "tools": [TOOL]}, "response_format and tools do not go together"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function is missing"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
+        ({"tool_choice": "required"}, "tool_choice is required, and there are no tools"),
+        ({"tool_choice": "always"}, 'tool_choice must be none, auto, required or {"type": "function"'),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": [TOOL]},
+            "tool_choice names g, which",
         ),
     ],
 )
@@ -338,6 +367,29 @@ def test_logprobs_of_text_whole_and_in_chunks() -> None:
     assert pieces[2]["logprobs"]["text_offset"] == [4] and pieces[4]["logprobs"]["text_offset"] == [4]
     assert pieces[2]["logprobs"]["top_logprobs"] == [{"c": -0.25, "\ufffd": -1.0}]
     assert pieces[3]["logprobs"] is None and pieces[3]["finish_reason"] == "length"
+
+
+CALLED = ToolCall("f", '{"x": 1}')
+
+
+def test_calls_of_tools() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    choices = Delta("", "stop", 5, 0, (), (CALLED,)), Delta("a", "length", 5, 1, (), (CALLED, CALLED))
+    first, second = ChatResponse(chat(n=2)).whole(Completion(StreamStart("d", 1), choices))["choices"]
+    ids = [made.pop("id") for choice in (first, second) for made in choice["message"]["tool_calls"]]
+    assert len(set(ids)) == 3 and all(made.startswith("call_") for made in ids)
+    assert first["message"] == {"role": "assistant", "content": None, "refusal": None, "tool_calls": [call]}
+    assert (first["finish_reason"], second["finish_reason"], second["message"]["content"]) == (
+        "tool_calls", "length", "a"
+    )  # fmt: skip
+    response = ChatResponse(chat(stream=True))
+    text = response.chunks(Delta("a", None, 1, 0, (), (CALLED,))) + response.chunks(
+        Delta("", "stop", 2, 0, (), (CALLED,))
+    )
+    *made, end = (chunk["choices"][0] for chunk in chunks_of(text))
+    assert [call["index"] for piece in made for call in piece["delta"]["tool_calls"]] == [0, 1]
+    assert [piece["delta"].get("content") for piece in made] == ["a", None]
+    assert (end["delta"], end["finish_reason"]) == ({}, "tool_calls")
 
 
 def test_a_stream_of_several_choices_ends_once() -> None:
