@@ -71,11 +71,14 @@ def with_more_tokens(tokenizer: PreTrainedTokenizerBase, rows: int = VOCABULARY)
     return more
 
 
-def save_tiny_model(kind: str, folder: Path, seed: int = 0) -> Path:
-    """A random fp32 model of a family in `CONFIGS`; large weights, so that its greedy answers differ by prompt."""
+def save_tiny_model(kind: str, folder: Path, seed: int = 0, **config: Any) -> Path:
+    """A random fp32 model of a family in `CONFIGS`; large weights, so that its greedy answers differ by prompt.
+    `config` are options that differ from the family's.
+    """
     torch.manual_seed(seed)
-    config = copy.deepcopy(CONFIGS[kind])  # which saving writes into
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    own = copy.deepcopy(CONFIGS[kind])  # which saving writes into
+    own.update(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(own)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
