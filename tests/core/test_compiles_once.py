@@ -130,7 +130,7 @@ def one_pass(on: Decoder, engine: TrainEngine, live: dict[str, LiveJob], checkpo
 
 def keys_of(asked: Asked, ranks: Sequence[int], options: dict[str, Any]) -> list[str]:
     """Of every launch in a pass with these adapters."""
-    base = tiny_base("llama", dtype=torch.bfloat16)
+    base = tiny_base("llama", dtype=torch.bfloat16, num_hidden_layers=1)
     engine = TrainEngine(base)
     for index, r in enumerate(ranks):
         engine.add(small_job(f"{index:02}", index, {"r": r, **options}))
@@ -140,7 +140,7 @@ def keys_of(asked: Asked, ranks: Sequence[int], options: dict[str, Any]) -> list
 
 def warmed_and_needed(asked: Asked, checkpointing: Checkpointing) -> tuple[list[str], list[list[str]]]:
     """The keys of what is launched before each newcomer comes in, and those of every set of them."""
-    base = tiny_base("llama", dtype=torch.bfloat16)
+    base = tiny_base("llama", dtype=torch.bfloat16, num_hidden_layers=1)
     engine, on = TrainEngine(base), Decoder(base.model)
     warmup, weights = KernelWarmup(on), [weight.clone() for weight in base.model.parameters()]
     for index, lora in enumerate(NEWCOMERS):

@@ -239,7 +239,6 @@ def test_stacked_weights_are_the_models_own() -> None:
 @pytest.mark.parametrize(
     ("kind", "dropouts", "dora", "checkpointing"),
     [
-        ("llama", NO_DROPOUT, (), "none"),
         ("llama", NO_DROPOUT, (0, 2), "full"),
         ("qwen2", DROPOUTS, (1,), "none"),
         ("qwen3", DROPOUTS, (1,), "selective"),

@@ -204,7 +204,7 @@ IN_TRITON = pytest.param(
 def test_many_steps_in_the_decoder_are_those_of_the_hooks(in_triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms follow every step, an evaluation before the first, a step that failed, and the return to the best."""
     # In Triton's interpreter rows take seconds.
-    dtype, steps, rows, held_out = (torch.float32, 2, 2, 1) if in_triton else (torch.float64, 8, 8, 4)
+    dtype, layers, steps, rows, held_out = (torch.float32, 1, 2, 2, 1) if in_triton else (torch.float64, 2, 8, 8, 4)
     if in_triton:
         pytest.importorskip("triton", reason="Triton has no build for this system")
 
@@ -226,10 +226,10 @@ def test_many_steps_in_the_decoder_are_those_of_the_hooks(in_triton: bool, monke
         evaluations = [live[0].progress.before, live[0].progress.evaluation]
         return found | {"losses": torch.tensor([one.loss for one in evaluations if one is not None])}
 
-    by_hooks = train(tiny_base("llama", dtype=dtype))
+    by_hooks = train(tiny_base("llama", dtype=dtype, num_hidden_layers=layers))
     if in_triton:
         decode_with_triton(monkeypatch)
-    by_decoder = train(decoder_base("llama", dtype=dtype))
+    by_decoder = train(decoder_base("llama", dtype=dtype, num_hidden_layers=layers))
     for name, numbers in by_hooks.items():
         assert relative(by_decoder[name], numbers) < (1e-4 if in_triton else 1e-11), name
 

@@ -165,6 +165,8 @@ def kernels(low: LowRank) -> ModuleType:
     return low_rank_triton if low.dropout_keys is None else masked_low_rank_triton
 
 
+# Three linears, one and two; ranks that fit into one block of a kernel, and that do not; one stripe of a row, or two.
+every_kind = pytest.mark.parametrize("kind", ["qkv", "o", "gate_up_small", "down"])
 with_and_without_dora = pytest.mark.parametrize("dora", [False, True])
 with_and_without_dropout = pytest.mark.parametrize("dropouts", [NO_DROPOUT, DROPOUT])
 
@@ -182,14 +184,14 @@ def all_of_any_three(choices: dict[str, tuple[Any, Any]]) -> pytest.MarkDecorato
 
 
 @with_and_without_dropout
-@pytest.mark.parametrize("kind", list(GROUPS))
+@every_kind
 def test_shrink(kind: str, dropouts: Sequence[float]) -> None:
     here, there = low_rank_on(kind, CPU, dropouts), low_rank_on(kind, DEVICE, dropouts)
     x = randn(T, here.group.inputs)
     close(own(kernels(there).shrink(x.to(DEVICE), there), there), masked_low_rank.shrink(x, here))
 
 
-@pytest.mark.parametrize("kind", list(GROUPS))
+@every_kind
 def test_shrink_gradient(kind: str) -> None:
     here, there = low_rank_on(kind), low_rank_on(kind, DEVICE)
     dy = randn(T, sum(here.group.outputs))
@@ -204,7 +206,7 @@ def norms(width: int) -> tuple[Norm, Norm]:
 
 @with_and_without_dropout
 @pytest.mark.parametrize("with_norm", [True, False])
-@pytest.mark.parametrize("kind", list(GROUPS))
+@every_kind
 def test_weight_gradients_are_added(kind: str, with_norm: bool, dropouts: Sequence[float]) -> None:
     here, there = low_rank_on(kind, CPU, dropouts), low_rank_on(kind, DEVICE, dropouts)
     x, h, dy, dh = (randn(T, width) for width in (here.group.inputs, here.width, sum(here.group.outputs), here.width))
@@ -219,7 +221,7 @@ def test_weight_gradients_are_added(kind: str, with_norm: bool, dropouts: Sequen
 
 
 @with_and_without_dropout
-@pytest.mark.parametrize("kind", list(GROUPS))
+@every_kind
 def test_expand_gradient(kind: str, dropouts: Sequence[float]) -> None:
     here, there = low_rank_on(kind, CPU, dropouts), low_rank_on(kind, DEVICE, dropouts)
     dx, dh = randn(T, here.group.inputs), randn(T, here.width)
@@ -335,7 +337,7 @@ def test_dora_backward(kind: str) -> None:
     assert not torch.isclose(reference[:70], dy[:70]).all()
 
 
-@pytest.mark.parametrize("kind", list(GROUPS))
+@every_kind
 def test_norms_and_dora_scales(kind: str) -> None:
     """Of rows of W + s B A; one row of W and B is zero."""
     low = low_rank_on(kind, DEVICE, dora=True)
@@ -480,7 +482,7 @@ def test_nf4_is_bit_equal() -> None:
 
 
 @with_and_without_dropout
-@pytest.mark.parametrize("kind", list(GROUPS))
+@every_kind
 def test_a_neighbours_nan_stays_with_it(kind: str, dropouts: Sequence[float]) -> None:
     """Rows, weights and gradients of one adapter NaN: nothing of the others'."""
     low = low_rank_on(kind, DEVICE, dropouts)
