@@ -39,7 +39,7 @@ from lora_core.training.memory.predictor import (
     vector_bytes,
 )
 from lora_core.training.optimizer import FlatAdamW
-from tests.support.models import CONFIGS, CPU, documents, next_chunks, tiny_base
+from tests.support.models import CONFIGS, CPU, FAMILIES, documents, next_chunks, tiny_base
 from tests.support.tiny_models import byte_tokenizer, smollm2_gguf
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +67,7 @@ def measured(base: BaseModel, checkpointing: Checkpointing, *wanted: EngineJob) 
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
-@pytest.mark.parametrize("kind", sorted(CONFIGS))
+@pytest.mark.parametrize("kind", [*FAMILIES, "gemma2-untied"])
 def test_a_run_without_numbers_counts_what_a_real_one_holds(kind: str, checkpointing: Checkpointing) -> None:
     wanted = EngineJob("job", LORA, TrainConfig(batch_size=20, max_seq_len=64), documents(20, 0, 32, 32))
     taken, tokens = measured(tiny_base(kind), checkpointing, wanted)
@@ -184,13 +184,10 @@ def test_a_small_models_peak_is_within_a_tenth(
 
 
 # "auto" is bf16 and the decoder where the CPU has units for it; without them bf16 takes 50 times as long.
-@pytest.mark.parametrize(("precision", "checkpointing"), [("fp32", "none"), ("auto", "full")])
-def test_smollm2s_peak_is_within_a_tenth(
-    shared_cache: Path, tmp_path: Path, precision: str, checkpointing: str
-) -> None:
+def test_smollm2s_peak_is_within_a_tenth(shared_cache: Path, tmp_path: Path) -> None:
     """On a copy of its own: of pages that other processes map, too, this one would be counted a share."""
     folder = shutil.copytree(local_folder(smollm2_gguf(), shared_cache), tmp_path / "base")
-    check_case(str(folder), tmp_path / "cache", precision, checkpointing, 256, 1, 0.0)
+    check_case(str(folder), tmp_path / "cache", "auto", "none", 256, 1, 0.0)
 
 
 def check_case(source: str, cache: Path, *case: Any) -> None:
