@@ -112,7 +112,7 @@ def predictor_of(kind: str, quantised: str | None) -> Predictor:
 def predicted(case: MicroBatch) -> int:
     """What is predicted of it."""
     of = predictor_of(case.kind, "nf4" if case.precision == "nf4" else None)
-    kinds = [of.footprints.of(lora) for lora in case.loras]
+    kinds = [of.shapes.of(lora) for lora in case.loras]
     return of.activations.peak_bytes(kinds, 2 * sum(case.lengths), max(case.lengths), case.checkpointing)
 
 
@@ -164,9 +164,9 @@ def test_layers_that_are_alike_are_counted_from_a_few(device: str, lora: LoraCon
     config = LlamaConfig(**SIZES | {"num_hidden_layers": 5})
     of = predictor(config, torch.bfloat16, "llama", device)
     for few in (lora, lora.model_copy(update={"layers_to_transform": [0, 3]})):
-        footprint = of.footprints.of(few)
+        shape = of.shapes.of(few)
         for checkpointing in WAYS:
-            run = footprint, 64, 64, checkpointing
+            run = shape, 64, 64, checkpointing
             assert of.activations.peaks(*run) == of.activations.dry_run(*run)
 
 
@@ -175,7 +175,7 @@ def test_threads_ask_for_devices_of_their_own_at_once() -> None:
     of = [predictor(TINY, torch.bfloat16, "llama", device) for device in ("cpu", "cuda")]
 
     def peaks(of: Predictor) -> tuple[int, int]:
-        return of.activations.dry_run(of.footprints.of(PLAIN[0]), 64, 64, "none")
+        return of.activations.dry_run(of.shapes.of(PLAIN[0]), 64, 64, "none")
 
     with ThreadPoolExecutor(4) as threads:
         assert list(threads.map(peaks, of * 4)) == list(map(peaks, of)) * 4

@@ -26,7 +26,7 @@ from lora_core.models.llama.decoder import Checkpointing
 from lora_core.training import engine as trainer
 from lora_core.training.engine import TrainEngine
 from lora_core.training.job import EngineJob
-from lora_core.training.memory import footprint
+from lora_core.training.memory import adapter_shape
 from lora_core.training.memory import predictor as memory
 from lora_core.training.memory.dry_run import Activations, Meter
 from lora_core.training.memory.predictor import (
@@ -72,7 +72,7 @@ def test_a_run_without_numbers_counts_what_a_real_one_holds(kind: str, checkpoin
     wanted = EngineJob("job", LORA, TrainConfig(batch_size=20, max_seq_len=64), documents(20, 0, 32, 32))
     taken, tokens = measured(tiny_base(kind), checkpointing, wanted)
     of = predictor(CONFIGS[kind], torch.float32, "hooks")
-    told = of.activations.peak_bytes([of.footprints.of(LORA)], tokens, 32, checkpointing)
+    told = of.activations.peak_bytes([of.shapes.of(LORA)], tokens, 32, checkpointing)
     assert told == pytest.approx(taken, rel=0.1)
 
 
@@ -84,7 +84,7 @@ def test_masks_of_a_sliding_window_are_counted(kind: str, checkpointing: Checkpo
     wanted = EngineJob("job", LORA, TrainConfig(batch_size=4, max_seq_len=1024), examples)
     taken, tokens = measured(tiny_base(kind), checkpointing, wanted)
     of = predictor(CONFIGS[kind], torch.float32, "hooks")
-    told = of.activations.peak_bytes([of.footprints.of(LORA)], tokens, 256, checkpointing)
+    told = of.activations.peak_bytes([of.shapes.of(LORA)], tokens, 256, checkpointing)
     assert told == pytest.approx(taken, rel=0.06)
 
 
@@ -94,7 +94,7 @@ def test_options_of_an_adapter_are_counted(options: dict[str, Any], tmp_path: Pa
     wanted = EngineJob("job", lora, TrainConfig(batch_size=20, max_seq_len=64), documents(20, 0, 32, 32))
     taken, tokens = measured(tiny_base("llama"), "none", wanted)
     of = small_predictor()
-    told = of.activations.peak_bytes([of.footprints.of(lora)], tokens, 32, "none")
+    told = of.activations.peak_bytes([of.shapes.of(lora)], tokens, 32, "none")
     assert told == pytest.approx(taken, rel=0.1)
 
 
@@ -111,7 +111,7 @@ def test_a_set_of_jobs_is_counted_as_what_it_is() -> None:
         examples = [Example([3] * length, [False] + [True] * (length - 1)) for length in lengths]
         wanted = [EngineJob(str(number), lora, TrainConfig(), [one]) for number, one in enumerate(examples)]
         taken, tokens = measured(base, "none", *wanted)
-        told = of.activations.peak_bytes([of.footprints.of(lora)], tokens, 512, "none")
+        told = of.activations.peak_bytes([of.shapes.of(lora)], tokens, 512, "none")
         assert told == pytest.approx(taken, rel=0.1)
 
 
@@ -120,13 +120,13 @@ def test_the_vectors_of_an_adapter_are_counted() -> None:
     optimizer: FlatAdamW = TrainEngine(base).add(job()).optimizer
     vectors = (optimizer.flat, optimizer._message, optimizer._trained.cast, *optimizer.moments)
     of = predictor(CONFIGS["llama"], torch.bfloat16, "hooks")
-    told = vector_bytes(of.footprints, of.footprints.of(job().lora))
+    told = vector_bytes(of.shapes, of.shapes.of(job().lora))
     assert of.predict([job().lora] * 3, 256, 32, "none") == of.predict([job().lora] * 2, 256, 32, "none") + told
     assert told == pytest.approx(sum(vector.nbytes for vector in vectors), rel=0.01)
 
 
 @pytest.mark.parametrize("options", [{}, {"init_lora_weights": "pissa"}])
-def test_on_a_cpu_a_checkpoint_a_hand_over_and_the_best_weights_are_counted(
+def test_on_a_cpu_a_checkpoint_publishing_and_the_best_weights_are_counted(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
     lora, of = LoraConfig(r=32, **options), small_predictor()
@@ -141,15 +141,15 @@ def test_on_a_cpu_a_checkpoint_a_hand_over_and_the_best_weights_are_counted(
         snapshot.write(tmp_path / "checkpoint")
         checkpoint = meter.live
         files = adapter_files(live.optimizer.on_host(), engine.forward.modules, "base")
-        hand_over = meter.peak - checkpoint
+        publishing = meter.peak - checkpoint
     written = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert snapshot.tensors and files
     on_gpu = predictor(CONFIGS["llama"], torch.float32, "hooks", "cuda")
-    without = of.weights + vector_bytes(of.footprints, of.footprints.of(lora)) + memory.CONTEXT["cpu"]
-    peak = of.activations.peak_bytes([of.footprints.of(lora)], 256, 30, "none")
+    without = of.weights + vector_bytes(of.shapes, of.shapes.of(lora)) + memory.CONTEXT["cpu"]
+    peak = of.activations.peak_bytes([of.shapes.of(lora)], 256, 30, "none")
     told = of.predict([lora], 256, 30, "none", [lora]) - peak - without
-    taken = checkpoint + hand_over + written + best  # once more: the snapshot may have the best of before
+    taken = checkpoint + publishing + written + best  # once more: the snapshot may have the best of before
     assert told == pytest.approx(taken, rel=0.05)
     assert engine.planner.plan([wanted]) == of.fit(
         engine.planner.budget or 0, [lora], wanted.longest, wanted.largest_chunk, [lora]
@@ -312,7 +312,7 @@ def test_a_plan_is_known_for_adapters_that_take_the_same(monkeypatch: pytest.Mon
     for name, lora in (("a", LoraConfig(r=8)), ("b", LoraConfig(r=4, use_dora=True, target_modules=["q_proj"]))):
         engine.add(EngineJob(name, lora, TrainConfig(), documents(4, 0)))
     monkeypatch.setattr(Activations, "dry_run", None)
-    monkeypatch.setattr(footprint, "AdaptableModules", None)
+    monkeypatch.setattr(adapter_shape, "AdaptableModules", None)
     engine.add(EngineJob("c", LoraConfig(r=8, lora_alpha=99), TrainConfig(), documents(4, 1, longest=60)))
     engine.remove("a")
     engine.remove("c")
@@ -326,7 +326,7 @@ def test_a_newcomer_has_its_vectors_only_once_there_is_room(monkeypatch: pytest.
     capacities = [engine.planner.capacity]
     with Meter() as meter:
         prepared = engine.prepare(job("large", r=128))
-    vectors = vector_bytes(of.footprints, of.footprints.of(prepared.job.lora))
+    vectors = vector_bytes(of.shapes, of.shapes.of(prepared.job.lora))
     assert meter.live < 0.5 * vectors  # its weights; not their gradient and two moments
 
     def recorded(*arguments: Any) -> FlatAdamW:

@@ -17,7 +17,7 @@ from lora_core.models.files import DTYPES
 from lora_core.models.llama.decoder import Checkpointing
 from lora_core.training.engine import TrainEngine
 from lora_core.training.job import EngineJob
-from lora_core.training.memory.predictor import HAND_OVER_COPIES, predictor, resident_bytes, return_freed_memory
+from lora_core.training.memory.predictor import PUBLISHED_COPIES, predictor, resident_bytes, return_freed_memory
 
 DOCUMENT = 128
 
@@ -48,10 +48,10 @@ def main(
     for number in range(adapters):
         engine.add(EngineJob(f"job{number}", lora, TrainConfig(batch_size=len(examples), epochs=9), examples))
     live = next(iter(engine.live.values()))
-    copies = [live.snapshot(), *(live.optimizer.on_host() for _ in range(HAND_OVER_COPIES))]  # as if it took that long
+    copies = [live.snapshot(), *(live.optimizer.on_host() for _ in range(PUBLISHED_COPIES))]  # as if it took that long
     for _ in range(2):
         engine.step()
-    assert len(copies) == 1 + HAND_OVER_COPIES
+    assert len(copies) == 1 + PUBLISHED_COPIES
     shared = status_bytes("VmRSS") - resident_bytes()  # other processes' part of libraries and weights
     print(predicted, status_bytes("VmHWM") - shared)
 

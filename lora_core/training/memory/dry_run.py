@@ -36,7 +36,7 @@ from lora_core.models.llama.decoder import Checkpointing, Decoder
 from lora_core.models.llama.forward import LlamaBatch, LlamaForward
 from lora_core.models.llama.head import CPU_HEAD_ROWS, HEAD_ROWS
 from lora_core.models.precision import DenseWeight, Fp8Weight, FrozenWeight, Nf4Weight, quantised_layers
-from lora_core.training.memory.footprint import META, Footprint, Footprints
+from lora_core.training.memory.adapter_shape import META, AdapterShape, AdapterShapes
 from lora_core.training.optimizer import FlatAdamW, HostState
 
 CUBLAS_WORKSPACES = 2 * 2**25
@@ -67,18 +67,18 @@ class Activations:
     were `device`; `frozen` are the linears of the llama path (`frozen_weights`). Any threads may ask at once.
     """
 
-    footprints: Footprints
+    shapes: AdapterShapes
     path: ForwardPath
     device: str
     frozen: Sequence[FrozenWeight]
     largest: int  # tokens of a micro-batch
     _known: dict[Any, Bounds] = field(default_factory=dict)
 
-    def peak_bytes(self, kinds: Sequence[Footprint], tokens: int, longest: int, checkpointing: Checkpointing) -> int:
+    def peak_bytes(self, kinds: Sequence[AdapterShape], tokens: int, longest: int, checkpointing: Checkpointing) -> int:
         """At most, while `tokens` of any of these adapters, in documents up to `longest`, go forward and backward. Its
         dry runs are remembered for adapters that come to the same.
         """
-        key = Footprint.widest(kinds), self._document(longest), checkpointing
+        key = AdapterShape.widest(kinds), self._document(longest), checkpointing
         if key not in self._known:
             self._known[key] = self._bounds(*key)
         floor, lines = self._known[key]
@@ -87,7 +87,7 @@ class Activations:
 
     def _document(self, longest: int) -> int:
         """Tokens of a document for which attention takes the most; where it is fused they are all the same to it."""
-        config, in_bf16 = self.footprints.model.config, self.footprints.model.dtype == torch.bfloat16
+        config, in_bf16 = self.shapes.model.config, self.shapes.model.dtype == torch.bfloat16
         if getattr(config, "attn_logit_softcapping", None) is not None:
             return longest
         if self.path == "llama" and self.device == "cpu":
@@ -100,40 +100,40 @@ class Activations:
 
     def _masks(self, tokens: int, longest: int) -> int:
         """Of documents longer than a sliding window, one each, as all may be of other lengths; layers share them."""
-        window = getattr(self.footprints.model.config, "sliding_window", None)
+        window = getattr(self.shapes.model.config, "sliding_window", None)
         if self.path == "llama" or window is None or longest <= window:
             return 0
-        return -(-tokens // longest) * longest**2 * self.footprints.model.dtype.itemsize
+        return -(-tokens // longest) * longest**2 * self.shapes.model.dtype.itemsize
 
     def _scratch(self) -> int:
         """What libraries take outside of tensors. oneDNN lays a weight out anew for a bf16 product of hooks, once
         forward and once backward; the head's is the largest.
         """
-        weight = self.footprints.model.get_output_embeddings().weight
+        weight = self.shapes.model.get_output_embeddings().weight
         if self.path == "llama":
             return CUBLAS_WORKSPACES if self.device == "cuda" else 0
         return 2 * weight.nbytes if self.device == "cpu" and weight.dtype == torch.bfloat16 else 0
 
-    def _bounds(self, footprint: Footprint, document: int, checkpointing: Checkpointing) -> Bounds:
+    def _bounds(self, shape: AdapterShape, document: int, checkpointing: Checkpointing) -> Bounds:
         # Whole documents, and at least a whole slice of logits: with less, their rows would count as every token's.
         head_rows = SLICE_ROWS if self.path == "hooks" else HEAD_ROWS if self.device == "cuda" else CPU_HEAD_ROWS
         few = -(-head_rows // document) * document
         many = max(3 * few, -(-self.largest // document) * document)
         sizes = few, 2 * few, many
-        floors, peaks = zip(*(self.peaks(footprint, size, document, checkpointing) for size in sizes), strict=True)
+        floors, peaks = zip(*(self.peaks(shape, size, document, checkpointing) for size in sizes), strict=True)
         lines = []
         for (less, low), (more, high) in pairwise(zip(sizes, peaks, strict=True)):
             slope = (high - low) / (more - less)
             lines.append((low - slope * (less + TINY_CHUNK.padded_tokens), slope))
         return Bounds(max(floors), lines)
 
-    def peaks(self, footprint: Footprint, tokens: int, document: int, checkpointing: Checkpointing) -> tuple[int, int]:
+    def peaks(self, shape: AdapterShape, tokens: int, document: int, checkpointing: Checkpointing) -> tuple[int, int]:
         """Those of `dry_run` with all layers. Where those of the llama path are alike, each takes as much as the last
         one of a few.
         """
         layers = len(self.frozen) // 4
-        run = partial(self.dry_run, footprint, tokens, document, checkpointing)
-        if layers <= FEW_LAYERS or not self.footprints.layers_are_alike(footprint):
+        run = partial(self.dry_run, shape, tokens, document, checkpointing)
+        if layers <= FEW_LAYERS or not self.shapes.layers_are_alike(shape):
             return run()
         pairs = zip(run(FEW_LAYERS), run(FEW_LAYERS - 1), strict=True)
         before, peak = (of_few + (layers - FEW_LAYERS) * (of_few - of_one_less) for of_few, of_one_less in pairs)
@@ -141,7 +141,7 @@ class Activations:
 
     def dry_run(
         self,
-        footprint: Footprint,
+        shape: AdapterShape,
         tokens: int,
         document: int,
         checkpointing: Checkpointing,
@@ -153,8 +153,8 @@ class Activations:
         """
         with meta_stands_for(self.device):
             forward = self._forward(layers)
-            dtype = self.footprints.model.dtype
-            start = HostState(self.footprints.adapter(footprint, layers), dtype)
+            dtype = self.shapes.model.dtype
+            start = HostState(self.shapes.adapter(shape, layers), dtype)
             adapter = FlatAdamW(start, TrainConfig(), META, dtype).adapter
             bound = forward.bind(adapter)
             with Meter() as meter:
@@ -170,13 +170,13 @@ class Activations:
 
     def _forward(self, layers: int | None) -> Forward:
         """One for each run: hooks hang on the model, and a decoder remembers what it found of its weights."""
-        model, middle = self.footprints.model, len(self.frozen) // 8
+        model, middle = self.shapes.model, len(self.frozen) // 8
         if self.path == "llama":
             weights = cycle(self.frozen[4 * middle : 4 * middle + 4])
             decoder = Decoder(model, lambda _: next(weights))
             if layers is not None:
                 del decoder.layers[layers:], decoder.groups[4 * layers :]
-            return LlamaForward(decoder, self.footprints.adaptable, precision="")
+            return LlamaForward(decoder, self.shapes.adaptable, precision="")
         return HooksForward(BaseModel(copy.deepcopy(model), PreTrainedTokenizerBase(), "", "", "", META))
 
 

@@ -68,9 +68,9 @@ class MemoryPlanner:
             return
         with suppress(DoesNotFitError):
             self.plan(jobs)
-        footprints = Counter(self.predictor.footprints.of(job.lora) for job in jobs)
+        shapes = Counter(self.predictor.shapes.of(job.lora) for job in jobs)
         for leaving in jobs:
-            if footprints[self.predictor.footprints.of(leaving.lora)] == 1:
+            if shapes[self.predictor.shapes.of(leaving.lora)] == 1:
                 with suppress(DoesNotFitError):
                     self.plan([job for job in jobs if job is not leaving])
 

@@ -23,8 +23,8 @@ from lora_core.config import LoraConfig, TrainConfig
 from lora_core.models.attention import ATTENTION_NAME
 from lora_core.models.forward import ForwardPath
 from lora_core.models.llama.decoder import Checkpointing, Decoder
+from lora_core.training.memory.adapter_shape import META, AdapterShape, AdapterShapes
 from lora_core.training.memory.dry_run import Activations, Meter, frozen_weights
-from lora_core.training.memory.footprint import META, Footprint, Footprints
 from lora_core.training.optimizer import FlatAdamW, HostState
 
 LARGEST_CAPACITY = {"cpu": 2048, "cuda": 8192}
@@ -40,8 +40,8 @@ HOLES = {"cpu": 1.0, "cuda": 1.04}
 which the tensors themselves were predicted within 0.5 % (`tests/bench/memory_gpu.py`).
 """
 
-HAND_OVER_COPIES = 4
-"""Of an adapter's weights and residual, while it is handed over beside the steps of others: the copy of them, what is
+PUBLISHED_COPIES = 4
+"""Of an adapter's weights and residual, while it is published beside the steps of others: the copy of them, what is
 to be written, its bytes, the files. A checkpoint that is written meanwhile is one copy.
 """
 
@@ -73,18 +73,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class Predictor:
-    """Bytes of training any adapters on one base of `weights` bytes: `footprints` are of the base on the meta device,
+    """Bytes of training any adapters on one base of `weights` bytes: `shapes` are of the base on the meta device,
     `device` is the type of what it will train on.
 
     `longest` is everywhere the most tokens of one document. Any threads may ask at once.
     """
 
-    footprints: Footprints
+    shapes: AdapterShapes
     device: str
     weights: int
     activations: Activations
-    _vectors: dict[Footprint, int] = field(default_factory=dict)
-    _states: dict[Footprint, tuple[int, int, int]] = field(default_factory=dict)
+    _vectors: dict[AdapterShape, int] = field(default_factory=dict)
+    _states: dict[AdapterShape, tuple[int, int, int]] = field(default_factory=dict)
 
     def predict(
         self,
@@ -101,28 +101,28 @@ class Predictor:
         peak = self.activations.peak_bytes(adapters, capacity, longest, checkpointing)
         return self._without_activations(adapters, best) + int(HOLES[self.device] * peak)
 
-    def _of(self, loras: Sequence[LoraConfig]) -> list[Footprint]:
-        return [self.footprints.of(lora) for lora in loras]
+    def _of(self, loras: Sequence[LoraConfig]) -> list[AdapterShape]:
+        return [self.shapes.of(lora) for lora in loras]
 
-    def _without_activations(self, adapters: Sequence[Footprint], kept: Sequence[Footprint]) -> int:
+    def _without_activations(self, adapters: Sequence[AdapterShape], kept: Sequence[AdapterShape]) -> int:
         held = self.weights + sum(map(self._vector_bytes, adapters))
         if self.device == "cpu":
-            parts = {footprint: self._state_bytes(footprint) for footprint in adapters}
-            best = {footprint: parts[footprint][0] for footprint in kept}
-            held += sum(best[footprint] for footprint in kept)
-            held += max(sum(of) + best.get(footprint, 0) for footprint, of in parts.items())
-            held += HAND_OVER_COPIES * max(weights + residual for weights, _, residual in parts.values())
+            parts = {shape: self._state_bytes(shape) for shape in adapters}
+            best = {shape: parts[shape][0] for shape in kept}
+            held += sum(best[shape] for shape in kept)
+            held += max(sum(of) + best.get(shape, 0) for shape, of in parts.items())
+            held += PUBLISHED_COPIES * max(weights + residual for weights, _, residual in parts.values())
         return CONTEXT[self.device] + int(HOLES[self.device] * held)
 
-    def _vector_bytes(self, footprint: Footprint) -> int:
-        if footprint not in self._vectors:
-            self._vectors[footprint] = vector_bytes(self.footprints, footprint)
-        return self._vectors[footprint]
+    def _vector_bytes(self, shape: AdapterShape) -> int:
+        if shape not in self._vectors:
+            self._vectors[shape] = vector_bytes(self.shapes, shape)
+        return self._vectors[shape]
 
-    def _state_bytes(self, footprint: Footprint) -> tuple[int, int, int]:
-        if footprint not in self._states:
-            self._states[footprint] = state_bytes(self.footprints, footprint)
-        return self._states[footprint]
+    def _state_bytes(self, shape: AdapterShape) -> tuple[int, int, int]:
+        if shape not in self._states:
+            self._states[shape] = state_bytes(self.shapes, shape)
+        return self._states[shape]
 
     def fit(
         self,
@@ -182,26 +182,24 @@ def predictor(
         frozen = frozen_weights(model, device, quantised)
         dense = [part for layer in Decoder.stacks(model) for group in layer for part in group]
         weights += sum(weight.nbytes for weight in frozen) - sum(part.nbytes for part in dense)
-    footprints = Footprints(model)
-    return Predictor(
-        footprints, device, weights, Activations(footprints, path, device, frozen, LARGEST_CAPACITY[device])
-    )
+    shapes = AdapterShapes(model)
+    return Predictor(shapes, device, weights, Activations(shapes, path, device, frozen, LARGEST_CAPACITY[device]))
 
 
-def vector_bytes(footprints: Footprints, footprint: Footprint) -> int:
+def vector_bytes(shapes: AdapterShapes, shape: AdapterShape) -> int:
     """Of one adapter: its master weights, their gradient, two moments, the copy that products use; with DoRA norms and
     scales.
     """
-    adapter, dtype = footprints.adapter(footprint), footprints.model.dtype
+    adapter, dtype = shapes.adapter(shape), shapes.model.dtype
     meter = Meter()
     with meter:
         FlatAdamW(HostState(adapter, dtype), TrainConfig(), META, dtype)
     return meter.peak + 2 * sum(m.nbytes for m in adapter.magnitude.values())
 
 
-def state_bytes(footprints: Footprints, footprint: Footprint) -> tuple[int, int, int]:
+def state_bytes(shapes: AdapterShapes, shape: AdapterShape) -> tuple[int, int, int]:
     """Of one adapter's weights, and of what a checkpoint has besides: both moments, and PiSSA's residual."""
-    state = HostState(footprints.adapter(footprint), footprints.model.dtype)
+    state = HostState(shapes.adapter(shape), shapes.model.dtype)
     weights = state.trained.vector.nbytes
     return weights, 2 * weights, state.residual.vector.nbytes if state.residual is not None else 0
 
