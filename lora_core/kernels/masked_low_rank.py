@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -95,7 +96,10 @@ def _dropping(low_rank: LowRank) -> Iterator[tuple[FusedLinearAdapter, LinearAda
 def _masked(x: Tensor, adapter: FusedLinearAdapter, part: LinearAdapter, keys: Tensor) -> Tensor:
     """Return x `[rows, in]` with zeros where the linear drops it."""
     masked = torch.empty_like(x)
-    for few, few_keys, target in zip(x.split(MASK_ROWS), keys.split(MASK_ROWS), masked.split(MASK_ROWS), strict=True):
+    parts = zip(x.split(MASK_ROWS), keys.split(MASK_ROWS), masked.split(MASK_ROWS), strict=True)
+    # A run without numbers counts memory, of which no part takes more than the first; Python takes long over each.
+    for few, few_keys, target in islice(parts, 1) if x.is_meta else parts:
         mask = dropout_mask(x.shape[1], adapter.dropout, few_keys, part.module_key)
         torch.mul(few, mask.view(torch.uint8), out=target)  # as bool it would take four times as long
+        del mask  # before the next one's numbers
     return masked

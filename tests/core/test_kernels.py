@@ -43,6 +43,7 @@ from lora_core.kernels.operands import (
     Rope,
     Segments,
 )
+from lora_core.training.memory.dry_run import Meter
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -263,6 +264,21 @@ def test_a_cpu_makes_masks_of_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(masked_low_rank, "MASK_ROWS", 32)
     for one, other in zip(results(), at_once, strict=True):
         close(one, other)
+
+
+def test_without_numbers_as_much_memory_is_taken_by_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the first few rows, as by all of them, a few at a time."""
+    monkeypatch.setattr(masked_low_rank, "MASK_ROWS", 16)
+    peaks = []
+    for device in (CPU, torch.device("meta")):
+        low, x = low_rank_on("qkv", device, DROPOUT), randn(T, 96).to(device)
+        dh = randn(T, low.width).to(device)
+        with Meter() as meter:
+            masked_low_rank.shrink(x, low)
+            masked_low_rank.add_a_gradients(x, dh, low)
+            masked_low_rank.expand_gradient_(x, dh, low)
+        peaks.append(meter.peak)
+    assert peaks[0] == peaks[1] > 0
 
 
 @with_and_without_dora
