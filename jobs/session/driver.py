@@ -18,6 +18,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -97,6 +98,13 @@ class SessionController:
                 log.exception("session=%s event=reconcile_failed", self._session_id)
             if ended:
                 return
+            self._pause()
+
+    def _pause(self) -> None:
+        """Wait for the next round, which the end of a job brings forward."""
+        try:
+            ray.get(self.mailbox.wait_for_end.remote(RECONCILE_SECONDS))
+        except RayError:
             self._ended.wait(RECONCILE_SECONDS)
 
     def _reconcile(self, stop: bool) -> bool:

@@ -7,6 +7,7 @@ restarted needs no history.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,6 +123,9 @@ class RanksStarted:
     exactness: str
 
 
+_ENDS = (Trained, JobFailed, NoRoom)
+
+
 class Mailbox:
     """Lives with the driver, survives restarts of the worker group."""
 
@@ -130,6 +134,7 @@ class Mailbox:
         self._active: frozenset[str] = frozenset()
         self._over: set[tuple[str, int]] = set()  # jobs and their attempts
         self._reports: list[Report | RankBroke | RanksStarted] = []
+        self._end = threading.Event()
 
     def desired(self, active: tuple[str, ...]) -> DesiredJobs:
         """Rank 0 asks: these jobs I have; what should I have?
@@ -143,11 +148,18 @@ class Mailbox:
 
     def report(self, report: Report | RankBroke | RanksStarted) -> None:
         """Any rank reports: this happened."""
-        if isinstance(report, (Trained, JobFailed, NoRoom)):
+        if isinstance(report, _ENDS):
             self._over |= {
                 (job.job_id, job.attempt) for job in self._desired.assignments if job.job_id == report.job_id
             }
         self._reports.append(report)
+        if isinstance(report, _ENDS):
+            self._end.set()
+
+    def wait_for_end(self, seconds: float) -> None:
+        """Return once a report says that a job is over, at the latest after so long: somebody waits for it."""
+        self._end.wait(seconds)
+        self._end.clear()
 
     def exchange(self, desired: DesiredJobs) -> tuple[frozenset[str], list[Report | RankBroke | RanksStarted]]:
         """Post what the driver desires, and take what was reported since the last time and which jobs are active."""

@@ -248,7 +248,7 @@ class Rank:
                 self.mailbox.send(Evaluated(job_id, asdict(outcome.evaluation), active.live.progress.stopped))
         done = next((active for active in self.active.values() if active.live.done), None)
         if done is not None:
-            self._probe(done)
+            self._finish(done)
         if self.rank == 0:
             self._checkpoints.write_oldest({active.assignment: active.live for active in self.active.values()})
         if self.rank == 0 and time.monotonic() - self._reported >= REPORT_SECONDS:
@@ -265,19 +265,13 @@ class Rank:
             self.storage.put(key, path)
         self.mailbox.send(CheckpointWritten(assignment.job_id, step, key, sha256))
 
-    def _probe(self, active: ActiveJob) -> None:
-        """Take one probe between two micro-batches, which all ranks count and one measures."""
-        example, adapter = active.probed[len(active.probes)], active.live.bound
-        active.probes += probe_losses(self.engine.forward, adapter, [example]) if self.rank == 0 else [0.0]
-        if len(active.probes) == len(active.probed):
-            self._finish(active)
-
     def _finish(self, active: ActiveJob) -> None:
         """Publish the adapter beside the next steps, with the probes that a server replays; all ranks let it go."""
         job, live = active.assignment.job_id, active.live
         if self.rank == 0:
             progress = active.progress(self.base)
-            manifest = active.manifest(self.base, self.engine)
+            losses = probe_losses(self.engine.forward, live.bound, active.probes)
+            manifest = active.manifest(self.base, self.engine, losses)
             adapter, arrived = live.optimizer.on_host(), arrival(self.base.device)
 
             def publish() -> None:

@@ -18,6 +18,11 @@ from lora_core.training.job import Progress
 from lora_core.training.optimizer import Evaluation
 
 PROBES = 4
+PROBE_CONTEXT, PROBE_LABELS = 16, 16
+"""Tokens of a probe before its first label, and from there on: the pass over all of them takes as long as one over a
+short prompt, which is what an answer of a new adapter waits for twice, here and in the server that replays them.
+"""
+
 OF_PRODUCTS = 0.5
 """What a CPU's training reaches of the rate that its products have by themselves: 0.37 to 0.6 were seen."""
 
@@ -34,12 +39,11 @@ class ActiveJob:
     started_tokens: int = 0
     stepped: float = field(default_factory=time.monotonic)
     step_seconds: float = 0.0
-    probes: list[float] = field(default_factory=list)  # losses, once it is done
 
     @property
-    def probed(self) -> Sequence[Example]:
-        """The rows by which a server sees that it computes what training did."""
-        return self.live.job.examples[:PROBES]
+    def probes(self) -> list[Example]:
+        """Parts of rows by which a server sees that it computes what training did."""
+        return [probe_of(example) for example in self.live.job.examples[:PROBES]]
 
     def expected_seconds(self, base: BaseModel, flop_per_second: float, ranks: int) -> float:
         """Return what is left of its training, by the rate of each rank's products."""
@@ -63,14 +67,17 @@ class ActiveJob:
             figures |= {"best_validation_loss": progress.best.loss, "best_step": progress.best.step}
         return figures
 
-    def manifest(self, base: BaseModel, engine: TrainEngine) -> dict[str, Any]:
-        """Return what is published beside the files of the adapter, once all probes are measured."""
+    def manifest(self, base: BaseModel, engine: TrainEngine, losses: Sequence[float]) -> dict[str, Any]:
+        """Return what is published beside the files of the adapter; `losses` are those of its probes. `trained_at` is
+        the end of its last step (seconds since 1970).
+        """
         progress, train = self.live.progress, self.live.job.train
         metrics = _metrics(progress, progress.best if train.keeps_best else progress.evaluation)
         if progress.stopped is not None:
             metrics["stopped"] = progress.stopped
         return {
             "job": self.assignment.job_id,
+            "trained_at": time.time() - (time.monotonic() - self.stepped),
             "base_fingerprint": base.fingerprint,
             "base_parameters": base.parameters,
             "precision": base.precision,
@@ -82,9 +89,16 @@ class ActiveJob:
             "metrics": metrics,
             "probes": [
                 {"ids": example.ids, "labels_mask": example.labels_mask, "loss": loss}
-                for example, loss in zip(self.probed, self.probes, strict=True)
+                for example, loss in zip(self.probes, losses, strict=True)
             ],
         }
+
+
+def probe_of(example: Example) -> Example:
+    """Return the part of a row around its first label."""
+    first = example.labels_mask.index(True) if True in example.labels_mask else len(example.ids)
+    part = slice(max(0, first - PROBE_CONTEXT), first + PROBE_LABELS)
+    return Example(example.ids[part], example.labels_mask[part])
 
 
 def _metrics(progress: Progress, evaluation: Evaluation | None) -> JobMetrics:

@@ -1,4 +1,4 @@
-"""What training leaves for serving to check: losses of a few examples, each computed alone."""
+"""What training leaves for serving to check: losses of a few short examples, all computed in one pass."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from lora_core.models.step import Bound
 @torch.no_grad()
 def probe_losses(forward: Forward, adapter: Bound | None, examples: Iterable[Example]) -> list[float]:
     """Summed loss of each example's labels under `adapter` (None: the base), without dropout."""
-    losses = []
-    for index, example in enumerate(examples):
-        batch = pack([Chunk("probe", ((index, example),), None)], forward.device)
-        loss, _ = forward.evaluate(forward.ready(batch, [adapter], [None]))
-        losses.append(float(loss[0]))
-    return losses
+    chunks = [Chunk("probe", ((index, example),), None) for index, example in enumerate(examples)]
+    batch = pack(chunks, forward.device)
+    losses, _ = forward.evaluate(forward.ready(batch, [adapter] * len(chunks), [None] * len(chunks)))
+    return [float(loss) for loss in losses]

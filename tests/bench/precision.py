@@ -44,7 +44,7 @@ def text_loss(base: BaseModel) -> float:
     """Mean loss of every token of the example files under the base alone."""
     forward = open_forward(base)
     examples = [example for name in FILES for example in _examples(base, name, "all")]
-    total = sum(probe_losses(forward, None, examples))
+    total = sum(sum(probe_losses(forward, None, [example])) for example in examples)
     forward.close()
     return total / sum(sum(example.labels_mask) for example in examples)
 

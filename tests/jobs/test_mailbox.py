@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 
 from jobs.session.messages import (
@@ -15,6 +18,8 @@ from jobs.session.messages import (
     Report,
     Trained,
 )
+from jobs.session.report import probe_of
+from lora_core.data.dataset import Example
 
 FIRST, SECOND = Assignment("a", 1, "{}", "sha1"), Assignment("b", 1, "{}", "sha2")
 
@@ -56,3 +61,23 @@ def test_a_broken_rank_does_not_end_its_jobs() -> None:
     mailbox.exchange(DesiredJobs((FIRST,)))
     mailbox.report(RankBroke(1, "why", ("a",)))
     assert wanted(mailbox) == ["a"]
+
+
+def test_the_end_of_a_job_is_not_waited_for() -> None:
+    mailbox = Mailbox()
+    mailbox.report(Progressed("a", {"step": 1}))
+    mailbox.wait_for_end(0.0)
+    threading.Timer(0.02, mailbox.report, [Trained("a", {}, {}, {})]).start()
+    began = time.monotonic()
+    mailbox.wait_for_end(10.0)
+    assert 0.01 < time.monotonic() - began < 5
+    _, reports = mailbox.exchange(DesiredJobs())
+    assert isinstance(reports[-1], Trained)
+    mailbox.wait_for_end(0.0)  # told once
+
+
+def test_a_probe_is_the_beginning_of_an_answer_and_the_end_of_its_question() -> None:
+    example = Example(list(range(100)), [False] * 40 + [True] * 60)
+    assert probe_of(example) == Example(list(range(24, 56)), [False] * 16 + [True] * 16)
+    text = Example(list(range(5)), [False] + [True] * 4)
+    assert probe_of(text) == text
