@@ -98,6 +98,9 @@ class Settings(BaseSettings):
     gpus_per_replica: float = Field(default=0.4, gt=0, le=1)
     """Ray's share of a GPU for a serving replica; with the default of both, one GPU holds a rank and a replica."""
 
+    engine_iteration_timeout_seconds: float = Field(default=120.0, gt=0)
+    """A replica of which one step takes longer counts as stuck, and is replaced; the first may compile kernels."""
+
     driver_labels: Annotated[dict[str, str], NoDecode] = Field(default_factory=dict)
     """Ray node labels, as JSON, of the nodes where session drivers may run: those that may see the database."""
 

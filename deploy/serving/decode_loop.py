@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
@@ -45,16 +47,31 @@ class _RequestHandle:
 class DecodeLoop:
     """Runs `generator` on a thread of its own, with `threads` torch threads.
 
-    `observe(running, waiting)` is called after every step, and every few seconds.
+    `observe(running, waiting)` is called after every step, and every few seconds. A thread whose step or command takes
+    longer than `patience` seconds counts as stuck.
     """
 
-    def __init__(self, generator: Generator, *, threads: int, observe: Callable[[int, int], None]) -> None:
+    def __init__(
+        self, generator: Generator, *, threads: int, observe: Callable[[int, int], None], patience: float = math.inf
+    ) -> None:
         self.error: DecodeLoopError | None = None
-        self._generator, self._threads, self._observe = generator, threads, observe
+        self._generator, self._threads, self._observe, self._patience = generator, threads, observe, patience
+        self._began: float | None = None  # the step or command that runs now; None where there is nothing to do
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._handles: dict[int, _RequestHandle] = {}
         self._lock = threading.Lock()  # so that no command comes after the thread's last look at the queue
         threading.Thread(target=self._run, name="decode", daemon=True).start()
+
+    def check_health(self) -> None:
+        """Raise DecodeLoopError where the thread is dead, or its last step too long ago while there is work."""
+        if self.error is not None:
+            raise self.error
+        age = 0.0 if (began := self._began) is None else time.monotonic() - began
+        if age > self._patience:
+            raise DecodeLoopError(
+                f"decoding is stuck: its step has taken {age:.0f} s; if it must, raise"
+                f" LORA_ENGINE_ITERATION_TIMEOUT_SECONDS above {self._patience:.0f}"
+            )
 
     async def call(self, function: Callable[[], T]) -> T:
         """Return the result of a function that ran on the thread, between two steps."""
@@ -118,6 +135,7 @@ class DecodeLoop:
         try:
             while True:
                 self._take_commands()
+                self._began = time.monotonic()
                 for event in self._generator.step():
                     handle = self._handles[event.request]
                     if isinstance(event, FailedRequest):
@@ -132,9 +150,12 @@ class DecodeLoop:
     def _take_commands(self) -> None:
         """Run all that are there; where nobody is being answered, wait for one."""
         busy = self._generator.running or self._generator.waiting
+        if not busy:
+            self._began = None
         try:
             command = self._commands.get(block=not busy, timeout=_IDLE_SECONDS)
             while True:
+                self._began = time.monotonic()
                 command()
                 command = self._commands.get_nowait()
         except queue.Empty:

@@ -65,6 +65,7 @@ class AdapterServer:
             generator,
             threads=settings.threads or len(os.sched_getaffinity(0)),
             observe=QueueGauges(name).show,
+            patience=settings.engine_iteration_timeout_seconds,
         )
         registry = AdapterRegistry(open_storage(settings.storage_url), settings.tenant)
         self._adapters = AdapterCache(registry, name, self._base, forward, self._loop, self._metrics)
@@ -74,9 +75,10 @@ class AdapterServer:
         )  # fmt: skip
 
     def check_health(self) -> None:
-        """Raise what killed the decode loop: Serve asks every few seconds, and then replaces the replica."""
-        if self._loop.error is not None:
-            raise self._loop.error
+        """Raise what killed the decode loop, or that it is stuck: Serve asks every few seconds, and then replaces the
+        replica.
+        """
+        self._loop.check_health()
 
     async def answer(self, asked: GenerateRequest) -> Completion | ErrorResponse:
         """Return the whole answers."""
