@@ -105,10 +105,18 @@ ADAPTER_LOAD_SECONDS = MetricSpec(
     ("stage",),
     LOAD_BUCKETS,
 )
+ADAPTER_FRESHNESS_SECONDS = MetricSpec(
+    "lora_adapter_freshness_seconds",
+    "histogram",
+    "ray",
+    "From an adapter's publication until it is loaded.",
+    ("base",),
+    LOAD_BUCKETS,
+)
 ADAPTER_CACHE = MetricSpec(
     "lora_adapter_cache_total",
     "counter",
     "ray",
-    "Requests for an adapter, by whether it was loaded already.",
-    ("result",),
+    "Adapters looked for in a tier of memory (hit, miss), and given up to make room there (eviction).",
+    ("tier", "result"),
 )

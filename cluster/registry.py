@@ -2,8 +2,10 @@
 
     adapters/<tenant>/<base>/<name>/<version>/<files>, manifest.json      never changes once the manifest is there
     aliases/<tenant>/<base>/<name>/latest.json                            names the version of the last publish
+    published/<tenant>.json                                               what was published last, of all adapters
 
-A publish writes the files, then the manifest, which makes the version exist, then the alias, which makes it the latest.
+A publish writes the files, then the manifest, which makes the version exist, then the alias, which makes it the latest;
+then it says so, for those who serve: one small read tells them that a name may mean something else now.
 So a reader finds all of a version or nothing, wherever the writer is killed, and publishing again completes it.
 A version is the digest of its content: the same files are the same version, whoever publishes them.
 """
@@ -15,12 +17,20 @@ import json
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.storage.base import Storage, StorageCorrupt, StorageNotFound
-from cluster.storage.keys import adapter_of_alias, adapter_prefix, adapter_versions_prefix, alias_key, aliases_prefix
+from cluster.storage.disk_cache import DiskCache
+from cluster.storage.keys import (
+    adapter_of_alias,
+    adapter_prefix,
+    adapter_versions_prefix,
+    alias_key,
+    aliases_prefix,
+    last_published_key,
+)
 
 LATEST = "latest"
 MANIFEST = "manifest.json"
@@ -56,6 +66,16 @@ class AdapterEntry:
     created_at: float
 
 
+@dataclass(frozen=True)
+class Publication:
+    """That `<base>:<name>` is the content of this digest since `at` (seconds since 1970)."""
+
+    base: str
+    name: str
+    digest: str
+    at: float
+
+
 class AdapterNotFound(LookupError):  # noqa: N818
     """No such adapter or version; `known` are the names (`<base>:<adapter>`), or the adapter's versions, that exist."""
 
@@ -72,7 +92,7 @@ class AdapterRegistry:
     """The adapters of one tenant."""
 
     def __init__(self, storage: Storage, tenant: str = "default") -> None:
-        self._storage = storage
+        self.storage = storage
         self._tenant = tenant
 
     def publish(self, base: str, name: str, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> AdapterVersion:
@@ -90,17 +110,19 @@ class AdapterRegistry:
         if not entries:
             raise ValueError(f"{base}:{name} has no files to publish")
         digest = content_digest(entries)
-        version = digest[:VERSION_DIGITS]
+        version = version_of(digest)
         prefix = adapter_prefix(self._tenant, base, name, version)
-        if not self._storage.exists(prefix + MANIFEST):
+        if not self.storage.exists(prefix + MANIFEST):
             for file, content in files.items():
-                self._storage.put(prefix + file, content)
+                self.storage.put(prefix + file, content)
             own = (entries, digest, version, base, name, self._tenant, time.time())
             document = {**manifest, **dict(zip(RESERVED, own, strict=True))}
-            self._storage.put(prefix + MANIFEST, _json(document), if_absent=True)
+            self.storage.put(prefix + MANIFEST, _json(document), if_absent=True)
         published = self._read(base, name, version)
         pointer = {"version": version, "digest": digest, "created_at": published.manifest["created_at"]}
-        self._storage.put(alias_key(self._tenant, base, name, LATEST), _json(pointer))
+        self.storage.put(alias_key(self._tenant, base, name, LATEST), _json(pointer))
+        told = Publication(base, name, digest, time.time())
+        self.storage.put(last_published_key(self._tenant), _json(asdict(told)))
         return published
 
     def resolve(self, base: str, name: str, version: str = LATEST) -> AdapterVersion:
@@ -112,15 +134,24 @@ class AdapterRegistry:
         """
         if not base or not name:
             raise AdapterNotFound(f"adapter {base}:{name}", tuple(self._names()))
-        if version == LATEST:
-            try:
-                version = json.loads(self._storage.get(alias_key(self._tenant, base, name, LATEST)))["version"]
-            except StorageNotFound:
-                raise AdapterNotFound(f"adapter {base}:{name}", tuple(self._names())) from None
+        version = self._latest(base, name)["version"] if version == LATEST else version
         try:
             return self._read(base, name, version)
         except StorageNotFound:
             raise AdapterNotFound(f"version {version} of {base}:{name}", tuple(self.versions(base, name))) from None
+
+    def digest(self, base: str, name: str, version: str = LATEST) -> str:
+        """Return the digest of what `resolve` would; `latest` costs one small read. Raises what that does."""
+        if version == LATEST and base and name:
+            return str(self._latest(base, name)["digest"])
+        return self.resolve(base, name, version).digest
+
+    def last_published(self) -> Publication | None:
+        """Return what was published last, of all adapters; None where nothing was yet."""
+        try:
+            return Publication(**json.loads(self.storage.get(last_published_key(self._tenant))))
+        except StorageNotFound:
+            return None
 
     def fetch(self, version: AdapterVersion, folder: Path) -> Path:
         """Copy a version's files into `folder`, checked, and return it. One file appears after the other, each whole.
@@ -130,37 +161,61 @@ class AdapterRegistry:
         """
         prefix = adapter_prefix(self._tenant, version.base, version.name, version.version)
         for file, entry in version.manifest["files"].items():
-            self._storage.fetch(prefix + file, folder / file, sha256=entry["sha256"])
+            self.storage.fetch(prefix + file, folder / file, sha256=entry["sha256"])
         return folder
+
+    def contents(self, version: AdapterVersion, cache: DiskCache | None = None) -> dict[str, bytes]:
+        """Return a version's files, checked; those that `cache` has come from there, and others are kept in it.
+
+        Raises:
+            StorageCorrupt: a file is not what was published.
+        """
+        prefix = adapter_prefix(self._tenant, version.base, version.name, version.version)
+        contents = {}
+        for file, entry in version.manifest["files"].items():
+            content = cache.get(entry["sha256"]) if cache else None
+            if content is None:
+                content = self.storage.get(prefix + file, sha256=entry["sha256"])
+                if cache:
+                    cache.put(entry["sha256"], content)
+            contents[file] = content
+        return contents
 
     def versions(self, base: str, name: str) -> list[str]:
         """Return the ids of the versions that exist, in no particular order of time."""
-        keys = self._storage.list(adapter_versions_prefix(self._tenant, base, name))
+        keys = self.storage.list(adapter_versions_prefix(self._tenant, base, name))
         return [key.split("/")[-2] for key in keys if key.endswith(f"/{MANIFEST}")]
 
     def list_adapters(self) -> list[AdapterEntry]:
         """Return every adapter with its latest version, sorted by base and name: one small read each."""
-        keys = self._storage.list(aliases_prefix(self._tenant))
+        keys = self.storage.list(aliases_prefix(self._tenant))
         with ThreadPoolExecutor(READERS) as readers:
-            pointers = [json.loads(content) for content in readers.map(self._storage.get, keys)]
+            pointers = [json.loads(content) for content in readers.map(self.storage.get, keys)]
         entries = [
             AdapterEntry(*adapter_of_alias(key)[:2], pointer["version"], pointer["digest"], pointer["created_at"])
             for key, pointer in zip(keys, pointers, strict=True)
         ]
         return sorted(entries, key=lambda entry: (entry.base, entry.name))
 
+    def _latest(self, base: str, name: str) -> dict[str, Any]:
+        try:
+            pointer: dict[str, Any] = json.loads(self.storage.get(alias_key(self._tenant, base, name, LATEST)))
+        except StorageNotFound:
+            raise AdapterNotFound(f"adapter {base}:{name}", tuple(self._names())) from None
+        return pointer
+
     def _names(self) -> list[str]:
-        keys = self._storage.list(aliases_prefix(self._tenant))
+        keys = self.storage.list(aliases_prefix(self._tenant))
         return sorted(":".join(adapter_of_alias(key)[:2]) for key in keys)
 
     def _read(self, base: str, name: str, version: str) -> AdapterVersion:
         key = adapter_prefix(self._tenant, base, name, version) + MANIFEST
         try:
-            manifest = json.loads(self._storage.get(key))
+            manifest = json.loads(self.storage.get(key))
             digest = content_digest(manifest["files"])
         except (ValueError, KeyError, TypeError) as error:
             raise StorageCorrupt(f"{key} is damaged ({error!r}); restore it, or delete it and publish again") from error
-        if digest != manifest.get("digest") or digest[:VERSION_DIGITS] != version:
+        if digest != manifest.get("digest") or version_of(digest) != version:
             raise StorageCorrupt(f"{key} is damaged: it lists other files; restore it, or delete it and publish again")
         return AdapterVersion(base, name, version, digest, manifest)
 
@@ -169,6 +224,11 @@ def content_digest(entries: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the sha256 (hex) over the sorted file names with the sha256 of each file."""
     lines = [f"{file}\n{entries[file]['sha256']}\n" for file in sorted(entries)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def version_of(digest: str) -> str:
+    """Return the id of the version with the content of this digest."""
+    return digest[:VERSION_DIGITS]
 
 
 def _entry(file: str, content: bytes) -> dict[str, Any]:

@@ -101,6 +101,18 @@ class Settings(BaseSettings):
     engine_iteration_timeout_seconds: float = Field(default=120.0, gt=0)
     """A replica of which one step takes longer counts as stuck, and is replaced; the first may compile kernels."""
 
+    adapter_memory_gib: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Memory of a replica for adapters where it computes; unset, 2 on a CPU, and a tenth of what is free on a GPU."""
+
+    adapter_host_gib: float = Field(default=4.0, ge=0, allow_inf_nan=False)
+    """Host memory of a replica on a GPU for adapters that its GPU has no room for; 0: none."""
+
+    adapter_disk_gib: float = Field(default=20.0, ge=0, allow_inf_nan=False)
+    """Disk of a node for adapters from a bucket, below LORA_HOME/cache; 0: none."""
+
+    notice_seconds: float = Field(default=0.2, gt=0, allow_inf_nan=False)
+    """How often who serves looks for new versions of adapters: one small read of the storage each time."""
+
     driver_labels: Annotated[dict[str, str], NoDecode] = Field(default_factory=dict)
     """Ray node labels, as JSON, of the nodes where session drivers may run: those that may see the database."""
 

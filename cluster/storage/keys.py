@@ -7,6 +7,7 @@
     jobs/<id>/checkpoints/<attempt>-<step>/state           one checkpoint, which counts once COMMITTED lies beside it
     adapters/<tenant>/<base>/<name>/<version>/<file>       published; the manifest is written last
     aliases/<tenant>/<base>/<name>/<alias>.json            the version that an alias names
+    published/<tenant>.json                                what was published last
 
 Names that users choose (tenant, base, adapter) are percent-encoded, so that any name is one part of a key, on any file
 system.
@@ -73,6 +74,11 @@ def aliases_prefix(tenant: str) -> str:
 
 def alias_key(tenant: str, base: str, name: str, alias: str) -> str:
     return f"{aliases_prefix(tenant)}{_part(base)}/{_part(name)}/{_part(alias)}.json"
+
+
+def last_published_key(tenant: str) -> str:
+    """Name what changes with every publish, so that whoever waits for one reads this and nothing else."""
+    return f"published/{_part(tenant)}.json"
 
 
 def adapter_of_alias(key: str) -> tuple[str, str, str]:

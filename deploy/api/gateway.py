@@ -18,17 +18,25 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from cluster.registry import AdapterEntry, AdapterNotFound, AdapterRegistry
+from cluster.registry import AdapterEntry, AdapterNotFound, AdapterRegistry, Publication
 from cluster.settings import Settings
 from cluster.storage.base import StorageError
 from cluster.storage.directory import open_storage
-from deploy.api.responses import ChatResponse, CompletionResponse, TextResponse, event, model_object, parse_model
+from deploy.api.adapter_names import AdapterNames
+from deploy.api.responses import (
+    ChatResponse,
+    CompletionResponse,
+    ModelName,
+    TextResponse,
+    event,
+    model_object,
+    parse_model,
+)
 from deploy.api.schemas import ApiError, ChatRequest, CompletionRequest, TextRequest, parse_request
 from deploy.serving.protocol import Delta, ErrorResponse, GenerateRequest, StreamStart
 
 log = logging.getLogger("ray.serve.lora")
 
-_LISTED_SECONDS = 2.0
 _NAMES_SHOWN = 30
 
 api = FastAPI(title="LoRA service", openapi_url=None)
@@ -83,7 +91,8 @@ class Gateway:
         self._servers = servers
         self._streams = {name: server.options(stream=True) for name, server in servers.items()}
         self._registry = AdapterRegistry(open_storage(settings.storage_url), settings.tenant)
-        self._listed: tuple[float, list[AdapterEntry]] | None = None
+        self._names = AdapterNames(self._registry, settings.notice_seconds)
+        self._following = asyncio.get_running_loop().create_task(self._names.follow(self._push))
         self._started = time.time()
 
     @api.get("/healthz")
@@ -126,13 +135,27 @@ class Gateway:
         name = parse_model(request.model, list(self._servers))
         if name is None:
             raise await self._unknown(request.model)
-        asked = request.generate_request(name.adapter, name.version)
+        asked = request.generate_request(name.adapter, await self._digest(request.model, name))
         if request.stream:
             return await self._streamed(request.model, response, name.base, asked)
         answer = await _asked(self._servers[name.base].answer.remote(asked))
         if isinstance(answer, ErrorResponse):
             raise await self._refused(request.model, answer)
         return JSONResponse(response.whole(answer))
+
+    async def _digest(self, model: str, name: ModelName) -> str | None:
+        """Return what the request is answered with; None where it is of the base itself."""
+        if name.adapter is None:
+            return None
+        try:
+            return await self._names.digest(name.base, name.adapter, name.version)
+        except AdapterNotFound as error:
+            raise await self._unknown(model, str(error)) from error
+
+    def _push(self, published: Publication) -> None:
+        """Have an adapter loaded before anybody asks for it."""
+        if published.base in self._servers:
+            self._servers[published.base].load.remote(published)
 
     async def _streamed(self, model: str, response: CompletionResponse, base: str, asked: GenerateRequest) -> Response:
         """Nothing is sent before the request is taken, so that a refusal still has its status."""
@@ -166,9 +189,5 @@ class Gateway:
         return ApiError(404, message, "model_not_found", "model")
 
     async def _adapters(self) -> list[AdapterEntry]:
-        """Return the published adapters of the bases that are served, at most two seconds old."""
-        now = time.monotonic()
-        if self._listed is None or now - self._listed[0] > _LISTED_SECONDS:
-            entries = await asyncio.to_thread(self._registry.list_adapters)
-            self._listed = (now, [entry for entry in entries if entry.base in self._servers])
-        return self._listed[1]
+        """Return the published adapters of the bases that are served."""
+        return [entry for entry in await self._names.entries() if entry.base in self._servers]

@@ -169,12 +169,12 @@ class CompletionRequest(_Strict):
             problems.append((name, "missing_parameter", f"{name} is missing"))
         return problems
 
-    def generate_request(self, adapter: str | None, version: str) -> GenerateRequest:
-        """Return what an adapter server is asked."""
+    def generate_request(self, adapter: str | None, digest: str | None) -> GenerateRequest:
+        """Return what an adapter server is asked, of the content of this digest where it is of an adapter."""
         return GenerateRequest(
             prompt=self._prompt(),
             adapter=adapter,
-            version=version,
+            digest=digest,
             max_tokens=self._max_tokens(),
             sampling=self._sampling(),
             stop=tuple(self.stop or ()),
@@ -286,8 +286,8 @@ class ChatRequest(CompletionRequest):
             problems.append(("response_format", "invalid_value", sentence))
         return problems
 
-    def generate_request(self, adapter: str | None, version: str) -> GenerateRequest:
-        asked = super().generate_request(adapter, version)
+    def generate_request(self, adapter: str | None, digest: str | None) -> GenerateRequest:
+        asked = super().generate_request(adapter, digest)
         if not self.tools or self.tool_choice == "none":  # then the model is not told of them
             return asked
         return replace(

@@ -1,32 +1,29 @@
 """Adapters in memory, by the digest of their content: loaded once however many ask, checked before they answer anybody.
 
-    version = await cache.resolve("triage", "latest")      what the registry says, at most a second old
-    async with cache.use(version) as adapter:              never evicted while somebody uses it
-
-Where the storage does not answer, what is known goes on being served.
+async with cache.use("triage", digest) as adapter:      never evicted while somebody uses it
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import tempfile
 import time
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
 
-from torch import Tensor
+import torch
 
-from cluster.registry import AdapterRegistry, AdapterVersion
-from cluster.storage.base import StorageError
+from cluster.registry import AdapterRegistry, AdapterVersion, version_of
+from cluster.settings import Settings
+from cluster.storage.directory import DirectoryStorage
+from cluster.storage.disk_cache import DiskCache
 from deploy.serving.decode_loop import DecodeLoop
+from deploy.serving.memory_tier import MemoryTier
 from deploy.serving.metrics import ServingMetrics
-from lora_core.adapters.peft_format import AdapterFormatError, read_adapter
+from deploy.serving.single_flight import SingleFlight
+from lora_core.adapters.adapter import Adapter
+from lora_core.adapters.peft_format import AdapterFormatError, parse_adapter
 from lora_core.data.dataset import Example
 from lora_core.models.base import BaseModel
 from lora_core.models.files import chat_template_hash
@@ -36,11 +33,6 @@ from lora_core.models.step import Bound
 
 log = logging.getLogger("ray.serve.lora")
 
-T = TypeVar("T")
-
-_RESOLVED_SECONDS = 1.0
-_CAPACITY_BYTES = 2 * 2**30  # about 200 adapters of r 16 on SmolLM2-135M in bf16, 25 on a Llama of 8B
-
 # How far a probe's loss may be from what training saw, in nats a token times (1 + loss), by (trained in, served in).
 # Seen on SmolLM2-135M: bf16 to bf16 0, bf16 to fp32 up to 0.013; the base in place of a trained adapter is 1.8 off.
 _TOLERANCE = {("fp32", "fp32"): 0.001, ("bf16", "bf16"): 0.03}
@@ -49,15 +41,12 @@ _TOLERANCE_MIXED = 0.05
 _TOLERANCE_NF4 = 0.25
 
 
+_CPU_BYTES = 2 * 2**30  # about 200 adapters of r 16 on SmolLM2-135M in bf16
+_GPU_SHARE = 0.1  # on an H200 with a Llama of 8B about 140 adapters of r 16
+
+
 class AdapterRefusedError(ValueError):
     """A published adapter that must not answer on this base; the sentence says why."""
-
-
-@dataclass
-class _Entry:
-    adapter: Bound
-    nbytes: int
-    users: int = 0
 
 
 class AdapterCache:
@@ -71,87 +60,80 @@ class AdapterCache:
         forward: Forward,
         loop: DecodeLoop,
         metrics: ServingMetrics,
+        settings: Settings,
     ) -> None:
         self._registry, self._name, self._base, self._forward = registry, name, base, forward
-        self._loop, self._metrics, self._capacity = loop, metrics, _CAPACITY_BYTES
+        self._loop, self._metrics = loop, metrics
         self._template = chat_template_hash(base.tokenizer)
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # by digest, the one used longest ago first
-        self._refused: dict[str, str] = {}
-        self._resolved: dict[tuple[str, str], tuple[float, AdapterVersion]] = {}
-        self._in_flight: dict[object, asyncio.Task[Any]] = {}
-
-    async def resolve(self, adapter: str, version: str) -> AdapterVersion:
-        """Return what the registry names now.
-
-        Raises:
-            AdapterNotFound: naming what exists.
-            StorageError: the storage does not answer and nothing is known.
-        """
-        known = self._resolved.get((adapter, version))
-        if known is not None and time.monotonic() - known[0] < _RESOLVED_SECONDS:
-            return known[1]
-        try:
-            found = await self._once((adapter, version), lambda: self._resolve(adapter, version))
-        except StorageError as error:
-            if known is None:
-                raise
-            log.warning("event=resolve_failed adapter=%s:%s error=%r", self._name, adapter, error)
-            return known[1]
-        return found
+        self._refused: dict[tuple[str, str], str] = {}  # by name and digest: another's manifest may be right
+        self._loads = SingleFlight[Bound]()
+        on_gpu = base.device.type == "cuda"
+        self._device = MemoryTier[Bound]("device", _device_bytes(settings, base.device), metrics)
+        self._host = MemoryTier[Adapter]("host", int(settings.adapter_host_gib * 2**30) if on_gpu else 0, metrics)
+        disk = 0 if isinstance(registry.storage, DirectoryStorage) else int(settings.adapter_disk_gib * 2**30)
+        self._disk = DiskCache(settings.cache_dir / "adapters", disk) if disk else None
 
     @asynccontextmanager
-    async def use(self, version: AdapterVersion) -> AsyncIterator[Bound]:
-        """Yield the adapter of this version, in memory while the block lasts.
+    async def use(self, adapter: str, digest: str) -> AsyncIterator[Bound]:
+        """Yield the content of this digest, which an adapter of this name has or had, in memory while the block lasts.
 
         Raises:
+            AdapterNotFound: it is not there any more.
             AdapterRefusedError: it belongs to another base, or computes something else than in training.
             AdapterFormatError, StorageError: its files cannot be read.
         """
-        entry = self._entries.get(version.digest)
-        self._metrics.adapter_request(hit=entry is not None)
-        if entry is None:
-            entry = await self._once(version.digest, lambda: self._load(version))
-        entry.users += 1
-        if version.digest in self._entries:
-            self._entries.move_to_end(version.digest)
+        with self._device.using(digest):
+            bound = self._device.get(digest)
+            yield await self._loaded(adapter, digest) if bound is None else bound
+
+    async def load(self, adapter: str, digest: str) -> None:
+        """Have it in memory before somebody uses it. Raises what `use` does."""
+        if digest not in self._device:
+            await self._loaded(adapter, digest)
+
+    async def _loaded(self, adapter: str, digest: str) -> Bound:
+        return await self._loads.do((adapter, digest), partial(self._load, adapter, digest))
+
+    async def _load(self, adapter: str, digest: str) -> Bound:
+        """Bring it from the nearest tier that has it to the device, and check what comes from storage."""
+        if (reason := self._refused.get((adapter, digest))) is not None:
+            raise AdapterRefusedError(reason)
+        began, what = time.monotonic(), f"{self._name}:{adapter}@{version_of(digest)}"
+        host = self._host.get(digest)
         try:
-            yield entry.adapter
-        finally:
-            entry.users -= 1
-            self._evict()
-
-    async def _once(self, key: object, start: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Share one load between all who ask for the same at once; it goes on when the one who started it leaves."""
-        load: asyncio.Task[T] | None = self._in_flight.get(key)
-        if load is None:
-            load = self._in_flight[key] = asyncio.create_task(start())
-            load.add_done_callback(lambda _: self._in_flight.pop(key))
-        return await asyncio.shield(load)
-
-    async def _resolve(self, adapter: str, version: str) -> AdapterVersion:
-        found = await asyncio.to_thread(self._registry.resolve, self._name, adapter, version)
-        self._resolved[adapter, version] = (time.monotonic(), found)
-        return found
-
-    async def _load(self, version: AdapterVersion) -> _Entry:
-        what = f"{version.base}:{version.name}@{version.version}"
-        try:
-            self._check_origin(what, version)
-            began = time.monotonic()
-            entry = await asyncio.to_thread(self._read, version)
-            await self._replay_probes(what, version, entry.adapter)
+            if host is not None:
+                bound, nbytes = await self._to_device(digest, host)
+            else:
+                version = await asyncio.to_thread(self._registry.resolve, self._name, adapter, version_of(digest))
+                assert version.digest == digest
+                self._check_origin(what, version)
+                host = await asyncio.to_thread(self._read, what, version)
+                bound, nbytes = await self._to_device(digest, host, partial(self._replay_probes, what, version))
         except (AdapterRefusedError, AdapterFormatError) as error:
-            self._refused[version.digest] = str(error)
+            self._refused[adapter, digest] = str(error)
             log.error("event=adapter_refused adapter=%s reason=%s", what, error)
             raise
-        self._entries[version.digest] = entry
-        log.info("event=adapter_loaded adapter=%s bytes=%d seconds=%.3f", what, entry.nbytes, time.monotonic() - began)
-        return entry
+        self._host.offer(digest, host, nbytes)
+        log.info("event=adapter_loaded adapter=%s bytes=%d seconds=%.3f", what, nbytes, time.monotonic() - began)
+        return bound
+
+    async def _to_device(
+        self, digest: str, host: Adapter, check: Callable[[Bound], Awaitable[None]] | None = None
+    ) -> tuple[Bound, int]:
+        """Return the adapter where it computes, and its bytes, once there is room and `check` lets it pass."""
+        nbytes = sum(weight.numel() for weight in host.trained) * self._base.model.dtype.itemsize
+        await self._device.reserve(nbytes)
+        try:
+            bound = await asyncio.to_thread(self._forward.load, host)
+            if check is not None:
+                await check(bound)
+        except BaseException:
+            self._device.give_back(nbytes)
+            raise
+        return self._device.put(digest, bound, nbytes), nbytes
 
     def _check_origin(self, what: str, version: AdapterVersion) -> None:
         """Check before anything is fetched that it has the same base weights, tokenizer and template."""
-        if version.digest in self._refused:
-            raise AdapterRefusedError(self._refused[version.digest])
         fingerprint = version.manifest.get("base_fingerprint")
         if fingerprint != self._base.fingerprint:
             raise AdapterRefusedError(
@@ -164,27 +146,27 @@ class AdapterCache:
                 " train it again with this one"
             )
 
-    def _read(self, version: AdapterVersion) -> _Entry:
+    def _read(self, what: str, version: AdapterVersion) -> Adapter:
+        """Return it in host memory, in the dtype of the base."""
         began = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="lora-adapter-") as folder:
-            self._registry.fetch(version, Path(folder))
-            fetched = time.monotonic()
-            read = read_adapter(Path(folder), self._forward.modules)
-        entry = _Entry(self._forward.load(read), self._base.model.dtype.itemsize * sum(map(Tensor.numel, read.trained)))
+        files = self._registry.contents(version, self._disk)
+        fetched = time.monotonic()
+        adapter = parse_adapter(what, files, self._forward.modules).to(self._base.model.dtype)
         self._metrics.adapter_stage("fetch", fetched - began)
         self._metrics.adapter_stage("parse", time.monotonic() - fetched)
-        return entry
+        return adapter
 
     async def _replay_probes(self, what: str, version: AdapterVersion, adapter: Bound) -> None:
-        """Measure again what training measured last; a step of the decode loop fits between two probes."""
+        """Measure again what training measured last, in one pass between two steps of the decode loop."""
         began = time.monotonic()
         precisions = (str(version.manifest.get("precision")), self._base.precision)
         mixed = _TOLERANCE_NF4 if "nf4" in precisions else _TOLERANCE_MIXED
         tolerance = version.manifest.get("probe_tolerance", _TOLERANCE.get(precisions, mixed))
-        for probe in version.manifest.get("probes", []):
-            example = Example(probe["ids"], probe["labels_mask"])
+        probes = version.manifest.get("probes", [])
+        examples = [Example(probe["ids"], probe["labels_mask"]) for probe in probes]
+        losses = await self._loop.call(partial(probe_losses, self._forward, adapter, examples)) if probes else []
+        for probe, loss in zip(probes, losses, strict=True):
             labels = sum(probe["labels_mask"])
-            (loss,) = await self._loop.call(partial(probe_losses, self._forward, adapter, [example]))
             here, there = loss / labels, probe["loss"] / labels
             if not abs(here - there) <= tolerance * (1 + there):
                 raise AdapterRefusedError(
@@ -193,12 +175,11 @@ class AdapterCache:
                 )
         self._metrics.adapter_stage("probe", time.monotonic() - began)
 
-    def _evict(self) -> None:
-        total = sum(entry.nbytes for entry in self._entries.values())
-        for digest, entry in list(self._entries.items()):
-            if total <= self._capacity:
-                return
-            if entry.users == 0:
-                total -= entry.nbytes
-                del self._entries[digest]
-                log.info("event=adapter_evicted digest=%s bytes=%d", digest[:16], entry.nbytes)
+
+def _device_bytes(settings: Settings, device: torch.device) -> int:
+    """Return how much of the memory where a replica computes adapters may take."""
+    if settings.adapter_memory_gib is not None:
+        return int(settings.adapter_memory_gib * 2**30)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * _GPU_SHARE)
+    return _CPU_BYTES

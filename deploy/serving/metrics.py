@@ -53,6 +53,7 @@ class ServingMetrics:
         self._latency = histogram(metrics.E2E_REQUEST_LATENCY_SECONDS)
         self._load = histogram(metrics.ADAPTER_LOAD_SECONDS)
         self._cache = counter(metrics.ADAPTER_CACHE)
+        self._freshness = histogram(metrics.ADAPTER_FRESHNESS_SECONDS)
 
     def first_token(self, seconds: float) -> None:
         self._first_token.observe(seconds, tags={"base": self._base})
@@ -69,5 +70,9 @@ class ServingMetrics:
     def adapter_stage(self, stage: str, seconds: float) -> None:
         self._load.observe(seconds, tags={"stage": stage})
 
-    def adapter_request(self, hit: bool) -> None:
-        self._cache.inc(1, tags={"result": "hit" if hit else "miss"})
+    def published(self, seconds: float) -> None:
+        self._freshness.observe(seconds, tags={"base": self._base})
+
+    def adapter_cache(self, tier: str, result: str) -> None:
+        """Count a `hit`, `miss` or `eviction`."""
+        self._cache.inc(1, tags={"tier": tier, "result": result})

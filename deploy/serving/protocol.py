@@ -17,7 +17,8 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
-    """What one base is asked to generate. `adapter` None is the base itself; `version` is the id of one or `latest`.
+    """What one base is asked to generate. `adapter` None is the base itself; else `digest` is the content that it is
+    answered with, which the adapter's name meant when the request came.
 
     `prompt` is text that the answer continues, or the messages of a chat, which go through the base's template. There
     are `n` answers. `logprobs` asks for log-probabilities of their tokens, and of so many of the likeliest beside each.
@@ -28,7 +29,7 @@ class GenerateRequest:
 
     prompt: str | tuple[dict[str, Any], ...]
     adapter: str | None
-    version: str
+    digest: str | None
     max_tokens: int | None
     sampling: SamplingParams
     stop: tuple[str, ...]

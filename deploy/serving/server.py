@@ -3,7 +3,8 @@
     stream(asked)      a StreamStart, then Deltas as they come; or one ErrorResponse
     answer(asked)      the same, whole
 
-A request pins the digest that its model's name meant when it came; a new version is served from the next request on.
+A request names the digest that its model's name meant when it came: what it is answered with to its end, what the
+adapter is known by in memory, and what prompts that begin alike are told apart by.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cluster.registry import AdapterNotFound, AdapterRegistry
+from cluster.registry import AdapterNotFound, AdapterRegistry, Publication
 from cluster.settings import Settings
 from cluster.sources import local_source
 from cluster.storage.base import StorageCorrupt, StorageError
@@ -68,7 +69,7 @@ class AdapterServer:
             patience=settings.engine_iteration_timeout_seconds,
         )
         registry = AdapterRegistry(open_storage(settings.storage_url), settings.tenant)
-        self._adapters = AdapterCache(registry, name, self._base, forward, self._loop, self._metrics)
+        self._adapters = AdapterCache(registry, name, self._base, forward, self._loop, self._metrics, settings)
         log.info(
             "event=base_loaded base=%s fingerprint=%s precision=%s device=%s seconds=%.1f",
             name, self._base.fingerprint[:16], self._base.precision, self._base.device, time.monotonic() - began,
@@ -115,14 +116,23 @@ class AdapterServer:
                 account.failed = True
                 yield _refusal(error)
 
+    async def load(self, published: Publication) -> None:
+        """Load an adapter that was just published. One that is refused is told so, with the reason, to who asks."""
+        try:
+            await self._adapters.load(published.name, published.digest)
+            self._metrics.published(time.time() - published.at)
+        except (LookupError, ValueError, StorageError) as error:
+            log.warning("event=load_failed adapter=%s:%s error=%r", published.base, published.name, error)
+
     async def _request(self, asked: GenerateRequest, stack: AsyncExitStack) -> tuple[str, GenerationRequest]:
         """Return digest and request; the adapter stays in memory as long as the stack is open."""
         from lora_core.inference.engine import GenerationRequest
 
         prompt, digest, adapter = self._prompt(asked), self._base.fingerprint, None
         if asked.adapter is not None:
-            version = await self._adapters.resolve(asked.adapter, asked.version)
-            digest, adapter = version.digest, await stack.enter_async_context(self._adapters.use(version))
+            assert asked.digest is not None
+            digest = asked.digest
+            adapter = await stack.enter_async_context(self._adapters.use(asked.adapter, digest))
         return digest, GenerationRequest(
             prompt=prompt,
             adapter=adapter,

@@ -52,6 +52,14 @@ class Adapter:
         more_a, more_b = self.residual.folded(module)
         return torch.cat([a, more_a]), torch.cat([b, more_b], dim=1)
 
+    def to(self, dtype: torch.dtype) -> Adapter:
+        """Return it to be served: A and B in this dtype, without a residual."""
+        assert self.residual is None
+        a, b = ({name: weight.to(dtype) for name, weight in of.items()} for of in (self.a, self.b))
+        cast = Adapter(self.scale, a, b, self.dropout, magnitude=self.magnitude)
+        cast.norm.update(self.norm)
+        return cast
+
     @property
     def trained(self) -> list[Tensor]:
         """All A, then all B, then all m."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,22 +114,33 @@ def adapter_files(adapter: Adapter, adaptable: AdaptableModules, base_name: str)
 
 
 def read_adapter(folder: Path, adaptable: AdaptableModules) -> Adapter:
-    """Load PEFT files strictly: every key is used, every module exists, every shape fits.
+    """Load PEFT files, as `parse_adapter` does, which are called by the folder's name in what is raised."""
+    try:
+        files = {file: (folder / file).read_bytes() for file in (CONFIG_FILE, WEIGHTS_FILE)}
+    except OSError as error:
+        raise AdapterFormatError(f"{folder.name}: not a readable PEFT adapter ({error})") from error
+    return parse_adapter(folder.name, files, adaptable)
+
+
+def parse_adapter(name: str, files: Mapping[str, bytes], adaptable: AdaptableModules) -> Adapter:
+    """Read PEFT files strictly: every key is used, every module exists, every shape fits.
 
     Returns an adapter without gradients, ranks and scales as the config says (1 for what this project published).
 
     Raises:
         AdapterFormatError: all that does not fit, in one sentence each.
     """
+    if missing := [file for file in (CONFIG_FILE, WEIGHTS_FILE) if file not in files]:
+        raise AdapterFormatError(f"{name}: there is no {' and no '.join(missing)}")
     try:
-        raw = json.loads((folder / CONFIG_FILE).read_bytes())
-        tensors = load((folder / WEIGHTS_FILE).read_bytes())
+        raw = json.loads(files[CONFIG_FILE])
+        tensors = load(files[WEIGHTS_FILE])
         config = _PeftConfig.model_validate(raw)
     except ValidationError as error:
         fields = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False))
-        raise AdapterFormatError(f"{folder.name}: {CONFIG_FILE} does not fit ({fields})") from error
-    except (OSError, ValueError, SafetensorError) as error:
-        raise AdapterFormatError(f"{folder.name}: not a readable PEFT adapter ({error})") from error
+        raise AdapterFormatError(f"{name}: {CONFIG_FILE} does not fit ({fields})") from error
+    except (ValueError, SafetensorError) as error:
+        raise AdapterFormatError(f"{name}: not a readable PEFT adapter ({error})") from error
     problems = _unsupported(raw)
     parts: dict[_Part, dict[str, Tensor]] = {"A": {}, "B": {}, "magnitude": {}}
     shapes = adaptable.shapes
@@ -158,10 +170,12 @@ def read_adapter(folder: Path, adaptable: AdaptableModules) -> Adapter:
     problems += ["it holds no weights"] if not tensors else []
     if problems:
         shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
-        raise AdapterFormatError(f"{folder.name}: {shown}")
+        raise AdapterFormatError(f"{name}: {shown}")
     order = [module for module in adaptable.modules if module in a]
     scale = {module: config.scale_of(module) for module in order}
-    parts = {part: {name: named[name] for name in order if name in named} for part, named in parts.items()}
+    parts = {
+        part: {module: of_part[module] for module in order if module in of_part} for part, of_part in parts.items()
+    }
     adapter = Adapter(scale, parts["A"], parts["B"], magnitude=parts["magnitude"])
     adaptable.add_norms(adapter, order)
     return adapter

@@ -21,7 +21,7 @@ import pytest
 from cluster.registry import MANIFEST, AdapterNotFound, AdapterRegistry, AdapterVersion, content_digest
 from cluster.storage.base import Storage, StorageCorrupt, StorageNotFound
 from cluster.storage.directory import open_storage
-from cluster.storage.keys import adapter_prefix, alias_key
+from cluster.storage.keys import adapter_prefix, alias_key, last_published_key
 
 FILES = {"adapter_config.json": b'{"r": 16}', "adapter_model.safetensors": bytes(range(256)) * 400}
 OTHER = {"x": {"sha256": "0" * 64, "size": 1}}
@@ -80,8 +80,11 @@ def test_the_version_is_the_content(storage: Storage) -> None:
 def test_publishing_again_writes_no_file_and_makes_it_the_latest(storage: Storage) -> None:
     registry = AdapterRegistry(storage)
     first = registry.publish(BASE, NAME, content(1), {})
+    before = registry.last_published()
     second = registry.publish(BASE, NAME, content(2), {})
     assert registry.resolve(BASE, NAME) == second
+    assert registry.digest(BASE, NAME) == second.digest != first.digest == registry.digest(BASE, NAME, first.version)
+    assert registry.last_published() != before
     kept = {key: storage.get(key) for key in storage.list("adapters/")}
     written: list[str] = []
     put = storage.put
@@ -92,7 +95,7 @@ def test_publishing_again_writes_no_file_and_makes_it_the_latest(storage: Storag
 
     storage.put = record  # type: ignore[method-assign]
     assert registry.publish(BASE, NAME, content(1), {}) == first == registry.resolve(BASE, NAME)
-    assert written == [alias_key("default", BASE, NAME, "latest")]
+    assert written == [alias_key("default", BASE, NAME, "latest"), last_published_key("default")]
     assert {key: storage.get(key) for key in storage.list("adapters/")} == kept
 
 
@@ -157,15 +160,15 @@ def publish_and_die(url: str, environment: dict[str, str], writes: int) -> None:
     AdapterRegistry(storage).publish(BASE, NAME, FILES, {"job": "job-1"})
 
 
-@pytest.mark.parametrize("writes", range(5))
+@pytest.mark.parametrize("writes", range(6))
 def test_a_publish_killed_anywhere_is_completed_by_the_next(storage: Storage, tmp_path: Path, writes: int) -> None:
-    """Killed after 0 to 4 writes: two files, the manifest, the alias."""
+    """Killed after 0 to 5 writes: two files, the manifest, the alias, and that it is there."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.cluster.test_registry", "cluster.storage.s3"])
     child = context.Process(target=publish_and_die, args=(storage.url, dict(os.environ), writes))
     child.start()
     child.join(60)
-    assert child.exitcode == (-signal.SIGKILL if writes < 4 else 0)
+    assert child.exitcode == (-signal.SIGKILL if writes < 5 else 0)
     registry = AdapterRegistry(storage)
     assert len(storage.list()) == writes
     assert len(registry.versions(BASE, NAME)) == (writes > 2)
@@ -176,8 +179,12 @@ def test_a_publish_killed_anywhere_is_completed_by_the_next(storage: Storage, tm
     for version in registry.versions(BASE, NAME):
         registry.fetch(registry.resolve(BASE, NAME, version), tmp_path / version)
         assert read(tmp_path / version) == FILES
+    assert (registry.last_published() is None) == (writes < 5)
     published = registry.publish(BASE, NAME, FILES, {"job": "job-1"})
     assert registry.resolve(BASE, NAME) == published
+    told = registry.last_published()
+    assert told is not None
+    assert (told.base, told.name, told.digest) == (BASE, NAME, published.digest)
     assert registry.versions(BASE, NAME) == [published.version]
     assert read(registry.fetch(published, tmp_path / "complete")) == FILES
 

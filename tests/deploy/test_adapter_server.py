@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -12,18 +13,19 @@ from typing import Any
 
 import pytest
 
-from cluster.registry import AdapterRegistry, AdapterVersion
+from cluster.registry import AdapterRegistry, AdapterVersion, Publication
 from cluster.settings import Settings
 from cluster.storage.base import StorageUnavailable
 from cluster.storage.directory import open_storage
-from deploy.serving import adapter_cache, decode_loop
+from deploy.serving import decode_loop
 from deploy.serving import metrics as ray_metrics
-from deploy.serving.decode_loop import DecodeLoop
+from deploy.serving.decode_loop import DecodeLoop, DecodeLoopError
+from deploy.serving.memory_tier import MemoryTier
 from deploy.serving.protocol import Completion, Delta, ErrorResponse, GenerateRequest, StreamStart
 from deploy.serving.server import AdapterServer
 from lora_core.adapters.peft_format import adapter_files
 from lora_core.data.dataset import Example
-from lora_core.inference.engine import Generator
+from lora_core.inference.engine import GeneratedToken, GenerationRequest, Generator
 from lora_core.inference.sampling_params import SamplingParams
 from lora_core.models.base import BaseModel, load_base
 from lora_core.models.files import chat_template_hash
@@ -35,7 +37,7 @@ from tests.support.tiny_models import save_tiny_model, with_more_tokens
 QUESTION = GenerateRequest(
     prompt=({"role": "user", "content": "Hi"},),
     adapter=None,
-    version="latest",
+    digest=None,
     max_tokens=12,
     sampling=SamplingParams(temperature=0.0),
     stop=(),
@@ -43,8 +45,8 @@ QUESTION = GenerateRequest(
 ENDLESS = dataclasses.replace(QUESTION, max_tokens=None, sampling=SamplingParams(temperature=2.0, seed=0))
 
 
-def about(adapter: str, version: str = "latest") -> GenerateRequest:
-    return dataclasses.replace(QUESTION, adapter=adapter, version=version)
+def about(version: AdapterVersion) -> GenerateRequest:
+    return dataclasses.replace(QUESTION, adapter=version.name, digest=version.digest)
 
 
 class Service:
@@ -78,6 +80,20 @@ class Service:
         }
         return self.registry.publish("tiny", name, adapter_files(adapter, self.bank, "tiny"), {**own, **manifest})
 
+    def alone(self, version: AdapterVersion) -> str:
+        """The answer of a loaded adapter by a generator that has seen nothing else."""
+        cache, asked = self.server._adapters, about(version)
+        generator = Generator(self.server._base, cache._forward)
+        generator.end_tokens = frozenset()
+        request = GenerationRequest(
+            prompt=self.server._prompt(asked),
+            adapter=cache._device.get(version.digest),
+            sampling=asked.sampling,
+            max_tokens=asked.max_tokens,
+        )
+        generator.add(request)
+        return "".join(event.text for events in iter(generator.step, []) for event in events)
+
     @property
     def idle(self) -> bool:
         generator = self.server._loop._generator
@@ -93,13 +109,13 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Service:
 def fetches(service: Service, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The versions whose files were fetched."""
     seen: list[str] = []
-    fetch = service.served.fetch
+    contents = service.served.contents
 
-    def counting(version: AdapterVersion, folder: Path) -> Path:
+    def counting(version: AdapterVersion, cache: Any) -> dict[str, bytes]:
         seen.append(version.version)
-        return fetch(version, folder)
+        return contents(version, cache)
 
-    monkeypatch.setattr(service.served, "fetch", counting)
+    monkeypatch.setattr(service.served, "contents", counting)
     yield seen
 
 
@@ -198,7 +214,7 @@ def test_one_adapter_is_loaded_once_for_all_who_ask(service: Service, fetches: l
     version = service.publish("once", 1)
 
     async def crowd() -> list[Any]:
-        tasks = [asyncio.create_task(service.server.answer(about("once"))) for _ in range(6)]
+        tasks = [asyncio.create_task(service.server.answer(about(version))) for _ in range(6)]
         await until(lambda: bool(fetches))
         tasks[0].cancel()  # it was the first to ask, and the load goes on without it
         return await asyncio.gather(*tasks, return_exceptions=True)
@@ -209,19 +225,32 @@ def test_one_adapter_is_loaded_once_for_all_who_ask(service: Service, fetches: l
     assert len({answer.choices for answer in others}) == 1
     assert others[0].choices != run(service.server.answer(QUESTION)).choices, "the adapter must change the answer"
     assert fetches == [version.version]
-    run(service.server.answer(about("once")))
+    run(service.server.answer(about(version)))
     assert len(fetches) == 1
 
 
-def test_a_new_version_is_served_without_a_restart(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapter_cache, "_RESOLVED_SECONDS", 0.0)
+def test_answers_are_of_the_digest_that_was_asked_for(service: Service, fetches: list[str]) -> None:
+    """Whatever is published meanwhile under the name, and while a prompt of another version lies in the cache."""
     old = service.publish("moving", 2)
-    before = run(service.server.answer(about("moving")))
-    new = service.publish("moving", 3)
-    after = run(service.server.answer(about("moving")))
-    assert (before.start.digest, after.start.digest) == (old.digest, new.digest) and before.choices != after.choices
-    pinned = run(service.server.answer(about("moving", old.version)))
-    assert pinned == before
+    before = run(service.server.answer(about(old)))
+    patient = dataclasses.replace(about(old), max_tokens=200)
+    whole = run(service.server.answer(patient))
+
+    async def published_while_answering() -> tuple[Completion, AdapterVersion]:
+        answering = asyncio.create_task(service.server.answer(patient))
+        await until(lambda: not service.idle)
+        new = await asyncio.to_thread(service.publish, "moving", 3)
+        await service.server.load(Publication("tiny", "moving", new.digest, 0.0))
+        return await answering, new
+
+    during, new = run(published_while_answering())
+    assert during == whole
+    assert fetches == [old.version, new.version]  # what is pushed is there before it is asked for
+    after = run(service.server.answer(about(new)))
+    assert (before.start.digest, after.start.digest) == (old.digest, new.digest)
+    assert after.choices[0].text == service.alone(new) != before.choices[0].text
+    assert run(service.server.answer(about(old))) == before
+    assert len(fetches) == 2
 
 
 @pytest.mark.parametrize(
@@ -237,12 +266,16 @@ def test_an_adapter_of_something_else_is_refused(
     service: Service, fetches: list[str], manifest: dict[str, Any], reason: str
 ) -> None:
     name = f"refused-{len(reason)}-{len(manifest)}-{next(iter(manifest))[0]}"
-    service.publish(name, 4 + len(reason), **manifest)
-    answer = run(service.server.answer(about(name)))
+    version = service.publish(name, 4 + len(reason), **manifest)
+    answer = run(service.server.answer(about(version)))
     assert isinstance(answer, ErrorResponse) and (answer.status, answer.code) == (409, "adapter_refused")
     assert reason in answer.message
     count = len(fetches)
-    assert run(service.server.answer(about(name))) == answer and len(fetches) == count  # known bad, and not tried again
+    run(service.server.load(Publication("tiny", name, version.digest, 0.0)))
+    assert run(service.server.answer(about(version))) == answer and len(fetches) == count  # known bad: not tried again
+    twin = service.publish(f"{name}-twin", 4 + len(reason))
+    assert twin.digest == version.digest  # the same content with another manifest
+    assert isinstance(run(service.server.answer(about(twin))), Completion)
 
 
 @pytest.mark.parametrize("damage", [lambda loss: loss + 60.0, lambda loss: float("nan")])
@@ -252,15 +285,15 @@ def test_an_adapter_that_computes_something_else_is_refused(service: Service, da
     (loss,) = probe_losses(service.forward, service.forward.load(adapter), [example])
     name = f"damaged-{damage(1.0) > 0}".lower()
     probe = {"ids": example.ids, "labels_mask": example.labels_mask, "loss": damage(loss)}
-    service.publish(name, 20 + len(name), probes=[probe])
-    answer = run(service.server.answer(about(name)))
+    version = service.publish(name, 20 + len(name), probes=[probe])
+    answer = run(service.server.answer(about(version)))
     assert isinstance(answer, ErrorResponse) and "does not compute here" in answer.message
 
 
 def test_probes_of_another_precision_pass(service: Service) -> None:
     """What other tests rely on, said once and strictly: trained in fp32, served in what this machine computes in."""
-    service.publish("probed", 30, probe_tolerance=0.01)
-    assert isinstance(run(service.server.answer(about("probed"))), Completion)
+    version = service.publish("probed", 30, probe_tolerance=0.01)
+    assert isinstance(run(service.server.answer(about(version))), Completion)
 
 
 @pytest.mark.parametrize(("precision", "passes"), [("bf16", False), ("nf4", True)])
@@ -270,54 +303,60 @@ def test_what_was_trained_in_four_bits_may_be_further_off(service: Service, prec
     example = Example(list(range(40, 60)), [False] * 10 + [True] * 10)
     (loss,) = probe_losses(service.forward, service.forward.load(adapter), [example])
     probe = {"ids": example.ids, "labels_mask": example.labels_mask, "loss": loss + 10 * 0.15 * (1 + loss / 10)}
-    service.publish(f"from-{precision}", seed, probes=[probe], precision=precision)
-    assert isinstance(run(service.server.answer(about(f"from-{precision}"))), Completion if passes else ErrorResponse)
+    version = service.publish(f"from-{precision}", seed, probes=[probe], precision=precision)
+    assert isinstance(run(service.server.answer(about(version))), Completion if passes else ErrorResponse)
 
 
-def test_the_least_used_adapter_makes_room_and_one_in_use_stays(
+def test_the_least_used_adapter_makes_room_and_one_in_use_is_waited_for(
+    service: Service, fetches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, versions = service.server._adapters, [service.publish(f"room-{i}", 40 + i) for i in range(3)]
+    tier = MemoryTier[Any]("device", 1, service.server._metrics)
+    monkeypatch.setattr(cache, "_device", tier)
+
+    async def ask() -> None:
+        async with cache.use("room-0", versions[0].digest):
+            waiting = [asyncio.create_task(service.server.answer(about(version))) for version in versions[1:]]
+            await until(lambda: len(tier._line) == 2)
+            assert isinstance(await service.server.answer(about(versions[0])), Completion)  # the loop goes on
+            assert versions[0].digest in tier and not any(task.done() for task in waiting)
+        assert all(isinstance(answer, Completion) for answer in await asyncio.gather(*waiting))
+        assert len(tier._entries) == 1 and versions[0].digest not in tier
+
+    run(ask())
+    assert len(fetches) == 3
+
+
+def test_what_the_device_has_no_room_for_comes_back_from_host_memory(
+    service: Service, fetches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, versions = service.server._adapters, [service.publish(f"host-{i}", 45 + i) for i in range(2)]
+    monkeypatch.setattr(cache, "_device", MemoryTier[Any]("device", 1, service.server._metrics))
+    monkeypatch.setattr(cache, "_host", MemoryTier[Any]("host", 2**30, service.server._metrics))
+    first, other, again = (run(service.server.answer(about(versions[i]))) for i in (0, 1, 0))
+    assert again == first and other.choices != first.choices
+    assert fetches == [version.version for version in versions]
+
+
+def test_a_storage_that_is_away_keeps_what_is_loaded_in_service(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = service.server._adapters
-    versions = [service.publish(f"room-{i}", 40 + i) for i in range(3)]
-    run(service.server.answer(about("room-0")))
-    monkeypatch.setattr(cache, "_capacity", cache._entries[versions[0].digest].nbytes)
-    for digest in list(cache._entries):
-        if digest != versions[0].digest:
-            del cache._entries[digest]
-
-    async def while_in_use() -> None:
-        async with cache.use(versions[0]):
-            await service.server.answer(about("room-1"))
-            assert set(cache._entries) == {versions[0].digest}  # room-1 had to go as soon as it was not used
-            async with cache.use(versions[1]), cache.use(versions[2]):
-                assert len(cache._entries) == 3  # all in use, whatever the capacity
-            assert len(cache._entries) == 1
-
-    run(while_in_use())
-
-
-def test_a_storage_that_is_away_keeps_what_is_known_in_service(
-    service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    service.publish("steady", 50)
-    before = run(service.server.answer(about("steady")))
+    steady, other = service.publish("steady", 50), service.publish("never-asked-for", 51)
+    before = run(service.server.answer(about(steady)))
 
     def away(*_: Any) -> AdapterVersion:
         raise StorageUnavailable("the bucket does not answer")
 
     monkeypatch.setattr(service.served, "resolve", away)
-    monkeypatch.setattr(adapter_cache, "_RESOLVED_SECONDS", 0.0)
-    assert run(service.server.answer(about("steady"))) == before
-    unknown = run(service.server.answer(about("never-asked-for")))
+    assert run(service.server.answer(about(steady))) == before
+    unknown = run(service.server.answer(about(other)))
     assert unknown == ErrorResponse(503, "the bucket does not answer", "storage_unavailable")
 
 
 def test_unknown_names_and_impossible_questions(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    service.publish("known", 60)
-    missing = run(service.server.answer(about("unknown")))
-    assert missing.status == 404 and "tiny:known" in missing.message
-    version = run(service.server.answer(about("known", "0" * 16)))
-    assert version.status == 404 and "there is no version 0000000000000000 of tiny:known" in version.message
+    known = service.publish("known", 60)
+    missing = run(service.server.answer(about(dataclasses.replace(known, digest="0" * 64))))
+    assert missing.status == 404 and "there is no version 0000000000000000 of tiny:known" in missing.message
     long = dataclasses.replace(QUESTION, prompt=({"role": "user", "content": "x" * 5000},))
     refused = run(service.server.answer(long))
     assert (refused.status, refused.code) == (400, "context_length_exceeded") and "5019 tokens" in refused.message
@@ -378,12 +417,10 @@ def test_who_stops_listening_gives_the_request_up(service: Service) -> None:
 
 
 def test_more_questions_than_slots_are_all_answered(service: Service) -> None:
-    names = [f"crowd-{i}" for i in range(3)]
-    for i, name in enumerate(names):
-        service.publish(name, 70 + i)
+    versions = [service.publish(f"crowd-{i}", 70 + i) for i in range(3)]
 
     async def crowd() -> list[Any]:
-        requests = [QUESTION, *(about(name) for name in names)] * 5
+        requests = [QUESTION, *map(about, versions)] * 5
         return await asyncio.gather(*(service.server.answer(asked) for asked in requests))
 
     answers = run(crowd())
@@ -404,6 +441,33 @@ def test_gauges_are_set_again_before_ray_forgets_them(service: Service, monkeypa
     assert run(loop.call(lambda: 5)) == 5
     run(until(lambda: len(values) >= 8))
     assert set(values) == {0}
+
+
+def test_health_is_the_age_of_the_step_while_there_is_work(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = Generator(service.trained, service.forward, slots=1, max_len=64)
+    loop = DecodeLoop(generator, threads=1, observe=lambda running, waiting: None, patience=0.05)
+    step, stuck = generator.step, threading.Event()
+
+    def hanging() -> list[GeneratedToken]:
+        stuck.wait(20)
+        return step()
+
+    async def ask() -> None:
+        await asyncio.sleep(0.2)
+        loop.check_health()  # idle for longer than a step may take
+        monkeypatch.setattr(generator, "step", hanging)
+        request = GenerationRequest(prompt=[1, 2], max_tokens=1, sampling=SamplingParams(temperature=0.0))
+        async with loop.answering([request]) as batches:
+            await asyncio.sleep(0.2)
+            with pytest.raises(DecodeLoopError, match="is stuck: its step has taken 0 s"):
+                loop.check_health()
+            stuck.set()
+            assert len([batch async for batch in batches]) == 1
+        await until(lambda: generator.running == 0)
+        await asyncio.sleep(0.2)
+        loop.check_health()
+
+    run(ask())
 
 
 def test_a_failed_step_fails_the_requests_and_the_health_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

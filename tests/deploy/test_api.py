@@ -66,16 +66,16 @@ def test_supported_parameters_reach_the_question() -> None:
         n=3,
         logprobs=True,
         top_logprobs=2,
-    ).generate_request("triage", "latest")
+    ).generate_request("triage", "d1g")
     assert asked.prompt == (
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "ab", "name": "Ann"},
         {"role": "assistant", "content": "c"},
         {"role": "user", "content": "d"},
     )
-    assert (asked.adapter, asked.version, asked.max_tokens, asked.sampling.temperature) == (
+    assert (asked.adapter, asked.digest, asked.max_tokens, asked.sampling.temperature) == (
         "triage",
-        "latest",
+        "d1g",
         7,
         0.0,
     )
@@ -84,7 +84,7 @@ def test_supported_parameters_reach_the_question() -> None:
         temperature=0.0, top_p=0.5, top_k=40, min_p=0.1, repetition_penalty=1.2, presence_penalty=0.5,
         frequency_penalty=-1.0, logit_bias={5: 100.0}, seed=3,
     )  # fmt: skip
-    defaults = chat(temperature=None, stop=["a", "b"]).generate_request(None, "latest")
+    defaults = chat(temperature=None, stop=["a", "b"]).generate_request(None, None)
     assert (defaults.sampling, defaults.max_tokens) == (SamplingParams(), None)
     assert (defaults.stop, defaults.n, defaults.logprobs) == (("a", "b"), 1, None)
 
@@ -100,7 +100,7 @@ def test_supported_parameters_reach_the_question() -> None:
     ],
 )
 def test_tools_reach_the_question(choice: Any, tools: Any, forced: Any) -> None:
-    asked = chat(tools=[TOOL], tool_choice=choice, parallel_tool_calls=False).generate_request(None, "latest")
+    asked = chat(tools=[TOOL], tool_choice=choice, parallel_tool_calls=False).generate_request(None, None)
     assert (asked.tools, asked.forced_tools, asked.parallel_tool_calls) == (tools, forced, not tools)
     if tools:
         assert list(asked.tools[0]["function"]) == ["name", "parameters"], "in the order of OpenAI's documents"
@@ -110,16 +110,16 @@ def test_formats_reach_the_question() -> None:
     schema = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": {"type": "array"}}}
     wanted: dict[str, Any] = {"json_object": {"type": "object"}, "text": None}
     for kind, expected in wanted.items():
-        assert chat(response_format={"type": kind}).generate_request(None, "latest").json_schema == expected
-    assert chat(response_format=schema).generate_request(None, "latest").json_schema == {"type": "array"}
+        assert chat(response_format={"type": kind}).generate_request(None, None).json_schema == expected
+    assert chat(response_format=schema).generate_request(None, None).json_schema == {"type": "array"}
 
 
 def test_text_completions_default_to_16_tokens_as_openai_has_it() -> None:
     request = parse_request(b'{"model": "m", "prompt": "once"}', TextRequest)
-    asked = request.generate_request(None, "latest")
+    asked = request.generate_request(None, None)
     assert (asked.prompt, asked.max_tokens, asked.logprobs, asked.echo) == ("once", 16, None, False)
     scoring = parse_request(b'{"model": "m", "prompt": "a", "echo": true, "logprobs": 0, "max_tokens": 0}', TextRequest)
-    asked = scoring.generate_request(None, "latest")
+    asked = scoring.generate_request(None, None)
     assert (asked.max_tokens, asked.logprobs, asked.echo) == (0, 0, True)
 
 

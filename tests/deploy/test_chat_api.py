@@ -64,7 +64,7 @@ class App:
         """name{labels of ours} -> value."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self._metrics_port}/metrics") as answer:
             lines = [line for line in answer.read().decode().splitlines() if line.startswith("ray_lora_")]
-        ours = re.compile(r'(base|adapter|finish_reason|result|stage)="([^"]*)"')
+        ours = re.compile(r'(base|adapter|finish_reason|result|stage|tier)="([^"]*)"')
         return {
             f"{line.split('{')[0]}{{{','.join(f'{k}={v}' for k, v in sorted(ours.findall(line)))}}}": float(
                 line.split()[-1]
@@ -258,7 +258,7 @@ def test_a_client_that_leaves_frees_its_place_and_metrics_say_so(app: App) -> No
             assert spec.exported + ("_count" if spec.kind == "histogram" else "") in names, spec.name
     assert metrics["ray_lora_requests_total{adapter=one,base=tiny,finish_reason=length}"] >= 4
     assert metrics["ray_lora_generation_tokens_total{adapter=one,base=tiny}"] >= 16
-    assert metrics["ray_lora_adapter_cache_total{result=hit}"] > 0
+    assert metrics["ray_lora_adapter_cache_total{result=hit,tier=device}"] > 0
     assert metrics["ray_lora_time_to_first_token_seconds_count{base=tiny}"] > 20
     stages = [name for name in metrics if name.startswith("ray_lora_adapter_load_seconds_count")]
     assert {name[name.index("stage=") + 6 : -1] for name in stages} == {"fetch", "parse", "probe"}
