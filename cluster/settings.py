@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import unquote
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -98,6 +98,24 @@ class Settings(BaseSettings):
     gpus_per_replica: float = Field(default=0.4, gt=0, le=1)
     """Ray's share of a GPU for a serving replica; with the default of both, one GPU holds a rank and a replica."""
 
+    min_replicas: int = Field(default=1, ge=0)
+    """Replicas of each base at least; 0: a base is loaded when somebody asks for it."""
+
+    max_replicas: int = Field(default=1, ge=1)
+    """Replicas of each base at most. Their number follows the requests that are being answered and wait."""
+
+    target_ongoing_requests: float = Field(default=32.0, gt=0, allow_inf_nan=False)
+    """Requests on a replica for which another one is started, where there may be more."""
+
+    replica_idle_seconds: float = Field(default=600.0, ge=0, allow_inf_nan=False)
+    """How long there must be too few requests before a replica is given up."""
+
+    max_ongoing_requests: int = Field(default=64, ge=1)
+    """Requests that a replica takes at a time; those that have no slot yet wait in its own line."""
+
+    max_queued_requests: int = Field(default=256, ge=1)
+    """Requests that wait for a replica of one base; more than that are told to come back (429)."""
+
     engine_iteration_timeout_seconds: float = Field(default=120.0, gt=0)
     """A replica of which one step takes longer counts as stuck, and is replaced; the first may compile kernels."""
 
@@ -142,6 +160,13 @@ class Settings(BaseSettings):
         if bad:
             raise ValueError(f"must have aliases of letters, digits, '.', '_' and '-' only (not {bad})")
         return {alias: _located(source) for alias, source in models.items()}
+
+    @field_validator("max_replicas")
+    @classmethod
+    def _not_below_the_least(cls, most: int, info: ValidationInfo) -> int:
+        if most < info.data.get("min_replicas", 0):
+            raise ValueError(f"must be at least {PREFIX}MIN_REPLICAS ({info.data['min_replicas']})")
+        return most
 
     @property
     def cache_dir(self) -> Path:

@@ -9,31 +9,55 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve import Application, Deployment
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from cluster.settings import Settings, load_settings
 from deploy.api.gateway import Gateway
 from deploy.serving.server import AdapterServer
 
-_ONGOING = 64  # a replica decodes 32 of them at a time; the others wait in its line
-_QUEUED = 256  # more than that and callers are told to come back (429)
-_GATEWAY_ONGOING = 1024
+_DRAIN_SECONDS = 60.0  # in which open streams finish
+_UPSCALE_SECONDS = 5.0  # of too many requests before another replica is started; the first one is started at once
 
 
 def build_app(settings: Settings) -> Application:
     """Serve every base in `settings.base_models`. Replicas ask for no CPUs, which training needs all of."""
     deployment: Deployment = serve.deployment(
-        max_ongoing_requests=_ONGOING,
-        max_queued_requests=_QUEUED,
+        max_ongoing_requests=settings.max_ongoing_requests,
+        max_queued_requests=settings.max_queued_requests,
+        request_router_config=RequestRouterConfig(
+            request_router_class="deploy.serving.adapter_router.AdapterRouter",  # type: ignore[arg-type]  # as Ray has it
+            request_router_kwargs={"share": settings.target_ongoing_requests},
+        ),
         ray_actor_options=_resources(settings),
-        graceful_shutdown_timeout_s=60,  # open streams finish
+        graceful_shutdown_timeout_s=_DRAIN_SECONDS,
+        **_replicas(settings),
     )(AdapterServer)
     servers = {
         name: deployment.options(name=f"AdapterServer-{name}").bind(name, settings) for name in settings.base_models
     }
+    # The gateway takes all that servers may have and a few more, so that they say who has to come back.
+    of_a_base = settings.max_replicas * settings.max_ongoing_requests + settings.max_queued_requests
     gateway: Deployment = serve.deployment(
-        max_ongoing_requests=_GATEWAY_ONGOING, ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=60
+        max_ongoing_requests=1024 + 2 * of_a_base * len(servers),
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=_DRAIN_SECONDS,
     )(Gateway)
     return gateway.bind(settings, servers)
+
+
+def _replicas(settings: Settings) -> dict[str, Any]:
+    """Return how many replicas a base has: as many as its requests need, or always the same."""
+    if settings.min_replicas == settings.max_replicas:
+        return {"num_replicas": settings.max_replicas}
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=settings.min_replicas,
+            max_replicas=settings.max_replicas,
+            target_ongoing_requests=settings.target_ongoing_requests,
+            upscale_delay_s=_UPSCALE_SECONDS,
+            downscale_delay_s=settings.replica_idle_seconds,
+        )
+    }
 
 
 def _resources(settings: Settings) -> dict[str, Any]:

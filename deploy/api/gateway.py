@@ -38,6 +38,7 @@ from deploy.serving.protocol import Delta, ErrorResponse, GenerateRequest, Strea
 log = logging.getLogger("ray.serve.lora")
 
 _NAMES_SHOWN = 30
+_RETRY_SECONDS = 1  # after which a client had best ask again
 
 api = FastAPI(title="LoRA service", openapi_url=None)
 
@@ -57,7 +58,10 @@ def _error_of(refusal: ErrorResponse) -> ApiError:
 
 
 def _answer_error(error: ApiError) -> Response:
-    return JSONResponse(error.body(), error.status, {"x-should-retry": "true" if error.retry else "false"})
+    headers = {"x-should-retry": "true" if error.retry else "false"}
+    if error.retry and error.status in (429, 503):
+        headers["retry-after"] = str(_RETRY_SECONDS)
+    return JSONResponse(error.body(), error.status, headers)
 
 
 @api.exception_handler(ApiError)
@@ -91,6 +95,7 @@ class Gateway:
         self._servers = servers
         self._streams = {name: server.options(stream=True) for name, server in servers.items()}
         self._registry = AdapterRegistry(open_storage(settings.storage_url), settings.tenant)
+        self._pushes = settings.min_replicas > 0
         self._names = AdapterNames(self._registry, settings.notice_seconds)
         self._following = asyncio.get_running_loop().create_task(self._names.follow(self._push))
         self._started = time.time()
@@ -153,8 +158,8 @@ class Gateway:
             raise await self._unknown(model, str(error)) from error
 
     def _push(self, published: Publication) -> None:
-        """Have an adapter loaded before anybody asks for it."""
-        if published.base in self._servers:
+        """Have an adapter loaded before anybody asks for it, unless its base may have no replica: none is started."""
+        if published.base in self._servers and self._pushes:
             self._servers[published.base].load.remote(published)
 
     async def _streamed(self, model: str, response: CompletionResponse, base: str, asked: GenerateRequest) -> Response:

@@ -64,6 +64,7 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = "rate_limit_error" if self.status == 429 else kind
         # Whatever a request's words are, they can be sent back.
         message, param = (
             text and text.encode(errors="backslashreplace").decode() for text in (self.message, self.param)

@@ -7,17 +7,21 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
-from ray.serve._private.common import DeploymentID
+from ray.serve._private.common import DeploymentID, ReplicaID
+from ray.serve._private.request_router.common import ReplicaQueueLengthCache
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.request_router import PendingRequest
 
 from cluster.settings import Settings
 from deploy import app as application
 from deploy.api import gateway
 from deploy.api.responses import ChatResponse, ModelName, TextResponse, parse_model
 from deploy.api.schemas import ApiError, ChatRequest, TextRequest, parse_request
+from deploy.serving.adapter_router import AdapterRouter
 from deploy.serving.protocol import Completion, Delta, StreamStart, TokenLogprob
 from lora_core.inference.sampling_params import SamplingParams
 from lora_core.inference.tool_calls import ToolCall
@@ -408,7 +412,16 @@ def test_too_many_questions_and_lost_replicas_may_be_tried_again() -> None:
     for error, status in ((BackPressureError(5, 4), 429), (DeploymentUnavailableError(DeploymentID("a")), 503)):
         with pytest.raises(ApiError) as caught:
             asyncio.run(gateway._asked(fails(error)))
-        assert (caught.value.status, caught.value.retry) == (status, True)
+        answer = gateway._answer_error(caught.value)
+        assert (answer.status_code, answer.headers["x-should-retry"], answer.headers["retry-after"]) == (
+            status,
+            "true",
+            "1",
+        )
+        error = json.loads(bytes(answer.body))["error"]
+        assert (error["type"], error["code"]) == (
+            ("rate_limit_error", "overloaded") if status == 429 else ("server_error", "server_restarting")
+        )
 
 
 def test_the_application_is_imported_without_torch() -> None:
@@ -425,6 +438,44 @@ def test_replicas_ask_for_a_share_of_a_gpu_only_where_there_are_some(
     assert application._resources(Settings(home=tmp_path, gpus_per_replica=1))["num_gpus"] == 1
     monkeypatch.setattr(application, "_has_gpus", lambda: True)
     assert application._resources(Settings(home=tmp_path)) == {"num_cpus": 0, "num_gpus": 0.4}
+
+
+def test_replicas_are_as_many_as_settings_say(tmp_path: Path) -> None:
+    assert application._replicas(Settings(home=tmp_path)) == {"num_replicas": 1}
+    settings = Settings(home=tmp_path, min_replicas=0, max_replicas=3, target_ongoing_requests=5)
+    scaled = application._replicas(settings)["autoscaling_config"]
+    assert (scaled.min_replicas, scaled.max_replicas, scaled.target_ongoing_requests) == (0, 3, 5)
+    with pytest.raises(ValueError, match="must be at least LORA_MIN_REPLICAS"):
+        Settings(home=tmp_path, min_replicas=2, max_replicas=1)
+
+
+def test_an_adapter_has_a_home_until_that_has_its_share() -> None:
+    """Other adapters have others, in every process the same; when a replica comes or goes, the others' stay."""
+    router: Any = object.__new__(AdapterRouter)
+    router.initialize_state(share=4.0)
+    router._replica_queue_len_cache = ReplicaQueueLengthCache()
+    replicas: list[Any] = [SimpleNamespace(replica_id=ReplicaID(f"r{n}", DeploymentID("tiny"))) for n in range(5)]
+
+    def order(digest: str | None, among: list[Any]) -> list[list[Any]]:
+        async def choose() -> list[list[Any]]:
+            asked = SimpleNamespace(digest=digest)
+            return await router.choose_replicas(among, PendingRequest([asked], {}, cast(Any, None)))
+
+        return asyncio.run(choose())
+
+    digests = [f"{n:064x}" for n in range(200)]
+    homes = {digest: order(digest, replicas)[0][0] for digest in digests}
+    assert [sum(home is replica for home in homes.values()) > 20 for replica in replicas] == [True] * 5
+    assert {digest: order(digest, replicas[::-1])[0][0] for digest in digests} == homes
+    fewer = {digest: order(digest, replicas[1:])[0][0] for digest in digests}
+    assert all(fewer[digest] is home for digest, home in homes.items() if home is not replicas[0])
+    home, second = order(digests[0], replicas)[:2]
+    router._replica_queue_len_cache.update(home[0].replica_id, 3)
+    assert order(digests[0], replicas)[0] == home
+    router._replica_queue_len_cache.update(home[0].replica_id, 4)
+    assert order(digests[0], replicas)[0] == second and order(digests[0], replicas)[-1] == home
+    (two,) = order(None, replicas)
+    assert len(two) == 2
 
 
 @pytest.mark.parametrize(("visible", "there"), [(None, True), ("0", True), ("", False), ("-1", False)])

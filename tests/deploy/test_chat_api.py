@@ -82,6 +82,8 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
         "LORA_HOME": str(home),
         "LORA_BASE_MODELS": json.dumps({"tiny": str(home / "tiny")}),
         "LORA_THREADS": "1",
+        "LORA_MAX_ONGOING_REQUESTS": "16",
+        "LORA_MAX_QUEUED_REQUESTS": "16",
         "RAY_AUTH_MODE": "disabled",  # or Ray would make a token in this user's home
         "HF_HUB_OFFLINE": "1",
     }
@@ -194,6 +196,23 @@ def test_a_new_version_is_served_soon_and_an_old_one_by_name(app: App) -> None:
     second = app.publish("moving", 4)
     wait_for(lambda: app.ask("tiny:moving", prompt).system_fingerprint == second[1].digest, 5)
     assert app.text(f"tiny:moving@{first[1].version}", prompt) == text
+
+
+def test_too_much_at_once_is_told_to_come_back(app: App) -> None:
+    client = app.client.with_options(max_retries=0)
+
+    def ask(_: int) -> openai.RateLimitError | None:
+        try:
+            client.completions.create(model="tiny", prompt="Hello", max_tokens=120, temperature=0)
+        except openai.RateLimitError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(64) as pool:
+        refused = [error for error in pool.map(ask, range(64)) if error is not None]
+    assert 0 < len(refused) < 64
+    headers = refused[0].response.headers
+    assert (headers["retry-after"], headers["x-should-retry"], refused[0].code) == ("1", "true", "overloaded")
 
 
 def test_errors_are_openais(app: App) -> None:
