@@ -44,7 +44,7 @@ def main() -> int:
     if submitted.returncode != 0:
         return submitted.returncode
     print("\n$ serve run deploy.app:app", flush=True)
-    url = _served(settings)
+    url = served(settings)
     from openai import OpenAI
 
     client = OpenAI(base_url=f"{url}/v1", api_key="none")
@@ -79,7 +79,7 @@ def _ask(client: Any, model: str, messages: list[dict[str, str]], max_tokens: in
     return (completion.choices[0].message.content or "").strip()
 
 
-def _served(settings: Settings, timeout: float = 120.0) -> str:
+def served(settings: Settings, timeout: float = 120.0) -> str:
     """Return the address of the Serve application, which is started unless it answers already."""
     url = f"http://127.0.0.1:{settings.serve_port}"
     if _healthy(url):
