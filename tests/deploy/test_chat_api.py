@@ -194,7 +194,7 @@ def test_a_new_version_is_served_soon_and_an_old_one_by_name(app: App) -> None:
     prompt, text = clear_answer(app, first[0])
     assert app.text("tiny:moving", prompt) == text
     second = app.publish("moving", 4)
-    wait_for(lambda: app.ask("tiny:moving", prompt).system_fingerprint == second[1].digest, 5)
+    wait_for(lambda: app.ask("tiny:moving", prompt).system_fingerprint == second[1].digest)
     assert app.text(f"tiny:moving@{first[1].version}", prompt) == text
 
 
@@ -232,10 +232,9 @@ def test_errors_are_openais(app: App) -> None:
         app.ask("tiny", "x" * 5000, stream=True)
     assert long.value.code == "context_length_exceeded"
     app.publish("foreign", 9, base_fingerprint="0" * 64)
-    began = time.monotonic()
     with pytest.raises(openai.ConflictError, match="was trained on another base") as refused:
         app.ask("tiny:foreign", "x")
-    assert time.monotonic() - began < 0.9, "the client must not try again"  # it would wait 0.5 s and 1 s
+    assert refused.value.request.headers["x-stainless-retry-count"] == "0", "the client must not try again"
     assert refused.value.response.headers["x-should-retry"] == "false" and refused.value.code == "adapter_refused"
     with pytest.raises(openai.NotFoundError) as path:
         app.client.get("/nothing", cast_to=object)

@@ -86,6 +86,7 @@ def live(url: str, number: int, ready: Any, answers: Any) -> None:
         answers.put(([], [], (0.0, 0.0), traceback.format_exc()))
 
 
+@pytest.mark.alone
 def test_processes_that_share_a_new_database_lose_nothing(url: str) -> None:
     context = multiprocessing.get_context("forkserver")  # its server is a fresh process, without this one's threads
     context.set_forkserver_preload(["pytest", "jobs.store.jobs", "psycopg", "sqlalchemy.dialects.postgresql"])
