@@ -21,6 +21,7 @@ from cluster.storage.disk_cache import DiskCache
 from deploy.serving.decode_loop import DecodeLoop
 from deploy.serving.memory_tier import MemoryTier
 from deploy.serving.metrics import ServingMetrics
+from deploy.serving.origin import origin_problem
 from deploy.serving.single_flight import SingleFlight
 from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.peft_format import AdapterFormatError, parse_adapter
@@ -106,7 +107,7 @@ class AdapterCache:
             else:
                 version = await asyncio.to_thread(self._registry.resolve, self._name, adapter, version_of(digest))
                 assert version.digest == digest
-                self._check_origin(what, version)
+                self._check_origin(version)
                 host = await asyncio.to_thread(self._read, what, version)
                 bound, nbytes = await self._to_device(digest, host, partial(self._replay_probes, what, version))
         except (AdapterRefusedError, AdapterFormatError) as error:
@@ -132,19 +133,11 @@ class AdapterCache:
             raise
         return self._device.put(digest, bound, nbytes), nbytes
 
-    def _check_origin(self, what: str, version: AdapterVersion) -> None:
+    def _check_origin(self, version: AdapterVersion) -> None:
         """Check before anything is fetched that it has the same base weights, tokenizer and template."""
-        fingerprint = version.manifest.get("base_fingerprint")
-        if fingerprint != self._base.fingerprint:
-            raise AdapterRefusedError(
-                f"{what} was trained on another base (weights {str(fingerprint)[:16]}) than {self._name} is here"
-                f" ({self._base.fingerprint[:16]}); train it again on this one, or serve the other"
-            )
-        if version.manifest.get("tokenizer", self._template) != self._template:
-            raise AdapterRefusedError(
-                f"{what} was trained with another tokenizer or chat template than the one of {self._name};"
-                " train it again with this one"
-            )
+        problem = origin_problem(version, self._name, self._base.fingerprint, self._template)
+        if problem is not None:
+            raise AdapterRefusedError(problem)
 
     def _read(self, what: str, version: AdapterVersion) -> Adapter:
         """Return it in host memory, in the dtype of the base."""
