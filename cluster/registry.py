@@ -12,6 +12,7 @@ A version is the digest of its content: the same files are the same version, who
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import time
@@ -180,6 +181,20 @@ class AdapterRegistry:
                     cache.put(entry["sha256"], content)
             contents[file] = content
         return contents
+
+    def fetch_once(self, version: AdapterVersion, cache_dir: Path) -> Path:
+        """Return the folder below `cache_dir` that holds the files of this content; one process at a time fetches.
+
+        Raises:
+            StorageCorrupt: a file is not what was published.
+        """
+        folder = cache_dir / "versions" / version.digest
+        folder.mkdir(parents=True, exist_ok=True)
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not all((folder / file).exists() for file in version.manifest["files"]):
+                self.fetch(version, folder)
+        return folder
 
     def versions(self, base: str, name: str) -> list[str]:
         """Return the ids of the versions that exist, in no particular order of time."""
