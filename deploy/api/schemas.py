@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFun
 from pydantic_core import ErrorDetails
 
 from cluster.requirements import requirement
-from deploy.serving.protocol import GenerateRequest
+from deploy.serving.protocol import GenerateRequest, TokenIds
 from lora_core.data.json_values import shown, unusable, whole_number
 from lora_core.data.messages import for_template, message_problems
 from lora_core.inference.sampling_params import SamplingParams
@@ -76,6 +76,14 @@ class _Strict(BaseModel):
     """No conversions ("1" is no number); what a model does not name is judged by `_unsupported`."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+
+
+def _or_else(value: Any, validate: ValidatorFunctionWrapHandler, sentence: str) -> Any:
+    """Validate what may be of several kinds; one sentence says so where it is of none."""
+    try:
+        return validate(value)
+    except ValidationError as error:
+        raise ValueError(sentence) from error
 
 
 class StreamOptions(_Strict):
@@ -191,8 +199,8 @@ class CompletionRequest(_Strict):
         return SamplingParams(**given, logit_bias=bias)
 
     @abstractmethod
-    def _prompt(self) -> str | tuple[dict[str, Any], ...]:
-        """Return plain text, or the messages of a conversation."""
+    def _prompt(self) -> str | TokenIds | tuple[dict[str, Any], ...]:
+        """Return plain text or its tokens, or the messages of a conversation."""
 
     @abstractmethod
     def _logprobs(self) -> int | None:
@@ -221,10 +229,15 @@ class TextRequest(CompletionRequest):
 
     neutral = _NEUTRAL_TEXT
 
-    prompt: str
+    prompt: str | Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
     max_tokens: int | None = Field(default=None, ge=0)
     logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
     echo: bool | None = None
+
+    @field_validator("prompt", mode="wrap")
+    @classmethod
+    def _text_or_tokens(cls, prompt: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        return _or_else(prompt, validate, "must be text, or a list of the ids of tokens")
 
     def contradictions(self) -> list[Problem]:
         problems = super().contradictions()
@@ -237,8 +250,8 @@ class TextRequest(CompletionRequest):
     def echoes(self) -> bool:
         return bool(self.echo)
 
-    def _prompt(self) -> str:
-        return self.prompt
+    def _prompt(self) -> str | TokenIds:
+        return self.prompt if isinstance(self.prompt, str) else TokenIds(tuple(self.prompt))
 
     def _max_tokens(self) -> int:
         return 16 if self.max_tokens is None else self.max_tokens
@@ -263,11 +276,8 @@ class ChatRequest(CompletionRequest):
     @field_validator("tool_choice", mode="wrap")
     @classmethod
     def _one_of_three_or_a_name(cls, choice: Any, validate: ValidatorFunctionWrapHandler) -> Any:
-        try:
-            return validate(choice)
-        except ValidationError as error:
-            named = '{"type": "function", "function": {"name": ...}}'
-            raise ValueError(f"must be none, auto, required or {named}") from error
+        named = '{"type": "function", "function": {"name": ...}}'
+        return _or_else(choice, validate, f"must be none, auto, required or {named}")
 
     def contradictions(self) -> list[Problem]:
         problems = super().contradictions()

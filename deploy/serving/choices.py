@@ -32,10 +32,10 @@ class Choices:
         """Yield what is new with these tokens. The first of all, of the first choice, bring the prompt's scores."""
         if not self._echoed:
             self._echoed = True
-            assert isinstance(self._asked.prompt, str)
+            prompt = self._asked.prompt if isinstance(self._asked.prompt, str) else self._texts.joined(self._prompt)
             logprobs = self._of_prompt(batch[0][1].prompt_logprobs) if self._asked.logprobs is not None else ()
             for index in range(self._asked.n):
-                yield Delta(self._asked.prompt, None, 0, index, logprobs)
+                yield Delta(prompt, None, 0, index, logprobs)
         of_choices: dict[int, list[GeneratedToken]] = {}
         for index, token in batch:
             of_choices.setdefault(index, []).append(token)

@@ -15,19 +15,26 @@ from lora_core.inference.tool_calls import ToolCall
 FinishReason = Literal["stop", "length"]
 
 
+@dataclass(frozen=True)
+class TokenIds:
+    """A prompt that its client has made tokens of."""
+
+    ids: tuple[int, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
     """What one base is asked to generate. `adapter` None is the base itself; else `digest` is the content that it is
     answered with, which the adapter's name meant when the request came.
 
-    `prompt` is text that the answer continues, or the messages of a chat, which go through the base's template. There
-    are `n` answers. `logprobs` asks for log-probabilities of their tokens, and of so many of the likeliest beside each.
-    `echo` puts the prompt before the answers, with its log-probabilities where they are asked for. The answers are JSON
-    that `json_schema` describes, where it is given. The model may call `tools` (as OpenAI has them), several of them
-    where they are `parallel`, and calls one of `forced_tools` where there are some.
+    `prompt` is what the answer continues, as text or as tokens, or the messages of a chat, which go through the base's
+    template. There are `n` answers. `logprobs` asks for log-probabilities of their tokens, and of so many of the
+    likeliest beside each. `echo` puts the prompt before the answers, with its log-probabilities where they are asked
+    for. The answers are JSON that `json_schema` describes, where it is given. The model may call `tools` (as OpenAI has
+    them), several of them where they are `parallel`, and calls one of `forced_tools` where there are some.
     """
 
-    prompt: str | tuple[dict[str, Any], ...]
+    prompt: str | TokenIds | tuple[dict[str, Any], ...]
     adapter: str | None
     digest: str | None
     max_tokens: int | None

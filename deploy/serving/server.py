@@ -24,7 +24,15 @@ from cluster.settings import Settings
 from cluster.sources import local_source
 from cluster.storage.base import StorageCorrupt, StorageError
 from cluster.storage.directory import open_storage
-from deploy.serving.protocol import Completion, Delta, ErrorResponse, FinishReason, GenerateRequest, StreamStart
+from deploy.serving.protocol import (
+    Completion,
+    Delta,
+    ErrorResponse,
+    FinishReason,
+    GenerateRequest,
+    StreamStart,
+    TokenIds,
+)
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the driver that deploys this class has no use for it
     from deploy.serving.decode_loop import ChoiceToken
@@ -162,9 +170,11 @@ class AdapterServer:
         return CallFormat.of_template(chat_template(self._tokenizer, tools=True))
 
     def _prompt(self, asked: GenerateRequest) -> list[int]:
-        """Return the tokens that the answer follows, made as in training."""
+        """Return the tokens that the answer follows, made as in training unless they are given."""
         from lora_core.data.prompts import prompt_ids
 
+        if isinstance(asked.prompt, TokenIds):
+            return list(asked.prompt.ids)
         return prompt_ids(self._tokenizer, asked.prompt, asked.tools)
 
 

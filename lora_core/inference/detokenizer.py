@@ -81,12 +81,13 @@ class TokenTexts:
     def __call__(self, token: int) -> tuple[str, bytes]:
         if token not in self._known:
             # Behind another, since SentencePiece drops the space before the first.
-            text = self._decode([token, token])[len(self._decode([token])) :]
+            text = self.joined([token, token])[len(self.joined([token])) :]
             self._known[token] = text, self._bytes(token) if _INCOMPLETE in text else text.encode()
         return self._known[token]
 
-    def _decode(self, tokens: list[int]) -> str:
-        return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+    def joined(self, tokens: Sequence[int]) -> str:
+        """Return what several say together."""
+        return str(self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
 
     def _bytes(self, token: int) -> bytes:
         written = str(self._tokenizer.convert_ids_to_tokens(token))

@@ -163,7 +163,7 @@ class Generator:
                 " leave it out"
             )
         if beyond := [token for token in request.prompt if not 0 <= token < self._token_rows]:
-            name = self.base.tokenizer.convert_ids_to_tokens(beyond[0])
+            name = self.base.tokenizer.convert_ids_to_tokens(beyond[0]) or "unknown"
             raise UnknownTokenError(
                 f"the prompt has the token `{name}`, whose id is {beyond[0]}, and this base model's embedding has"
                 f" {self._token_rows} rows; leave it out"

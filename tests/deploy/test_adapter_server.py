@@ -21,7 +21,7 @@ from deploy.serving import decode_loop
 from deploy.serving import metrics as ray_metrics
 from deploy.serving.decode_loop import DecodeLoop, DecodeLoopError
 from deploy.serving.memory_tier import MemoryTier
-from deploy.serving.protocol import Completion, Delta, ErrorResponse, GenerateRequest, StreamStart
+from deploy.serving.protocol import Completion, Delta, ErrorResponse, GenerateRequest, StreamStart, TokenIds
 from deploy.serving.server import AdapterServer
 from lora_core.adapters.peft_format import adapter_files
 from lora_core.data.dataset import Example
@@ -164,6 +164,10 @@ def test_choices_are_those_of_their_seeds_with_the_prompt_and_its_scores(service
     (only,) = run(service.server.answer(scoring)).choices
     assert (only.text, only.completion_tokens, only.finish_reason) == ("€ and more", 0, "length")
     assert [token.text for token in only.logprobs] == [token.text for token in answer.choices[0].logprobs[:12]]
+    ids = TokenIds(tuple(service.server._tokenizer("€ and more")["input_ids"]))
+    assert run(service.server.answer(dataclasses.replace(scoring, prompt=ids))).choices == (only,)
+    refused = run(service.server.answer(dataclasses.replace(scoring, prompt=TokenIds((5, 9999)))))
+    assert refused.status == 400 and "the token `unknown`, whose id is 9999" in refused.message
 
 
 TICKET: dict[str, Any] = {
@@ -172,9 +176,8 @@ TICKET: dict[str, Any] = {
     "required": ["level"],
     "additionalProperties": False,
 }
-TEMPLATE_WITH_TOOLS = (
-    "{% for t in tools or [] %}{{ t }}<tool_call>{% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}"
-)
+BARE_CALLS = "{% for t in tools or [] %}{{ t }}{% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}"
+TAGGED_CALLS = BARE_CALLS.replace("{{ t }}", "{{ t }}<tool_call>")
 
 
 def test_formats_are_followed_and_a_bad_schema_fails_alone(service: Service) -> None:
@@ -200,8 +203,11 @@ def test_tools_are_called_where_the_template_shows_them(service: Service, monkey
     )
     refused = run(service.server.answer(asked))
     assert isinstance(refused, ErrorResponse) and refused.status == 400 and "shows no tools" in refused.message
-    monkeypatch.setattr(service.server._tokenizer, "chat_template", TEMPLATE_WITH_TOOLS)
-    for choice in run(service.server.answer(asked)).choices:
+    choices: list[Delta] = []
+    for template in (TAGGED_CALLS, BARE_CALLS):
+        monkeypatch.setattr(service.server._tokenizer, "chat_template", template)
+        choices += run(service.server.answer(asked)).choices
+    for choice in choices:
         (call,) = choice.tool_calls
         assert (call.name, choice.text, choice.finish_reason) == ("open", "", "stop")
         assert json.loads(call.arguments)["level"] in (1, 2, 30)

@@ -22,7 +22,7 @@ from deploy.api import gateway
 from deploy.api.responses import ChatResponse, ModelName, TextResponse, parse_model
 from deploy.api.schemas import ApiError, ChatRequest, TextRequest, parse_request
 from deploy.serving.adapter_router import AdapterRouter
-from deploy.serving.protocol import Completion, Delta, StreamStart, TokenLogprob
+from deploy.serving.protocol import Completion, Delta, StreamStart, TokenIds, TokenLogprob
 from lora_core.inference.sampling_params import SamplingParams
 from lora_core.inference.tool_calls import ToolCall
 
@@ -125,6 +125,8 @@ def test_text_completions_default_to_16_tokens_as_openai_has_it() -> None:
     scoring = parse_request(b'{"model": "m", "prompt": "a", "echo": true, "logprobs": 0, "max_tokens": 0}', TextRequest)
     asked = scoring.generate_request(None, None)
     assert (asked.max_tokens, asked.logprobs, asked.echo) == (0, 0, True)
+    tokens = parse_request(b'{"model": "m", "prompt": [5, 0]}', TextRequest)
+    assert tokens.generate_request(None, None).prompt == TokenIds((5, 0))
 
 
 @pytest.mark.parametrize(
@@ -225,6 +227,9 @@ def test_bad_values_of_text_completions_do_too() -> None:
     for sentence in ("echo must be true or false", "logprobs must be at most 20", "max_tokens must be at least 0"):
         assert sentence in error.message
     assert "or echo must be true" in refusal(TextRequest, max_tokens=0).message
+    for prompt in (7, [], ["a"], [1, -1], [2**31], [True]):
+        error = refusal(TextRequest, prompt=prompt)
+        assert (error.param, error.message) == ("prompt", "prompt must be text, or a list of the ids of tokens")
 
 
 def test_everything_wrong_is_said_at_once() -> None:
