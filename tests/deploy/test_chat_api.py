@@ -257,18 +257,12 @@ def test_models_are_listed_and_found(app: App) -> None:
 
 def test_a_client_that_leaves_frees_its_place_and_metrics_say_so(app: App) -> None:
     aborted = "ray_lora_requests_total{adapter=,base=tiny,finish_reason=abort}"
-    running = "ray_lora_num_requests_running{base=tiny}"
-    endless: dict[str, Any] = {"max_tokens": 4000, "temperature": 0, "n": 2}
+    endless: dict[str, Any] = {"max_tokens": 4000, "temperature": 0, "n": 2, "logit_bias": {"256": -100, "258": -100}}
     stream = app.ask("tiny", "Go on", **endless, stream=True)
     next(iter(stream))
     stream.close()
     wait_for(lambda: app.metrics().get(aborted) == 1.0, 30)
-    with pytest.raises(openai.APITimeoutError):  # who waits for a whole answer, and leaves
-        app.client.with_options(timeout=1.5, max_retries=0).chat.completions.create(
-            model="tiny", messages=[{"role": "user", "content": "Go on"}], **endless
-        )
-    wait_for(lambda: app.metrics().get(aborted) == 2.0, 30)
-    wait_for(lambda: app.metrics()[running] == 0)
+    wait_for(lambda: app.metrics()["ray_lora_num_requests_running{base=tiny}"] == 0)
     metrics = app.metrics()
     names = {name.split("{")[0] for name in metrics}
     for spec in vars(every_metric).values():
