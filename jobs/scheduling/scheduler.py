@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import secrets
 import signal
@@ -36,6 +37,8 @@ from jobs.store.jobs import JobQueue
 log = logging.getLogger("lora.scheduler")
 
 STEP_SECONDS = 0.5
+QUIET_SECONDS = 2.0
+"""Between two rounds while no job waits: each asks Ray over HTTP, at twice a second a twentieth of a core."""
 MAX_ATTEMPTS = 3  # at starting sessions for a job, or at training it in one
 SLOW_SECONDS = 30.0
 """A session's driver that is not up after this long is told of: on two busy cores it took 24 s."""
@@ -205,9 +208,13 @@ def _schedule(settings: Settings, cluster: str, owner: OwnerLock | None, stopped
         registry = CollectorRegistry()
         registry.register(QueueCollector(queue, cluster))
         start_http_server(settings.metrics_port, registry=registry)
-    busy, told = time.monotonic(), dict[str, str]()
+    busy, told, looked = time.monotonic(), dict[str, str](), -math.inf
+    quiet = min(QUIET_SECONDS, settings.lease_seconds / 3)
     while not stopped.wait(STEP_SECONDS):
         try:
+            if time.monotonic() - looked < quiet and not queue.list(cluster, {JobStatus.QUEUED}):
+                continue
+            looked = time.monotonic()
             lease = queue.acquire_lease(lease_name(cluster), holder, settings.lease_seconds)
             if lease is None:  # somebody else schedules; stay as the one that takes over
                 continue

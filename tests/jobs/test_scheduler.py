@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cluster.settings import Settings
 from jobs.job import EventKind, JobStatus, Session, SessionState
+from jobs.scheduling import scheduler
 from jobs.scheduling.launcher import ClusterSize, Launcher, RayUnreachableError, SubmissionState, SubmissionStatus
 from jobs.scheduling.scheduler import MAX_ATTEMPTS, SLOW_SECONDS, Scheduler, run_step
 from jobs.spec import JobSpec
@@ -221,3 +225,43 @@ def test_a_ray_that_cannot_be_reached_is_told_to_those_who_wait(
     world.ray.away = away
     run_step(world.scheduler)
     assert len(world.waits) == 3  # another one schedules now
+
+
+class Rounds(threading.Event):
+    """Waits on a clock of its own, and is set after ten seconds; `then` happens after five."""
+
+    def __init__(self, then: Callable[[], object]) -> None:
+        super().__init__()
+        self.now, self._then = 0.0, then
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.now += timeout or 0.0
+        if self.now == 5.0:
+            self._then()
+        return self.now > 10.0
+
+
+def test_ray_is_asked_less_often_while_no_job_waits(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its answers take a twentieth of a core that trains. A new job is seen at once all the same."""
+    world.scheduler.step()
+    world.come_up()
+    asked: list[float] = []
+
+    def state(submission_id: str) -> SubmissionStatus:
+        asked.append(rounds.now)
+        return world.ray.run
+
+    def submit() -> None:
+        spec = JobSpec(base_model="base", dataset="/rows.jsonl", adapter="another")
+        world.queue.submit(spec, cluster="c", base="base", dataset_sha="d", code_version="v")
+
+    rounds = Rounds(submit)
+    monkeypatch.setattr(world.ray, "state", state)
+    monkeypatch.setattr(world.ray, "size", lambda: ClusterSize(workers=1, nodes=1))
+    monkeypatch.setattr(scheduler, "Launcher", lambda _: world.ray)
+    monkeypatch.setattr(scheduler, "time", SimpleNamespace(monotonic=lambda: rounds.now, time=time.time))
+    scheduler._schedule(Settings(home=tmp_path, lease_seconds=9.0), "c", None, rounds)
+    assert asked == [0.5, 2.5, 4.5, 5.0, 7.0, 9.0]
+    assert {job.status for job in world.queue.list()} == {JobStatus.RUNNING}
