@@ -24,6 +24,13 @@ import psutil
 from cluster.ray_runtime import WHICH_RAY
 from cluster.settings import Settings
 
+QUIET = {
+    "LOG_NAME_UPDATE_INTERVAL_S": "3",  # the log monitor's look for new files, each half second
+    "REPORTER_UPDATE_INTERVAL_MS": "30000",  # the dashboard agent's look at every process, each 5 s
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process more, for nodes that a cloud takes back
+}
+"""What Ray's own processes can do less of where they share a few cores with training."""
+
 
 @dataclass(frozen=True)
 class EmbeddedRay:
@@ -94,6 +101,7 @@ def embedded_environment(settings: Settings) -> dict[str, str]:
         token.write_text(secrets.token_hex(32))
     repository = str(Path(__file__).resolve().parent.parent)
     return {
+        **{name: os.environ.get(name, value) for name, value in QUIET.items()},
         **dict.fromkeys(WHICH_RAY, ""),
         **_token(str(token)),
         "PYTHONPATH": os.pathsep.join(filter(None, [repository, os.environ.get("PYTHONPATH")])),

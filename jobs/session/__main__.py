@@ -25,7 +25,7 @@ def main() -> None:
     log_to_stderr()
     reach_this_machine_directly()
     use_own_ray()
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")  # a dead rank is noticed in a quarter second
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a dead rank is noticed in half a second
     # For actors too: Train's clean-up asks for the address anew, and gives up where it finds two Rays.
     ray.init(log_to_driver=True, runtime_env={"env_vars": {"RAY_ADDRESS": os.environ["RAY_ADDRESS"]}})
     raise SystemExit(run_session(load_settings(), arguments.id, arguments.fence))

@@ -7,6 +7,7 @@ Every write carries the fence, so that a driver which was given up on, but lives
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -48,7 +49,7 @@ from jobs.store.jobs import JobQueue
 
 log = logging.getLogger("lora.session")
 
-RECONCILE_SECONDS = 0.3
+RECONCILE_SECONDS = 0.5
 SLOW_SECONDS = 60.0  # for the workers to start and load the base, after which whoever follows is told
 RESTARTS = 2  # of the worker group, after a rank died
 KEPT_CHECKPOINTS = 2
@@ -342,6 +343,8 @@ def _root_cause(error: TrainingFailedError) -> str:
 
 def _train_loop(config: dict[str, Any]) -> None:
     """Run one rank. Imported there: the driver and Ray's controller need no transformers, which takes 0.2 GB each."""
+    gc.disable()  # while libraries are imported there is no garbage, and looking for it takes a tenth of the 10 s
     from jobs.session.rank import train_loop
 
+    gc.enable()
     train_loop(config)

@@ -62,8 +62,8 @@ from lora_core.training.optimizer import Snapshot
 
 log = logging.getLogger("lora.rank")
 
-REPORT_SECONDS = 0.3
-IDLE_POLL_SECONDS = 0.1
+REPORT_SECONDS = 0.5
+IDLE_POLL_SECONDS = 0.2
 
 
 def train_loop(config: dict[str, Any]) -> None:

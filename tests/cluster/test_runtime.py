@@ -47,9 +47,14 @@ def test_elsewhere_the_environment_says_which_ray_it_is(monkeypatch: pytest.Monk
     assert cluster_name(settings) == "10.0.0.9:6379"
 
 
-def test_an_embedded_ray_takes_nothing_from_another_rays_variables(tmp_path: Path) -> None:
+def test_an_embedded_ray_takes_nothing_from_another_rays_variables(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("REPORTER_UPDATE_INTERVAL_MS", "100")
     prepared = {**OTHER, **embedded_environment(Settings(home=tmp_path / "new"))}
     assert not any(prepared[name] for name in OTHER)
+    quiet = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "REPORTER_UPDATE_INTERVAL_MS"
+    assert [prepared[name] for name in quiet] == ["0", "100"]  # what somebody has chosen stays
     embedded = EmbeddedRay(1, 0.0, "10.0.0.1:7000", "http://127.0.0.1:9000", prepared["RAY_AUTH_TOKEN_PATH"])
     connected = {**OTHER, **embedded.environment}
     assert [connected[name] for name in OTHER] == ["10.0.0.1:7000", "http://127.0.0.1:9000", ""]
