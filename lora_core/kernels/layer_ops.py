@@ -29,7 +29,7 @@ from lora_core.kernels import dispatch
 from lora_core.kernels.dora import apply_dora_scales_, dora_backward_
 from lora_core.kernels.low_rank import expand_, shrink_gradient
 from lora_core.kernels.masked_low_rank import expand_gradient_, shrink
-from lora_core.kernels.operands import EXACT_DTYPES, LowRank, Norm, Rope
+from lora_core.kernels.operands import EXACT_DTYPES, LowRank, Rope
 
 
 def norm_forward(
@@ -199,19 +199,24 @@ def _updated_(y: Tensor, h: Tensor | None, low_rank: LowRank) -> Tensor:
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x over its root mean square along the last dimension, times weight; the reciprocal of that root `[...]`."""
-    rstd = _rstd(x.to(_wide(x)), eps).squeeze(-1)
-    return Norm(rstd, weight).of(x), rstd
+    wide = x.to(_wide(x))
+    rstd = _rstd(wide, eps)
+    scaled = wide * rstd if wide is x else wide.mul_(rstd)
+    return scaled.to(x.dtype).mul_(weight), rstd.squeeze(-1)
 
 
 def _rms_norm_gradient(dn: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
-    """With g = dn * weight and n = rstd x: rstd (g - n mean(g n)), in fp32."""
-    g, wide = dn.to(_wide(x)) * weight.to(_wide(x)), x.to(_wide(x))
-    along_x = (g * wide).mean(-1, keepdim=True) * rstd.pow(3)
+    """With g = dn * weight and n = rstd x: rstd (g - n mean(g n)), in fp32; dn is used up."""
+    g, wide = dn.to(_wide(x)).mul_(weight.to(_wide(x))), x.to(_wide(x))
+    along_x = (g * wide).mean(-1, keepdim=True).mul_(rstd.pow(3))
     return g.mul_(rstd).addcmul_(wide, along_x, value=-1)
 
 
 def _rstd(wide: Tensor, eps: float) -> Tensor:
-    return torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    """By a norm, which is one pass over `wide`: squares and their mean would be two."""
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    rstd: Tensor = norm.square_().div_(wide.shape[-1]).add_(eps).rsqrt_()
+    return rstd
 
 
 def _rotated_heads(y: Tensor, rope: Rope) -> Tensor:

@@ -51,16 +51,20 @@ def shrink_gradient(dy: Tensor, low_rank: LowRank) -> Tensor:
 
 def add_a_gradients(x: Tensor, dh: Tensor, low_rank: LowRank, norm: Norm | None = None) -> None:
     """Add `dh^T x` to A's gradient of every adapter, over its own rows, in fp32. With `norm`, the group's input is that
-    norm of x, which need not be in memory.
+    norm of x, which need not be in memory: on CPU it is `(dh rstd)^T x` times the norm's weight.
     """
     if dispatch.runs_in_triton(x):
         from lora_core.kernels import low_rank_triton
 
         low_rank_triton.add_a_gradients(x, dh, low_rank, norm)
         return
-    x = x if norm is None else norm.of(x)
     for adapter, rows in low_rank.present():
-        add_product(adapter.a_gradient, dh[rows, : adapter.width].t(), x[rows])
+        left, gradient = dh[rows, : adapter.width], adapter.a_gradient
+        if norm is None:
+            add_product(gradient, left.t(), x[rows])
+        else:
+            product = (left * norm.rstd[rows, None]).to(x.dtype).t() @ x[rows]
+            gradient.addcmul_(product.to(gradient.dtype), norm.weight.to(gradient.dtype))
 
 
 def add_b_gradients(dy: Tensor, h: Tensor, low_rank: LowRank) -> None:

@@ -54,8 +54,8 @@ def add_a_gradients(x: Tensor, dh: Tensor, low_rank: LowRank, norm: Norm | None 
 
         masked_low_rank_triton.add_a_gradients(x, dh, low_rank, norm)
         return
+    plain.add_a_gradients(x, dh, _without_dropout(low_rank), norm)
     x = x if norm is None else norm.of(x)
-    plain.add_a_gradients(x, dh, _without_dropout(low_rank))
     for adapter, part, rows, keys in _dropping(low_rank):
         gradient, left = adapter.a_gradient[part.columns], dh[rows, part.columns].t()
         plain.add_product(

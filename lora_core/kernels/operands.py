@@ -232,7 +232,7 @@ class Norm:
 
     def of(self, x: Tensor) -> Tensor:
         """Return x normed, rounded where transformers rounds it."""
-        return (x * self.rstd[..., None]).to(x.dtype) * self.weight
+        return (x * self.rstd[..., None]).to(x.dtype).mul_(self.weight)
 
 
 @dataclass(frozen=True)
