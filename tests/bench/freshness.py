@@ -1,4 +1,4 @@
-"""How long a job's adapter takes from its last step to an answer: `python -m tests.bench.freshness [--base tiny]`.
+"""How long a job's adapter takes from its last step to an answer: `python -m tests.bench.freshness [--base SOURCE]`.
 
 Jobs of a few steps on an embedded Ray, beside the Serve application, in fp32 and in a LORA_HOME of their own. While one
 trains, a client asks its adapter for a token every 20 ms: under a new name until that exists, under a live one until an
@@ -24,7 +24,7 @@ from cluster.settings import Settings
 from cluster.storage.directory import open_storage
 from jobs.demo import served
 from tests.support.machine import clean_environment, free_port
-from tests.support.tiny_models import save_tiny_model, smollm2_gguf
+from tests.support.tiny_models import save_tiny_model
 
 POLL_SECONDS, PATIENCE_SECONDS = 0.02, 240.0
 STAGES = ("probes, files and upload", "noticed, loaded and first token", "last step to first token")
@@ -34,11 +34,11 @@ class Service:
     """A LORA_HOME with its Ray, its server, and a client."""
 
     def __init__(self, home: Path, base: str) -> None:
-        source = smollm2_gguf() if base == "smollm2-135m" else str(save_tiny_model("llama", home / "tiny"))
-        self.home, self.base = home, base
+        source = str(save_tiny_model("llama", home / "tiny")) if base == "tiny" else base
+        self.home, self.base = home, "base"
         environment = {
             "LORA_HOME": str(home),
-            "LORA_BASE_MODELS": json.dumps({base: source}),
+            "LORA_BASE_MODELS": json.dumps({self.base: source}),
             "LORA_SERVE_PORT": str(free_port()),
             "LORA_SESSION_IDLE_SECONDS": "600",
             "HF_HUB_OFFLINE": "1",
@@ -93,7 +93,7 @@ class Service:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", choices=["tiny", "smollm2-135m"], default="tiny")
+    parser.add_argument("--base", default="tiny", help="a random tiny one, or a hub id, directory or GGUF file")
     parser.add_argument("--jobs", type=int, default=3, help="of each kind, after one that warms up")
     arguments = parser.parse_args()
     rows: dict[str, list[list[float]]] = {"a new name": [], "a live name": []}
