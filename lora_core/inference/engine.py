@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lora_core.inference.detokenizer import TextStream, end_tokens
 from lora_core.inference.grammar import Grammar, GrammarError
-from lora_core.inference.kv_cache import KVCache
+from lora_core.inference.kv_cache import open_kv_cache
 from lora_core.inference.logprobs import TokenLogprob, token_logprobs
 from lora_core.inference.sampling import Sampler, sample
 from lora_core.inference.sampling_params import SamplingParams
@@ -31,6 +31,12 @@ from lora_core.models.forward import Forward
 from lora_core.models.step import Bound, Step
 
 FinishReason = Literal["stop", "length"]
+
+
+PROMPT_TOKENS = {"cpu": (1024, 256), "cuda": (8192, 256)}
+"""Of one step, where nobody is being answered and where somebody is: as many as keep the device busy, and as few as let
+those who are answered wait for two steps' time.
+"""
 
 
 class PromptTooLongError(ValueError):
@@ -103,7 +109,8 @@ class _Live:
 
 
 class Generator:
-    """Answers requests on one base, at most `slots` at a time (None: see `KVCache`), in at most `max_len` tokens each.
+    """Answers requests on one base, at most `slots` at a time (None: see `open_kv_cache`), in at most `max_len` tokens
+    each. Prompts are read `prefill_tokens` a step, or `mixed_tokens` beside others' answers; None: `PROMPT_TOKENS`.
 
     `context` is what the base allows of it. Adapters are used as they are given: see `Forward.load`.
     """
@@ -115,16 +122,20 @@ class Generator:
         *,
         slots: int | None = None,
         max_len: int = 4096,
-        prefill_tokens: int = 1024,
-        mixed_tokens: int = 256,
+        prefill_tokens: int | None = None,
+        mixed_tokens: int | None = None,
     ) -> None:
         self.base, self.forward = base, forward
         self.context = min(max_len, int(base.model.config.get_text_config().max_position_embeddings))
         self.end_tokens = end_tokens(base)
         self._token_rows = token_rows(base.model)
-        self._cache = KVCache(forward, slots=slots, context=self.context)
+        self._cache = open_kv_cache(forward, slots=slots, context=self.context)
+        alone, mixed = PROMPT_TOKENS[forward.device.type]
         self._scheduler = RequestScheduler(
-            self._take_slot, self._cache.release, prefill_tokens=prefill_tokens, mixed_tokens=mixed_tokens
+            self._take_slot,
+            self._cache.release,
+            prefill_tokens=prefill_tokens or alone,
+            mixed_tokens=mixed_tokens or mixed,
         )
         self._live: dict[int, _Live] = {}
         self._followers: dict[int, list[int]] = {}  # who waits for whose prompt
@@ -211,9 +222,10 @@ class Generator:
         return [*ended, *events]
 
     def _take_slot(self, number: int) -> tuple[int, int] | None:
-        request = self._live[number].request
-        owner = self.base.fingerprint if request.adapter is None else request.digest
-        return self._cache.take(self._live[number].ids, owner, share=request.prompt_logprobs is None)
+        live = self._live[number]
+        owner = self.base.fingerprint if live.request.adapter is None else live.request.digest
+        most_tokens = len(live.request.prompt) + live.limit
+        return self._cache.take(live.ids, owner, most_tokens, share=live.request.prompt_logprobs is None)
 
     def _is_scored(self, run: Run) -> bool:
         """Whether these are tokens of a prompt whose log-probabilities are asked for."""
@@ -225,11 +237,11 @@ class Generator:
         ids = [self._live[run.request].ids[run.start : run.start + run.tokens] for run in runs]
         joined = [token for of_run in ids for token in of_run]
         positions = [position for run in runs for position in range(run.start, run.start + run.tokens)]
-        on_device = torch.tensor([joined, positions], device=self.base.device)
+        tokens = torch.tensor([joined, positions])
         adapters = [(self._live[run.request].request.adapter, run.tokens) for run in runs]
         ends = itertools.accumulate(run.tokens for run in runs)
         wanted = [row for end, count in zip(ends, rows, strict=True) for row in range(end - count, end)]
-        return self.forward.step(Step(on_device[0], on_device[1], adapters, self._cache.step(runs, ids), wanted))
+        return self.forward.step(Step(tokens[0], tokens[1], adapters, self._cache.step(runs, ids), wanted))
 
     def _score(self, run: Run, logits: Tensor) -> None:
         """Score the tokens of a prompt that follow those of `run` by its logits `[tokens, vocabulary]`."""

@@ -1,4 +1,5 @@
-"""Keys and values of the sequences that are being generated: static slots, allocated once.
+"""Keys and values of the sequences that are being generated, behind one interface (`KVCache`): in pages where a GPU
+serves a Llama in bf16 (`paged_kv_cache.py`), elsewhere in static slots, allocated once.
 
     k, v of a layer    [slots, kv heads, context, d]   dtype of the base
 
@@ -16,14 +17,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_core.inference.paged_kv_cache import PagedKVCache
 from lora_core.inference.scheduler import Run
-from lora_core.models.attention import Attend, AttentionSpec
+from lora_core.models.attention import HALF, Attend, AttentionSpec
 from lora_core.models.forward import Forward
+from lora_core.models.paged_kv import PAGE_TOKENS, PagedKV
 from lora_core.models.step import Step
 
 KEY_BLOCK = 128
@@ -36,6 +40,9 @@ QUERY_ROWS = 4
 """Rows of one matrix of queries at least: MKL on AMD computes up to three otherwise than many."""
 
 MOST_SLOTS = 32
+
+MOST_PAGED_SLOTS = 256
+"""Sequences that share pages: the rows of the largest of the decoder's graphs."""
 
 GPU_SHARE = 0.25
 """Of what is free on a GPU when a base has been loaded: a rank of training has its share of it, too."""
@@ -57,30 +64,69 @@ class _Slot:
     finite: int = 0
 
 
-class KVCache:
-    """`slots` sequences of at most `context` tokens each (None: as many as `fitting_slots` allows on a GPU, where they
-    are memory at once, and `MOST_SLOTS` on a CPU).
-    """
+class KVCache(Protocol):
+    """Slots of sequences, and attention over what is in them."""
 
-    def __init__(self, forward: Forward, *, slots: int | None, context: int) -> None:
-        self.context = context
-        shapes, device = _layer_shapes(forward), forward.device
-        length = _rounded(context)
-        if slots is None and device.type == "cuda":
-            slot_bytes = length * sum((k[0] * k[1] + v[0] * v[1]) * dtype.itemsize for k, v, dtype in shapes)
-            slots = fitting_slots(slot_bytes, torch.cuda.mem_get_info(device)[0])
-        slots = slots or MOST_SLOTS
-        self.keys = [torch.empty(slots, k[0], length, k[1], dtype=d, device=device) for k, _, d in shapes]
-        self.values = [torch.empty(slots, v[0], length, v[1], dtype=d, device=device) for _, v, d in shapes]
-        self._slots = [_Slot() for _ in range(slots)]
-        self._clock = itertools.count(1)
-
-    def take(self, prompt: Sequence[int], owner: str | None, *, share: bool = True) -> tuple[int, int] | None:
-        """(slot, tokens of `prompt` that are in it already) for a new sequence; None where all are taken.
+    def take(
+        self, prompt: Sequence[int], owner: str | None, most_tokens: int, *, share: bool = True
+    ) -> tuple[int, int] | None:
+        """(slot, tokens of `prompt` that are in it already) for a new sequence of at most `most_tokens`; None where
+        there is no room for it now.
 
         `owner` is the digest of what computes it; None shares nothing. The last token is never shared: its logits are
         asked for. Without `share` all are read, but others may share them.
         """
+        ...
+
+    def release(self, slot: int) -> None:
+        """The sequence in this slot is over; what it has computed may serve another."""
+        ...
+
+    def step(self, runs: Sequence[Run], ids: Sequence[Sequence[int]]) -> Attend:
+        """Attend in a forward pass over `[1, tokens]`, the tokens `ids` of these runs end to end."""
+        ...
+
+
+def open_kv_cache(forward: Forward, *, slots: int | None, context: int) -> KVCache:
+    """One for at most `slots` sequences of at most `context` tokens each (None: as many as are worth it on a CPU, and
+    on a GPU as many as its free memory allows).
+    """
+    shapes = _layer_shapes(forward)
+    k, v, dtype, heads = shapes[0]
+    if forward.device.type != "cuda" or forward.name != "llama" or dtype not in HALF:
+        return SlotKVCache(forward, shapes, slots=slots, context=context)
+    assert k == v
+    page_bytes = 2 * len(shapes) * k[0] * k[1] * PAGE_TOKENS * dtype.itemsize
+    of_one = -(-context // PAGE_TOKENS)
+    slots = min(slots or MOST_PAGED_SLOTS, MOST_PAGED_SLOTS)
+    pages = fitting(page_bytes, _free_bytes(forward.device), least=of_one, most=slots * of_one)
+    kv = PagedKV(
+        layers=len(shapes), heads=heads, kv_heads=k[0], head_size=k[1], pages=pages,
+        slots=slots, context=context, dtype=dtype, device=forward.device,
+    )  # fmt: skip
+    return PagedKVCache(kv)
+
+
+class SlotKVCache:
+    """`KVCache` in `slots` static slots of `context` tokens each."""
+
+    def __init__(self, forward: Forward, shapes: Sequence[_LayerShape], *, slots: int | None, context: int) -> None:
+        self.context = context
+        device, length = forward.device, _rounded(context)
+        if slots is None and device.type == "cuda":
+            slot_bytes = length * sum((k[0] * k[1] + v[0] * v[1]) * dtype.itemsize for k, v, dtype, _ in shapes)
+            slots = fitting(slot_bytes, _free_bytes(device), least=1, most=MOST_SLOTS)
+        slots = slots or MOST_SLOTS
+        self.keys = [torch.empty(slots, k[0], length, k[1], dtype=d, device=device) for k, _, d, _ in shapes]
+        self.values = [torch.empty(slots, v[0], length, v[1], dtype=d, device=device) for _, v, d, _ in shapes]
+        self._slots = [_Slot() for _ in range(slots)]
+        self._clock = itertools.count(1)
+
+    def take(
+        self, prompt: Sequence[int], owner: str | None, most_tokens: int, *, share: bool = True
+    ) -> tuple[int, int] | None:
+        """See `KVCache`: there is room where one of the slots is free."""
+        assert most_tokens <= self.context
         free = [index for index, slot in enumerate(self._slots) if not slot.taken]
         if not free:
             return None
@@ -133,9 +179,14 @@ class KVCache:
             memory[target, :, :tokens] = memory[source, :, :tokens]
 
 
-def fitting_slots(slot_bytes: int, free_bytes: int) -> int:
-    """How many sequences are answered at once on a GPU: one at least."""
-    return max(1, min(MOST_SLOTS, int(GPU_SHARE * free_bytes) // slot_bytes))
+def fitting(nbytes: int, free_bytes: int, *, least: int, most: int) -> int:
+    """How many pieces of so many bytes there are to be in a GPU's memory."""
+    return max(least, min(most, int(GPU_SHARE * free_bytes) // nbytes))
+
+
+def _free_bytes(device: torch.device) -> int:
+    free, _ = torch.cuda.mem_get_info(device)
+    return free
 
 
 def _rounded(length: int) -> int:
@@ -170,7 +221,7 @@ class _StepAttention:
     d]`: on CPU in bf16 that was measured 5 to 8 times as fast as `enable_gqa` (8 slots of 128 to 2,048 tokens).
     """
 
-    def __init__(self, cache: KVCache, runs: Sequence[Run]) -> None:
+    def __init__(self, cache: SlotKVCache, runs: Sequence[Run]) -> None:
         self._cache, device = cache, cache.keys[0].device
         starts = [0, *itertools.accumulate(run.tokens for run in runs)]
         positions = [position for run in runs for position in range(run.start, run.start + run.tokens)]
@@ -250,18 +301,24 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, hidden: Tens
     return joined
 
 
-_LayerShape = tuple[tuple[int, int], tuple[int, int], torch.dtype]
+class _LayerShape(NamedTuple):
+    """(heads, d) of k and of v, their dtype, and the number of query heads."""
+
+    k: tuple[int, int]
+    v: tuple[int, int]
+    dtype: torch.dtype
+    heads: int
 
 
 @torch.inference_mode()
 def _layer_shapes(forward: Forward) -> list[_LayerShape]:
-    """Ask the model for (kv heads, d) of k and of v and their dtype by layer: configs name them in many ways."""
+    """Ask the model for the shapes of its layers: configs name them in many ways."""
     shapes: dict[int, _LayerShape] = {}
 
     def record(layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
-        shapes[layer] = ((k.shape[1], k.shape[3]), (v.shape[1], v.shape[3]), k.dtype)
+        shapes[layer] = _LayerShape((k.shape[1], k.shape[3]), (v.shape[1], v.shape[3]), k.dtype, q.shape[1])
         return q.new_zeros(*q.shape[:-1], v.shape[-1])
 
-    zero = torch.zeros(1, dtype=torch.int64, device=forward.device)
+    zero = torch.zeros(1, dtype=torch.int64)
     forward.step(Step(zero, zero, [(None, 1)], record, [0]))
     return [shapes[layer] for layer in range(len(shapes))]

@@ -68,6 +68,11 @@ class RequestScheduler:
     def running(self) -> int:
         return len(self._running)
 
+    @property
+    def reading(self) -> int:
+        """Those of which a part of the prompt has not been read."""
+        return sum(one.done < one.prompt_tokens for one in self._running.values())
+
     def add(self, request: WaitingRequest) -> None:
         """Queue at the end of the line."""
         self._waiting.append(request)

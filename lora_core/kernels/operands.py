@@ -259,6 +259,17 @@ class Rope:
     norm: HeadNorm | None
 
 
+class PagedLayer(NamedTuple):
+    """Keys and values of one layer, `[pages, kv heads, tokens of a page, d]`, the pages of each slot in the order of
+    its tokens, int64 `[slots, most pages]`, and the number of query heads.
+    """
+
+    keys: Tensor
+    values: Tensor
+    table: Tensor
+    heads: int
+
+
 class Nf4(NamedTuple):
     """A matrix in four bits: codes uint8 `[elements / 2]` (the first of a pair in the high half), fp32 scales
     `[elements / 64]`.

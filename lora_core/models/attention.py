@@ -187,7 +187,7 @@ class DocumentAttention:
         if half and len(set(self._lengths)) == 1:
             return _dense_attention(q, k, v, len(self._lengths), self._scaling)
         if half:
-            return _varlen_attention(q, k, v, self._ends, self._longest, self._scaling)
+            return causal_varlen(q, k, v, self._ends, self._ends, self._longest, self._longest, self._scaling)
         packed = PackedAttention(self._lengths)
         q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
         return packed(0, q, k, v, AttentionSpec(self._scaling))[0].transpose(0, 1)
@@ -228,12 +228,17 @@ def _dense_attention(q: Tensor, k: Tensor, v: Tensor, documents: int, scaling: f
     return out.transpose(1, 2).flatten(0, 1)
 
 
-def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, scaling: float) -> Tensor:
+def causal_varlen(
+    q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, longest_q: int, longest_k: int, scaling: float
+) -> Tensor:
+    """Flash attention of documents that lie end to end, q `[T, heads, d]`, over their own k and v `[T', kv heads, d]`:
+    the last query sees all keys, each before it one less. `ends` int32 `[documents + 1]` are sums of lengths.
+    """
     # torch 2.11 takes grouped queries as they come, later versions by a flag.
     from torch.nn.attention.varlen import varlen_attn
 
     grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    out: Any = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0), **grouped)
+    out: Any = varlen_attn(q, k, v, q_ends, k_ends, longest_q, longest_k, scale=scaling, window_size=(-1, 0), **grouped)
     assert isinstance(out, Tensor)
     return out
 

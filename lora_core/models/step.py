@@ -16,8 +16,8 @@ Bound = Any
 
 @dataclass(frozen=True)
 class Step:
-    """Tokens of any number of sequences end to end: ids and positions int64 `[T]`; (adapter, tokens) of each run of
-    them; the attention to all that came before; the tokens whose logits are wanted.
+    """Tokens of any number of sequences end to end: ids and positions int64 `[T]`, in the host's memory; (adapter,
+    tokens) of each run of them; the attention to all that came before; the tokens whose logits are wanted.
     """
 
     ids: Tensor

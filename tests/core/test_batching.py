@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_core.inference.kv_cache import MIN_SHARED_TOKENS, MOST_SLOTS, KVCache, fitting_slots
+from lora_core.inference.kv_cache import MIN_SHARED_TOKENS, SlotKVCache, fitting, open_kv_cache
+from lora_core.inference.paged_kv_cache import PagedKVCache
 from lora_core.inference.scheduler import RequestScheduler, Run, WaitingRequest
 from lora_core.models.base import load_base
 from lora_core.models.forward import open_forward
+from lora_core.models.paged_kv import PAGE_TOKENS, PagedKV
 from tests.support.tiny_models import save_tiny_model
 
 
@@ -130,45 +133,149 @@ def test_whatever_happens_the_rules_hold(events: list[tuple[str, int]], count: i
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> KVCache:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> SlotKVCache:
     folder = tmp_path_factory.mktemp("cache-model")
     base = load_base(str(save_tiny_model("llama", folder)), precision="fp32", cache_dir=folder / "cache")
-    return KVCache(open_forward(base), slots=3, context=64)
+    cache = open_kv_cache(open_forward(base), slots=3, context=64)
+    assert isinstance(cache, SlotKVCache)
+    return cache
 
 
-def test_beginnings_are_shared_by_content_alone(cache: KVCache) -> None:
+def test_beginnings_are_shared_by_content_alone(cache: SlotKVCache) -> None:
     prompt = list(range(10, 30))
 
     def computed(slot: int, start: int, ids: list[int]) -> None:
         cache.step([Run(0, slot, start, len(ids), True)], [ids])
 
-    assert cache.take(prompt, "one") == (0, 0)
+    assert cache.take(prompt, "one", 64) == (0, 0)
     computed(0, 0, prompt)
-    assert cache.take(prompt, "two") == (1, 0), "another adapter's keys are other keys"
+    assert cache.take(prompt, "two", 64) == (1, 0), "another adapter's keys are other keys"
     computed(1, 0, prompt)
-    assert cache.take([*prompt[:15], 99, 98], "one") == (2, 15), "of one that still runs"
+    assert cache.take([*prompt[:15], 99, 98], "one", 64) == (2, 15), "of one that still runs"
     assert all(bool((memory[2, :, :15] == memory[0, :, :15]).all()) for memory in (*cache.keys, *cache.values))
-    assert cache.take(prompt, "one") is None
+    assert cache.take(prompt, "one", 64) is None
     cache.release(0)
-    assert cache.take(prompt, "one") == (0, 19), "in its place; the last token is computed, as its logits are asked for"
+    assert cache.take(prompt, "one", 64) == (0, 19), (
+        "in its place; the last token is computed, as its logits are asked for"
+    )
     computed(0, 19, prompt[19:])
     cache.release(1)
-    assert cache.take([*prompt[: MIN_SHARED_TOKENS - 1], 5, 5], "one") == (1, 0), "too short a beginning"
+    assert cache.take([*prompt[: MIN_SHARED_TOKENS - 1], 5, 5], "one", 64) == (1, 0), "too short a beginning"
     cache.release(1)
-    assert cache.take(prompt, None) == (1, 0), "without a digest nothing is shared"
+    assert cache.take(prompt, None, 64) == (1, 0), "without a digest nothing is shared"
     computed(1, 0, prompt)
     cache.release(1)
-    assert cache.take(prompt, None) == (1, 0)
+    assert cache.take(prompt, None, 64) == (1, 0)
 
 
-def test_the_slot_that_was_used_longest_ago_is_taken(tmp_path: Path, cache: KVCache) -> None:
+def test_the_slot_that_was_used_longest_ago_is_taken(tmp_path: Path, cache: SlotKVCache) -> None:
     for slot in range(3):
         cache.release(slot)
     for slot in (1, 0, 2):
         cache.release(slot)
-    assert cache.take([1, 2], "other") == (1, 0)
+    assert cache.take([1, 2], "other", 64) == (1, 0)
 
 
-def test_a_gpus_slots_leave_three_quarters_of_what_is_free() -> None:
+def test_what_is_kept_on_a_gpu_leaves_three_quarters_of_what_is_free() -> None:
     gib = 2**30
-    assert [fitting_slots(gib, free * gib) for free in (1, 8, 100, 1000)] == [1, 2, 25, MOST_SLOTS]
+    assert [fitting(gib, free * gib, least=2, most=32) for free in (1, 12, 100, 1000)] == [2, 3, 25, 32]
+
+
+class Pages:
+    """A paged cache and what its pages hold: whose, and all tokens from the sequence's first one on."""
+
+    def __init__(self, pages: int, slots: int) -> None:
+        kv = PagedKV(
+            layers=1, heads=1, kv_heads=1, head_size=1, pages=pages, slots=slots, context=6 * PAGE_TOKENS,
+            dtype=torch.float32, device=torch.device("cpu"),
+        )  # fmt: skip
+        self.kv, self.cache = kv, PagedKVCache(kv)
+        self.held: dict[int, tuple[str | None, list[int]]] = {}
+        self.running: dict[int, tuple[str | None, list[int], int]] = {}  # owner, tokens, at most
+
+    def take(self, owner: str | None, prompt: list[int], more: int, share: bool) -> int | None:
+        """Tokens that are there already; None where there is no room."""
+        most = min(len(prompt) + more, self.kv.context)
+        free = self.cache.free_pages
+        taken = self.cache.take(prompt, owner, most, share=share)
+        pages = -(-most // PAGE_TOKENS)
+        if taken is None:
+            assert len(self.running) == len(self.kv.table) or pages > free - self._idle(prompt, owner), "there was room"
+            return None
+        slot, shared = taken
+        assert slot not in self.running and shared < len(prompt) and shared % PAGE_TOKENS == 0
+        for page, end in zip(self._pages(slot, shared), range(PAGE_TOKENS, shared + 1, PAGE_TOKENS), strict=True):
+            assert self.held[page] == (owner, prompt[:end]) and owner is not None and share
+        for page in self._pages(slot, most)[shared // PAGE_TOKENS :]:
+            assert all(page not in self._pages(other, len(of[1])) for other, of in self.running.items()), "is another's"
+        self.running[slot] = owner, prompt[:shared], most
+        self._compute(slot, prompt[shared:])
+        return shared
+
+    def go_on(self, slot: int, token: int) -> None:
+        if len(self.running[slot][1]) < self.running[slot][2]:
+            self._compute(slot, [token])
+
+    def release(self, slot: int) -> None:
+        self.cache.release(slot)
+        del self.running[slot]
+
+    def _compute(self, slot: int, ids: list[int]) -> None:
+        owner, tokens, _ = self.running[slot]
+        self.cache.step([Run(0, slot, len(tokens), len(ids), True)], [ids])
+        pages = self._pages(slot, len(tokens) + len(ids))
+        for token in ids:
+            tokens.append(token)
+            self.held[pages[(len(tokens) - 1) // PAGE_TOKENS]] = owner, list(tokens)
+
+    def _pages(self, slot: int, tokens: int) -> list[int]:
+        return [int(page) for page in self.kv.table[slot, : -(-tokens // PAGE_TOKENS)]]
+
+    def _idle(self, prompt: list[int], owner: str | None) -> int:
+        return len(prompt) // PAGE_TOKENS if owner is not None else 0
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_pages_are_shared_by_content_and_lost_by_nobody(data: st.DataObject) -> None:
+    """Random sequences come, go on and go; what is shared holds those tokens of that owner, and all pages come back."""
+    count = data.draw(st.integers(6, 14))
+    pages = Pages(count, data.draw(st.integers(1, 4)))
+    for _ in range(data.draw(st.integers(1, 40))):
+        kind = data.draw(st.sampled_from(["take", "go on", "release"]))
+        if kind == "take":
+            beginning = [data.draw(st.sampled_from([1, 2]))] * data.draw(st.sampled_from([5, 16, 33, 50]))
+            prompt = beginning + data.draw(st.lists(st.integers(3, 5), max_size=20))
+            owner, more = data.draw(st.sampled_from(["one", "two", None])), data.draw(st.integers(0, 30))
+            pages.take(owner, prompt[: pages.kv.context], more, data.draw(st.booleans()))
+        elif pages.running:
+            slot = data.draw(st.sampled_from(sorted(pages.running)))
+            if kind == "go on":
+                for token in data.draw(st.lists(st.integers(3, 5), min_size=1, max_size=20)):
+                    pages.go_on(slot, token)
+            else:
+                pages.release(slot)
+    for slot in list(pages.running):
+        pages.release(slot)
+    assert pages.cache.free_pages == count
+
+
+def test_a_beginning_in_pages_is_found_again() -> None:
+    prompt = list(range(3, 3 + 2 * PAGE_TOKENS))
+    pages = Pages(pages=6, slots=2)
+    assert pages.take("one", prompt, 8, share=True) == 0
+    assert pages.take("one", [*prompt, 99], 0, share=True) == 2 * PAGE_TOKENS, "of one that still runs"
+    assert pages.take("one", prompt, 0, share=True) is None, "no slot"
+    for slot in (0, 1):
+        pages.release(slot)
+    assert pages.take("one", prompt, 0, share=True) == PAGE_TOKENS, "the last token's logits are asked for"
+    assert pages.take("two", [7] * 5 * PAGE_TOKENS, 0, share=True) is None, "six pages, two of which are in use"
+    pages.release(next(iter(pages.running)))
+    assert pages.take("two", [7] * 6 * PAGE_TOKENS, 0, share=True) == 0, "its memory is wanted"
+    pages.release(next(iter(pages.running)))
+    assert pages.take("one", prompt, 0, share=True) == 0
+    pages = Pages(pages=4, slots=2)
+    pages.take("one", [*prompt, 99], 0, share=True)
+    pages.release(next(iter(pages.running)))
+    assert pages.take("one", [*prompt, 99], 60, share=True) is None, "two to share and two others are not six"
+    assert pages.cache.free_pages == 4

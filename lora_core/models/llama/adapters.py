@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,6 +33,18 @@ class KernelArgs:
 
             rows = [table_row(adapter, group) for adapter, group in zip(self.groups, groups, strict=True)]
             self.table = torch.tensor([number for row in rows for number in row], dtype=torch.int64, device=device)
+
+    @property
+    def address(self) -> int:
+        """That of the table."""
+        assert self.table is not None
+        return self.table.data_ptr()
+
+    @cached_property
+    def by_kind(self) -> list[tuple[int, int, bool]]:
+        """Of each of the four groups of a layer: the largest width, the largest rank, whether one has DoRA."""
+        of_kinds = [(self.widths[kind::4], self.ranks[kind::4], self.dora[kind::4]) for kind in range(4)]
+        return [(max(widths), max(ranks), any(dora)) for widths, ranks, dora in of_kinds]
 
     @property
     def dirty(self) -> bool:

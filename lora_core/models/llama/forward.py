@@ -17,13 +17,16 @@ from lora_core.adapters.targets import AdaptableModules
 from lora_core.config import LoraConfig
 from lora_core.data.packing import PackedBatch
 from lora_core.kernels.operands import EXACT_DTYPES, NO_ADAPTER
+from lora_core.kernels.transfer import to_device
 from lora_core.models.attention import DocumentAttention, StepAttention
 from lora_core.models.exactness import Exactness, FrozenProduct, exactness_of, served_rows_are_alike
 from lora_core.models.llama.adapters import KernelArgs
+from lora_core.models.llama.decode import ROWS, DecodeGraphs
 from lora_core.models.llama.decoder import Checkpointing, Decoder, DecoderBatch, DecoderInput
 from lora_core.models.llama.head import Labels
 from lora_core.models.llama.stacks import AdapterStacks
 from lora_core.models.llama.warmup import KernelWarmup
+from lora_core.models.paged_kv import PagedAttention
 from lora_core.models.precision import EXACT_ROWS, QUANTISED, DenseWeight, FrozenWeight
 from lora_core.models.step import Step
 
@@ -52,6 +55,7 @@ class LlamaForward:
         self._is_exact = self.device.type == "cpu" and decoder.embedding.dtype in EXACT_DTYPES
         self._stacks = AdapterStacks(decoder.groups, decoder.embedding.dtype) if self.device.type == "cpu" else None
         self._serving_problems: dict[int, str | None] = {}
+        self._graphs: DecodeGraphs | None = None
         self._warmup = KernelWarmup(decoder) if self.device.type == "cuda" else None
 
     def exactness(self) -> Exactness:
@@ -136,7 +140,9 @@ class LlamaForward:
 
     def step(self, step: Step) -> Tensor:
         """Logits `[n, vocabulary]` of the n tokens that are asked for."""
-        runs, ids, positions = list(step.runs), step.ids, step.positions
+        if isinstance(step.attend, PagedAttention) and len(step.ids) <= ROWS[-1]:
+            return self._graph_step(step, step.attend)
+        runs, (ids, positions) = list(step.runs), to_device(torch.stack([step.ids, step.positions]), self.device)
         self.serving_problem()
         if self._is_exact and (missing := EXACT_ROWS - len(ids)) > 0:
             ids, positions, runs = F.pad(ids, (0, missing)), F.pad(positions, (0, missing)), [*runs, (None, missing)]
@@ -148,11 +154,18 @@ class LlamaForward:
         hidden = self.decoder.hidden(self.decoder.batch(inputs, present, attention, serving=True, stacks=stacks))
         return self._logits(hidden[step.logits_of], step.adapters())
 
+    def _graph_step(self, step: Step, attend: PagedAttention) -> Tensor:
+        if self._graphs is None or self._graphs.kv is not attend.kv:
+            self._graphs = DecodeGraphs(self.decoder, self._head_weight, attend.kv)
+        hidden, logits = self._graphs.step(step, attend)
+        return self._with_head_adapters(logits, hidden, step.adapters())
+
     def _logits(self, hidden: Tensor, adapters: Sequence[KernelArgs | None]) -> Tensor:
-        """`[n, vocabulary]` of hidden states `[n, H]`, each with what its adapter has on the head: here it is served,
-        and not trained.
-        """
-        logits = self._head_weight.serve(hidden)
+        """`[n, vocabulary]` of hidden states `[n, H]`."""
+        return self._with_head_adapters(self._head_weight.serve(hidden), hidden, adapters)
+
+    def _with_head_adapters(self, logits: Tensor, hidden: Tensor, adapters: Sequence[KernelArgs | None]) -> Tensor:
+        """Add to each row what its adapter has on the head: here it is served, and not trained."""
         for row, bound in enumerate(adapters):
             if bound is None or not self._adapts_head(bound):
                 continue

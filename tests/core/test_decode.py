@@ -1,0 +1,184 @@
+"""Steps of one token each over pages: their kernels in Triton's interpreter against the decoder on slots; and on a GPU
+the whole generator, with graphs and prompts in chunks, against the same weights on the CPU.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lora_core.inference import engine
+from lora_core.inference.engine import GenerationRequest, Generator
+from lora_core.inference.kv_cache import SlotKVCache, _layer_shapes
+from lora_core.inference.paged_kv_cache import PagedKVCache
+from lora_core.inference.sampling import Sampler
+from lora_core.inference.scheduler import Run
+from lora_core.models.attention import Attend
+from lora_core.models.base import BaseModel, placed
+from lora_core.models.forward import open_forward
+from lora_core.models.llama.adapters import KernelArgs
+from lora_core.models.llama.decode import DecodeGraphs
+from lora_core.models.llama.forward import LlamaForward
+from lora_core.models.paged_kv import PAGE_TOKENS, PagedAttention, PagedKV, Stretch
+from lora_core.models.step import Step
+from tests.support.models import VOCABULARY, decoder_base, random_adapter, tiny_model
+
+CONTEXT = 64
+LENGTHS = [5, 40, 17, 1]
+
+
+def kv_of(forward: LlamaForward, pages: int = 16, slots: int = 6) -> PagedKV:
+    decoder = forward.decoder
+    return PagedKV(
+        layers=len(decoder.layers), heads=decoder.heads, kv_heads=decoder.kv_heads, head_size=decoder.head_size,
+        pages=pages, slots=slots, context=CONTEXT, dtype=decoder.embedding.dtype, device=forward.device,
+    )  # fmt: skip
+
+
+def prompt_of(seed: int, length: int) -> list[int]:
+    return [(31 * seed + 7 * place + place * place) % VOCABULARY for place in range(length)]
+
+
+def step_of(
+    cache: SlotKVCache, forward: LlamaForward, adapters: Sequence[KernelArgs | None], starts: Sequence[int],
+    ids: Sequence[Sequence[int]],
+) -> Tensor:  # fmt: skip
+    """Logits of the last token of each."""
+    runs = [Run(slot, slot, start, len(of), True) for slot, (start, of) in enumerate(zip(starts, ids, strict=True))]
+    return forward.step(step_with(cache.step(runs, ids), adapters, starts, ids))
+
+
+def step_with(
+    attend: Attend, adapters: Sequence[KernelArgs | None], starts: Sequence[int], ids: Sequence[Sequence[int]]
+) -> Step:
+    joined = torch.tensor([token for of in ids for token in of])
+    positions = torch.cat([torch.arange(start, start + len(of)) for start, of in zip(starts, ids, strict=True)])
+    ends = torch.tensor([len(of) for of in ids]).cumsum(0).tolist()
+    runs = [(adapter, len(of)) for adapter, of in zip(adapters, ids, strict=True)]
+    return Step(joined, positions, runs, attend, [end - 1 for end in ends])
+
+
+@torch.inference_mode()
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the next test has a GPU for it")
+@pytest.mark.parametrize(("kind", "dora"), [("llama", False), ("qwen2", True), ("qwen3", False)])
+def test_the_kernels_of_a_step_follow_the_decoder(kind: str, dora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters of two ranks and none, of which two rows share one; the longest sequence read by one program and two."""
+    pytest.importorskip("triton", reason="Triton has no build for this system")
+    from lora_core.kernels import decode_triton
+    from lora_core.kernels.low_rank_triton import table_row
+
+    forward = open_forward(decoder_base(kind, torch.float32))
+    assert isinstance(forward, LlamaForward)
+    small, large = (
+        forward.load(random_adapter(forward.modules, seed, r=r, targets=targets, dora=dora))
+        for seed, r, targets in ((0, 4, ["q_proj", "up_proj", "down_proj"]), (1, 20, "all-linear"))
+    )
+    for adapter in (small, large):
+        pairs = zip(adapter.groups, forward.decoder.groups, strict=True)
+        adapter.table = torch.tensor([number for of, group in pairs for number in table_row(of, group)])
+    monkeypatch.setattr(decode_triton, "PART_FEATURES", 32)  # several parts
+    monkeypatch.setitem(decode_triton.SHRINK, "STEP", 16)
+    for config in (decode_triton.ADD, decode_triton.SWIGLU, decode_triton.SWIGLU_TILES):
+        monkeypatch.setitem(config, "COLUMNS", 32)
+    for adapters, tokens, splits in (
+        ([small, None, large, large], [1] * 4, 1), ([large] * 4, [1] * 4, 2), ([None] * 4, [1] * 4, 1),
+        ([small, None, large, large], [1, 19, 1, 5], 1),
+    ):  # fmt: skip
+        ids = [prompt_of(slot, length + of) for slot, (length, of) in enumerate(zip(LENGTHS, tokens, strict=True))]
+        cache = SlotKVCache(forward, _layer_shapes(forward), slots=4, context=CONTEXT)
+        for slot in range(4):
+            cache.take(ids[slot], None, CONTEXT)
+        step_of(cache, forward, adapters, [0] * 4, [of[:length] for of, length in zip(ids, LENGTHS, strict=True)])
+        kv = in_pages(forward, cache)
+        monkeypatch.setattr(DecodeGraphs, "_run", without_graph(splits))
+        graphs = DecodeGraphs(forward.decoder, forward._head_weight, kv)
+        new = [of[length:] for of, length in zip(ids, LENGTHS, strict=True)]
+        attend = PagedAttention(kv, [Stretch(slot + 1, LENGTHS[slot], tokens[slot]) for slot in range(4)])
+        found = graphs.step(step_with(attend, adapters, LENGTHS, new), attend)[1]
+        expected = step_of(cache, forward, adapters, LENGTHS, new)
+        assert float((found - expected).norm() / expected.norm()) < 1e-5
+
+
+def without_graph(splits: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    return lambda graphs, shape: graphs._layers(shape._replace(splits=splits))
+
+
+def in_pages(forward: LlamaForward, cache: SlotKVCache) -> PagedKV:
+    """What is in the slots, each in the slot after it, in pages in no order; what nobody wrote is NaN."""
+    kv = kv_of(forward)
+    pages = random.Random(0).sample(range(16), 16)
+    for memory in (*kv.keys, *kv.values):
+        memory.fill_(torch.nan)
+    for slot, length in enumerate(LENGTHS):
+        own = [pages.pop() for _ in range(CONTEXT // PAGE_TOKENS)]
+        kv.assign(slot + 1, own)
+        for position in range(length):
+            at = own[position // PAGE_TOKENS], slice(None), position % PAGE_TOKENS
+            for paged, slots in zip((*kv.keys, *kv.values), (*cache.keys, *cache.values), strict=True):
+                paged[at] = slots[slot, :, position]
+    return kv
+
+
+class NoText(PreTrainedTokenizerBase):
+    """Stands for a tokenizer where answers are ids."""
+
+    def decode(self, *_: object, **__: object) -> str:
+        return ""
+
+
+def forced(base: BaseModel, adapters: int, monkeypatch: pytest.MonkeyPatch, **settings: int | None) -> Tensor:
+    """`[requests, tokens, vocabulary]`: log-probabilities of each next token where all are given ones, of requests for
+    the base and for as many adapters, some of whose prompts begin alike.
+    """
+    forward = open_forward(base, "llama")
+    loaded = [
+        forward.load(random_adapter(forward.modules, seed, r=4 + 12 * seed, size=0.1)) for seed in range(adapters)
+    ]
+    generator = Generator(base, forward, max_len=200, **settings)  # type: ignore[arg-type]
+    assert isinstance(generator._cache, PagedKVCache) == (base.device.type == "cuda")
+    seen: dict[int, list[Tensor]] = {}
+    answering: list[int] = []
+
+    def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+        numbers = [next(n for n, live in generator._live.items() if live.sampler is sampler) for sampler in samplers]
+        for number, row in zip(numbers, logits, strict=True):
+            seen.setdefault(number, []).append(row.float().log_softmax(-1).cpu())
+        answering.append(len(numbers))
+        return [(7 * number + 3 * len(seen[number])) % 90 + 3 for number in numbers]
+
+    monkeypatch.setattr(engine, "sample", sample)
+    for seed in range(11):
+        adapter = [None, *loaded][seed % (adapters + 1)]
+        prompt = prompt_of(seed // 4, 20 + 10 * (seed // 4))
+        generator.add(
+            GenerationRequest(prompt=prompt, adapter=adapter, digest=str(seed % (adapters + 1)), max_tokens=24)
+        )
+    while generator.running or generator.waiting:
+        generator.step()
+    if isinstance(generator._cache, PagedKVCache):
+        assert generator._cache.free_pages == len(generator._cache._kv.keys[0])
+    forward.close()
+    return torch.stack([torch.stack(seen[number]) for number in sorted(seen)])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_pages_and_graphs_compute_what_the_cpu_does(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16, whatever is beside a request, however its prompt is cut and whether or not it shares its beginning."""
+    bases = []
+    for device, precision in (("cpu", "fp32"), ("cuda", "bf16")):
+        model = tiny_model(kind, 3, dtype=torch.bfloat16, intermediate_size=176)
+        model = model.float() if device == "cpu" else model
+        base = BaseModel(model, NoText(), "tiny", "0" * 64, precision, model.device)  # type: ignore[arg-type]
+        bases.append(placed(base, torch.device(device)))
+    expected = forced(bases[0], 3, monkeypatch)
+    for settings in ({}, {"slots": 2}, {"prefill_tokens": 16, "mixed_tokens": 16}):
+        found = forced(bases[1], 3, monkeypatch, **settings)  # type: ignore[arg-type]
+        worst = float((found - expected).abs().max())
+        assert worst < 0.15, (settings, worst)
