@@ -12,7 +12,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import unquote
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
@@ -97,6 +97,9 @@ class Settings(BaseSettings):
 
     gpus_per_replica: float = Field(default=0.4, gt=0, le=1)
     """Ray's share of a GPU for a serving replica; with the default of both, one GPU holds a rank and a replica."""
+
+    serve_precision: Literal["auto", "fp32", "bf16", "fp8", "nf4"] = "auto"
+    """What replicas compute their bases in; fp8 and nf4 leave room for more sequences. `auto` is as in a job."""
 
     min_replicas: int = Field(default=1, ge=0)
     """Replicas of each base at least; 0: a base is loaded when somebody asks for it."""

@@ -63,7 +63,7 @@ class AdapterServer:
 
         began = time.monotonic()
         source = local_source(settings.resolve_base(name), settings.cache_dir)
-        self._base = load_base(source, precision="auto", cache_dir=settings.cache_dir)
+        self._base = load_base(source, precision=settings.serve_precision, cache_dir=settings.cache_dir)
         self._tokenizer = copy.deepcopy(self._base.tokenizer)  # the decode loop uses the other in its thread
         self._texts = TokenTexts(self._tokenizer)
         forward = open_forward(self._base)

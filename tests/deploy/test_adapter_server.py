@@ -476,6 +476,14 @@ def test_health_is_the_age_of_the_step_while_there_is_work(service: Service, mon
     run(ask())
 
 
+def test_a_base_is_served_in_the_precision_that_is_asked_for(tmp_path: Path) -> None:
+    folder = save_tiny_model("llama", tmp_path / "tiny", 6)
+    server = AdapterServer(
+        "tiny", Settings(home=tmp_path, base_models={"tiny": str(folder)}, threads=1, serve_precision="nf4")
+    )
+    assert server._base.precision == "nf4" and isinstance(run(server.answer(QUESTION)), Completion)
+
+
 def test_a_failed_step_fails_the_requests_and_the_health_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     service = Service(tmp_path)
     service.server.check_health()
