@@ -1,0 +1,271 @@
+"""What controls a session: the thread of its driver with SQL and storage on one side, and the ranks' mailbox on the
+other.
+
+It renews the lease, tells the ranks which jobs to train, and writes what they report. Every write carries the fence, so
+that a driver which was given up on, but lives, can neither commit nor publish.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from cluster.registry import AdapterRegistry
+from cluster.settings import Settings
+from cluster.storage.base import StorageError
+from cluster.storage.directory import open_storage
+from cluster.storage.keys import checkpoint_marker_key, checkpoints_prefix, committed_checkpoint, job_result_key
+from jobs.job import TERMINAL, EventKind, Job, JobResult, JobStatus, RequestedAction, SessionState
+from jobs.session.messages import (
+    Assignment,
+    CheckpointWritten,
+    DesiredJobs,
+    Evaluated,
+    Expected,
+    JobFailed,
+    NoRoom,
+    Progressed,
+    RankBroke,
+    RanksStarted,
+    Report,
+    Trained,
+    start_mailbox,
+)
+from jobs.store.jobs import JobQueue
+
+log = logging.getLogger("lora.session")
+
+RECONCILE_SECONDS = 0.5
+SLOW_SECONDS = 60.0  # for the workers to start and load the base, after which whoever follows is told
+KEPT_CHECKPOINTS = 2
+
+
+class SessionController:
+    """The thread beside `fit()`: SQL and storage on one side, the mailbox on the other."""
+
+    def __init__(self, settings: Settings, queue: JobQueue, session_id: str, fence: int) -> None:
+        self._settings, self._queue = settings, queue
+        self._session_id, self._fence = session_id, fence
+        self._storage = open_storage(settings.storage_url)
+        self._registry = AdapterRegistry(self._storage, settings.tenant)
+        self.mailbox: Any = start_mailbox()
+        self._known: dict[str, Assignment] = {}
+        self._pending: list[Report | RankBroke | RanksStarted] = []
+        self._starts = 0
+        self._began = time.monotonic()
+        self._told: set[str] = set()
+        self._busy = time.monotonic()
+        self._renewed = 0.0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Take the last reports and end the thread."""
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        stop = False
+        while True:
+            ended = self._ended.is_set()
+            try:
+                stop = self._reconcile(stop)
+            except Exception:  # SQL or storage may be away for a while; training goes on meanwhile
+                log.exception("session=%s event=reconcile_failed", self._session_id)
+            if ended:
+                return
+            self._pause()
+
+    def _pause(self) -> None:
+        """Wait for the next round, which the end of a job brings forward."""
+        try:
+            ray.get(self.mailbox.wait_for_end.remote(RECONCILE_SECONDS))
+        except RayError:
+            self._ended.wait(RECONCILE_SECONDS)
+
+    def _reconcile(self, stop: bool) -> bool:
+        """Make one round; returns whether the ranks should end."""
+        self._renew()
+        jobs = {job.id: job for job in self._queue.assigned(self._session_id)}
+        wanted = [self._assignment(job) for job in jobs.values() if job.requested is not RequestedAction.CANCEL]
+        active, reports = ray.get(self.mailbox.exchange.remote(DesiredJobs(tuple(wanted), stop)))
+        self._pending += reports
+        while self._pending:  # one that cannot be recorded now, since SQL or storage is away, is tried again next time
+            self._record(self._pending[0])
+            del self._pending[0]
+        if self._starts == 0 and time.monotonic() - self._began > SLOW_SECONDS:
+            self._tell_of_slow_start(jobs)
+        for job in jobs.values():
+            if job.requested is RequestedAction.CANCEL and job.id not in active:
+                self._move(job.id, JobStatus.CANCELLED, "cancelled while running")
+        if jobs:
+            self._busy = time.monotonic()
+        elif not stop and (
+            self._asked_to_stop() or time.monotonic() - self._busy > self._settings.session_idle_seconds
+        ):
+            # In one transaction with the look for jobs: one that is just being assigned keeps the session.
+            stop = self._queue.session_move(
+                self._session_id,
+                SessionState.RUNNING,
+                SessionState.STOPPING,
+                reason="nothing to do",
+                fence=self._fence,
+                only_idle=True,
+            )
+        return stop
+
+    def _renew(self) -> None:
+        if time.monotonic() - self._renewed < self._settings.lease_seconds / 3:
+            return
+        if not self._queue.renew_session(self._session_id, self._fence, self._settings.lease_seconds):
+            log.error("session=%s event=fenced_off fence=%d", self._session_id, self._fence)
+            os.kill(os.getpid(), signal.SIGINT)
+            self._ended.set()
+        self._renewed = time.monotonic()
+
+    def _asked_to_stop(self) -> bool:
+        session = self._queue.session(self._session_id)
+        return session is not None and session.requested == "stop"
+
+    def _assignment(self, job: Job) -> Assignment:
+        """Return what the ranks need; the checkpoint is looked up once, and known from reports afterwards."""
+        if job.id not in self._known:
+            commits = self._commits(job.id)
+            newest: dict[str, str] = json.loads(self._storage.get(commits[-1][1])) if commits else {}
+            self._known[job.id] = Assignment(
+                job.id,
+                job.attempt,
+                job.spec_json,
+                job.examples_sha,
+                job.init_adapter_sha,
+                newest.get("key"),
+                newest.get("sha256"),
+            )
+        return self._known[job.id]
+
+    def _commits(self, job_id: str) -> list[tuple[tuple[int, int], str]]:
+        """List ((attempt, step), marker's key) of every committed checkpoint, oldest first."""
+        keys = self._storage.list(checkpoints_prefix(job_id))
+        return sorted((index, key) for key in keys if (index := committed_checkpoint(key)) is not None)
+
+    def _record(self, report: Report | RankBroke | RanksStarted) -> None:
+        match report:
+            case Progressed(job_id, progress):
+                self._queue.progress(job_id, self._session_id, self._fence, progress)
+            case Expected(job_id, seconds):
+                self._queue.log(job_id, f"training takes about {max(1, round(seconds / 60))} min here, if it is alone")
+            case Evaluated(job_id, evaluation, stopped):
+                self._tell_of_evaluation(job_id, evaluation, stopped)
+            case RanksStarted():
+                self._queue.resolve_session(self._session_id, self._fence, asdict(report))
+                self._starts += 1
+                if self._starts > 1:
+                    self._tell_of_restart()
+            case CheckpointWritten():
+                self._commit(report)
+            case Trained():
+                self._publish(report)
+            case JobFailed(job_id, reason):
+                self._move(job_id, JobStatus.FAILED, reason, error=reason)
+            case NoRoom(job_id, others):
+                message = f"waits: it does not fit into memory beside {others} other{'s' * (others > 1)}"
+                self._move(job_id, JobStatus.QUEUED, message, kind=EventKind.WAITS, max_colocated=others - 1)
+            case RankBroke(rank, reason, active):
+                self._blame(active or tuple(self._known), f"rank {rank}: {reason}")
+
+    def _tell_of_evaluation(self, job_id: str, evaluation: dict[str, Any], stopped: str | None) -> None:
+        message = f"step {evaluation['step']}: validation loss {evaluation['loss']:.4f}"
+        message += f", token accuracy {evaluation['accuracy']:.1%}{f'; {stopped}' if stopped else ''}"
+        if job_id in self._known:
+            self._queue.log(job_id, message, data=evaluation)
+
+    def _tell_of_slow_start(self, jobs: Iterable[str]) -> None:
+        for job_id in jobs:
+            if job_id not in self._told:
+                message = (
+                    f"its workers are not up after {SLOW_SECONDS:.0f} s: a large base takes long to load; else Ray"
+                )
+                self._queue.log(job_id, f"{message} has no room for them, and `ray status` says who has it")
+                self._told.add(job_id)
+
+    def _tell_of_restart(self) -> None:
+        for job_id, known in self._known.items():
+            message = f"a rank was lost; all of them continue from {known.checkpoint_key or 'the start'}"
+            self._queue.log(job_id, message, level="warning")
+
+    def _commit(self, report: CheckpointWritten) -> None:
+        """Write the marker that makes a checkpoint exist, if the fence is still ours; keep the newest few."""
+        known = self._known.get(report.job_id)
+        if known is None or not self._runs_here(report.job_id):
+            if self._queue.get(report.job_id).status in TERMINAL:  # it was on its way when the job ended
+                self._storage.delete(report.key)
+            return
+        marker = checkpoint_marker_key(report.job_id, known.attempt, report.step)
+        self._storage.put(marker, json.dumps({"key": report.key, "sha256": report.sha256}).encode())
+        self._known[report.job_id] = replace(known, checkpoint_key=report.key, checkpoint_sha256=report.sha256)
+        log.info("job=%s event=checkpoint step=%d", report.job_id, report.step)
+        self._drop_old_checkpoints(report.job_id)
+
+    def _drop_old_checkpoints(self, job_id: str) -> None:
+        for _, marker in self._commits(job_id)[:-KEPT_CHECKPOINTS]:
+            commit = json.loads(self._storage.get(marker))
+            self._storage.delete(marker)
+            self._storage.delete(commit["key"])
+
+    def _publish(self, report: Trained) -> None:
+        """Write adapter, result and row; after a crash in between, the last checkpoint leads to the same."""
+        if not self._runs_here(report.job_id):
+            return
+        job = self._queue.get(report.job_id)
+        version = self._registry.publish(job.base, job.spec.adapter, report.files, report.manifest)
+        result: JobResult = {
+            "model": f"{job.base}:{job.spec.adapter}",
+            "version": version.version,
+            "digest": version.digest,
+            "adapter_bytes": sum(len(content) for content in report.files.values()),
+            "metrics": report.manifest["metrics"],
+        }
+        self._storage.put(job_result_key(job.id), json.dumps(result).encode())
+        self._queue.progress(job.id, self._session_id, self._fence, report.progress)
+        self._move(job.id, JobStatus.SUCCEEDED, f"published {result['model']} version {version.version}", result=result)
+
+    def _blame(self, suspects: Iterable[str], reason: str) -> None:
+        """Of those whose rank raised, fail the only one, or requeue several, each to be tried by itself."""
+        suspects = list(suspects)
+        for job_id in suspects:
+            if len(suspects) == 1:
+                self._move(job_id, JobStatus.FAILED, reason, error=reason)
+            else:
+                message = f"back to the queue, to be tried by itself: {reason}"
+                self._move(job_id, JobStatus.QUEUED, message, lost_attempt=True, max_colocated=0)
+
+    def _runs_here(self, job_id: str) -> bool:
+        """Return whether the job is still ours: asked right before something that others will see is written."""
+        holds = self._queue.renew_session(self._session_id, self._fence, self._settings.lease_seconds)
+        return holds and any(job.id == job_id for job in self._queue.assigned(self._session_id))
+
+    def _move(self, job_id: str, to: JobStatus, message: str, **columns: Any) -> None:
+        moved = self._queue.move(
+            job_id, JobStatus.RUNNING, to, message=message, fence=(self._session_id, self._fence), **columns
+        )
+        log.info("job=%s event=%s moved=%s message=%s", job_id, to.value, moved, message)
+        self._known.pop(job_id, None)
+        if moved and to in TERMINAL:
+            try:
+                for key in self._storage.list(checkpoints_prefix(job_id)):
+                    self._storage.delete(key)
+            except StorageError:  # the job has ended all the same
+                log.warning("job=%s event=checkpoints_left", job_id)
