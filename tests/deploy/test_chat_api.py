@@ -262,6 +262,11 @@ def test_a_client_that_leaves_frees_its_place_and_metrics_say_so(app: App) -> No
     next(iter(stream))
     stream.close()
     wait_for(lambda: app.metrics().get(aborted) == 1.0, 30)
+    with pytest.raises(openai.APITimeoutError):  # who waits for a whole answer, and leaves
+        app.client.with_options(timeout=1.5, max_retries=0).chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "Go on"}], **endless
+        )
+    wait_for(lambda: app.metrics().get(aborted) == 2.0, 30)
     wait_for(lambda: app.metrics()["ray_lora_num_requests_running{base=tiny}"] == 0)
     metrics = app.metrics()
     names = {name.split("{")[0] for name in metrics}
