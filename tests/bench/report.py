@@ -3,7 +3,8 @@
     floor = measured rate of products, in bf16 if not said [FLOP/s] / (4 x parameters [FLOP a token])
 
 A LoRA step takes two FLOP a parameter and token forward and two for the gradient with respect to the input; a frozen
-weight has no gradient of its own. Parameters are those of the linears and the head: an embedding is looked up.
+weight has no gradient of its own. Where nothing is trained the floor has the first two alone. Parameters are those of
+the linears and the head: an embedding is looked up.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -22,7 +23,7 @@ from torch import nn
 T = TypeVar("T")
 Step = Callable[[], object]
 
-PEFT, COMPILED, OURS = "peft", "peft compiled", "ours"
+PEFT, COMPILED, OURS, VLLM = "peft", "peft compiled", "ours", "vllm"
 ONE_JOB, MANY_JOBS, DORA = "one job", "many jobs", ", DoRA"
 
 
@@ -51,7 +52,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Row:
-    """One case: `tokens` a step. Ratios are to the best row of PEFT with the same `workload`."""
+    """One case: `tokens` a step. Ratios are to the best row of a peer with the same `workload`."""
 
     case: str
     who: str
@@ -73,14 +74,21 @@ class Report:
     """The rows of one run of a benchmark."""
 
     def __init__(
-        self, head: Mapping[str, object], device: torch.device, model: nn.Module, dtype: torch.dtype = torch.bfloat16
+        self,
+        head: Mapping[str, object],
+        device: torch.device,
+        model: nn.Module,
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        flop: int = 4,
+        peers: Sequence[str] = (PEFT, COMPILED),
     ) -> None:
         self.rows: list[Row] = []
-        self._head = dict(head)
+        self._head, self._peers = dict(head), tuple(peers)
         self._figures: dict[str, float] = {}
         self._failures: dict[str, str] = {}
         self._flops, self._dtype = matmul_rate(device, dtype), _NAMES[dtype]
-        self._floor = self._flops / (4 * product_parameters(model))
+        self._floor = self._flops / (flop * product_parameters(model))
         print(", ".join(f"{name} {value}" for name, value in head.items()))
         print(
             f"{self._dtype} products {self._flops / 1e12:.2f} TFLOP/s, {product_parameters(model) / 1e9:.3f} G"
@@ -117,11 +125,11 @@ class Report:
 
     def finish(self) -> None:
         """The whole table with ratios, and the line of JSON."""
-        print(f"\n{self._titles()}  x peft  x compiled")
+        print(f"\n{self._titles()}{''.join(f'x {peer}'.rjust(17) for peer in self._peers)}")
         for row in self.rows:
-            ratios = [self._ratio(row, who) for who in (PEFT, COMPILED)]
+            ratios = [self._ratio(row, who) for who in self._peers]
             texts = ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
-            print(f"{self._line(row)}{texts[0]:>8}{texts[1]:>12}")
+            print(f"{self._line(row)}{''.join(text.rjust(17) for text in texts)}")
         for name, value in self._figures.items():
             print(f"{name:<64}{value:>10.4g}")
         for case, reason in self._failures.items():
@@ -147,7 +155,7 @@ class Report:
         return f"{row.case:<64}{row.rate:>10.0f}{share:>10}{row.timing.median:>10.4f}{row.timing.first:>9.2f}{peak:>10}"
 
     def _as_json(self, row: Row) -> dict[str, object]:
-        ratios = {f"x {who}": self._ratio(row, who) for who in (PEFT, COMPILED)}
+        ratios = {f"x {who}": self._ratio(row, who) for who in self._peers}
         return {
             "case": row.case,
             "who": row.who,
