@@ -1,9 +1,9 @@
-"""A decoder layer's parts for the few tokens of a serving step: what lies between its frozen products.
+"""A decoder layer's parts for the few tokens of a serving step: what lies between its frozen products
+(`rope_to_pages_triton.py` and `paged_attention_triton.py` have the rest).
 
-    add              x + y + h B^T; and that times a norm's weight      a program a row and block of columns
-    shrink           h = scale * x A^T, in parts along the features     a program a tile and part
-    rope_to_pages    q rotated in place, k and v into their pages       a program a row and head
-    swiglu           silu(gate) * up of the updated ones                a program a tile and stripe of columns
+    add       x + y + h B^T; and that times a norm's weight      a program a row and block of columns
+    shrink    h = scale * x A^T, in parts along the features     a program a tile and part
+    swiglu    silu(gate) * up of the updated ones                a program a tile and stripe of columns
 
 They compute what `layer_ops.py` and `low_rank.py` define. A few tokens are bound by the bytes of weights, and by how
 many programs ask for them at once: so no program waits for a whole row. The reciprocal root mean square of RMSNorm is a
@@ -24,13 +24,12 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels.dora_triton import dora_scale_of, dora_scaled
-from lora_core.kernels.low_rank_triton import FIELDS, address, precision, rank_block, widths
-from lora_core.kernels.operands import NARROW_ROWS, LinearGroup, PagedLayer, Rope
+from lora_core.kernels.low_rank_triton import FIELDS, address, precision, rank_block
+from lora_core.kernels.operands import NARROW_ROWS, LinearGroup
 
 ADD = {"COLUMNS": 1024, "num_warps": 4}
 SHRINK = {"STEP": 128, "num_warps": 4, "num_stages": 3}
 PART_FEATURES = 1024  # of one program
-ROPE = {"num_warps": 1}
 SWIGLU = {"COLUMNS": 512, "BLOCKS": 1, "STAGES": 1, "num_warps": 2}  # a thread sums the ranks of its columns alone
 SWIGLU_TILES = {"COLUMNS": 128, "BLOCKS": 2, "STAGES": 3, "num_warps": 4}
 TILE_RANKS = 64  # that a program takes at a time
@@ -88,7 +87,19 @@ class Normed(NamedTuple):
 
 
 @triton.jit
-def _table_row(tables, t, offset):
+def tile_of(tiles, ROWS: tl.constexpr):
+    """(first row, rows) of a program's tile."""
+    if ROWS == 1:
+        first = tl.program_id(0).to(tl.int64)
+        rows = first * 0 + 1
+    else:
+        first = tl.load(tiles + tl.program_id(0) * 2)
+        rows = tl.load(tiles + tl.program_id(0) * 2 + 1)
+    return first, rows
+
+
+@triton.jit
+def table_row_of(tables, t, offset):
     """A row's adapter's fields of one group."""
     return tl.load(tables + t).to(tl.pointer_type(tl.int64)) + offset
 
@@ -103,7 +114,14 @@ def _summed(h, offsets, mask, h_part, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _updated(
+def _low_tile(h, t, t_mask, h_part, h_stride, field, c, dtype: tl.constexpr, PARTS: tl.constexpr):
+    """h `[rows, ranks]` of one linear, whose fields of the table these are, for its ranks c."""
+    mask = t_mask[:, None] & (c < tl.load(field + 2))[None, :]
+    return _summed(h, t[:, None] * h_stride + (tl.load(field + 3) + c)[None, :], mask, h_part, PARTS).to(dtype)
+
+
+@triton.jit
+def updated_tile(
     acc, h, first_row, rows, h_part, h_stride, row, linear, N, n, n_mask,
     dtype: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, LOOP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -121,9 +139,8 @@ def _updated(
             acc += tl.sum(low[:, None] * tile.to(tl.float32), axis=0)[None, :]
         else:
             i = tl.arange(0, ROWS)
-            mask = (i < rows)[:, None] & (c < r)[None, :]
-            low = _summed(h, (first_row + i)[:, None] * h_stride + (offset + c)[None, :], mask, h_part, PARTS)
-            acc = tl.dot(low.to(dtype), tile, acc, input_precision=PRECISION)
+            low = _low_tile(h, first_row + i, i < rows, h_part, h_stride, field, c, dtype, PARTS)
+            acc = tl.dot(low, tile, acc, input_precision=PRECISION)
     return acc
 
 
@@ -143,8 +160,8 @@ def _add(
     if ADD:
         added = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32)
         if UPDATE:
-            row = _table_row(tables, t, offset)
-            added = _updated(
+            row = table_row_of(tables, t, offset)
+            added = updated_tile(
                 added, h, t, 1, h_part, h_stride, row, 0, H, n, n_mask, dtype, PARTS, 1, RANKS, LOOP, "ieee"
             )
             if DORA:
@@ -166,7 +183,7 @@ def _shrink(
     first_row = tl.load(tiles + tl.program_id(0) * 2)
     rows = tl.load(tiles + tl.program_id(0) * 2 + 1)
     if rows > 0:
-        row = _table_row(tables, first_row, offset)
+        row = table_row_of(tables, first_row, offset)
         width = tl.load(row + 2).to(tl.int32)
         if tl.program_id(2) * RANKS < width:
             dtype: tl.constexpr = x.dtype.element_ty
@@ -190,98 +207,13 @@ def _shrink(
 
 
 @triton.jit
-def _rope_to_pages(
-    y, squares, H, norm_eps, h, bias, cos, sin, weight, eps, positions, slots, page_table, keys, values,
-    tables, offset, N, N0, N1, h_part, h_stride, q_heads, k_heads, most_pages,
-    BIAS: tl.constexpr, UPDATE: tl.constexpr, DORA: tl.constexpr, NORM: tl.constexpr, PARTS: tl.constexpr,
-    SUMS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
-    RANKS: tl.constexpr, LOOP: tl.constexpr,
-):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    position = tl.load(positions + t)
-    dtype: tl.constexpr = y.dtype.element_ty
-    column = head * 2 * HALF
-    d = tl.arange(0, BLOCK)
-    d_mask = d < HALF
-    pointers = (y + t * N + column + d)[None, :]
-    mask = d_mask[None, :]
-    first = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(pointers + HALF, mask=mask, other=0.0).to(tl.float32)
-    if UPDATE:
-        row = _table_row(tables, t, offset)
-        linear = tl.where(column < N0, 0, tl.where(column < N0 + N1, 1, 2))
-        local = column - tl.where(linear == 0, 0, tl.where(linear == 1, N0, N0 + N1)) + d
-        size = tl.where(linear == 0, N0, tl.where(linear == 1, N1, N - N0 - N1))
-        first = _updated(
-            first, h, t, 1, h_part, h_stride, row, linear, size, local, d_mask, dtype, PARTS, 1, RANKS, LOOP, "ieee"
-        )
-        second = _updated(
-            second, h, t, 1, h_part, h_stride, row, linear, size, local + HALF, d_mask,
-            dtype, PARTS, 1, RANKS, LOOP, "ieee",
-        )  # fmt: skip
-        if DORA:
-            scale, number = dora_scale_of(row, linear)
-            first = dora_scaled(first, scale, number, local, d_mask)
-            second = dora_scaled(second, scale, number, local + HALF, d_mask)
-    missing = tl.rsqrt(tl.sum(tl.load(squares + t * SUMS + tl.arange(0, SUMS))) / H + norm_eps)
-    first *= missing
-    second *= missing
-    if BIAS:
-        first += tl.load(bias + column + d, mask=d_mask, other=0.0).to(tl.float32)[None, :]
-        second += tl.load(bias + column + HALF + d, mask=d_mask, other=0.0).to(tl.float32)[None, :]
-    if head < q_heads + k_heads:
-        if NORM:
-            first, second = first.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)
-            rstd = tl.rsqrt((tl.sum(first * first) + tl.sum(second * second)) / (2 * HALF) + eps)
-            w = weight + column + d
-            first = (first * rstd).to(dtype).to(tl.float32)
-            first *= tl.load(w, mask=d_mask, other=0.0).to(tl.float32)[None, :]
-            second = (second * rstd).to(dtype).to(tl.float32)
-            second *= tl.load(w + HALF, mask=d_mask, other=0.0).to(tl.float32)[None, :]
-            first, second = first.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)
-        angle = tl.maximum(position, 0) * HALF + d
-        c = tl.load(cos + angle, mask=d_mask, other=0.0).to(tl.float32)[None, :]
-        s = tl.load(sin + angle, mask=d_mask, other=0.0).to(tl.float32)[None, :]
-        rotated = first * c - second * s
-        second = second * c + first * s
-        first = rotated
-    if head < q_heads:
-        tl.store(pointers, first.to(dtype), mask=mask)
-        tl.store(pointers + HALF, second.to(dtype), mask=mask)
-    elif position >= 0:
-        page = tl.load(page_table + tl.load(slots + t) * most_pages + position // PAGE)
-        of_key = head < q_heads + k_heads
-        kv_head = tl.where(of_key, head - q_heads, head - q_heads - k_heads)
-        target = ((page * k_heads + kv_head) * PAGE + position % PAGE) * (2 * HALF) + d[None, :]
-        if of_key:
-            tl.store(keys + target, first.to(dtype), mask=mask)
-            tl.store(keys + target + HALF, second.to(dtype), mask=mask)
-        else:
-            tl.store(values + target, first.to(dtype), mask=mask)
-            tl.store(values + target + HALF, second.to(dtype), mask=mask)
-
-
-@triton.jit
-def _tile_of(tiles, ROWS: tl.constexpr):
-    """(first row, rows) of a program's tile."""
-    if ROWS == 1:
-        first = tl.program_id(0).to(tl.int64)
-        rows = first * 0 + 1
-    else:
-        first = tl.load(tiles + tl.program_id(0) * 2)
-        rows = tl.load(tiles + tl.program_id(0) * 2 + 1)
-    return first, rows
-
-
-@triton.jit
 def _swiglu(
     y, squares, H, eps, h, activation, tables, offset, tiles, I, h_part, h_stride,
     UPDATE: tl.constexpr, DORA: tl.constexpr, PARTS: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
     RANKS: tl.constexpr, LOOP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    first_row, rows = _tile_of(tiles, ROWS)
+    first_row, rows = tile_of(tiles, ROWS)
     if rows > 0:
         dtype: tl.constexpr = y.dtype.element_ty
         i = tl.arange(0, ROWS)
@@ -291,14 +223,10 @@ def _swiglu(
         sums = squares + t[:, None] * SUMS + tl.arange(0, SUMS)[None, :]
         rstd = tl.rsqrt(tl.sum(tl.load(sums, mask=t_mask[:, None], other=0.0), axis=1) / H + eps)[:, None]
         if UPDATE:
-            row = _table_row(tables, first_row, offset)
+            row = table_row_of(tables, first_row, offset)
             if ROWS > 1 and not LOOP:
-                low_mask = t_mask[:, None] & (c < tl.load(row + 6))[None, :]
-                low_offsets = t[:, None] * h_stride + (tl.load(row + 7) + c)[None, :]
-                gate_low = _summed(h, low_offsets, low_mask, h_part, PARTS).to(dtype)
-                low_mask = t_mask[:, None] & (c < tl.load(row + 10))[None, :]
-                low_offsets = t[:, None] * h_stride + (tl.load(row + 11) + c)[None, :]
-                up_low = _summed(h, low_offsets, low_mask, h_part, PARTS).to(dtype)
+                gate_low = _low_tile(h, t, t_mask, h_part, h_stride, row + 4, c, dtype, PARTS)
+                up_low = _low_tile(h, t, t_mask, h_part, h_stride, row + 8, c, dtype, PARTS)
         for block in tl.range(0, BLOCKS, num_stages=STAGES):
             n = (tl.program_id(1) * BLOCKS + block) * COLUMNS + tl.arange(0, COLUMNS)
             n_mask = n < I
@@ -316,11 +244,11 @@ def _swiglu(
                     tile = tl.load(address(row, 8, dtype) + b_offsets, mask=b_mask, other=0.0)
                     up = tl.dot(up_low, tile, up, input_precision=PRECISION)
                 else:
-                    gate = _updated(
+                    gate = updated_tile(
                         gate, h, first_row, rows, h_part, h_stride, row, 0, I, n, n_mask,
                         dtype, PARTS, ROWS, RANKS, LOOP, PRECISION,
                     )  # fmt: skip
-                    up = _updated(
+                    up = updated_tile(
                         up, h, first_row, rows, h_part, h_stride, row, 1, I, n, n_mask,
                         dtype, PARTS, ROWS, RANKS, LOOP, PRECISION,
                     )  # fmt: skip
@@ -342,8 +270,8 @@ def add(x: Tensor, y: Tensor | None, h: Tensor | None, adapters: StepAdapters, w
     scaled = torch.empty_like(x)
     squares = (x.new_empty if sums == blocks else x.new_zeros)(rows, sums, dtype=torch.float32)
     _add[(rows, blocks)](
-        x, y, h, scaled, squares, weight, *adapters.arguments, width, *_h_arguments(h),
-        ADD=y is not None, UPDATE=h is not None, DORA=adapters.dora, PARTS=_parts(h), SUMS=sums,
+        x, y, h, scaled, squares, weight, *adapters.arguments, width, *h_arguments(h),
+        ADD=y is not None, UPDATE=h is not None, DORA=adapters.dora, PARTS=parts_of(h), SUMS=sums,
         **adapters.ranks(), **ADD,
     )  # fmt: skip
     return Normed(scaled, squares, eps)
@@ -360,37 +288,10 @@ def shrink(x: Tensor, adapters: StepAdapters) -> Tensor | None:
     parts = triton.cdiv(features, PART_FEATURES)
     h = x.new_empty(parts, rows, adapters.width, dtype=torch.float32)
     _shrink[(tiles, parts, triton.cdiv(adapters.width, ranks))](
-        x, h, *adapters.arguments, adapters.tiles, features, PART_FEATURES, *_h_arguments(h),
+        x, h, *adapters.arguments, adapters.tiles, features, PART_FEATURES, *h_arguments(h),
         ROWS=NARROW_ROWS, RANKS=ranks, PRECISION=precision(x), **SHRINK,
     )  # fmt: skip
     return h
-
-
-def rope_to_pages(
-    y: Tensor,
-    normed: Normed,
-    h: Tensor | None,
-    adapters: StepAdapters,
-    rope: Rope,
-    positions: Tensor,
-    slots: Tensor,
-    pages: PagedLayer,
-) -> None:
-    """y `[T, q + k + v]`, the product of `normed`, plus h B^T and bias, heads normed: q rotated in place, rotated k and
-    v into the pages of each row's slot at its position; rows at position -1 are none. `rope` has cos and sin of all
-    positions.
-    """
-    half, kv_heads = rope.head_size // 2, pages.keys.shape[1]
-    weight, eps = (None, 0.0) if rope.norm is None else (rope.norm.weight, rope.norm.eps)
-    _rope_to_pages[(len(y), y.shape[1] // rope.head_size)](
-        y, *normed.arguments, h, rope.bias, rope.cos, rope.sin, weight, eps,
-        positions, slots, pages.table, pages.keys, pages.values,
-        *adapters.arguments, *widths(adapters.group), *_h_arguments(h),
-        rope.rotated_heads - kv_heads, kv_heads, pages.table.shape[1],
-        BIAS=rope.bias is not None, UPDATE=h is not None, DORA=adapters.dora, NORM=rope.norm is not None,
-        PARTS=_parts(h), SUMS=normed.squares.shape[1], HALF=half, BLOCK=triton.next_power_of_2(half),
-        PAGE=pages.keys.shape[2], **adapters.ranks(), **ROPE,
-    )  # fmt: skip
 
 
 def swiglu(y: Tensor, normed: Normed, h: Tensor | None, adapters: StepAdapters) -> Tensor:
@@ -400,17 +301,17 @@ def swiglu(y: Tensor, normed: Normed, h: Tensor | None, adapters: StepAdapters) 
     activation = y.new_empty(len(y), features)
     stripes = triton.cdiv(features, config["COLUMNS"] * config["BLOCKS"])
     _swiglu[(len(y) if rows == 1 else len(adapters.tiles), stripes)](
-        y, *normed.arguments, h, activation, *adapters.arguments, adapters.tiles, features, *_h_arguments(h),
-        UPDATE=h is not None, DORA=adapters.dora, PARTS=_parts(h), SUMS=normed.squares.shape[1],
+        y, *normed.arguments, h, activation, *adapters.arguments, adapters.tiles, features, *h_arguments(h),
+        UPDATE=h is not None, DORA=adapters.dora, PARTS=parts_of(h), SUMS=normed.squares.shape[1],
         ROWS=rows, **adapters.ranks(rows), PRECISION=precision(y), **config,
     )  # fmt: skip
     return activation
 
 
-def _h_arguments(h: Tensor | None) -> tuple[int, int]:
+def h_arguments(h: Tensor | None) -> tuple[int, int]:
     """From one part to the next, and from one row to the next."""
     return (0, 0) if h is None else (h.stride(0), h.stride(1))
 
 
-def _parts(h: Tensor | None) -> int:
+def parts_of(h: Tensor | None) -> int:
     return 1 if h is None else len(h)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_core.kernels.decode_triton import tile_of
 from lora_core.kernels.low_rank_triton import precision
 from lora_core.kernels.operands import PagedLayer
 
@@ -25,12 +26,7 @@ def _attend(
     PAGE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
-    if TOKENS == 1:
-        first_row = tl.program_id(0).to(tl.int64)
-        tokens = first_row * 0 + 1
-    else:
-        first_row = tl.load(tiles + tl.program_id(0) * 2)
-        tokens = tl.load(tiles + tl.program_id(0) * 2 + 1)
+    first_row, tokens = tile_of(tiles, TOKENS)
     if tokens > 0:
         i = tl.arange(0, ROWS)
         t = first_row + i // GROUP

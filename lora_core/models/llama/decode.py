@@ -180,8 +180,9 @@ class DecodeGraphs:
 
     def _layers(self, shape: _Shape) -> tuple[Tensor, Tensor]:
         """Launch a whole step."""
-        from lora_core.kernels.decode_triton import StepAdapters, add, rope_to_pages, swiglu
+        from lora_core.kernels.decode_triton import StepAdapters, add, swiglu
         from lora_core.kernels.paged_attention_triton import paged_attention
+        from lora_core.kernels.rope_to_pages_triton import rope_to_pages
 
         decoder, rows = self._decoder, shape.rows
         ids, positions, slots, tables = self._inputs[:4, :rows]
