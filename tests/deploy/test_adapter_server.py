@@ -1,4 +1,4 @@
-"""An adapter server without Ray around it: what it loads, refuses, keeps, and gives up."""
+"""An adapter server without Ray around it: what it answers, in which forms, and what it gives up."""
 
 from __future__ import annotations
 
@@ -6,126 +6,22 @@ import asyncio
 import dataclasses
 import json
 import threading
-from collections.abc import Callable, Coroutine, Iterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.registry import AdapterRegistry, AdapterVersion, Publication
 from cluster.settings import Settings
-from cluster.storage.base import StorageUnavailable
-from cluster.storage.directory import open_storage
 from deploy.serving import decode_loop
 from deploy.serving import metrics as ray_metrics
 from deploy.serving.decode_loop import DecodeLoop, DecodeLoopError
-from deploy.serving.memory_tier import MemoryTier
-from deploy.serving.protocol import Completion, Delta, ErrorResponse, GenerateRequest, StreamStart, TokenIds
+from deploy.serving.protocol import Completion, Delta, ErrorResponse, StreamStart, TokenIds
 from deploy.serving.server import AdapterServer
-from lora_core.adapters.peft_format import adapter_files
-from lora_core.data.dataset import Example
 from lora_core.inference.engine import GeneratedToken, GenerationRequest, Generator
 from lora_core.inference.sampling_params import SamplingParams
-from lora_core.models.base import BaseModel, load_base
-from lora_core.models.files import chat_template_hash
-from lora_core.models.forward import open_forward
-from lora_core.models.probes import probe_losses
-from tests.support.models import random_adapter
+from tests.support.adapter_service import ENDLESS, QUESTION, Service, about, run, until
 from tests.support.tiny_models import save_tiny_model, with_more_tokens
-
-QUESTION = GenerateRequest(
-    prompt=({"role": "user", "content": "Hi"},),
-    adapter=None,
-    digest=None,
-    max_tokens=12,
-    sampling=SamplingParams(temperature=0.0),
-    stop=(),
-)
-ENDLESS = dataclasses.replace(QUESTION, max_tokens=None, sampling=SamplingParams(temperature=2.0, seed=0))
-
-
-def about(version: AdapterVersion) -> GenerateRequest:
-    return dataclasses.replace(QUESTION, adapter=version.name, digest=version.digest)
-
-
-class Service:
-    """A server of one tiny base, with the registry that it reads and the base as training had it, in fp32."""
-
-    def __init__(self, home: Path) -> None:
-        self.settings = Settings(
-            home=home, base_models={"tiny": str(save_tiny_model("llama", home / "tiny", 6))}, threads=1
-        )
-        self.trained: BaseModel = load_base(str(home / "tiny"), precision="fp32", cache_dir=home / "cache")
-        self.forward = open_forward(self.trained)
-        self.bank = self.forward.modules
-        self.server = AdapterServer("tiny", self.settings)
-        self.server._loop._generator.end_tokens = frozenset()  # so that answers end where a test says
-        self.registry = AdapterRegistry(open_storage(self.settings.storage_url))
-        self.served: AdapterRegistry = self.server._adapters._registry
-
-    def publish(self, name: str, seed: int, **manifest: Any) -> AdapterVersion:
-        """A random adapter, as a training session would publish it."""
-        adapter = random_adapter(self.bank, seed)
-        examples = [Example(list(range(40, 60 + i)), [False] * 10 + [True] * (10 + i)) for i in range(2)]
-        losses = probe_losses(self.forward, self.forward.load(adapter), examples)
-        own = {
-            "base_fingerprint": self.trained.fingerprint,
-            "tokenizer": chat_template_hash(self.trained.tokenizer),
-            "precision": "fp32",
-            "probes": [
-                {"ids": example.ids, "labels_mask": example.labels_mask, "loss": loss}
-                for example, loss in zip(examples, losses, strict=True)
-            ],
-        }
-        return self.registry.publish("tiny", name, adapter_files(adapter, self.bank, "tiny"), {**own, **manifest})
-
-    def alone(self, version: AdapterVersion) -> str:
-        """The answer of a loaded adapter by a generator that has seen nothing else."""
-        cache, asked = self.server._adapters, about(version)
-        generator = Generator(self.server._base, cache._forward)
-        generator.end_tokens = frozenset()
-        request = GenerationRequest(
-            prompt=self.server._prompt(asked),
-            adapter=cache._device.get(version.digest),
-            sampling=asked.sampling,
-            max_tokens=asked.max_tokens,
-        )
-        generator.add(request)
-        return "".join(event.text for events in iter(generator.step, []) for event in events)
-
-    @property
-    def idle(self) -> bool:
-        generator = self.server._loop._generator
-        return generator.running == generator.waiting == 0
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Service:
-    return Service(tmp_path_factory.mktemp("service"))
-
-
-@pytest.fixture
-def fetches(service: Service, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The versions whose files were fetched."""
-    seen: list[str] = []
-    contents = service.served.contents
-
-    def counting(version: AdapterVersion, cache: Any) -> dict[str, bytes]:
-        seen.append(version.version)
-        return contents(version, cache)
-
-    monkeypatch.setattr(service.served, "contents", counting)
-    yield seen
-
-
-def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(asyncio.wait_for(coroutine, 30))
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.01)
 
 
 def test_a_stream_is_the_answer_in_pieces(service: Service) -> None:
@@ -214,149 +110,6 @@ def test_tools_are_called_where_the_template_shows_them(service: Service, monkey
         assert len(choice.logprobs) == choice.completion_tokens
     free = run(service.server.answer(dataclasses.replace(asked, forced_tools=(), max_tokens=12)))
     assert free.choices[0].text and not free.choices[0].tool_calls
-
-
-def test_one_adapter_is_loaded_once_for_all_who_ask(service: Service, fetches: list[str]) -> None:
-    version = service.publish("once", 1)
-
-    async def crowd() -> list[Any]:
-        tasks = [asyncio.create_task(service.server.answer(about(version))) for _ in range(6)]
-        await until(lambda: bool(fetches))
-        tasks[0].cancel()  # it was the first to ask, and the load goes on without it
-        return await asyncio.gather(*tasks, return_exceptions=True)
-
-    first, *others = run(crowd())
-    assert isinstance(first, asyncio.CancelledError)
-    assert {answer.start.digest for answer in others} == {version.digest}
-    assert len({answer.choices for answer in others}) == 1
-    assert others[0].choices != run(service.server.answer(QUESTION)).choices, "the adapter must change the answer"
-    assert fetches == [version.version]
-    run(service.server.answer(about(version)))
-    assert len(fetches) == 1
-
-
-def test_answers_are_of_the_digest_that_was_asked_for(service: Service, fetches: list[str]) -> None:
-    """Whatever is published meanwhile under the name, and while a prompt of another version lies in the cache."""
-    old = service.publish("moving", 2)
-    before = run(service.server.answer(about(old)))
-    patient = dataclasses.replace(about(old), max_tokens=200)
-    whole = run(service.server.answer(patient))
-
-    async def published_while_answering() -> tuple[Completion, AdapterVersion]:
-        answering = asyncio.create_task(service.server.answer(patient))
-        await until(lambda: not service.idle)
-        new = await asyncio.to_thread(service.publish, "moving", 3)
-        await service.server.load(Publication("tiny", "moving", new.digest, 0.0))
-        return await answering, new
-
-    during, new = run(published_while_answering())
-    assert during == whole
-    assert fetches == [old.version, new.version]  # what is pushed is there before it is asked for
-    after = run(service.server.answer(about(new)))
-    assert (before.start.digest, after.start.digest) == (old.digest, new.digest)
-    assert after.choices[0].text == service.alone(new) != before.choices[0].text
-    assert run(service.server.answer(about(old))) == before
-    assert len(fetches) == 2
-
-
-@pytest.mark.parametrize(
-    ("manifest", "reason"),
-    [
-        ({"base_fingerprint": "0" * 64}, "was trained on another base (weights 0000000000000000) than tiny is here"),
-        ({"base_fingerprint": None}, "was trained on another base"),
-        ({"tokenizer": "0" * 64}, "another tokenizer or chat template"),
-        ({"probe_tolerance": -1.0}, "does not compute here what it did in training"),  # on any machine
-    ],
-)
-def test_an_adapter_of_something_else_is_refused(
-    service: Service, fetches: list[str], manifest: dict[str, Any], reason: str
-) -> None:
-    name = f"refused-{len(reason)}-{len(manifest)}-{next(iter(manifest))[0]}"
-    version = service.publish(name, 4 + len(reason), **manifest)
-    answer = run(service.server.answer(about(version)))
-    assert isinstance(answer, ErrorResponse) and (answer.status, answer.code) == (409, "adapter_refused")
-    assert reason in answer.message
-    count = len(fetches)
-    run(service.server.load(Publication("tiny", name, version.digest, 0.0)))
-    assert run(service.server.answer(about(version))) == answer and len(fetches) == count  # known bad: not tried again
-    twin = service.publish(f"{name}-twin", 4 + len(reason))
-    assert twin.digest == version.digest  # the same content with another manifest
-    assert isinstance(run(service.server.answer(about(twin))), Completion)
-
-
-@pytest.mark.parametrize("damage", [lambda loss: loss + 60.0, lambda loss: float("nan")])
-def test_an_adapter_that_computes_something_else_is_refused(service: Service, damage: Callable[[float], float]) -> None:
-    adapter = random_adapter(service.bank, 20)
-    example = Example(list(range(40, 60)), [False] * 10 + [True] * 10)
-    (loss,) = probe_losses(service.forward, service.forward.load(adapter), [example])
-    name = f"damaged-{damage(1.0) > 0}".lower()
-    probe = {"ids": example.ids, "labels_mask": example.labels_mask, "loss": damage(loss)}
-    version = service.publish(name, 20 + len(name), probes=[probe])
-    answer = run(service.server.answer(about(version)))
-    assert isinstance(answer, ErrorResponse) and "does not compute here" in answer.message
-
-
-def test_probes_of_another_precision_pass(service: Service) -> None:
-    """What other tests rely on, said once and strictly: trained in fp32, served in what this machine computes in."""
-    version = service.publish("probed", 30, probe_tolerance=0.01)
-    assert isinstance(run(service.server.answer(about(version))), Completion)
-
-
-@pytest.mark.parametrize(("precision", "passes"), [("bf16", False), ("nf4", True)])
-def test_what_was_trained_in_four_bits_may_be_further_off(service: Service, precision: str, passes: bool) -> None:
-    seed = 900 + passes
-    adapter = random_adapter(service.bank, seed)
-    example = Example(list(range(40, 60)), [False] * 10 + [True] * 10)
-    (loss,) = probe_losses(service.forward, service.forward.load(adapter), [example])
-    probe = {"ids": example.ids, "labels_mask": example.labels_mask, "loss": loss + 10 * 0.15 * (1 + loss / 10)}
-    version = service.publish(f"from-{precision}", seed, probes=[probe], precision=precision)
-    assert isinstance(run(service.server.answer(about(version))), Completion if passes else ErrorResponse)
-
-
-def test_the_least_used_adapter_makes_room_and_one_in_use_is_waited_for(
-    service: Service, fetches: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache, versions = service.server._adapters, [service.publish(f"room-{i}", 40 + i) for i in range(3)]
-    tier = MemoryTier[Any]("device", 1, service.server._metrics)
-    monkeypatch.setattr(cache, "_device", tier)
-
-    async def ask() -> None:
-        async with cache.use("room-0", versions[0].digest):
-            waiting = [asyncio.create_task(service.server.answer(about(version))) for version in versions[1:]]
-            await until(lambda: len(tier._line) == 2)
-            assert isinstance(await service.server.answer(about(versions[0])), Completion)  # the loop goes on
-            assert versions[0].digest in tier and not any(task.done() for task in waiting)
-        assert all(isinstance(answer, Completion) for answer in await asyncio.gather(*waiting))
-        assert len(tier._entries) == 1 and versions[0].digest not in tier
-
-    run(ask())
-    assert len(fetches) == 3
-
-
-def test_what_the_device_has_no_room_for_comes_back_from_host_memory(
-    service: Service, fetches: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache, versions = service.server._adapters, [service.publish(f"host-{i}", 45 + i) for i in range(2)]
-    monkeypatch.setattr(cache, "_device", MemoryTier[Any]("device", 1, service.server._metrics))
-    monkeypatch.setattr(cache, "_host", MemoryTier[Any]("host", 2**30, service.server._metrics))
-    first, other, again = (run(service.server.answer(about(versions[i]))) for i in (0, 1, 0))
-    assert again == first and other.choices != first.choices
-    assert fetches == [version.version for version in versions]
-
-
-def test_a_storage_that_is_away_keeps_what_is_loaded_in_service(
-    service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steady, other = service.publish("steady", 50), service.publish("never-asked-for", 51)
-    before = run(service.server.answer(about(steady)))
-
-    def away(*_: Any) -> AdapterVersion:
-        raise StorageUnavailable("the bucket does not answer")
-
-    monkeypatch.setattr(service.served, "resolve", away)
-    assert run(service.server.answer(about(steady))) == before
-    unknown = run(service.server.answer(about(other)))
-    assert unknown == ErrorResponse(503, "the bucket does not answer", "storage_unavailable")
 
 
 def test_unknown_names_and_impossible_questions(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
