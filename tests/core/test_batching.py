@@ -266,8 +266,10 @@ def test_a_beginning_in_pages_is_found_again() -> None:
     assert pages.take("one", prompt, 8, share=True) == 0
     assert pages.take("one", [*prompt, 99], 0, share=True) == 2 * PAGE_TOKENS, "of one that still runs"
     assert pages.take("one", prompt, 0, share=True) is None, "no slot"
-    for slot in (0, 1):
-        pages.release(slot)
+    first, second = pages.running
+    pages.release(first)
+    assert pages.cache.free_pages == 3, "who still runs reads two of its pages"
+    pages.release(second)
     assert pages.take("one", prompt, 0, share=True) == PAGE_TOKENS, "the last token's logits are asked for"
     assert pages.take("two", [7] * 5 * PAGE_TOKENS, 0, share=True) is None, "six pages, two of which are in use"
     pages.release(next(iter(pages.running)))
