@@ -14,8 +14,6 @@ import hashlib
 import json
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -31,8 +29,8 @@ from cluster.storage.directory import open_storage
 from lora_core.adapters.peft_format import adapter_files
 from lora_core.models.base import load_base
 from lora_core.models.hooks.bank import AdapterBank
-from tests.support.machine import clean_environment, free_port
 from tests.support.models import random_adapter
+from tests.support.serve_app import running_app
 from tests.support.tiny_models import save_tiny_model
 
 CLIENTS, ADAPTERS, SAMPLE_SECONDS, PUBLISH_SECONDS = 16, 40, 2.0, 1.5
@@ -146,30 +144,12 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30.0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lora-soak-") as folder:
-        home, port = Path(folder), free_port()
-        save_tiny_model("llama", home / "tiny", seed=6)
-        environment = clean_environment("AWS_") | {
-            "LORA_HOME": str(home),
-            "LORA_BASE_MODELS": json.dumps({"tiny": str(home / "tiny")}),
-            "LORA_ADAPTER_MEMORY_GIB": "0.0003",  # a few of them
-            "LORA_THREADS": "1",
-            "RAY_AUTH_MODE": "disabled",
-            "HF_HUB_OFFLINE": "1",
-        }
-        with (home / "serve.log").open("wb") as log:
-            command = [sys.executable, "-m", "tests.support.serve_app", str(port), str(home / "r")]
-            process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
-            )
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            if not process.stdout.readline():
-                raise SystemExit((home / "serve.log").read_text())
-            soak = Soak(home, port, 60 * arguments.minutes)
-            samples = watch(soak, psutil.Process(process.pid))
-        finally:
-            process.stdin.close()
-            process.wait(timeout=60)
+        home = Path(folder)
+        base = save_tiny_model("llama", home / "tiny", seed=6)
+        settings = {"LORA_ADAPTER_MEMORY_GIB": "0.0003", "LORA_THREADS": "1"}  # room for a few of them
+        with running_app(home, {"tiny": base}, settings) as app:
+            soak = Soak(home, app.port, 60 * arguments.minutes)
+            samples = watch(soak, psutil.Process(app.pid))
     return report(soak, samples, arguments.minutes)
 
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -26,13 +22,11 @@ from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.peft_format import adapter_files
 from lora_core.models.base import BaseModel, load_base
 from lora_core.models.hooks.bank import AdapterBank
-from tests.support.machine import clean_environment, free_port
 from tests.support.models import logits_of, random_adapter
+from tests.support.serve_app import running_app
 from tests.support.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.alone
-
-ROOT = Path(__file__).parents[2]
 
 
 class App:
@@ -76,35 +70,10 @@ class App:
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
     home = tmp_path_factory.mktemp("served")
-    save_tiny_model("llama", home / "tiny", seed=6)
-    port = free_port()
-    environment = clean_environment("AWS_") | {
-        "LORA_HOME": str(home),
-        "LORA_BASE_MODELS": json.dumps({"tiny": str(home / "tiny")}),
-        "LORA_THREADS": "1",
-        "LORA_MAX_ONGOING_REQUESTS": "16",
-        "LORA_MAX_QUEUED_REQUESTS": "16",
-        "RAY_AUTH_MODE": "disabled",  # or Ray would make a token in this user's home
-        "HF_HUB_OFFLINE": "1",
-    }
-    with tempfile.TemporaryDirectory(prefix="lora-ray-", dir="/tmp") as folder:  # a socket's path must be short
-        log = home / "serve.log"
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.serve_app", str(port), folder],
-            cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("wb"), text=True,
-        )  # fmt: skip
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            line = process.stdout.readline()
-            assert line, log.read_text()
-            yield App(port, json.loads(line)["metrics_port"], home)
-        finally:
-            process.stdin.close()
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise
+    base = save_tiny_model("llama", home / "tiny", seed=6)
+    settings = {"LORA_THREADS": "1", "LORA_MAX_ONGOING_REQUESTS": "16", "LORA_MAX_QUEUED_REQUESTS": "16"}
+    with running_app(home, {"tiny": base}, settings) as running:
+        yield App(running.port, running.metrics_port, home)
 
 
 def clear_answer(app: App, adapter: Adapter | None, tokens: int = 4) -> tuple[str, str]:
