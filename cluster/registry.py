@@ -34,6 +34,8 @@ from cluster.storage.keys import (
 )
 
 LATEST = "latest"
+PUBLIC = "public"
+"""The tenant whose adapters every tenant sees."""
 MANIFEST = "manifest.json"
 RESERVED = ("files", "digest", "version", "base", "name", "tenant", "created_at")  # of the manifest: the registry's own
 VERSION_DIGITS = 16  # of the digest: a chance of 1 in 10^9 that two of 200,000 versions of one adapter are the same
@@ -95,6 +97,10 @@ class AdapterRegistry:
     def __init__(self, storage: Storage, tenant: str = "default") -> None:
         self.storage = storage
         self._tenant = tenant
+
+    def of(self, tenant: str) -> AdapterRegistry:
+        """Return the registry of another tenant in the same storage, or this one where it is the same tenant."""
+        return self if tenant == self._tenant else AdapterRegistry(self.storage, tenant)
 
     def publish(self, base: str, name: str, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> AdapterVersion:
         """Publish files as a version of `<base>:<name>`, and make it the latest.

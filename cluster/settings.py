@@ -63,7 +63,7 @@ class Settings(BaseSettings):
     """The name of this Ray cluster in the queue; unset, the address of Ray names it."""
 
     tenant: str = Field(default="default", min_length=1)
-    """Whose adapters these are: the folder they are published in and served from."""
+    """Whose adapters these are: the folder they are published in, and served from to who asks without a key."""
 
     max_workers: int | None = Field(default=None, ge=1)
     """The most workers that this cluster can ever have, where it can grow; unset, what it has."""
@@ -133,6 +133,9 @@ class Settings(BaseSettings):
 
     notice_seconds: float = Field(default=0.2, gt=0, allow_inf_nan=False)
     """How often who serves looks for new versions of adapters: one small read of the storage each time."""
+
+    key_seconds: float = Field(default=2.0, gt=0, allow_inf_nan=False)
+    """How soon an API key that was created or revoked counts: one small read of the database each time."""
 
     driver_labels: Annotated[dict[str, str], NoDecode] = Field(default_factory=dict)
     """Ray node labels, as JSON, of the nodes where session drivers may run: those that may see the database."""

@@ -21,7 +21,7 @@ ORDER = {
      "embedded_ray"],
     "jobs": ["spec_text", "spec", "job", "initial_adapter", "stored_examples", "admission", "store", "job_report",
      "scheduling", "session", "demo", "__main__"],
-    "deploy": ["serving", "vllm_plugin", "api", "app"],
+    "deploy": ["serving", "vllm_plugin", "api", "app", "__main__"],
 }  # fmt: skip
 MAY_IMPORT = {
     "lora_core": set(),

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFun
 from pydantic_core import ErrorDetails
 
 from cluster.requirements import requirement
+from deploy.api.errors import ApiError
 from deploy.serving.protocol import GenerateRequest, TokenIds
 from lora_core.data.json_values import shown, unusable, whole_number
 from lora_core.data.messages import for_template, message_problems
@@ -53,23 +54,6 @@ TokenId = Annotated[str, Field(pattern=r"^\d{1,9}$")]
 
 Problem = tuple[str, str, str]
 """parameter, OpenAI's code, one sentence"""
-
-
-class ApiError(Exception):
-    """An error answer, in OpenAI's envelope. `retry` False tells the client that trying again is of no use."""
-
-    def __init__(self, status: int, message: str, code: str, param: str | None = None, *, retry: bool = False) -> None:
-        super().__init__(status, message, code, param)
-        self.status, self.message, self.code, self.param, self.retry = status, message, code, param, retry
-
-    def body(self) -> dict[str, Any]:
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        kind = "rate_limit_error" if self.status == 429 else kind
-        # Whatever a request's words are, they can be sent back.
-        message, param = (
-            text and text.encode(errors="backslashreplace").decode() for text in (self.message, self.param)
-        )
-        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
 
 class _Strict(BaseModel):

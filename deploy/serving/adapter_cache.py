@@ -1,6 +1,6 @@
 """Adapters in memory, by the digest of their content: loaded once however many ask, checked before they answer anybody.
 
-async with cache.use("triage", digest) as adapter:      never evicted while somebody uses it
+async with cache.use("acme", "triage", digest) as adapter:      never evicted while somebody uses it
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class AdapterCache:
         self._registry, self._name, self._base, self._forward = registry, name, base, forward
         self._loop, self._metrics = loop, metrics
         self._template = chat_template_hash(base.tokenizer)
-        self._refused: dict[tuple[str, str], str] = {}  # by name and digest: another's manifest may be right
+        self._refused: dict[tuple[str, str, str], str] = {}  # by tenant, name, digest: another's manifest may be right
         self._loads = SingleFlight[Bound]()
         on_gpu = base.device.type == "cuda"
         self._device = MemoryTier[Bound]("device", _device_bytes(settings, base.device), metrics)
@@ -75,8 +75,9 @@ class AdapterCache:
         self._disk = DiskCache(settings.cache_dir / "adapters", disk) if disk else None
 
     @asynccontextmanager
-    async def use(self, adapter: str, digest: str) -> AsyncIterator[Bound]:
-        """Yield the content of this digest, which an adapter of this name has or had, in memory while the block lasts.
+    async def use(self, tenant: str, adapter: str, digest: str) -> AsyncIterator[Bound]:
+        """Yield the content of this digest, which a tenant's adapter of this name has or had, in memory while the block
+        lasts.
 
         Raises:
             AdapterNotFound: it is not there any more.
@@ -85,19 +86,19 @@ class AdapterCache:
         """
         with self._device.using(digest):
             bound = self._device.get(digest)
-            yield await self._loaded(adapter, digest) if bound is None else bound
+            yield await self._loaded(tenant, adapter, digest) if bound is None else bound
 
-    async def load(self, adapter: str, digest: str) -> None:
+    async def load(self, tenant: str, adapter: str, digest: str) -> None:
         """Have it in memory before somebody uses it. Raises what `use` does."""
         if digest not in self._device:
-            await self._loaded(adapter, digest)
+            await self._loaded(tenant, adapter, digest)
 
-    async def _loaded(self, adapter: str, digest: str) -> Bound:
-        return await self._loads.do((adapter, digest), partial(self._load, adapter, digest))
+    async def _loaded(self, tenant: str, adapter: str, digest: str) -> Bound:
+        return await self._loads.do((tenant, adapter, digest), partial(self._load, tenant, adapter, digest))
 
-    async def _load(self, adapter: str, digest: str) -> Bound:
+    async def _load(self, tenant: str, adapter: str, digest: str) -> Bound:
         """Bring it from the nearest tier that has it to the device, and check what comes from storage."""
-        if (reason := self._refused.get((adapter, digest))) is not None:
+        if (reason := self._refused.get((tenant, adapter, digest))) is not None:
             raise AdapterRefusedError(reason)
         began, what = time.monotonic(), f"{self._name}:{adapter}@{version_of(digest)}"
         host = self._host.get(digest)
@@ -105,13 +106,14 @@ class AdapterCache:
             if host is not None:
                 bound, nbytes = await self._to_device(digest, host)
             else:
-                version = await asyncio.to_thread(self._registry.resolve, self._name, adapter, version_of(digest))
+                registry = self._registry.of(tenant)
+                version = await asyncio.to_thread(registry.resolve, self._name, adapter, version_of(digest))
                 assert version.digest == digest
                 self._check_origin(version)
-                host = await asyncio.to_thread(self._read, what, version)
+                host = await asyncio.to_thread(self._read, registry, what, version)
                 bound, nbytes = await self._to_device(digest, host, partial(self._replay_probes, what, version))
         except (AdapterRefusedError, AdapterFormatError) as error:
-            self._refused[adapter, digest] = str(error)
+            self._refused[tenant, adapter, digest] = str(error)
             log.error("event=adapter_refused adapter=%s reason=%s", what, error)
             raise
         self._host.offer(digest, host, nbytes)
@@ -139,10 +141,10 @@ class AdapterCache:
         if problem is not None:
             raise AdapterRefusedError(problem)
 
-    def _read(self, what: str, version: AdapterVersion) -> Adapter:
+    def _read(self, registry: AdapterRegistry, what: str, version: AdapterVersion) -> Adapter:
         """Return it in host memory, in the dtype of the base."""
         began = time.monotonic()
-        files = self._registry.contents(version, self._disk)
+        files = registry.contents(version, self._disk)
         fetched = time.monotonic()
         adapter = parse_adapter(what, files, self._forward.modules).to(self._base.model.dtype)
         self._metrics.adapter_stage("fetch", fetched - began)

@@ -25,7 +25,7 @@ class TokenIds:
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
     """What one base is asked to generate. `adapter` None is the base itself; else `digest` is the content that it is
-    answered with, which the adapter's name meant when the request came.
+    answered with, which the adapter's name meant when the request came, and `tenant` whose adapter it is.
 
     `prompt` is what the answer continues, as text or as tokens, or the messages of a chat, which go through the base's
     template. There are `n` answers. `logprobs` asks for log-probabilities of their tokens, and of so many of the
@@ -37,6 +37,7 @@ class GenerateRequest:
     prompt: str | TokenIds | tuple[dict[str, Any], ...]
     adapter: str | None
     digest: str | None
+    tenant: str = "default"
     max_tokens: int | None
     sampling: SamplingParams
     stop: tuple[str, ...]

@@ -124,10 +124,10 @@ class AdapterServer:
                 account.failed = True
                 yield _refusal(error)
 
-    async def load(self, published: Publication) -> None:
-        """Load an adapter that was just published. One that is refused is told so, with the reason, to who asks."""
+    async def load(self, published: Publication, tenant: str) -> None:
+        """Load what a tenant has just published. What is refused is told so, with the reason, to who asks for it."""
         try:
-            await self._adapters.load(published.name, published.digest)
+            await self._adapters.load(tenant, published.name, published.digest)
             self._metrics.published(time.time() - published.at)
         except (LookupError, ValueError, StorageError) as error:
             log.warning("event=load_failed adapter=%s:%s error=%r", published.base, published.name, error)
@@ -140,7 +140,7 @@ class AdapterServer:
         if asked.adapter is not None:
             assert asked.digest is not None
             digest = asked.digest
-            adapter = await stack.enter_async_context(self._adapters.use(asked.adapter, digest))
+            adapter = await stack.enter_async_context(self._adapters.use(asked.tenant, asked.adapter, digest))
         return digest, GenerationRequest(
             prompt=prompt,
             adapter=adapter,

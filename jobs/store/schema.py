@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from jobs.job import TERMINAL, DatabaseSettingError, EventKind, JobStatus, SessionState
 
-REVISION = "meaning_in_columns"
+REVISION = "api_keys"
 """The newest migration's."""
 MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -147,6 +147,22 @@ leases = sa.Table(
     sa.Column("holder", sa.Text, nullable=False),
     sa.Column("token", sa.Integer, nullable=False),
     sa.Column("until", sa.Double, nullable=False),
+)
+
+# What a key can open is worth a secret of 256 random bits, so that its hash alone says nothing: no salt, no slow hash.
+api_keys = sa.Table(
+    "api_keys",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("sha256", sa.Text, nullable=False, unique=True),
+    sa.Column("tenant", sa.Text, nullable=False),
+    sa.Column("name", _Text, nullable=False),
+    sa.Column("scopes", sa.Text, nullable=False),
+    sa.Column("requests_per_minute", sa.Integer),
+    sa.Column("tokens_per_minute", sa.Integer),
+    sa.Column("running_jobs", sa.Integer),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("revoked_at", sa.Double),
 )
 
 schema_version = sa.Table("lora_schema_version", metadata, sa.Column("version_num", sa.String(32), primary_key=True))

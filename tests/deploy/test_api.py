@@ -19,8 +19,9 @@ from ray.serve.request_router import PendingRequest
 from cluster.settings import Settings
 from deploy import app as application
 from deploy.api import gateway
+from deploy.api.errors import ApiError
 from deploy.api.responses import ChatResponse, ModelName, TextResponse, parse_model
-from deploy.api.schemas import ApiError, ChatRequest, TextRequest, parse_request
+from deploy.api.schemas import ChatRequest, TextRequest, parse_request
 from deploy.serving.adapter_router import AdapterRouter
 from deploy.serving.protocol import Completion, Delta, StreamStart, TokenIds, TokenLogprob
 from lora_core.inference.sampling_params import SamplingParams
@@ -278,7 +279,7 @@ def test_what_no_text_or_number_can_be_is_a_400_that_can_be_sent(kind: type[Any]
     raw = body.encode().replace(b"RAW", b"\xed\xa0\xbd")  # the same half in UTF-8, which json takes
     with pytest.raises(ApiError) as caught:
         parse_request(raw, kind)
-    answer = gateway._answer_error(caught.value)
+    answer = caught.value.response()
     error = json.loads(bytes(answer.body))["error"]
     assert (answer.status_code, answer.headers["x-should-retry"], error["param"]) == (400, "false", param)
     assert param is None or error["message"].startswith(param)
@@ -292,7 +293,7 @@ def test_a_prompt_with_half_a_character_is_named() -> None:
 
 def test_every_error_can_be_sent() -> None:
     """Where its words come from elsewhere."""
-    answer = gateway._answer_error(ApiError(404, "no \ud83d", "model_not_found", "\udc00"))
+    answer = ApiError(404, "no \ud83d", "model_not_found", "\udc00").response()
     assert json.loads(bytes(answer.body))["error"]["message"] == r"no \ud83d"
 
 
@@ -417,7 +418,7 @@ def test_too_many_questions_and_lost_replicas_may_be_tried_again() -> None:
     for error, status in ((BackPressureError(5, 4), 429), (DeploymentUnavailableError(DeploymentID("a")), 503)):
         with pytest.raises(ApiError) as caught:
             asyncio.run(gateway._asked(fails(error)))
-        answer = gateway._answer_error(caught.value)
+        answer = caught.value.response()
         assert (answer.status_code, answer.headers["x-should-retry"], answer.headers["retry-after"]) == (
             status,
             "true",

@@ -17,7 +17,10 @@ import torch
 from cluster import metrics as every_metric
 from cluster.metrics import MetricSpec
 from cluster.registry import AdapterRegistry, AdapterVersion
+from cluster.settings import Settings
 from cluster.storage.directory import open_storage
+from jobs.store.api_keys import KeyTable, Scope
+from jobs.store.database import Database
 from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.peft_format import adapter_files
 from lora_core.models.base import BaseModel, load_base
@@ -36,6 +39,7 @@ class App:
         self.url = f"http://127.0.0.1:{port}"
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=2, timeout=60)
         self.registry = AdapterRegistry(open_storage((home / "storage").as_uri()))
+        self.keys = KeyTable(Database(Settings(home=home).database_url))
         self.base: BaseModel = load_base(str(home / "tiny"), precision="fp32", cache_dir=home / "cache")
         self.bank = AdapterBank(self.base.model)
         self._metrics_port = metrics_port
@@ -248,3 +252,22 @@ def test_a_client_that_leaves_frees_its_place_and_metrics_say_so(app: App) -> No
     assert metrics["ray_lora_time_to_first_token_seconds_count{base=tiny}"] > 20
     stages = [name for name in metrics if name.startswith("ray_lora_adapter_load_seconds_count")]
     assert {name[name.index("stage=") + 6 : -1] for name in stages} == {"fetch", "parse", "probe"}
+
+
+def test_with_the_first_key_nobody_is_answered_without_one(app: App) -> None:
+    """The last test of this file: nothing opens the service again."""
+    answer = app.client.models.with_raw_response.list(extra_headers={"x-request-id": "mine-1"})
+    assert answer.headers["x-request-id"] == "mine-1", "once, and the client's own"
+    _, secret = app.keys.create("default", frozenset({Scope.INFER}), tokens_per_minute=1000)
+
+    def refused() -> bool:
+        try:
+            return not app.client.models.list()
+        except openai.AuthenticationError as error:
+            return bool(error.request_id) and error.code == "invalid_api_key"
+
+    wait_for(refused)
+    raw = app.client.with_options(api_key=secret).chat.completions.with_raw_response.create(
+        model="tiny:one", messages=[{"role": "user", "content": "Hi"}], max_tokens=2
+    )
+    assert raw.parse().choices[0].message and 0 < int(raw.headers["x-ratelimit-remaining-tokens"]) <= 1000

@@ -49,7 +49,7 @@ def test_answers_are_of_the_digest_that_was_asked_for(service: Service, fetches:
         answering = asyncio.create_task(service.server.answer(patient))
         await until(lambda: not service.idle)
         new = await asyncio.to_thread(service.publish, "moving", 3)
-        await service.server.load(Publication("tiny", "moving", new.digest, 0.0))
+        await service.server.load(Publication("tiny", "moving", new.digest, 0.0), "default")
         return await answering, new
 
     during, new = run(published_while_answering())
@@ -80,7 +80,7 @@ def test_an_adapter_of_something_else_is_refused(
     assert isinstance(answer, ErrorResponse) and (answer.status, answer.code) == (409, "adapter_refused")
     assert reason in answer.message
     count = len(fetches)
-    run(service.server.load(Publication("tiny", name, version.digest, 0.0)))
+    run(service.server.load(Publication("tiny", name, version.digest, 0.0), "default"))
     assert run(service.server.answer(about(version))) == answer and len(fetches) == count  # known bad: not tried again
     twin = service.publish(f"{name}-twin", 4 + len(reason))
     assert twin.digest == version.digest  # the same content with another manifest
@@ -124,7 +124,7 @@ def test_the_least_used_adapter_makes_room_and_one_in_use_is_waited_for(
     monkeypatch.setattr(cache, "_device", tier)
 
     async def ask() -> None:
-        async with cache.use("room-0", versions[0].digest):
+        async with cache.use("default", "room-0", versions[0].digest):
             waiting = [asyncio.create_task(service.server.answer(about(version))) for version in versions[1:]]
             await until(lambda: len(tier._line) == 2)
             assert isinstance(await service.server.answer(about(versions[0])), Completion)  # the loop goes on

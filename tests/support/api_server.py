@@ -1,0 +1,65 @@
+"""The gateway over HTTP without Ray: the routes, keys and errors of the real one, and a base that says "hello"."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import uvicorn
+
+from cluster.settings import Settings
+from deploy.api.gateway import Gateway
+from deploy.serving.protocol import Completion, Delta, GenerateRequest, StreamStart
+from tests.support.machine import free_port
+
+PROMPT_TOKENS, ANSWER_TOKENS = 3, 5
+
+
+class Hello:
+    """What stands for the handle of an adapter server; `asked` is what it was asked last."""
+
+    def __init__(self) -> None:
+        self.asked: GenerateRequest | None = None
+        self.answer, self.stream, self.load = (
+            SimpleNamespace(remote=call) for call in (self._answer, self._stream, lambda *_: None)
+        )
+
+    def options(self, **_: Any) -> Hello:
+        return self
+
+    async def _answer(self, asked: GenerateRequest) -> Completion:
+        self.asked = asked
+        return Completion(StreamStart("digest", PROMPT_TOKENS), (Delta("hello", "stop", ANSWER_TOKENS),))
+
+    async def _stream(self, asked: GenerateRequest) -> AsyncIterator[StreamStart | Delta]:
+        answer = await self._answer(asked)
+        yield answer.start
+        yield answer.choices[0]
+
+
+@contextmanager
+def running_gateway(settings: Settings) -> Iterator[tuple[str, Hello, Any]]:
+    """Yield its URL, the base that it serves as `tiny`, and itself."""
+    base, port = Hello(), free_port()
+    config = uvicorn.Config(lambda: None, port=port, log_level="warning", lifespan="off")
+    server, gateways = uvicorn.Server(config), list[Any]()
+
+    async def serve() -> None:
+        gateways.append(Gateway.__mro__[1](settings, {"tiny": base}))  # without Serve's wrapper
+        config.app = gateways[0].__serve_build_asgi_app__()
+        await server.serve()
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the gateway did not start"
+            thread.join(0.01)
+        yield f"http://127.0.0.1:{port}", base, gateways[0]
+    finally:
+        server.should_exit = True
+        thread.join(20)
