@@ -1,51 +1,65 @@
-"""Adapter versions and their aliases: where training and serving meet.
+"""Adapter versions and what their names mean: where training and serving meet.
 
     adapters/<tenant>/<base>/<name>/<version>/<files>, manifest.json      never changes once the manifest is there
+    numbers/<tenant>/<base>/<name>/<number>.json                          names a version, for ever: 1, 2, 3 and so on
     aliases/<tenant>/<base>/<name>/latest.json                            names the version of the last publish
-    published/<tenant>.json                                               what was published last, of all adapters
+    published/<tenant>.json                                               which name changed its meaning last
 
-A publish writes the files, then the manifest, which makes the version exist, then the alias, which makes it the latest;
-then it says so, for those who serve: one small read tells them that a name may mean something else now.
-So a reader finds all of a version or nothing, wherever the writer is killed, and publishing again completes it.
-A version is the digest of its content: the same files are the same version, whoever publishes them.
+A publish writes the files, then the manifest, which makes the version exist, then its number, then the alias, which
+makes it the latest; then it says so, for those who serve: one small read tells them that a name may mean something
+else now. So a reader finds all of a version or nothing, wherever the writer is killed, and publishing again completes
+it. A version is the digest of its content: the same files are the same version, whoever publishes them.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
+import re
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.storage.base import Storage, StorageCorrupt, StorageNotFound
+from cluster.aliases import (
+    LATEST,
+    READERS,
+    AdapterAliases,
+    AdapterEntry,
+    AdapterNotFound,
+    Alias,
+    Meaning,
+    Publication,
+)
+from cluster.storage.base import StorageCorrupt, StorageNotFound
 from cluster.storage.disk_cache import DiskCache
 from cluster.storage.keys import (
-    adapter_of_alias,
     adapter_prefix,
     adapter_versions_prefix,
-    alias_key,
-    aliases_prefix,
-    last_published_key,
+    number_key,
+    number_of_key,
+    numbers_prefix,
 )
 
-LATEST = "latest"
+__all__ = ["LATEST", "AdapterEntry", "AdapterNotFound", "AdapterRegistry", "AdapterVersion", "Publication"]
+
 PUBLIC = "public"
 """The tenant whose adapters every tenant sees."""
 MANIFEST = "manifest.json"
+NUMBER = "number"
+"""Beside the manifest: the version's number, for those who know the version."""
 RESERVED = ("files", "digest", "version", "base", "name", "tenant", "created_at")  # of the manifest: the registry's own
 VERSION_DIGITS = 16  # of the digest: a chance of 1 in 10^9 that two of 200,000 versions of one adapter are the same
-NAMES_SHOWN = 20
-READERS = 16
 
 
 @dataclass(frozen=True)
 class AdapterVersion:
     """One published version: `digest` (sha256, hex) identifies its content, `version` is the beginning of that.
+    `number` counts an adapter's versions from 1, in the order in which they were published (None: nobody looked).
 
     `manifest` holds `files` {name: {sha256, size in bytes}}, `digest`, `version`, `base`, `name`, `tenant`,
     `created_at` (seconds since 1970) and what the publisher added.
@@ -56,51 +70,23 @@ class AdapterVersion:
     version: str
     digest: str
     manifest: dict[str, Any]
+    number: int | None = field(default=None, compare=False)
 
-
-@dataclass(frozen=True)
-class AdapterEntry:
-    """An adapter in a listing: its latest version, and when that was first published (seconds since 1970)."""
-
-    base: str
-    name: str
-    version: str
-    digest: str
-    created_at: float
-
-
-@dataclass(frozen=True)
-class Publication:
-    """That `<base>:<name>` is the content of this digest since `at` (seconds since 1970)."""
-
-    base: str
-    name: str
-    digest: str
-    at: float
-
-
-class AdapterNotFound(LookupError):  # noqa: N818
-    """No such adapter or version; `known` are the names (`<base>:<adapter>`), or the adapter's versions, that exist."""
-
-    def __init__(self, wanted: str, known: tuple[str, ...]) -> None:
-        super().__init__(wanted, known)
-        self.wanted, self.known = wanted, known
+    @property
+    def meaning(self) -> Meaning:
+        """It, as an alias names it."""
+        return Meaning(self.version, self.digest, self.manifest["created_at"], self.number)
 
     def __str__(self) -> str:
-        more = f" and {len(self.known) - NAMES_SHOWN} more" if len(self.known) > NAMES_SHOWN else ""
-        return f"there is no {self.wanted}; published: {', '.join(self.known[:NAMES_SHOWN]) or 'nothing yet'}{more}"
+        return f"{self.base}:{self.name}@{self.number or self.version}"
 
 
-class AdapterRegistry:
+class AdapterRegistry(AdapterAliases):
     """The adapters of one tenant."""
-
-    def __init__(self, storage: Storage, tenant: str = "default") -> None:
-        self.storage = storage
-        self._tenant = tenant
 
     def of(self, tenant: str) -> AdapterRegistry:
         """Return the registry of another tenant in the same storage, or this one where it is the same tenant."""
-        return self if tenant == self._tenant else AdapterRegistry(self.storage, tenant)
+        return self if tenant == self.tenant else AdapterRegistry(self.storage, tenant)
 
     def publish(self, base: str, name: str, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> AdapterVersion:
         """Publish files as a version of `<base>:<name>`, and make it the latest.
@@ -118,22 +104,35 @@ class AdapterRegistry:
             raise ValueError(f"{base}:{name} has no files to publish")
         digest = content_digest(entries)
         version = version_of(digest)
-        prefix = adapter_prefix(self._tenant, base, name, version)
-        if not self.storage.exists(prefix + MANIFEST):
+        prefix = adapter_prefix(self.tenant, base, name, version)
+        # Before the look for the manifest: if there is none, whoever numbers this content takes a number above these.
+        numbers = map(number_of_key, self.storage.list(numbers_prefix(self.tenant, base, name)))
+        highest, known = max(numbers, default=0), None
+        if self.storage.exists(prefix + MANIFEST):
+            highest, known = 0, self._number(prefix)
+        else:
             for file, content in files.items():
                 self.storage.put(prefix + file, content)
-            own = (entries, digest, version, base, name, self._tenant, time.time())
+            own = (entries, digest, version, base, name, self.tenant, time.time())
             document = {**manifest, **dict(zip(RESERVED, own, strict=True))}
             self.storage.put(prefix + MANIFEST, _json(document), if_absent=True)
-        published = self._read(base, name, version)
-        pointer = {"version": version, "digest": digest, "created_at": published.manifest["created_at"]}
-        self.storage.put(alias_key(self._tenant, base, name, LATEST), _json(pointer))
-        told = Publication(base, name, digest, time.time())
-        self.storage.put(last_published_key(self._tenant), _json(asdict(told)))
+        number = known or self._claim_number(base, name, version, highest)
+        published = replace(self._read(base, name, version), number=number)
+        self.move(LATEST, published)
+        if known is None:
+            self.storage.put(prefix + NUMBER, str(number).encode())
         return published
 
+    def move(self, alias: str, version: AdapterVersion) -> Alias:
+        """Let an alias mean this version, and say so to those who serve. Returns what it is now."""
+        try:
+            moved = self.alias(version.base, version.name, alias).moved(version.meaning, time.time())
+        except AdapterNotFound:
+            moved = Alias(version.meaning)
+        return self.write_alias(version.base, version.name, alias, moved)
+
     def resolve(self, base: str, name: str, version: str = LATEST) -> AdapterVersion:
-        """Return the version of this id, or the one that `latest` is now.
+        """Return the version of this id or number, or the one that this alias means now.
 
         Raises:
             AdapterNotFound: naming what exists.
@@ -141,24 +140,18 @@ class AdapterRegistry:
         """
         if not base or not name:
             raise AdapterNotFound(f"adapter {base}:{name}", tuple(self._names()))
-        version = self._latest(base, name)["version"] if version == LATEST else version
         try:
-            return self._read(base, name, version)
+            number, version_id = self._meant(base, name, version)
+            return replace(self._read(base, name, version_id), number=number)
         except StorageNotFound:
-            raise AdapterNotFound(f"version {version} of {base}:{name}", tuple(self.versions(base, name))) from None
+            known = tuple(self.versions(base, name))
+            raise AdapterNotFound(f"version {version} of {base}:{name}", known) from None
 
     def digest(self, base: str, name: str, version: str = LATEST) -> str:
-        """Return the digest of what `resolve` would; `latest` costs one small read. Raises what that does."""
-        if version == LATEST and base and name:
-            return str(self._latest(base, name)["digest"])
+        """Return the digest of what `resolve` would; an alias costs one small read. Raises what that does."""
+        if base and name and not _is_number(version) and not _is_id(version):
+            return self.alias(base, name, version).meaning.digest
         return self.resolve(base, name, version).digest
-
-    def last_published(self) -> Publication | None:
-        """Return what was published last, of all adapters; None where nothing was yet."""
-        try:
-            return Publication(**json.loads(self.storage.get(last_published_key(self._tenant))))
-        except StorageNotFound:
-            return None
 
     def fetch(self, version: AdapterVersion, folder: Path) -> Path:
         """Copy a version's files into `folder`, checked, and return it. One file appears after the other, each whole.
@@ -166,7 +159,7 @@ class AdapterRegistry:
         Raises:
             StorageCorrupt: a file is not what was published.
         """
-        prefix = adapter_prefix(self._tenant, version.base, version.name, version.version)
+        prefix = self.prefix(version)
         for file, entry in version.manifest["files"].items():
             self.storage.fetch(prefix + file, folder / file, sha256=entry["sha256"])
         return folder
@@ -177,7 +170,7 @@ class AdapterRegistry:
         Raises:
             StorageCorrupt: a file is not what was published.
         """
-        prefix = adapter_prefix(self._tenant, version.base, version.name, version.version)
+        prefix = self.prefix(version)
         contents = {}
         for file, entry in version.manifest["files"].items():
             content = cache.get(entry["sha256"]) if cache else None
@@ -204,33 +197,62 @@ class AdapterRegistry:
 
     def versions(self, base: str, name: str) -> list[str]:
         """Return the ids of the versions that exist, in no particular order of time."""
-        keys = self.storage.list(adapter_versions_prefix(self._tenant, base, name))
+        keys = self.storage.list(adapter_versions_prefix(self.tenant, base, name))
         return [key.split("/")[-2] for key in keys if key.endswith(f"/{MANIFEST}")]
 
-    def list_adapters(self) -> list[AdapterEntry]:
-        """Return every adapter with its latest version, sorted by base and name: one small read each."""
-        keys = self.storage.list(aliases_prefix(self._tenant))
+    def list_versions(self, base: str, name: str) -> list[AdapterVersion]:
+        """Return an adapter's versions, the oldest first: two small reads each. Raises AdapterNotFound."""
+        self.alias(base, name, LATEST)
+
+        def read(version: str) -> AdapterVersion | None:
+            try:
+                found = self._read(base, name, version)
+            except StorageNotFound:  # deleted meanwhile
+                return None
+            return replace(found, number=self._number(self.prefix(found)))
+
         with ThreadPoolExecutor(READERS) as readers:
-            pointers = [json.loads(content) for content in readers.map(self.storage.get, keys)]
-        entries = [
-            AdapterEntry(*adapter_of_alias(key)[:2], pointer["version"], pointer["digest"], pointer["created_at"])
-            for key, pointer in zip(keys, pointers, strict=True)
-        ]
-        return sorted(entries, key=lambda entry: (entry.base, entry.name))
+            found = [version for version in readers.map(read, self.versions(base, name)) if version is not None]
+        return sorted(found, key=lambda version: (version.number or 0, version.manifest["created_at"]))
 
-    def _latest(self, base: str, name: str) -> dict[str, Any]:
-        try:
-            pointer: dict[str, Any] = json.loads(self.storage.get(alias_key(self._tenant, base, name, LATEST)))
-        except StorageNotFound:
-            raise AdapterNotFound(f"adapter {base}:{name}", tuple(self._names())) from None
-        return pointer
+    def number(self, version: AdapterVersion) -> int | None:
+        """Return a version's number; None where it has none."""
+        return version.number or self._number(self.prefix(version))
 
-    def _names(self) -> list[str]:
-        keys = self.storage.list(aliases_prefix(self._tenant))
-        return sorted(":".join(adapter_of_alias(key)[:2]) for key in keys)
+    def prefix(self, version: AdapterVersion) -> str:
+        """Return the beginning of the keys of a version's files."""
+        return adapter_prefix(self.tenant, version.base, version.name, version.version)
+
+    def _meant(self, base: str, name: str, version: str) -> tuple[int | None, str]:
+        """Return number, where that costs nothing, and id of what somebody names by id, number or alias. Raises
+        StorageNotFound, AdapterNotFound.
+        """
+        if _is_id(version):
+            return None, version
+        if _is_number(version):
+            claim = self.storage.get(number_key(self.tenant, base, name, int(version)))
+            return int(version), json.loads(claim)["version"]
+        meaning = self.alias(base, name, version).meaning
+        return meaning.number, meaning.version
+
+    def _number(self, prefix: str) -> int | None:
+        """Return a version's number; None where it has none, or whoever gave it one died just then."""
+        content = self._content(prefix + NUMBER)
+        return None if content is None else int(content)
+
+    def _claim_number(self, base: str, name: str, version: str, above: int) -> int:
+        """Return the version's number above this one: the next that is free, or one that it was given already, by
+        another publisher of the same content.
+        """
+        claim = _json({"version": version})
+        for number in itertools.count(above + 1):
+            key = number_key(self.tenant, base, name, number)
+            if self.storage.put(key, claim, if_absent=True) or json.loads(self.storage.get(key))["version"] == version:
+                return number
+        raise AssertionError("there is always another number")
 
     def _read(self, base: str, name: str, version: str) -> AdapterVersion:
-        key = adapter_prefix(self._tenant, base, name, version) + MANIFEST
+        key = adapter_prefix(self.tenant, base, name, version) + MANIFEST
         try:
             manifest = json.loads(self.storage.get(key))
             digest = content_digest(manifest["files"])
@@ -252,9 +274,17 @@ def version_of(digest: str) -> str:
     return digest[:VERSION_DIGITS]
 
 
+def _is_number(version: str) -> bool:
+    return re.fullmatch(r"[1-9][0-9]{0,14}", version) is not None
+
+
+def _is_id(version: str) -> bool:
+    return re.fullmatch(rf"[0-9a-f]{{{VERSION_DIGITS}}}", version) is not None
+
+
 def _entry(file: str, content: bytes) -> dict[str, Any]:
-    if "/" in file or file == MANIFEST:
-        raise ValueError(f"{file!r} cannot be a file of an adapter: use a plain name other than {MANIFEST}")
+    if "/" in file or file in (MANIFEST, NUMBER):
+        raise ValueError(f"{file!r} cannot be a file of an adapter: use a plain name other than {MANIFEST} or {NUMBER}")
     return {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
 
 

@@ -71,6 +71,9 @@ class Settings(BaseSettings):
     checkpoint_seconds: float = Field(default=60.0, ge=0, allow_inf_nan=False)
     """Time between checkpoints of a running job."""
 
+    version_ttl_days: float = Field(default=30.0, gt=0)
+    """Versions of adapters are deleted so long after they were published and an alias meant them last; `inf`: never."""
+
     jobs_per_session: int = Field(default=64, ge=1)
     """How many jobs train together on one base at most, where memory allows it; 1: each by itself."""
 

@@ -5,9 +5,10 @@
     init_adapters/<digest>/<file>                          adapters to start from
     jobs/<id>/spec.json, result.json                       the second record of a job
     jobs/<id>/checkpoints/<attempt>-<step>/state           one checkpoint, which counts once COMMITTED lies beside it
-    adapters/<tenant>/<base>/<name>/<version>/<file>       published; the manifest is written last
+    adapters/<tenant>/<base>/<name>/<version>/<file>       published; the manifest is what makes it exist
+    numbers/<tenant>/<base>/<name>/<number>.json           the version that a number means, for ever
     aliases/<tenant>/<base>/<name>/<alias>.json            the version that an alias names
-    published/<tenant>.json                                what was published last
+    published/<tenant>.json                                which name changed its meaning last
 
 Names that users choose (tenant, base, adapter) are percent-encoded, so that any name is one part of a key, on any file
 system.
@@ -40,6 +41,11 @@ def job_result_key(job_id: str) -> str:
     return f"jobs/{job_id}/result.json"
 
 
+def all_jobs_prefix() -> str:
+    """Below it are the records and checkpoints of every job: see `job_of_checkpoint`."""
+    return "jobs/"
+
+
 def checkpoints_prefix(job_id: str) -> str:
     return f"jobs/{job_id}/checkpoints/"
 
@@ -59,6 +65,12 @@ def committed_checkpoint(key: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
+def job_of_checkpoint(key: str) -> str | None:
+    """Return the job's id if the key is of one of its checkpoints."""
+    match = re.fullmatch(r"jobs/([^/]+)/checkpoints/.+", key)
+    return match[1] if match else None
+
+
 def adapter_versions_prefix(tenant: str, base: str, name: str) -> str:
     return f"adapters/{_part(tenant)}/{_part(base)}/{_part(name)}/"
 
@@ -67,17 +79,43 @@ def adapter_prefix(tenant: str, base: str, name: str, version: str) -> str:
     return f"{adapter_versions_prefix(tenant, base, name)}{_part(version)}/"
 
 
+def numbers_prefix(tenant: str, base: str, name: str) -> str:
+    return f"numbers/{_part(tenant)}/{_part(base)}/{_part(name)}/"
+
+
+def number_key(tenant: str, base: str, name: str, number: int) -> str:
+    return f"{numbers_prefix(tenant, base, name)}{number}.json"
+
+
+def number_of_key(key: str) -> int:
+    """Return the number: the inverse of `number_key`."""
+    return int(key.rpartition("/")[2].removesuffix(".json"))
+
+
 def aliases_prefix(tenant: str) -> str:
     """Aliases lie beside the adapters: listing a tenant's adapters does not list the files of every version."""
     return f"aliases/{_part(tenant)}/"
 
 
+def adapter_aliases_prefix(tenant: str, base: str, name: str) -> str:
+    return f"{aliases_prefix(tenant)}{_part(base)}/{_part(name)}/"
+
+
 def alias_key(tenant: str, base: str, name: str, alias: str) -> str:
-    return f"{aliases_prefix(tenant)}{_part(base)}/{_part(name)}/{_part(alias)}.json"
+    return f"{adapter_aliases_prefix(tenant, base, name)}{_part(alias)}.json"
+
+
+def all_aliases_prefix() -> str:
+    """Below it are the aliases of every tenant: see `tenant_of_alias`."""
+    return "aliases/"
+
+
+def tenant_of_alias(key: str) -> str:
+    return _name(key.split("/")[1])
 
 
 def last_published_key(tenant: str) -> str:
-    """Name what changes with every publish, so that whoever waits for one reads this and nothing else."""
+    """Name what changes whenever a name comes to mean something else, so that who waits for that reads nothing else."""
     return f"published/{_part(tenant)}.json"
 
 

@@ -50,7 +50,7 @@ class AdapterNames:
         self._listed: tuple[int, float, list[AdapterEntry]] | None = None
 
     async def digest(self, base: str, adapter: str, version: str) -> str:
-        """Return the digest of the adapter's version of this id, or of the one that `latest` is now.
+        """Return the digest of the adapter's version of this id or number, or of what this alias means now.
 
         Raises:
             AdapterNotFound: naming what exists.
@@ -80,10 +80,11 @@ class AdapterNames:
         return self._listed[2]
 
     async def follow(self, told: Callable[[Publication], None]) -> None:
-        """Notice publications, for ever, and tell of each; of several at once, of the last."""
+        """Notice publications, for ever, and tell of each that can be loaded; of several at once, of the last."""
         while True:
             try:
-                if (publication := await self.notice()) is not None:
+                publication = await self.notice()
+                if publication is not None and publication.digest is not None:
                     told(publication)
             except Exception as error:  # whatever it is, names must not stay what they are for ever
                 log.warning("event=follow_failed error=%r", error)

@@ -126,6 +126,7 @@ class AdapterServer:
 
     async def load(self, published: Publication, tenant: str) -> None:
         """Load what a tenant has just published. What is refused is told so, with the reason, to who asks for it."""
+        assert published.digest is not None
         try:
             await self._adapters.load(tenant, published.name, published.digest)
             self._metrics.published(time.time() - published.at)

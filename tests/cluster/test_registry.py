@@ -185,32 +185,35 @@ def publish_and_die(url: str, environment: dict[str, str], writes: int) -> None:
     AdapterRegistry(storage).publish(BASE, NAME, FILES, {"job": "job-1"})
 
 
-@pytest.mark.parametrize("writes", range(6))
+@pytest.mark.parametrize("writes", range(8))
 def test_a_publish_killed_anywhere_is_completed_by_the_next(storage: Storage, tmp_path: Path, writes: int) -> None:
-    """Killed after 0 to 5 writes: two files, the manifest, the alias, and that it is there."""
+    """Killed after 0 to 7 writes: two files, the manifest, its number, the alias, that it is there, and the number
+    beside it.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.cluster.test_registry", "cluster.storage.s3"])
     child = context.Process(target=publish_and_die, args=(storage.url, dict(os.environ), writes))
     child.start()
     child.join(60)
-    assert child.exitcode == (-signal.SIGKILL if writes < 5 else 0)
+    assert child.exitcode == (-signal.SIGKILL if writes < 7 else 0)
     registry = AdapterRegistry(storage)
     assert len(storage.list()) == writes
     assert len(registry.versions(BASE, NAME)) == (writes > 2)
-    if writes < 4:
+    if writes < 5:
         assert registry.list_adapters() == []
         with pytest.raises(AdapterNotFound, match="published: nothing yet"):
             registry.resolve(BASE, NAME)
     for version in registry.versions(BASE, NAME):
         registry.fetch(registry.resolve(BASE, NAME, version), tmp_path / version)
         assert read(tmp_path / version) == FILES
-    assert (registry.last_published() is None) == (writes < 5)
+    assert (registry.last_published() is None) == (writes < 6)
     published = registry.publish(BASE, NAME, FILES, {"job": "job-1"})
     assert registry.resolve(BASE, NAME) == published
     told = registry.last_published()
     assert told is not None
     assert (told.base, told.name, told.digest) == (BASE, NAME, published.digest)
     assert registry.versions(BASE, NAME) == [published.version]
+    assert registry.number(published) == 1 and registry.resolve(BASE, NAME, "1") == published
     assert read(registry.fetch(published, tmp_path / "complete")) == FILES
 
 
@@ -284,11 +287,12 @@ def test_what_is_missing_is_answered_with_what_exists(storage: Storage) -> None:
         assert str(caught.value) == f"there is no adapter {base}:{name}; published: Qwen/7B:x, {BASE}:{NAME}"
         copy = pickle.loads(pickle.dumps(caught.value))
         assert (str(copy), copy.known) == (str(caught.value), caught.value.known)
-    for wanted in ("0" * 16, "..", version.version[:8]):
-        with pytest.raises(
-            AdapterNotFound, match=f"there is no version {wanted} of {BASE}:{NAME}; published: {version.version}"
-        ):
-            registry.resolve(BASE, NAME, wanted)
+    for wanted, known in (
+        ("version " + "0" * 16, version.version), ("version 2", version.version), ("alias ..", "latest"),
+        (f"alias {version.version[:8]}", "latest"),
+    ):  # fmt: skip
+        with pytest.raises(AdapterNotFound, match=f"there is no {wanted} of {BASE}:{NAME}; published: {known}$"):
+            registry.resolve(BASE, NAME, wanted.split()[1])
     many = AdapterNotFound("adapter x", tuple(f"n{number}" for number in range(33)))
     assert str(many).endswith(", n19 and 13 more")
 
