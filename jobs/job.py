@@ -114,6 +114,7 @@ class JobResult(TypedDict):
 
     model: str
     version: str
+    number: NotRequired[int | None]
     digest: str
     adapter_bytes: int
     metrics: JobMetrics
@@ -242,10 +243,14 @@ class LeaseInfo:
 
 
 class EventKind(StrEnum):
-    """What an event is, where more than people read it: `WAITS` says why a job waits."""
+    """What an event is, where more than people read it: `WAITS` says why a job waits, `METRICS` are figures of a step
+    of training, and `EVALUATION` those of its validation rows after one.
+    """
 
     NOTE = "note"
     WAITS = "waits"
+    METRICS = "metrics"
+    EVALUATION = "evaluation"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from cluster.settings import Settings
 from cluster.storage.base import StorageError
 from cluster.storage.directory import open_storage
 from cluster.storage.keys import checkpoint_marker_key, checkpoints_prefix, committed_checkpoint, job_result_key
-from jobs.job import TERMINAL, EventKind, Job, JobResult, JobStatus, RequestedAction, SessionState
+from jobs.job import TERMINAL, EventKind, Job, JobProgress, JobResult, JobStatus, RequestedAction, SessionState
 from jobs.session.messages import (
     Assignment,
     CheckpointWritten,
@@ -48,6 +48,7 @@ log = logging.getLogger("lora.session")
 RECONCILE_SECONDS = 0.5
 SLOW_SECONDS = 60.0  # for the workers to start and load the base, after which whoever follows is told
 KEPT_CHECKPOINTS = 2
+METRICS_KEPT = 200  # steps of a job, or up to twice as many, whose figures its history has
 
 
 class SessionController:
@@ -64,6 +65,7 @@ class SessionController:
         self._starts = 0
         self._began = time.monotonic()
         self._told: set[str] = set()
+        self._recorded: dict[str, int] = {}  # the step of each job whose figures its history has
         self._busy = time.monotonic()
         self._renewed = 0.0
         self._ended = threading.Event()
@@ -100,8 +102,9 @@ class SessionController:
         """Make one round; returns whether the ranks should end."""
         self._renew()
         jobs = {job.id: job for job in self._queue.assigned(self._session_id)}
-        wanted = [self._assignment(job) for job in jobs.values() if job.requested is not RequestedAction.CANCEL]
-        active, reports = ray.get(self.mailbox.exchange.remote(DesiredJobs(tuple(wanted), stop)))
+        wanted = tuple(self._assignment(job) for job in jobs.values() if job.requested is None)
+        pausing = tuple(job.id for job in jobs.values() if job.requested is RequestedAction.PAUSE)
+        active, reports = ray.get(self.mailbox.exchange.remote(DesiredJobs(wanted, stop, pausing)))
         self._pending += reports
         while self._pending:  # one that cannot be recorded now, since SQL or storage is away, is tried again next time
             self._record(self._pending[0])
@@ -109,8 +112,8 @@ class SessionController:
         if self._starts == 0 and time.monotonic() - self._began > SLOW_SECONDS:
             self._tell_of_slow_start(jobs)
         for job in jobs.values():
-            if job.requested is RequestedAction.CANCEL and job.id not in active:
-                self._move(job.id, JobStatus.CANCELLED, "cancelled while running")
+            if job.requested is not None and job.id not in active:
+                self._move(job.id, job.requested.status, f"{job.requested.status} while running")
         if jobs:
             self._busy = time.monotonic()
         elif not stop and (
@@ -165,6 +168,7 @@ class SessionController:
         match report:
             case Progressed(job_id, progress):
                 self._queue.progress(job_id, self._session_id, self._fence, progress)
+                self._record_metrics(job_id, progress)
             case Expected(job_id, seconds):
                 self._queue.log(job_id, f"training takes about {max(1, round(seconds / 60))} min here, if it is alone")
             case Evaluated(job_id, evaluation, stopped):
@@ -186,11 +190,23 @@ class SessionController:
             case RankBroke(rank, reason, active):
                 self._blame(active or tuple(self._known), f"rank {rank}: {reason}")
 
+    def _record_metrics(self, job_id: str, progress: JobProgress) -> None:
+        """Keep the figures of some steps, evenly over all, and of the last one."""
+        step, steps = progress["step"], progress["steps"]
+        apart = max(1, steps // METRICS_KEPT)
+        last = self._recorded.get(job_id, 0)
+        if step == last or (step // apart == last // apart and step < steps):
+            return
+        data = {"step": step, "train_loss": progress["loss"], "tokens_per_second": progress["tokens_per_second"]}
+        message = f"step {step}/{steps}: training loss={progress['loss']:.4f}"
+        self._queue.log(job_id, message, kind=EventKind.METRICS, data=data)
+        self._recorded[job_id] = step
+
     def _tell_of_evaluation(self, job_id: str, evaluation: dict[str, Any], stopped: str | None) -> None:
         message = f"step {evaluation['step']}: validation loss {evaluation['loss']:.4f}"
         message += f", token accuracy {evaluation['accuracy']:.1%}{f'; {stopped}' if stopped else ''}"
         if job_id in self._known:
-            self._queue.log(job_id, message, data=evaluation)
+            self._queue.log(job_id, message, kind=EventKind.EVALUATION, data=evaluation)
 
     def _tell_of_slow_start(self, jobs: Iterable[str]) -> None:
         for job_id in jobs:
@@ -230,16 +246,19 @@ class SessionController:
         if not self._runs_here(report.job_id):
             return
         job = self._queue.get(report.job_id)
-        version = self._registry.publish(job.base, job.spec.adapter, report.files, report.manifest)
+        manifest = {**report.manifest, "dataset_sha256": job.dataset_sha}
+        version = self._registry.publish(job.base, job.spec.adapter, report.files, manifest)
         result: JobResult = {
             "model": f"{job.base}:{job.spec.adapter}",
             "version": version.version,
+            "number": version.number,
             "digest": version.digest,
             "adapter_bytes": sum(len(content) for content in report.files.values()),
             "metrics": report.manifest["metrics"],
         }
         self._storage.put(job_result_key(job.id), json.dumps(result).encode())
         self._queue.progress(job.id, self._session_id, self._fence, report.progress)
+        self._record_metrics(job.id, report.progress)
         self._move(job.id, JobStatus.SUCCEEDED, f"published {result['model']} version {version.version}", result=result)
 
     def _blame(self, suspects: Iterable[str], reason: str) -> None:
@@ -263,6 +282,7 @@ class SessionController:
         )
         log.info("job=%s event=%s moved=%s message=%s", job_id, to.value, moved, message)
         self._known.pop(job_id, None)
+        self._recorded.pop(job_id, None)
         if moved and to in TERMINAL:
             try:
                 for key in self._storage.list(checkpoints_prefix(job_id)):

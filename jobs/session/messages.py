@@ -35,10 +35,13 @@ class Assignment:
 
 @dataclass(frozen=True)
 class DesiredJobs:
-    """The jobs that the ranks should train now; `stop` ends the training run."""
+    """The jobs that the ranks should train now; `stop` ends the training run. Those in `pausing` leave, and what they
+    have come to is written first.
+    """
 
     assignments: tuple[Assignment, ...] = ()
     stop: bool = False
+    pausing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,7 @@ class Rank:
         self.active: dict[str, ActiveJob] = {}
         # Done, and desired until the driver knows that: what a rank did not hold then, it would train again.
         self.publishing: dict[str, Assignment] = {}
+        self._pausing: dict[str, tuple[Assignment, Future[None]]] = {}  # until their checkpoints are written
         self._base_model, self._precision, self._forward_path = base_model, precision, forward_path
         self._checkpoints = CheckpointWriter(settings.checkpoint_seconds, self._upload)
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
@@ -140,6 +141,8 @@ class Rank:
         while True:
             desired = self.collectives.agree(self._desired_jobs)
             for job_id in [job_id for job_id in self.active if job_id not in {a.job_id for a in desired.assignments}]:
+                if job_id in desired.pausing:
+                    self._pause(self.active[job_id])
                 self._leave(job_id)
             self._let_go(desired)
             self.reader.prepare(desired.assignments, self.assigned)
@@ -179,7 +182,9 @@ class Rank:
     @property
     def assigned(self) -> dict[str, Assignment]:
         """What was desired and this rank has."""
-        return {job_id: active.assignment for job_id, active in self.active.items()} | self.publishing
+        self._pausing = {job_id: one for job_id, one in self._pausing.items() if not one[1].done()}
+        pausing = {job_id: assignment for job_id, (assignment, _) in self._pausing.items()}
+        return {job_id: active.assignment for job_id, active in self.active.items()} | self.publishing | pausing
 
     def _desired_jobs(self) -> DesiredJobs:
         """Ask without waiting while there is work: an answer that is not there yet is taken at the next step."""
@@ -231,6 +236,11 @@ class Rank:
         step, steps = live.progress.step, live.job.steps
         log.info("job=%s rank=%d event=joined step=%d of %d", assignment.job_id, self.rank, step, steps)
 
+    def _pause(self, active: ActiveJob) -> None:
+        """Write where it goes on from; the driver takes it to be here until that is done."""
+        if self.rank == 0 and (writing := self._checkpoints.write(active.assignment, active.live)) is not None:
+            self._pausing[active.assignment.job_id] = active.assignment, writing
+
     def _leave(self, job_id: str) -> None:
         self.engine.remove(job_id)
         del self.active[job_id]
@@ -263,7 +273,8 @@ class Rank:
             with path.open("rb") as written:
                 sha256 = hashlib.file_digest(written, "sha256").hexdigest()
             self.storage.put(key, path)
-        self.mailbox.send(CheckpointWritten(assignment.job_id, step, key, sha256))
+        # There before a job that is paused counts as gone.
+        self.mailbox.deliver(CheckpointWritten(assignment.job_id, step, key, sha256))
 
     def _finish(self, active: ActiveJob) -> None:
         """Publish the adapter beside the next steps, with the probes that a server replays; all ranks let it go."""

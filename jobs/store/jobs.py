@@ -188,14 +188,15 @@ class JobQueue(SessionTable):
     ) -> bool:
         """Change a job's state, if it still is `from_`, and record its `error`, `result` or `max_colocated` with it,
         and whether the attempt that ends so was lost. `to` is any state but running (see `assign`); a running job that
-        is put back to queued, but is asked to be cancelled or paused, becomes that. Raises IllegalTransitionError."""
+        is put back to queued or is paused, but is asked to be something else, becomes that. Raises
+        IllegalTransitionError."""
         assert to is not JobStatus.RUNNING, "assign() names the session that runs the job"
         with self._db.write() as conn:
             if not lease_holds(conn, lease) or not fence_holds(conn, fence):
                 return False
-            if (from_, to) == (JobStatus.RUNNING, JobStatus.QUEUED):
+            if from_ is JobStatus.RUNNING and to in (JobStatus.QUEUED, JobStatus.PAUSED):
                 job = self._locked_job(conn, job_id)
-                if job.requested is not None:
+                if job.requested is not None and job.requested.status is not to:
                     to, message = job.requested.status, f"{message}; {job.requested.status} as requested"
             given = {"error": error, "result": result, "max_colocated": max_colocated}
             values: dict[str, Any] = {column: value for column, value in given.items() if value is not None}
@@ -226,6 +227,18 @@ class JobQueue(SessionTable):
                 values = {"requested": action, "updated_at": self._clock()}
                 conn.execute(sa.update(jobs).where(jobs.c.id == job_id).values(values))
                 self._event(conn, job_id, f"asked to {action}")
+            return self._locked_job(conn, job_id)
+
+    def resume(self, job_id: str) -> Job:
+        """Put a paused job back into the queue; of one that was only asked to pause, take that back. Others are left as
+        they are. Raises IllegalTransitionError for a job that has ended."""
+        with self._db.write() as conn:
+            job = self._locked_job(conn, job_id)
+            if job.status is JobStatus.PAUSED or job.status in TERMINAL:
+                self._move(conn, job_id, job.status, JobStatus.QUEUED, "resumed on request", {})
+            elif job.requested is RequestedAction.PAUSE:
+                conn.execute(sa.update(jobs).where(jobs.c.id == job_id).values(requested=None))
+                self._event(conn, job_id, "asked to go on")
             return self._locked_job(conn, job_id)
 
     def assigned(self, session_id: str) -> Sequence[Job]:

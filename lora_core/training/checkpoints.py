@@ -47,14 +47,15 @@ class CheckpointWriter(Generic[Key]):
             oldest = min(due, key=lambda key: self._taken[key][0])
             self.write(oldest, jobs[oldest])
 
-    def write(self, key: Key, live: LiveJob) -> None:
-        """The state of a job as it is now."""
+    def write(self, key: Key, live: LiveJob) -> Future[None] | None:
+        """The state of a job as it is now; returns when it is written."""
         if self._seconds is None:
-            return
+            return None
         self.wait()
         step, snapshot = live.progress.step, live.snapshot()
         self._taken[key] = time.monotonic(), step
         self._writing = self._thread.submit(self._write_logged, key, step, snapshot)
+        return self._writing
 
     def wait(self) -> None:
         """Until nothing is being written."""

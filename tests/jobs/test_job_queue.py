@@ -335,6 +335,23 @@ def test_a_paused_job_waits_and_an_ended_one_is_left_alone(queue: JobQueue) -> N
 # ---- reading ----
 
 
+def test_a_paused_job_goes_on_and_a_request_is_taken_back(queue: JobQueue) -> None:
+    """An ended job stays as it is, and of two requests the one to cancel is followed."""
+    job = bring_to(queue, PAUSED)
+    assert queue.resume(job.id).status is QUEUED and queue.events(job.id)[-1].message == "resumed on request"
+    assert queue.resume(job.id).status is QUEUED
+    running = bring_to(queue, RUNNING, "b")
+    queue.request(running.id, RequestedAction.PAUSE)
+    assert queue.resume(running.id).requested is None
+    queue.request(running.id, RequestedAction.PAUSE)
+    queue.request(running.id, RequestedAction.CANCEL)
+    assert queue.resume(running.id).requested is RequestedAction.CANCEL
+    assert queue.move(running.id, RUNNING, PAUSED, message="its checkpoint is written")
+    assert queue.get(running.id).status is CANCELLED, "not what the session took for requested"
+    with pytest.raises(IllegalTransitionError, match="is cancelled and cannot become queued"):
+        queue.resume(running.id)
+
+
 def test_a_job_is_found_by_the_start_of_its_id(queue: JobQueue) -> None:
     ids = [submit(queue, f"a{n}")[0].id for n in range(20)]
     for id_ in ids:

@@ -237,6 +237,42 @@ def test_checkpoints_are_written_one_at_a_time_and_none_waits_for_ever(
     assert set(written[1:4]) == {"a", "b", "c"} and written[4] == written[1]
 
 
+def test_a_paused_job_leaves_once_it_is_written_and_goes_on_from_there(
+    session: Session, storage: ObservedStorage
+) -> None:
+    """Until then the driver takes it to be there, so that it does not move the job before its checkpoint counts."""
+    _, long = short_and_long(storage)
+    other, open_ = assignment(storage, "other", documents(4, 2), epochs=100_000), threading.Event()
+    storage.on_put = lambda _: assert_set(open_)
+
+    def script(mailbox: ScriptedMailbox) -> Script:
+        while set(mailbox.active) != {"long", "other"}:
+            yield DesiredJobs((long, other))
+        for _ in range(5):
+            yield DesiredJobs((long, other))
+        for _ in range(5):
+            yield DesiredJobs((other,), pausing=("long",))
+            assert set(mailbox.active) == {"long", "other"} and not mailbox.of(CheckpointWritten)
+        open_.set()
+        while "long" in mailbox.active:
+            yield DesiredJobs((other,), pausing=("long",))
+        (first,) = mailbox.of(CheckpointWritten)
+        resumed = replace(long, attempt=2, checkpoint_key=first.key, checkpoint_sha256=first.sha256)
+        while "long" not in mailbox.active:
+            yield DesiredJobs((resumed, other))
+        while "long" in mailbox.active:
+            yield DesiredJobs((other,), pausing=("long",))
+
+    mailbox = ScriptedMailbox(script)
+    session.run(mailbox, storage)
+    first, second = mailbox.of(CheckpointWritten)
+    assert first.job_id == second.job_id == "long" and 0 < first.step <= second.step
+
+
+def assert_set(event: threading.Event) -> None:
+    assert event.wait(60)
+
+
 # --- a job ends ------------------------------------------------------------------------------------------------------
 
 
