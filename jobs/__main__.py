@@ -1,4 +1,4 @@
-"""The command line: `python -m jobs submit | list | show | logs | cancel | scheduler | stop`.
+"""The command line: `python -m jobs submit | list | show | logs | cancel | pause | resume | adapters | ...`.
 
 `submit` checks a job, writes a row and follows it. It may be stopped at any moment: the scheduler is a process of
 its own.
@@ -16,11 +16,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from cluster.adapter_lifecycle import AdapterConflict
 from cluster.embedded_ray import embedded_environment, stop_embedded, stop_recorded
 from cluster.proxies import reach_this_machine_directly
 from cluster.ray_runtime import cluster_name, code_version, log_to_stderr, on_a_cluster, use_own_ray
+from cluster.registry import AdapterNotFound
 from cluster.settings import Settings, SettingsError, load_settings
-from jobs.job import TERMINAL, Job, JobError, JobStatus, RequestedAction, lease_name
+from cluster.storage.base import StorageError
+from jobs.adapter_commands import add_adapter_commands
+from jobs.job import TERMINAL, EventKind, Job, JobError, JobStatus, RequestedAction, lease_name
 from jobs.job_report import progress_line, report
 from jobs.spec import SpecError, load_spec
 from jobs.store.database import check_database
@@ -44,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         command: Callable[[Settings, argparse.Namespace], int] = chosen.command
         return command(load_settings(), chosen)
-    except (SpecError, SettingsError, JobError) as error:
+    except (SpecError, SettingsError, JobError, StorageError, AdapterNotFound, AdapterConflict) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
@@ -68,10 +72,13 @@ def _parser() -> argparse.ArgumentParser:
         ("show", _show, "how far a job is, what came of it, what was asked for, and its history"),
         ("logs", _logs, "follow a job to its end; exit 0 only if it succeeds"),
         ("cancel", _cancel, "cancel a job: at once if it waits, after its current step if it runs"),
+        ("pause", _pause, "let a job wait: at once, or after its current step, from where it then goes on"),
+        ("resume", _resume, "put a paused job back into the queue"),
     ):
         one = commands.add_parser(name, help=text)
         one.add_argument("job", help="a job's id, or the beginning of it")
         one.set_defaults(command=command)
+    add_adapter_commands(commands)
     commands.add_parser("scheduler", help="schedule this cluster's jobs").set_defaults(command=_scheduler)
     commands.add_parser("stop", help="end what was started on this machine").set_defaults(command=_stop)
     return parser
@@ -196,6 +203,23 @@ def _cancel(settings: Settings, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _pause(settings: Settings, arguments: argparse.Namespace) -> int:
+    queue = JobQueue(settings.database_url)
+    job = queue.request(queue.get(arguments.job).id, RequestedAction.PAUSE)
+    print(f"{job.id} {job.status if job.status is JobStatus.PAUSED else 'is asked to pause after its current step'}")
+    return 0
+
+
+def _resume(settings: Settings, arguments: argparse.Namespace) -> int:
+    from jobs.scheduling.scheduler import ensure_scheduler
+
+    queue = JobQueue(settings.database_url)
+    job = queue.resume(queue.get(arguments.job).id)
+    ensure_scheduler(settings, queue)
+    print(f"{job.id} {job.status}")
+    return 0
+
+
 def _scheduler(settings: Settings, _: argparse.Namespace) -> int:
     if not on_a_cluster():
         os.environ.update(embedded_environment(settings))
@@ -222,7 +246,8 @@ def follow(queue: JobQueue, job_id: str, watch: Callable[[], None] | None = None
             job = queue.get(job_id)
             for event in queue.events(job_id, after=seen):
                 seen = event.id
-                _say(event.at, event.message, live)
+                if event.kind is not EventKind.METRICS:  # the line below has them
+                    _say(event.at, event.message, live)
             if job.status in TERMINAL:
                 return _outcome(job)
             if job.progress and (live or time.monotonic() - shown > 5):

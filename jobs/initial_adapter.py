@@ -14,7 +14,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from cluster.registry import LATEST, AdapterNotFound, AdapterRegistry, content_digest
+from cluster.registry import LATEST, MANIFEST, AdapterNotFound, AdapterRegistry, content_digest
 from cluster.settings import Settings
 from cluster.storage.base import Storage, StorageCorrupt, StorageNotFound
 from cluster.storage.directory import open_storage
@@ -38,21 +38,30 @@ def fetch_initial(source: str, base: str, storage: Storage, settings: Settings, 
     if is_published_adapter(source):
         _fetch_published(source, base, AdapterRegistry(storage, settings.tenant), folder)
         return
-    for file in FILES:
+    fetch_files(source, folder)
+
+
+def fetch_files(source: str, folder: Path) -> None:
+    """Copy the files of a PEFT adapter's directory or s3:// prefix into `folder`, and the manifest that it may have.
+
+    Raises:
+        ValueError: they are not there.
+        StorageError: the store does not answer, or what it holds is damaged.
+    """
+    for file in (*FILES, MANIFEST):
         try:
             if "://" in source:
                 open_storage(source).fetch(file, folder / file)
             else:
                 (folder / file).write_bytes((Path(source) / file).read_bytes())
         except (OSError, StorageNotFound):
-            raise ValueError(
-                f"{source} holds no {file}; give a PEFT adapter's directory or s3:// prefix, or <base>:<adapter>"
-            ) from None
+            if file != MANIFEST:
+                raise ValueError(f"{source} holds no {file}; give a PEFT adapter's directory or s3:// prefix") from None
 
 
 def store_initial(storage: Storage, folder: Path) -> str:
     """Put the files where ranks find them; returns their digest."""
-    digest = _digest(folder)
+    digest = files_digest(folder)
     for file in (*FILES, FINGERPRINT_FILE):
         if (folder / file).exists():
             storage.put(init_adapter_key(digest, file), folder / file, if_absent=True)
@@ -77,7 +86,7 @@ def load_initial(storage: Storage, digest: str, adaptable: AdaptableModules, fin
     with tempfile.TemporaryDirectory() as folder:
         for file in FILES:
             storage.fetch(init_adapter_key(digest, file), Path(folder) / file)
-        if _digest(Path(folder)) != digest:
+        if files_digest(Path(folder)) != digest:
             raise StorageCorrupt(f"the adapter {digest[:16]} that the job starts from is damaged; submit the job again")
         return read_adapter(Path(folder), adaptable)
 
@@ -96,6 +105,7 @@ def _fetch_published(source: str, base: str, registry: AdapterRegistry, folder: 
         (folder / FINGERPRINT_FILE).write_text(fingerprint)
 
 
-def _digest(folder: Path) -> str:
+def files_digest(folder: Path) -> str:
+    """Return the digest of a PEFT adapter, which is that of a version with these files."""
     shas = {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in FILES}
     return content_digest({file: {"sha256": sha} for file, sha in shas.items()})

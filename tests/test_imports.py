@@ -17,10 +17,10 @@ ROOT = Path(__file__).parent.parent
 # files are free to import each other, but not in a circle; no list says how they stand.
 ORDER = {
     "lora_core": ["config", "lora", "adapters", "kernels", "data", "models", "training", "inference", "library"],
-    "cluster": ["requirements", "settings", "metrics", "proxies", "storage", "sources", "registry", "ray_runtime",
-     "embedded_ray"],
+    "cluster": ["requirements", "settings", "metrics", "proxies", "storage", "sources", "aliases", "registry",
+     "adapter_lifecycle", "ray_runtime", "embedded_ray"],
     "jobs": ["spec_text", "spec", "job", "initial_adapter", "stored_examples", "admission", "store", "job_report",
-     "scheduling", "session", "demo", "__main__"],
+     "published_adapters", "scheduling", "session", "demo", "adapter_commands", "__main__"],
     "deploy": ["serving", "vllm_plugin", "api", "app", "__main__"],
 }  # fmt: skip
 MAY_IMPORT = {

@@ -28,7 +28,9 @@ from prometheus_client import CollectorRegistry, start_http_server
 from cluster.embedded_ray import OwnerLock, has_owner, start_embedded, stop_embedded
 from cluster.ray_runtime import cluster_name, on_a_cluster
 from cluster.settings import Settings
+from cluster.storage.directory import open_storage
 from jobs.job import EventKind, Job, JobError, JobStatus, Lease, Session, SessionState, lease_name
+from jobs.published_adapters import sweep
 from jobs.scheduling.launcher import Launcher, RayUnreachableError, SubmissionState, scheduler_id
 from jobs.scheduling.metrics import QueueCollector
 from jobs.scheduling.policy import Assign, Cluster, Launch, Stop, plan
@@ -40,6 +42,8 @@ STEP_SECONDS = 0.5
 QUIET_SECONDS = 2.0
 """Between two rounds while no job waits: each asks Ray over HTTP, at twice a second a twentieth of a core."""
 MAX_ATTEMPTS = 3  # at starting sessions for a job, or at training it in one
+SWEEP_SECONDS = 6 * 3600.0
+"""Between two looks for what is old, which list all versions; the first is when a scheduler begins."""
 SLOW_SECONDS = 30.0
 """A session's driver that is not up after this long is told of: on two busy cores it took 24 s."""
 
@@ -208,7 +212,7 @@ def _schedule(settings: Settings, cluster: str, owner: OwnerLock | None, stopped
         registry = CollectorRegistry()
         registry.register(QueueCollector(queue, cluster))
         start_http_server(settings.metrics_port, registry=registry)
-    busy, told, looked = time.monotonic(), dict[str, str](), -math.inf
+    busy, told, looked, swept = time.monotonic(), dict[str, str](), -math.inf, -math.inf
     quiet = min(QUIET_SECONDS, settings.lease_seconds / 3)
     while not stopped.wait(STEP_SECONDS):
         try:
@@ -218,6 +222,10 @@ def _schedule(settings: Settings, cluster: str, owner: OwnerLock | None, stopped
             lease = queue.acquire_lease(lease_name(cluster), holder, settings.lease_seconds)
             if lease is None:  # somebody else schedules; stay as the one that takes over
                 continue
+            if time.monotonic() - swept > SWEEP_SECONDS:
+                swept = time.monotonic()
+                # Beside the rounds: a bucket may take longer to list than a lease lasts.
+                threading.Thread(target=_sweep, args=(settings, queue), name="sweep", daemon=True).start()
             scheduler = Scheduler(settings, queue, launcher, cluster, lease, told)
             if run_step(scheduler) or (owner is not None and launcher.others_running()):
                 busy = time.monotonic()
@@ -234,6 +242,13 @@ def _schedule(settings: Settings, cluster: str, owner: OwnerLock | None, stopped
             log.warning("event=ray_unreachable reason=%s", error)
         except Exception:
             log.exception("event=round_failed")  # the database, most likely; the rows are as they were
+
+
+def _sweep(settings: Settings, queue: JobQueue) -> None:
+    try:
+        sweep(settings, queue, open_storage(settings.storage_url))
+    except Exception:
+        log.exception("event=sweep_failed")  # storage or database, most likely; the next one looks again
 
 
 def run_step(scheduler: Scheduler) -> bool:
