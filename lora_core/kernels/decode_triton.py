@@ -25,9 +25,11 @@ from torch import Tensor
 
 from lora_core.kernels.dora_triton import dora_scale_of, dora_scaled
 from lora_core.kernels.low_rank_triton import FIELDS, address, precision, rank_block
-from lora_core.kernels.operands import NARROW_ROWS, LinearGroup
+from lora_core.kernels.operands import NARROW_ROWS, LinearGroup, UnscaledProduct
 
 ADD = {"COLUMNS": 1024, "num_warps": 4}
+ADD_OF_FEW = {"COLUMNS": 256, "num_warps": 2}  # rows, that is: they have too few programs otherwise
+FEW_ROWS = 16
 SHRINK = {"STEP": 128, "num_warps": 4, "num_stages": 3}
 PART_FEATURES = 1024  # of one program
 SWIGLU = {"COLUMNS": 512, "BLOCKS": 1, "STAGES": 1, "num_warps": 2}  # a thread sums the ranks of its columns alone
@@ -54,9 +56,14 @@ class StepAdapters:
         return self.tables, self.group.index * FIELDS
 
     @property
+    def are_few(self) -> bool:
+        """Whether most rows share theirs with others."""
+        return len(self.tiles) < len(self.tables)
+
+    @property
     def tile_rows(self) -> int:
         """Rows of a tile of `swiglu`."""
-        return NARROW_ROWS if self.width and len(self.tiles) < len(self.tables) else 1
+        return NARROW_ROWS if self.width and self.are_few else 1
 
     def ranks(self, rows: int = 1) -> dict[str, int | bool]:
         """Ranks of a linear that a program takes at a time for so many rows, and whether there may be more."""
@@ -121,6 +128,12 @@ def _low_tile(h, t, t_mask, h_part, h_stride, field, c, dtype: tl.constexpr, PAR
 
 
 @triton.jit
+def scaled_product(values, rows, columns, n_mask):
+    """Values of an unscaled product, of rows with these scales, for the outputs whose scales `columns` points to."""
+    return values * rows * tl.load(columns, mask=n_mask, other=0.0)[None, :]
+
+
+@triton.jit
 def updated_tile(
     acc, h, first_row, rows, h_part, h_stride, row, linear, N, n, n_mask,
     dtype: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, LOOP: tl.constexpr,
@@ -146,9 +159,9 @@ def updated_tile(
 
 @triton.jit
 def _add(
-    x, y, h, scaled, squares, weight, tables, offset, H, h_part, h_stride,
-    ADD: tl.constexpr, UPDATE: tl.constexpr, DORA: tl.constexpr, PARTS: tl.constexpr, SUMS: tl.constexpr,
-    COLUMNS: tl.constexpr, RANKS: tl.constexpr, LOOP: tl.constexpr,
+    x, y, row_scales, column_scales, h, scaled, squares, weight, tables, offset, H, h_part, h_stride,
+    ADD: tl.constexpr, SCALED: tl.constexpr, UPDATE: tl.constexpr, DORA: tl.constexpr, PARTS: tl.constexpr,
+    SUMS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -159,6 +172,8 @@ def _add(
     value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
     if ADD:
         added = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32)
+        if SCALED:
+            added = scaled_product(added, tl.load(row_scales + t), column_scales + n, n_mask)
         if UPDATE:
             row = table_row_of(tables, t, offset)
             added = updated_tile(
@@ -208,9 +223,9 @@ def _shrink(
 
 @triton.jit
 def _swiglu(
-    y, squares, H, eps, h, activation, tables, offset, tiles, I, h_part, h_stride,
-    UPDATE: tl.constexpr, DORA: tl.constexpr, PARTS: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+    y, row_scales, column_scales, squares, H, eps, h, activation, tables, offset, tiles, I, h_part, h_stride,
+    SCALED: tl.constexpr, UPDATE: tl.constexpr, DORA: tl.constexpr, PARTS: tl.constexpr, SUMS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
     RANKS: tl.constexpr, LOOP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     first_row, rows = tile_of(tiles, ROWS)
@@ -222,6 +237,8 @@ def _swiglu(
         c = tl.arange(0, RANKS)
         sums = squares + t[:, None] * SUMS + tl.arange(0, SUMS)[None, :]
         rstd = tl.rsqrt(tl.sum(tl.load(sums, mask=t_mask[:, None], other=0.0), axis=1) / H + eps)[:, None]
+        if SCALED:
+            row_scale = tl.load(row_scales + t, mask=t_mask, other=0.0)[:, None]
         if UPDATE:
             row = table_row_of(tables, first_row, offset)
             if ROWS > 1 and not LOOP:
@@ -234,6 +251,9 @@ def _swiglu(
             pointers = y + t[:, None] * (2 * I) + n[None, :]
             gate = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
             up = tl.load(pointers + I, mask=mask, other=0.0).to(tl.float32)
+            if SCALED:
+                gate = scaled_product(gate, row_scale, column_scales + n, n_mask)
+                up = scaled_product(up, row_scale, column_scales + I + n, n_mask)
             if UPDATE:
                 if ROWS > 1 and not LOOP:
                     b_offsets = c[:, None] * I + n[None, :]
@@ -262,17 +282,20 @@ def _swiglu(
             tl.store(activation + t[:, None] * I + n[None, :], value.to(dtype), mask=mask)
 
 
-def add(x: Tensor, y: Tensor | None, h: Tensor | None, adapters: StepAdapters, weight: Tensor, eps: float) -> Normed:
+def add(
+    x: Tensor, y: UnscaledProduct | None, h: Tensor | None, adapters: StepAdapters, weight: Tensor, eps: float
+) -> Normed:
     """x `[T, H]` becomes x + y + h B^T; returns its RMSNorm with this weight. y None: of x as it is."""
     rows, width = x.shape
-    blocks = triton.cdiv(width, ADD["COLUMNS"])
+    config = ADD_OF_FEW if rows <= FEW_ROWS else ADD
+    blocks = triton.cdiv(width, config["COLUMNS"])
     sums = triton.next_power_of_2(blocks)
     scaled = torch.empty_like(x)
     squares = (x.new_empty if sums == blocks else x.new_zeros)(rows, sums, dtype=torch.float32)
     _add[(rows, blocks)](
-        x, y, h, scaled, squares, weight, *adapters.arguments, width, *h_arguments(h),
-        ADD=y is not None, UPDATE=h is not None, DORA=adapters.dora, PARTS=parts_of(h), SUMS=sums,
-        **adapters.ranks(), **ADD,
+        x, *(y or (None, None, None)), h, scaled, squares, weight, *adapters.arguments, width, *h_arguments(h),
+        ADD=y is not None, SCALED=is_scaled(y), UPDATE=h is not None, DORA=adapters.dora, PARTS=parts_of(h), SUMS=sums,
+        **adapters.ranks(), **config,
     )  # fmt: skip
     return Normed(scaled, squares, eps)
 
@@ -294,18 +317,23 @@ def shrink(x: Tensor, adapters: StepAdapters) -> Tensor | None:
     return h
 
 
-def swiglu(y: Tensor, normed: Normed, h: Tensor | None, adapters: StepAdapters) -> Tensor:
+def swiglu(y: UnscaledProduct, normed: Normed, h: Tensor | None, adapters: StepAdapters) -> Tensor:
     """y `[T, 2 I]`, gate and up side by side, the product of `normed`, plus h B^T -> `silu(gate) * up` `[T, I]`."""
-    features, rows = y.shape[1] // 2, 1 if h is None else adapters.tile_rows
+    values = y.values
+    features, rows = values.shape[1] // 2, 1 if h is None else adapters.tile_rows
     config = SWIGLU if rows == 1 else SWIGLU_TILES
-    activation = y.new_empty(len(y), features)
+    activation = values.new_empty(len(values), features)
     stripes = triton.cdiv(features, config["COLUMNS"] * config["BLOCKS"])
-    _swiglu[(len(y) if rows == 1 else len(adapters.tiles), stripes)](
-        y, *normed.arguments, h, activation, *adapters.arguments, adapters.tiles, features, *h_arguments(h),
-        UPDATE=h is not None, DORA=adapters.dora, PARTS=parts_of(h), SUMS=normed.squares.shape[1],
-        ROWS=rows, **adapters.ranks(rows), PRECISION=precision(y), **config,
+    _swiglu[(len(values) if rows == 1 else len(adapters.tiles), stripes)](
+        *y, *normed.arguments, h, activation, *adapters.arguments, adapters.tiles, features, *h_arguments(h),
+        SCALED=is_scaled(y), UPDATE=h is not None, DORA=adapters.dora, PARTS=parts_of(h), SUMS=normed.squares.shape[1],
+        ROWS=rows, **adapters.ranks(rows), PRECISION=precision(values), **config,
     )  # fmt: skip
     return activation
+
+
+def is_scaled(y: UnscaledProduct | None) -> bool:
+    return y is not None and y.row_scales is not None
 
 
 def h_arguments(h: Tensor | None) -> tuple[int, int]:

@@ -59,6 +59,14 @@ class LinearGroup:
         return tuple(slice(end - size, end) for end, size in zip(ends, self.outputs, strict=True))
 
 
+class UnscaledProduct(NamedTuple):
+    """x W^T is `values` `[T, out]` times `row_scales` and `column_scales`, fp32 `[T, 1]` and `[1, out]`; None: 1."""
+
+    values: Tensor
+    row_scales: Tensor | None = None
+    column_scales: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Magnitude:
     """DoRA on one linear: m `[out]`, its gradient, the norms of the rows of W + s B A, and `scale`, m over these; fp32

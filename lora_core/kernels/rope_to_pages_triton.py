@@ -10,23 +10,26 @@ from lora_core.kernels.decode_triton import (
     Normed,
     StepAdapters,
     h_arguments,
+    is_scaled,
     parts_of,
+    scaled_product,
     table_row_of,
     updated_tile,
 )
 from lora_core.kernels.dora_triton import dora_scale_of, dora_scaled
 from lora_core.kernels.low_rank_triton import widths
-from lora_core.kernels.operands import PagedLayer, Rope
+from lora_core.kernels.operands import PagedLayer, Rope, UnscaledProduct
 
 ROPE = {"num_warps": 1}
 
 
 @triton.jit
 def _rope_to_pages(
-    y, squares, H, norm_eps, h, bias, cos, sin, weight, eps, positions, slots, page_table, keys, values,
-    tables, offset, N, N0, N1, h_part, h_stride, q_heads, k_heads, most_pages,
-    BIAS: tl.constexpr, UPDATE: tl.constexpr, DORA: tl.constexpr, NORM: tl.constexpr, PARTS: tl.constexpr,
-    SUMS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
+    y, row_scales, column_scales, squares, H, norm_eps, h, bias, cos, sin, weight, eps,
+    positions, slots, page_table, keys, values, tables, offset, N, N0, N1, h_part, h_stride,
+    q_heads, k_heads, most_pages,
+    BIAS: tl.constexpr, SCALED: tl.constexpr, UPDATE: tl.constexpr, DORA: tl.constexpr, NORM: tl.constexpr,
+    PARTS: tl.constexpr, SUMS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
     RANKS: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
@@ -40,6 +43,10 @@ def _rope_to_pages(
     mask = d_mask[None, :]
     first = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(pointers + HALF, mask=mask, other=0.0).to(tl.float32)
+    if SCALED:
+        row_scale = tl.load(row_scales + t)
+        first = scaled_product(first, row_scale, column_scales + column + d, d_mask)
+        second = scaled_product(second, row_scale, column_scales + column + HALF + d, d_mask)
     if UPDATE:
         row = table_row_of(tables, t, offset)
         linear = tl.where(column < N0, 0, tl.where(column < N0 + N1, 1, 2))
@@ -95,7 +102,7 @@ def _rope_to_pages(
 
 
 def rope_to_pages(
-    y: Tensor,
+    y: UnscaledProduct,
     normed: Normed,
     h: Tensor | None,
     adapters: StepAdapters,
@@ -104,18 +111,18 @@ def rope_to_pages(
     slots: Tensor,
     pages: PagedLayer,
 ) -> None:
-    """y `[T, q + k + v]`, the product of `normed`, plus h B^T and bias, heads normed: q rotated in place, rotated k and
-    v into the pages of each row's slot at its position; rows at position -1 are none. `rope` has cos and sin of all
-    positions.
+    """y `[T, q + k + v]`, the product of `normed`, plus h B^T and bias, heads normed: q rotated in place, rotated k
+    and v into the pages of each row's slot at its position; rows at position -1 are none. `rope` has cos and sin of
+    all positions.
     """
     half, kv_heads = rope.head_size // 2, pages.keys.shape[1]
     weight, eps = (None, 0.0) if rope.norm is None else (rope.norm.weight, rope.norm.eps)
-    _rope_to_pages[(len(y), y.shape[1] // rope.head_size)](
-        y, *normed.arguments, h, rope.bias, rope.cos, rope.sin, weight, eps,
+    _rope_to_pages[(len(y.values), y.values.shape[1] // rope.head_size)](
+        *y, *normed.arguments, h, rope.bias, rope.cos, rope.sin, weight, eps,
         positions, slots, pages.table, pages.keys, pages.values,
         *adapters.arguments, *widths(adapters.group), *h_arguments(h),
         rope.rotated_heads - kv_heads, kv_heads, pages.table.shape[1],
-        BIAS=rope.bias is not None, UPDATE=h is not None, DORA=adapters.dora, NORM=rope.norm is not None,
-        PARTS=parts_of(h), SUMS=normed.squares.shape[1], HALF=half, BLOCK=triton.next_power_of_2(half),
-        PAGE=pages.keys.shape[2], **adapters.ranks(), **ROPE,
+        BIAS=rope.bias is not None, SCALED=is_scaled(y), UPDATE=h is not None, DORA=adapters.dora,
+        NORM=rope.norm is not None, PARTS=parts_of(h), SUMS=normed.squares.shape[1],
+        HALF=half, BLOCK=triton.next_power_of_2(half), PAGE=pages.keys.shape[2], **adapters.ranks(), **ROPE,
     )  # fmt: skip

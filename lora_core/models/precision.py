@@ -11,6 +11,7 @@ too, whose rounding costs the most: of 30 layers those four make half of the los
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_core.kernels.dispatch import device_type
-from lora_core.kernels.operands import EXACT_DTYPES
+from lora_core.kernels.operands import EXACT_DTYPES, UnscaledProduct
 from lora_core.kernels.quantize import dequantize_nf4, quantize_nf4, quantize_rows
 
 QUANTISED = ("fp8", "nf4")
@@ -45,6 +46,10 @@ class FrozenWeight(Protocol):
 
     def serve(self, x: Tensor) -> Tensor:
         """The same where nothing is trained, by the product that is fastest there."""
+        ...
+
+    def unscaled(self, x: Tensor) -> UnscaledProduct:
+        """The same of a few rows, for whoever reads the product and can scale it, too."""
         ...
 
     def input_gradient(self, dy: Tensor) -> Tensor:
@@ -95,6 +100,9 @@ class DenseWeight:
         transposed = x.t()
         return torch.cat([part @ transposed for part in self.parts]).t().contiguous()
 
+    def unscaled(self, x: Tensor) -> UnscaledProduct:
+        return UnscaledProduct(self.forward(x))
+
     def input_gradient(self, dy: Tensor) -> Tensor:
         if len(self.parts) == 1:
             return dy @ self.parts[0]
@@ -130,6 +138,26 @@ class Fp8Weight:
 
     serve = forward
 
+    def unscaled(self, x: Tensor) -> UnscaledProduct:
+        """cuBLAS, which multiplies by one number alone, reads the weights of 64 rows in half the time that the product
+        which scales rows and columns takes (a down-projection of 8B's shape on an H200: 18 us, 37).
+        """
+        q, row_scales = quantize_rows(x)
+        if device_type(x.device) != "cuda":
+            return UnscaledProduct((q.float() @ self._weight.float().t()).to(self._dtype), row_scales, self._columns)
+        values = torch._scaled_mm(
+            q, self._weight.t(), scale_a=self._one, scale_b=self._one, out_dtype=self._dtype, use_fast_accum=True
+        )
+        return UnscaledProduct(values, row_scales, self._columns)
+
+    @property
+    def _columns(self) -> Tensor:
+        return self._scales.t()
+
+    @cached_property
+    def _one(self) -> Tensor:
+        return torch.ones((), device=self._scales.device)
+
     def input_gradient(self, dy: Tensor) -> Tensor:
         return self._product(dy, self._transposed, self._transposed_scales)
 
@@ -158,6 +186,9 @@ class Nf4Weight:
         return x @ self.dense()[0].t()
 
     serve = forward
+
+    def unscaled(self, x: Tensor) -> UnscaledProduct:
+        return UnscaledProduct(self.forward(x))
 
     def input_gradient(self, dy: Tensor) -> Tensor:
         return dy @ self.dense()[0]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,10 +26,12 @@ from lora_core.models.llama.adapters import KernelArgs
 from lora_core.models.llama.decode import DecodeGraphs
 from lora_core.models.llama.forward import LlamaForward
 from lora_core.models.paged_kv import PAGE_TOKENS, PagedAttention, PagedKV, Stretch
+from lora_core.models.precision import Fp8Weight, Nf4Weight
 from lora_core.models.step import Step
 from tests.support.models import VOCABULARY, decoder_base, random_adapter, tiny_model
 
 CONTEXT = 64
+QUANTISED_WEIGHTS = {"fp8": Fp8Weight, "nf4": Nf4Weight}
 LENGTHS = [5, 40, 17, 1]
 
 
@@ -65,8 +68,13 @@ def step_with(
 
 @torch.inference_mode()
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the next test has a GPU for it")
-@pytest.mark.parametrize(("kind", "dora"), [("llama", False), ("qwen2", True), ("qwen3", False)])
-def test_the_kernels_of_a_step_follow_the_decoder(kind: str, dora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "dora", "precision"),
+    [("llama", False, "fp32"), ("qwen2", True, "fp32"), ("qwen3", False, "fp32"), ("llama", False, "fp8")],
+)
+def test_the_kernels_of_a_step_follow_the_decoder(
+    kind: str, dora: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Adapters of two ranks and none, of which two rows share one; the longest sequence read by one program and two."""
     pytest.importorskip("triton", reason="Triton has no build for this system")
     from lora_core.kernels import decode_triton
@@ -74,6 +82,10 @@ def test_the_kernels_of_a_step_follow_the_decoder(kind: str, dora: bool, monkeyp
 
     forward = open_forward(decoder_base(kind, torch.float32))
     assert isinstance(forward, LlamaForward)
+    if precision == "fp8":
+        for index, layer in enumerate(forward.decoder.layers):
+            weights = tuple(Fp8Weight(torch.cat(weight.dense())) for weight in layer.weights)
+            forward.decoder.layers[index] = replace(layer, weights=weights)
     small, large = (
         forward.load(random_adapter(forward.modules, seed, r=r, targets=targets, dora=dora))
         for seed, r, targets in ((0, 4, ["q_proj", "up_proj", "down_proj"]), (1, 20, "all-linear"))
@@ -83,12 +95,13 @@ def test_the_kernels_of_a_step_follow_the_decoder(kind: str, dora: bool, monkeyp
         adapter.table = torch.tensor([number for of, group in pairs for number in table_row(of, group)])
     monkeypatch.setattr(decode_triton, "PART_FEATURES", 32)  # several parts
     monkeypatch.setitem(decode_triton.SHRINK, "STEP", 16)
-    for config in (decode_triton.ADD, decode_triton.SWIGLU, decode_triton.SWIGLU_TILES):
+    for config in (decode_triton.ADD_OF_FEW, decode_triton.SWIGLU, decode_triton.SWIGLU_TILES):
         monkeypatch.setitem(config, "COLUMNS", 32)
-    for adapters, tokens, splits in (
+    steps = [
         ([small, None, large, large], [1] * 4, 1), ([large] * 4, [1] * 4, 2), ([None] * 4, [1] * 4, 1),
         ([small, None, large, large], [1, 19, 1, 5], 1),
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for adapters, tokens, splits in steps[: 1 if precision == "fp8" else None]:
         ids = [prompt_of(slot, length + of) for slot, (length, of) in enumerate(zip(LENGTHS, tokens, strict=True))]
         cache = SlotKVCache(forward, _layer_shapes(forward), slots=4, context=CONTEXT)
         for slot in range(4):
@@ -101,7 +114,8 @@ def test_the_kernels_of_a_step_follow_the_decoder(kind: str, dora: bool, monkeyp
         attend = PagedAttention(kv, [Stretch(slot + 1, LENGTHS[slot], tokens[slot]) for slot in range(4)])
         found = graphs.step(step_with(attend, adapters, LENGTHS, new), attend)[1]
         expected = step_of(cache, forward, adapters, LENGTHS, new)
-        assert float((found - expected).norm() / expected.norm()) < 1e-5
+        # In fp8 a number between two codes may be rounded to either.
+        assert float((found - expected).norm() / expected.norm()) < (0.02 if precision == "fp8" else 1e-5)
 
 
 def without_graph(splits: int) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -144,12 +158,13 @@ def forced(base: BaseModel, adapters: int, monkeypatch: pytest.MonkeyPatch, **se
     seen: dict[int, list[Tensor]] = {}
     answering: list[int] = []
 
-    def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    def sample(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
         numbers = [next(n for n, live in generator._live.items() if live.sampler is sampler) for sampler in samplers]
         for number, row in zip(numbers, logits, strict=True):
             seen.setdefault(number, []).append(row.float().log_softmax(-1).cpu())
         answering.append(len(numbers))
-        return [(7 * number + 3 * len(seen[number])) % 90 + 3 for number in numbers]
+        tokens = [(7 * number + 3 * len(seen[number])) % 90 + 3 for number in numbers]
+        return torch.tensor(tokens, device=logits.device)
 
     monkeypatch.setattr(engine, "sample", sample)
     for seed in range(11):
@@ -168,17 +183,28 @@ def forced(base: BaseModel, adapters: int, monkeypatch: pytest.MonkeyPatch, **se
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_pages_and_graphs_compute_what_the_cpu_does(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bf16, whatever is beside a request, however its prompt is cut and whether or not it shares its beginning."""
+@pytest.mark.parametrize(
+    ("kind", "precision", "most"),
+    [("llama", "bf16", 0.15), ("qwen3", "bf16", 0.15), ("llama", "nf4", 0.15), ("llama", "fp8", 0.6)],
+)
+def test_pages_and_graphs_compute_what_the_cpu_does(
+    kind: str, precision: str, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is beside a request, however its prompt is cut and whether or not it shares its beginning; of quantised
+    weights against what they stand for.
+    """
     bases = []
-    for device, precision in (("cpu", "fp32"), ("cuda", "bf16")):
+    for device, computed in (("cpu", "fp32"), ("cuda", precision)):
         model = tiny_model(kind, 3, dtype=torch.bfloat16, intermediate_size=176)
-        model = model.float() if device == "cpu" else model
-        base = BaseModel(model, NoText(), "tiny", "0" * 64, precision, model.device)  # type: ignore[arg-type]
+        if device == "cpu":
+            for name, linear in model.named_modules():
+                if precision != "bf16" and isinstance(linear, torch.nn.Linear) and "layers" in name:
+                    linear.weight.data = QUANTISED_WEIGHTS[precision](linear.weight.detach()).dense()[0]
+            model = model.float()
+        base = BaseModel(model, NoText(), "tiny", "0" * 64, computed, model.device)  # type: ignore[arg-type]
         bases.append(placed(base, torch.device(device)))
     expected = forced(bases[0], 3, monkeypatch)
     for settings in ({}, {"slots": 2}, {"prefill_tokens": 16, "mixed_tokens": 16}):
         found = forced(bases[1], 3, monkeypatch, **settings)  # type: ignore[arg-type]
         worst = float((found - expected).abs().max())
-        assert worst < 0.15, (settings, worst)
+        assert worst < most, (settings, worst)

@@ -14,7 +14,8 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_core.kernels.operands import NARROW_ROWS, Rope
+from lora_core.kernels.operands import NARROW_ROWS, Rope, UnscaledProduct
 from lora_core.models.attention import StepAttention
 from lora_core.models.llama.adapters import KernelArgs
 from lora_core.models.llama.decoder import Decoder, DecoderInput
@@ -47,6 +48,10 @@ BUSY_PROGRAMS = 512
 
 TILE_TOKENS = 8
 """Tokens that follow each other for one program of attention."""
+
+
+CUBLASLT_ROWS = range(24, 97)
+"""Rows of a step whose products cuBLASLt makes sooner than cuBLAS: of the 8B shape's four, 64 rows, 121 us for 127."""
 
 
 class _Shape(NamedTuple):
@@ -173,7 +178,10 @@ class DecodeGraphs:
             self._layers(shape)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with (
+            _products_by("cublaslt" if shape.rows in CUBLASLT_ROWS else "cublas"),
+            torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+        ):
             hidden, logits = self._layers(shape)
         log.info("event=graph_captured shape=%s seconds=%.2f", tuple(shape), time.monotonic() - began)
         return _Graph(graph, hidden, logits)
@@ -195,7 +203,7 @@ class DecodeGraphs:
             return StepAdapters(group, tables, tiles, shape.widths[kind], shape.ranks[kind], shape.dora[kind])
 
         x = F.embedding(ids, decoder.embedding)
-        y: Tensor | None = None
+        y: UnscaledProduct | None = None
         h: Tensor | None = None
         of_last = adapters(0, DOWN)
         rotated = decoder.heads + decoder.kv_heads
@@ -207,7 +215,7 @@ class DecodeGraphs:
             pages = self.kv.layer(index)
             rope_to_pages(y, normed, h, qkv, rope, positions, slots, pages)
             attended = paged_attention(
-                y, pages, positions, slots, decoder.scaling, tiles=attending, tokens=follow, splits=shape.splits
+                y.values, pages, positions, slots, decoder.scaling, tiles=attending, tokens=follow, splits=shape.splits
             )
             h, y = self._products(layer.weights[O], attended, o)
             normed = add(x, y, h, o, layer.norms[1], decoder.eps)
@@ -220,17 +228,23 @@ class DecodeGraphs:
             hidden = hidden[wanted]
         return hidden, self._head.serve(hidden)
 
-    def _products(self, weight: FrozenWeight, x: Tensor, adapters: StepAdapters) -> tuple[Tensor | None, Tensor]:
-        """(h, the frozen product), beside each other: neither fills a GPU."""
+    def _products(
+        self, weight: FrozenWeight, x: Tensor, adapters: StepAdapters
+    ) -> tuple[Tensor | None, UnscaledProduct]:
+        """(h, the frozen product), beside each other: neither fills a GPU. The programs of few adapters come second, or
+        those of the product would wait for their places; many would then end too late.
+        """
         from lora_core.kernels.decode_triton import shrink
 
         if adapters.width == 0 or self._side is None:
-            return shrink(x, adapters), weight.serve(x)
+            return shrink(x, adapters), weight.unscaled(x)
         main = torch.cuda.current_stream()
-        self._side.wait_stream(main)
+        begun = main.record_event()
+        y = weight.unscaled(x) if adapters.are_few else None
+        self._side.wait_event(begun)
         with torch.cuda.stream(self._side):
             h = shrink(x, adapters)
-        y = weight.serve(x)
+        y = y or weight.unscaled(x)
         main.wait_stream(self._side)
         return h, y
 
@@ -243,6 +257,17 @@ def _tiles(runs: Sequence[tuple[int, int]], most: int) -> list[tuple[int, int]]:
         tiles += [(first, min(most, end - first)) for first in range(start, end, most)]
         start = end
     return tiles
+
+
+@contextmanager
+def _products_by(library: str) -> Iterator[None]:
+    """Of what is launched meanwhile."""
+    usual = torch.backends.cuda.preferred_blas_library()
+    torch.backends.cuda.preferred_blas_library(library)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.preferred_blas_library(usual)
 
 
 def _row_bucket(rows: int) -> int:
