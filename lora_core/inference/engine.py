@@ -1,9 +1,13 @@
-"""Continuous batching over many adapters on one base: a step is batch, run, sample.
+"""Continuous batching over many adapters on one base: a step is batch, run, sample, tell.
 
     runs = scheduler.next_step()       a token of all that decode, and stretches of prompts
     logits = forward.step(runs)        one forward pass for all of them
     score(logits)                      the tokens of prompts, for those who ask
-    events = sample(logits)            one token for every request whose prompt has been read
+    tokens = sample(logits)            one for every request whose prompt has been read
+    events = accept(tokens)            their texts, and which answers are over
+
+A GPU gets the next step before the tokens of this one are read: they are its inputs there already. What it computes for
+an answer that turns out to be over is dropped.
 
 Requests join and leave between steps. Those of one adapter lie side by side in the batch, so that each
 adapter is computed once. One thread owns a generator and the base's path (`models/forward.py`).
@@ -12,7 +16,7 @@ adapter is computed once. One thread owns a generator and the base's path (`mode
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,9 +30,10 @@ from lora_core.inference.logprobs import TokenLogprob, token_logprobs
 from lora_core.inference.sampling import Sampler, sample
 from lora_core.inference.sampling_params import SamplingParams
 from lora_core.inference.scheduler import RequestScheduler, Run, WaitingRequest
+from lora_core.kernels.transfer import arrival, to_host
 from lora_core.models.base import BaseModel, token_rows
 from lora_core.models.forward import Forward
-from lora_core.models.step import Bound, Step
+from lora_core.models.step import Bound, Step, UnreadIds
 
 FinishReason = Literal["stop", "length"]
 
@@ -36,6 +41,12 @@ FinishReason = Literal["stop", "length"]
 PROMPT_TOKENS = {"cpu": (1024, 256), "cuda": (8192, 256)}
 """Of one step, where nobody is being answered and where somebody is: as many as keep the device busy, and as few as let
 those who are answered wait for two steps' time.
+"""
+
+
+AHEAD = {"cpu": False, "cuda": True}
+"""Whether a step is queued while the one before is computed: the host's part of a step then takes a GPU no time, and a
+CPU gains nothing.
 """
 
 
@@ -101,11 +112,37 @@ class _Live:
     text: TextStream
     limit: int
     ids: list[int]  # of the prompt, and of the answer so far
+    cached: int = 0  # ids that the cache knows
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
     @property
     def completion_tokens(self) -> int:
         return len(self.ids) - len(self.request.prompt)
+
+    @property
+    def left(self) -> int:
+        """Tokens that may still come."""
+        return self.limit - self.completion_tokens
+
+    def take_known(self, run: Run) -> list[int]:
+        """What the cache does not know yet of the ids up to the end of this run."""
+        start, self.cached = self.cached, min(run.start + run.tokens, len(self.ids))
+        return self.ids[start : self.cached]
+
+
+@dataclass
+class _QueuedStep:
+    """A step whose next tokens have not been read: of which requests they are, int64 `[n]` on the device and on their
+    way to the host. `ended` wanted their prompts read and no answer; the prompts of `read` have been read.
+    """
+
+    requests: list[int]
+    logits: Tensor
+    tokens: Tensor
+    on_host: Tensor
+    arrived: Callable[[], object]
+    ended: list[GeneratedToken]
+    read: list[int]
 
 
 class Generator:
@@ -139,12 +176,13 @@ class Generator:
         )
         self._live: dict[int, _Live] = {}
         self._followers: dict[int, list[int]] = {}  # who waits for whose prompt
+        self._queued: _QueuedStep | None = None
         self._next_id = 1
 
     @property
     def running(self) -> int:
-        """Requests that hold a slot."""
-        return self._scheduler.running
+        """Requests that hold a slot, or whose end has not been told."""
+        return self._scheduler.running + (0 if self._queued is None else len(self._queued.ended))
 
     @property
     def waiting(self) -> int:
@@ -202,46 +240,88 @@ class Generator:
     @torch.inference_mode()
     def step(self) -> list[GeneratedToken | FailedRequest]:
         """One token for every request whose prompt has been read, or why it fails."""
-        runs = self._scheduler.next_step()
-        if not runs:
+        step = self._take_queued() or self._queue()
+        if step is None:
             return []
+        if AHEAD[self.forward.device.type] and self._may_go_on(step):
+            self._queued = self._queue(step)
+        events = self._told(step)
+        self._release_followers(step.read)
+        return [*step.ended, *events]
+
+    def _take_queued(self) -> _QueuedStep | None:
+        """The step that has been queued ahead, if somebody still waits for it."""
+        step, self._queued = self._queued, None
+        if step is None or step.ended or self._live.keys() & {*step.requests, *step.read}:
+            return step
+        step.arrived()
+        return None
+
+    def _queue(self, before: _QueuedStep | None = None) -> _QueuedStep | None:
+        """Have the device compute the next step; `before` it comes one whose tokens are there alone."""
+        unread = {} if before is None else {number: row for row, number in enumerate(before.requests)}
+        last = [number for number in unread if number in self._live and self._live[number].left == 1]
+        runs = self._scheduler.next_step(without=last)
+        if not runs:
+            return None
         best = self.forward.order([(self._live[run.request].request.adapter, run.tokens) for run in runs])
         runs = [runs[index] for index in best]
         rows = [run.tokens if self._is_scored(run) else int(run.last) for run in runs]
-        logits = self._logits(runs, rows)
+        logits = self._logits(runs, rows, self._unread_ids(runs, unread, before))
         for run, of_run in zip(runs, logits.split(rows), strict=True):
             if self._is_scored(run):
                 self._score(run, of_run)
-        last = {run.request: end - 1 for run, end in zip(runs, itertools.accumulate(rows), strict=True) if run.last}
-        ended = [self._ended(number) for number in last if not self._live[number].limit]
-        wanted = {number: row for number, row in last.items() if number in self._live}
+        read = {run.request: end - 1 for run, end in zip(runs, itertools.accumulate(rows), strict=True) if run.last}
+        ended = [self._ended(number) for number in read if not self._live[number].limit]
+        wanted = {number: row for number, row in read.items() if number in self._live}
         if len(wanted) < len(logits):
             logits = logits[list(wanted.values())]
-        events = self._sampled(list(wanted), logits)
-        self._release_followers(last)
-        return [*ended, *events]
+        tokens = sample(logits, [self._live[number].sampler for number in wanted])
+        on_host = to_host(tokens)
+        return _QueuedStep(list(wanted), logits, tokens, on_host, arrival(tokens.device), ended, list(read))
+
+    def _may_go_on(self, step: _QueuedStep) -> bool:
+        """Whether nobody needs this step's tokens, or its logits, on the host before the next one begins."""
+        live = [self._live[number] for number in step.requests if number in self._live]
+        return not any(of.sampler.waits or of.request.logprobs is not None for of in live)
+
+    def _unread_ids(
+        self, runs: Sequence[Run], unread: Mapping[int, int], before: _QueuedStep | None
+    ) -> UnreadIds | None:
+        """Which of the ids of these runs are tokens of the step before."""
+        places = itertools.accumulate((run.tokens for run in runs), initial=0)
+        found = [
+            (place, unread[run.request]) for place, run in zip(places, runs, strict=False) if run.request in unread
+        ]
+        if before is None or not found:
+            return None
+        of_step, of_tokens = torch.tensor(found).t().contiguous()
+        return UnreadIds(of_step, of_tokens, before.tokens)
 
     def _take_slot(self, number: int) -> tuple[int, int] | None:
         live = self._live[number]
         owner = self.base.fingerprint if live.request.adapter is None else live.request.digest
         most_tokens = len(live.request.prompt) + live.limit
-        return self._cache.take(live.ids, owner, most_tokens, share=live.request.prompt_logprobs is None)
+        taken = self._cache.take(live.ids, owner, most_tokens, share=live.request.prompt_logprobs is None)
+        live.cached = 0 if taken is None else taken[1]
+        return taken
 
     def _is_scored(self, run: Run) -> bool:
         """Whether these are tokens of a prompt whose log-probabilities are asked for."""
         request = self._live[run.request].request
         return request.prompt_logprobs is not None and run.start < len(request.prompt)
 
-    def _logits(self, runs: Sequence[Run], rows: Sequence[int]) -> Tensor:
+    def _logits(self, runs: Sequence[Run], rows: Sequence[int], unread: UnreadIds | None) -> Tensor:
         """`[sum(rows), vocabulary]`: of so many last tokens of each run."""
-        ids = [self._live[run.request].ids[run.start : run.start + run.tokens] for run in runs]
+        ids = [self._live[run.request].ids[run.start : run.start + run.tokens] or [0] for run in runs]
         joined = [token for of_run in ids for token in of_run]
         positions = [position for run in runs for position in range(run.start, run.start + run.tokens)]
         tokens = torch.tensor([joined, positions])
         adapters = [(self._live[run.request].request.adapter, run.tokens) for run in runs]
         ends = itertools.accumulate(run.tokens for run in runs)
         wanted = [row for end, count in zip(ends, rows, strict=True) for row in range(end - count, end)]
-        return self.forward.step(Step(tokens[0], tokens[1], adapters, self._cache.step(runs, ids), wanted))
+        attend = self._cache.step(runs, [self._live[run.request].take_known(run) for run in runs])
+        return self.forward.step(Step(tokens[0], tokens[1], adapters, attend, wanted, unread))
 
     def _score(self, run: Run, logits: Tensor) -> None:
         """Score the tokens of a prompt that follow those of `run` by its logits `[tokens, vocabulary]`."""
@@ -250,17 +330,18 @@ class Generator:
         assert top is not None
         live.prompt_logprobs += token_logprobs(logits[: len(tokens)], tokens, [top] * len(tokens))
 
-    def _sampled(self, numbers: Sequence[int], logits: Tensor) -> list[GeneratedToken | FailedRequest]:
-        """The next token of each request, by its row of `[n, vocabulary]`."""
-        tokens = sample(logits, [self._live[number].sampler for number in numbers])
-        scored = self._answer_logprobs(numbers, tokens, logits)
-        return [self._accept(number, token, scored.get(number)) for number, token in zip(numbers, tokens, strict=True)]
+    def _told(self, step: _QueuedStep) -> list[GeneratedToken | FailedRequest]:
+        """The next token of each request that is not over."""
+        step.arrived()
+        tokens = dict(zip(step.requests, step.on_host.tolist(), strict=True))
+        scored = self._answer_logprobs(step.requests, list(tokens.values()), step.logits)
+        return [self._accept(of, token, scored.get(of)) for of, token in tokens.items() if of in self._live]
 
     def _answer_logprobs(
         self, numbers: Sequence[int], tokens: Sequence[int], logits: Tensor
     ) -> dict[int, TokenLogprob]:
-        tops = [self._live[number].request.logprobs for number in numbers]
-        asked = [(row, top) for row, top in enumerate(tops) if top is not None]
+        live = [(row, self._live[number]) for row, number in enumerate(numbers) if number in self._live]
+        asked = [(row, of.request.logprobs) for row, of in live if of.request.logprobs is not None]
         if not asked:
             return {}
         rows = [row for row, _ in asked]
@@ -270,6 +351,7 @@ class Generator:
     def _accept(self, number: int, token: int, logprob: TokenLogprob | None) -> GeneratedToken | FailedRequest:
         """Record a token, and let the request go where the answer is over."""
         live, grammar = self._live[number], self._live[number].sampler.grammar
+        live.sampler.accept(token)
         if grammar is not None and grammar.error is not None:
             self.abort(number)
             return FailedRequest(number, grammar.error)

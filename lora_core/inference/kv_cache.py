@@ -58,7 +58,8 @@ class _Slot:
     """
 
     owner: str | None = None
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)  # that are known
+    computed: int = 0
     taken: bool = False
     used_at: int = 0
     finite: int = 0
@@ -83,7 +84,9 @@ class KVCache(Protocol):
         ...
 
     def step(self, runs: Sequence[Run], ids: Sequence[Sequence[int]]) -> Attend:
-        """Attend in a forward pass over `[1, tokens]`, the tokens `ids` of these runs end to end."""
+        """Attend in a forward pass over `[1, tokens]`, the tokens of these runs end to end. `ids` are what has become
+        known of each sequence: with these tokens all, but for those that are not read yet.
+        """
         ...
 
 
@@ -140,7 +143,7 @@ class SlotKVCache:
                 self._copy(source, index, shared)
         slot = self._slots[index]
         slot.owner, slot.tokens, slot.taken, slot.used_at = owner, list(prompt[:shared]), True, next(self._clock)
-        slot.finite = min(slot.finite, shared)
+        slot.computed, slot.finite = shared, min(slot.finite, shared)
         return index, shared
 
     def release(self, slot: int) -> None:
@@ -149,11 +152,13 @@ class SlotKVCache:
         self._slots[slot].used_at = next(self._clock)
 
     def step(self, runs: Sequence[Run], ids: Sequence[Sequence[int]]) -> Attend:
-        """Attend in a forward pass over `[1, tokens]`, the tokens `ids` of these runs end to end."""
+        """See `KVCache`."""
         for run, tokens in zip(runs, ids, strict=True):
             slot = self._slots[run.slot]
-            assert run.start + run.tokens <= self.context and run.start == len(slot.tokens)
+            assert run.start == slot.computed
+            slot.computed += run.tokens
             slot.tokens.extend(tokens)
+            assert len(slot.tokens) <= slot.computed <= self.context
             slot.finite = max(slot.finite, run.start + run.tokens)
         return _StepAttention(self, runs)
 

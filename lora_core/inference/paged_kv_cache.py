@@ -25,7 +25,8 @@ _Key = tuple[object, tuple[int, ...]]
 class _Sequence:
     pages: list[int]
     before: object  # what the next page's key begins with; None: it is shared with nobody
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)  # that are known
+    computed: int = 0
     known: int = 0  # pages from the beginning on that have been offered to others
 
 
@@ -64,7 +65,7 @@ class PagedKVCache:
             self._users[page] += 1
         slot = self._slots.pop()
         tokens = len(shared) * PAGE_TOKENS
-        self._sequences[slot] = _Sequence(pages, before, list(prompt[:tokens]), len(shared))
+        self._sequences[slot] = _Sequence(pages, before, list(prompt[:tokens]), tokens, len(shared))
         self._kv.assign(slot, pages)
         return slot, tokens
 
@@ -79,12 +80,13 @@ class PagedKVCache:
         self._slots.append(slot)
 
     def step(self, runs: Sequence[Run], ids: Sequence[Sequence[int]]) -> Attend:
-        """Attend in a forward pass over `[1, tokens]`, the tokens `ids` of these runs end to end."""
+        """See `KVCache`."""
         for run, tokens in zip(runs, ids, strict=True):
             sequence = self._sequences[run.slot]
-            assert run.start == len(sequence.tokens)
-            assert run.start + run.tokens <= len(sequence.pages) * PAGE_TOKENS
+            assert run.start == sequence.computed
+            sequence.computed += run.tokens
             sequence.tokens.extend(tokens)
+            assert len(sequence.tokens) <= sequence.computed <= len(sequence.pages) * PAGE_TOKENS
             self._offer(sequence)
         return PagedAttention(self._kv, [Stretch(run.slot, run.start, run.tokens) for run in runs])
 

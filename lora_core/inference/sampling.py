@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lora_core.inference.grammar import Grammar
 from lora_core.inference.sampling_params import SamplingParams
+from lora_core.kernels.transfer import to_device
 
 _LIKELY = 256  # candidates looked at first: to sort 8 x 49,152 logits took 11.6 ms on 2 cores, their top 256 0.4 ms
 
@@ -58,6 +59,11 @@ class Sampler:
         """Whether logits are changed before a token is chosen."""
         return self.grammar is not None or self.params.adjusts
 
+    @property
+    def waits(self) -> bool:
+        """Whether a token is chosen by the one before, or by looking at what the device has found."""
+        return self.adjusts or not (self.params.greedy or 0 < self.params.top_k <= _LIKELY)
+
     def adjusted(self, logits: Tensor) -> Tensor:
         """Logits `[vocabulary]` with mask, bias and penalties, fp32 or wider."""
         params, wide = self.params, logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
@@ -76,13 +82,15 @@ class Sampler:
         return wide
 
 
-def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
-    """Choose n token ids by logits `[n, vocabulary]` and a sampler for each row, which takes note of its own."""
+def sample(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+    """Choose token ids int64 `[n]` by logits `[n, vocabulary]` and a sampler for each row, which is to `accept` its own
+    when it is known.
+    """
     if adjusted := [row for row, sampler in enumerate(samplers) if sampler.adjusts]:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         for row in adjusted:
             logits[row] = samplers[row].adjusted(logits[row])
-    tokens: list[int] = logits.argmax(-1).tolist()
+    tokens = logits.argmax(-1)
     drawn = [row for row, sampler in enumerate(samplers) if not sampler.params.greedy]
     if drawn:
         params = [samplers[row].params for row in drawn]
@@ -91,23 +99,23 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
             (of_row.temperature, of_row.top_p, of_row.min_p, k, samplers[row].uniform())
             for row, of_row, k in zip(drawn, params, most, strict=True)
         ]
-        temperature, *rules = torch.tensor(numbers, dtype=torch.float64, device=logits.device).split(1, dim=1)
-        chosen = _draw(logits[drawn].float() / temperature.float(), *rules)
-        for row, token in zip(drawn, chosen.tolist(), strict=True):
-            tokens[row] = token
-    for sampler, token in zip(samplers, tokens, strict=True):
-        sampler.accept(token)
+        rows = to_device(torch.tensor(drawn), logits.device)
+        temperature, *rules = to_device(torch.tensor(numbers, dtype=torch.float64), logits.device).split(1, dim=1)
+        surely = max(most) <= _LIKELY
+        tokens[rows] = _draw(logits[rows].float() / temperature.float(), *rules, surely=surely)
     return tokens
 
 
-def _draw(logits: Tensor, *rules: Tensor) -> Tensor:
-    """Draw token ids `[n]` by scaled logits `[n, vocabulary]`; top_p, min_p, top_k and uniform float64 `[n, 1]`."""
+def _draw(logits: Tensor, *rules: Tensor, surely: bool) -> Tensor:
+    """Draw token ids `[n]` by scaled logits `[n, vocabulary]`; top_p, min_p, top_k and uniform float64 `[n, 1]`. What
+    they leave is `surely` among the likely ones.
+    """
     probabilities = torch.softmax(logits, dim=-1)
     total = probabilities.double().sum(-1, keepdim=True)
     values, order = probabilities.topk(min(_LIKELY, logits.shape[-1]))
     index, found = _invert(values, total, *rules)
     tokens = order.gather(-1, index)
-    if not found.all():
+    if not surely and not found.all():
         rest = ~found[:, 0]
         values, order = probabilities[rest].sort(dim=-1, descending=True)
         index, _ = _invert(values, total[rest], *(rule[rest] for rule in rules))

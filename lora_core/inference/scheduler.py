@@ -8,7 +8,7 @@ is read in chunks over several steps, and short ones share a step, so that neith
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 
@@ -84,9 +84,10 @@ class RequestScheduler:
         else:
             self._waiting = deque(waiting for waiting in self._waiting if waiting.request != request)
 
-    def next_step(self) -> list[Run]:
-        """What is computed next; it counts as computed from now on."""
-        runs = {number: self._run(number, 1) for number, one in self._running.items() if one.done >= one.prompt_tokens}
+    def next_step(self, without: Collection[int] = ()) -> list[Run]:
+        """What is computed next; it counts as computed from now on. `without` these, whose answers are complete."""
+        answered = [number for number, one in self._running.items() if one.done >= one.prompt_tokens]
+        runs = {number: self._run(number, 1) for number in answered if number not in without}
         budget = self._mixed_tokens if runs else self._prefill_tokens
         reading = [number for number, one in self._running.items() if one.done < one.prompt_tokens]
         while budget > 0 and (number := reading.pop(0) if reading else self._admit()) is not None:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lora_core.adapters.peft_format import read_adapter
 from lora_core.inference.detokenizer import TextStream, TokenTexts
-from lora_core.inference.engine import GenerationRequest, Generator, PromptTooLongError, UnknownTokenError
+from lora_core.inference.engine import AHEAD, GenerationRequest, Generator, PromptTooLongError, UnknownTokenError
 from lora_core.inference.sampling_params import SamplingParams
 from lora_core.models.base import BaseModel, load_base
 from lora_core.models.files import local_folder
@@ -99,7 +99,9 @@ def encode(base: BaseModel, text: str) -> list[int]:
     return ids
 
 
-def test_greedy_equals_transformers_and_peft_alone_and_beside_others(stock: Stock, tmp_path: Path) -> None:
+def test_greedy_equals_transformers_and_peft_alone_and_beside_others(
+    stock: Stock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     adapters = [random_adapter(stock.bank, 1), random_adapter(stock.bank, 2, r=9)]
     everything = list(stock.bank.modules)  # gemma2's output head too, which is not tied
     adapters.append(random_adapter(stock.bank, 3, targets=everything, dora=True))
@@ -124,6 +126,8 @@ def test_greedy_equals_transformers_and_peft_alone_and_beside_others(stock: Stoc
     assert together == expected
     assert len({tuple(tokens) for tokens in together}) == len(plan), "answers must differ, or equality proves nothing"
     assert run(generator, requests[4:8])[0] == expected[4:8]  # few of them, in slots that others have used
+    monkeypatch.setitem(AHEAD, "cpu", True)
+    assert run(generator, requests)[0] == expected
 
 
 def test_greedy_equals_transformers_on_a_real_model(shared_cache: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lora_core.inference.engine import GenerationRequest, Generator
+from lora_core.inference.engine import AHEAD, GenerationRequest, Generator
 from lora_core.inference.sampling_params import SamplingParams
 from lora_core.models.attention import ATTENTION_NAME
 from lora_core.models.base import BaseModel, placed
@@ -86,7 +86,7 @@ def some_requests(forward: Forward, count: int, longest: int) -> list[Generation
                 prompt=[*(beginning if number % 2 else []), *ids],
                 adapter=adapters[which] if which < len(RANKS) else None,
                 digest=str(which),
-                sampling=SamplingParams(temperature=0.7, seed=number),
+                sampling=SamplingParams(temperature=0.7, seed=number, top_k=-1 if number % 3 == 0 else 40),
                 max_tokens=dice.choice([2, 5, 9]),
             )
         )
@@ -152,17 +152,22 @@ def test_products_that_depend_on_their_rows_are_found(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
-def test_ten_thousand_events_and_no_wrong_token() -> None:
-    """Requests come, go on, are given up and end in any order, in fewer slots than there are requests."""
+def test_ten_thousand_events_and_no_wrong_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests come, go on, are given up and end in any order, in fewer slots than there are requests, by steps that
+    are queued ahead of the tokens before them and by others.
+    """
     base = base_of(TINY)
     forward = open_forward(base)
     requests = some_requests(forward, 14, 60)
-    expected = [answers(base, forward, [request], slots=1)[0].tokens for request in requests]
+    ends = frozenset(range(0, 264, 12))
+    expected = [upto(ends, answers(base, forward, [request], slots=1)[0].tokens) for request in requests]
+    assert 0 < sum(len(tokens) < request.max_tokens for tokens, request in zip(expected, requests, strict=True)) < 9
     generator = Generator(base, forward, slots=5, max_len=512, mixed_tokens=24, prefill_tokens=64)
-    generator.end_tokens = frozenset()
-    dice, live, ended = random.Random(2), dict[int, tuple[int, list[int]]](), 0
+    generator.end_tokens = ends
+    dice, live, ended, ahead = random.Random(2), dict[int, tuple[int, list[int]]](), 0, 0
     for _ in range(10_000):
         chance = dice.random()
+        monkeypatch.setitem(AHEAD, "cpu", dice.random() < 0.7)
         if chance < 0.12 and len(live) < 12:
             which = dice.randrange(len(requests))
             live[generator.add(requests[which])] = which, []
@@ -179,5 +184,11 @@ def test_ten_thousand_events_and_no_wrong_token() -> None:
                     assert tokens == expected[which]
                     del live[event.request]
                     ended += 1
+            ahead += generator._queued is not None
         assert generator.running + generator.waiting == len(live) and generator.running <= 5
-    assert ended > 500
+    assert ended > 500 and ahead > 1000
+
+
+def upto(ends: frozenset[int], tokens: list[int]) -> list[int]:
+    """To the first of these."""
+    return tokens[: next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))]

@@ -15,7 +15,6 @@ from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.targets import adaptable_linears
 from lora_core.config import LoraConfig
 from lora_core.data.packing import PackedBatch
-from lora_core.kernels.transfer import to_device
 from lora_core.models.base import BaseModel
 from lora_core.models.exactness import Exactness, FrozenProduct, exactness_of
 from lora_core.models.hooks.bank import AdapterBank, Segment
@@ -88,7 +87,7 @@ class HooksForward:
 
     def step(self, step: Step) -> Tensor:
         """Logits `[n, vocabulary]` of the n tokens that are asked for."""
-        ids, positions = to_device(torch.stack([step.ids, step.positions]), self.device)
+        ids, positions = step.inputs(self.device)
         with self.modules.routed(_segments(step.runs)):
             hidden = self.base.hidden(ids[None], positions[None], step.attend)[0]
         with self.modules.routed(_segments([(adapter, 1) for adapter in step.adapters()])):

@@ -83,8 +83,9 @@ class DecodeGraphs:
         self._decoder, self._head, self.kv = decoder, head, kv
         self._graphs: dict[_Shape, _Graph] = {}
         device = kv.device
-        self._host = torch.zeros(9, ROWS[-1], dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._inputs = torch.zeros(9, ROWS[-1], dtype=torch.int64, device=device)
+        pinned = device.type == "cuda"
+        self._hosts = [torch.zeros(11, ROWS[-1], dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
+        self._inputs = torch.zeros(11, ROWS[-1], dtype=torch.int64, device=device)
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._no_adapter = torch.zeros(len(decoder.groups) * _fields(), dtype=torch.int64, device=device)
         cos, sin = decoder.rotary(decoder.embedding[:1], torch.arange(kv.context, device=device)[None])
@@ -147,9 +148,12 @@ class DecodeGraphs:
         tiles: Sequence[tuple[int, int]],
         attending: Sequence[tuple[int, int]],
     ) -> None:
-        """Copy to the GPU what is this step's: rows past its own are at position -1."""
+        """Copy to the GPU what is this step's: rows past its own are at position -1. The last step's copy may not have
+        begun; that of the one before has, since its tokens have been read.
+        """
         rows, none = len(step.ids), self._no_adapter.data_ptr()
-        host = self._host.numpy()
+        self._hosts.reverse()
+        host = self._hosts[0].numpy()
         counts = [tokens for _, tokens in step.runs]
         addresses = [none if adapter is None else adapter.address for adapter, _ in step.runs]
         host[:3, :rows] = (
@@ -167,7 +171,13 @@ class DecodeGraphs:
             flat[len(pieces) : count] = 0
             if pieces:
                 flat[: len(pieces)] = pieces
-        self._inputs.copy_(self._host, non_blocking=True)
+        if step.unread is not None:
+            count = len(step.unread.places)
+            host[9:, :count] = step.unread.places.numpy(), step.unread.rows.numpy()
+        self._inputs.copy_(self._hosts[0], non_blocking=True)
+        if step.unread is not None:
+            places, of_tokens = self._inputs[9:, :count]
+            self._inputs[0].index_copy_(0, places, step.unread.tokens[of_tokens])
 
     def _capture(self, shape: _Shape) -> _Graph:
         began = time.monotonic()

@@ -17,7 +17,6 @@ from lora_core.adapters.targets import AdaptableModules
 from lora_core.config import LoraConfig
 from lora_core.data.packing import PackedBatch
 from lora_core.kernels.operands import EXACT_DTYPES, NO_ADAPTER
-from lora_core.kernels.transfer import to_device
 from lora_core.models.attention import DocumentAttention, StepAttention
 from lora_core.models.exactness import Exactness, FrozenProduct, exactness_of, served_rows_are_alike
 from lora_core.models.llama.adapters import KernelArgs
@@ -142,7 +141,7 @@ class LlamaForward:
         """Logits `[n, vocabulary]` of the n tokens that are asked for."""
         if isinstance(step.attend, PagedAttention) and len(step.ids) <= ROWS[-1]:
             return self._graph_step(step, step.attend)
-        runs, (ids, positions) = list(step.runs), to_device(torch.stack([step.ids, step.positions]), self.device)
+        runs, (ids, positions) = list(step.runs), step.inputs(self.device)
         self.serving_problem()
         if self._is_exact and (missing := EXACT_ROWS - len(ids)) > 0:
             ids, positions, runs = F.pad(ids, (0, missing)), F.pad(positions, (0, missing)), [*runs, (None, missing)]
