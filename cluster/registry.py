@@ -13,7 +13,6 @@ it. A version is the digest of its content: the same files are the same version,
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import itertools
 import json
@@ -22,6 +21,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,30 +170,18 @@ class AdapterRegistry(AdapterAliases):
         Raises:
             StorageCorrupt: a file is not what was published.
         """
-        prefix = self.prefix(version)
-        contents = {}
-        for file, entry in version.manifest["files"].items():
-            content = cache.get(entry["sha256"]) if cache else None
-            if content is None:
-                content = self.storage.get(prefix + file, sha256=entry["sha256"])
-                if cache:
-                    cache.put(entry["sha256"], content)
-            contents[file] = content
-        return contents
+        fetch = partial(self._file, version)
+        if cache is None:
+            return {file: fetch(file) for file in version.manifest["files"]}
+        return cache.contents(version.digest, _sha256s(version), fetch)
 
-    def fetch_once(self, version: AdapterVersion, cache_dir: Path) -> Path:
-        """Return the folder below `cache_dir` that holds the files of this content; one process at a time fetches.
+    def hold(self, version: AdapterVersion, cache: DiskCache) -> Path:
+        """Return the folder in `cache` that has a version's files, checked, as long as this process lives.
 
         Raises:
             StorageCorrupt: a file is not what was published.
         """
-        folder = cache_dir / "versions" / version.digest
-        folder.mkdir(parents=True, exist_ok=True)
-        with folder.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not all((folder / file).exists() for file in version.manifest["files"]):
-                self.fetch(version, folder)
-        return folder
+        return cache.hold(version.digest, _sha256s(version), partial(self._file, version))
 
     def versions(self, base: str, name: str) -> list[str]:
         """Return the ids of the versions that exist, in no particular order of time."""
@@ -222,6 +210,9 @@ class AdapterRegistry(AdapterAliases):
     def prefix(self, version: AdapterVersion) -> str:
         """Return the beginning of the keys of a version's files."""
         return adapter_prefix(self.tenant, version.base, version.name, version.version)
+
+    def _file(self, version: AdapterVersion, file: str) -> bytes:
+        return self.storage.get(self.prefix(version) + file, sha256=version.manifest["files"][file]["sha256"])
 
     def _meant(self, base: str, name: str, version: str) -> tuple[int | None, str]:
         """Return number, where that costs nothing, and id of what somebody names by id, number or alias. Raises
@@ -261,6 +252,10 @@ class AdapterRegistry(AdapterAliases):
         if digest != manifest.get("digest") or version_of(digest) != version:
             raise StorageCorrupt(f"{key} is damaged: it lists other files; restore it, or delete it and publish again")
         return AdapterVersion(base, name, version, digest, manifest)
+
+
+def _sha256s(version: AdapterVersion) -> dict[str, str]:
+    return {file: entry["sha256"] for file, entry in version.manifest["files"].items()}
 
 
 def content_digest(entries: Mapping[str, Mapping[str, Any]]) -> str:

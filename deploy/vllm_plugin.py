@@ -31,6 +31,7 @@ from cluster.registry import LATEST, AdapterNotFound, AdapterRegistry, AdapterVe
 from cluster.settings import load_settings
 from cluster.storage.base import StorageError
 from cluster.storage.directory import open_storage
+from cluster.storage.disk_cache import DiskCache
 from deploy.serving.origin import origin_problem
 from lora_core.models.files import chat_template_hash, fingerprint_of, load_tokenizer, local_folder
 
@@ -58,6 +59,7 @@ class RegistryResolver(LoRAResolver):  # type: ignore[misc]
         settings = load_settings()
         self._registry = AdapterRegistry(open_storage(settings.storage_url), settings.tenant)
         self._cache_dir = settings.cache_dir
+        self._disk = DiskCache(settings.cache_dir / "versions", int(settings.adapter_disk_gib * 2**30))
         self._origin = cache(self._origin_of)
         self.follows_latest = False
 
@@ -90,7 +92,7 @@ class RegistryResolver(LoRAResolver):  # type: ignore[misc]
         problem = origin_problem(version, base_model_name, *self._origin(base_model_name))
         if problem is not None:
             raise VLLMClientError(problem)
-        folder = self._registry.fetch_once(version, self._cache_dir)
+        folder = self._registry.hold(version, self._disk)  # vLLM may read it again at any time
         name = f"{version.base}:{version.name}@{version.version}"
         return PublishedAdapter(name, _number(version.digest, folder.parent), str(folder))
 

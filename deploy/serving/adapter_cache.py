@@ -72,7 +72,7 @@ class AdapterCache:
         self._device = MemoryTier[Bound]("device", _device_bytes(settings, base.device), metrics)
         self._host = MemoryTier[Adapter]("host", int(settings.adapter_host_gib * 2**30) if on_gpu else 0, metrics)
         disk = 0 if isinstance(registry.storage, DirectoryStorage) else int(settings.adapter_disk_gib * 2**30)
-        self._disk = DiskCache(settings.cache_dir / "adapters", disk) if disk else None
+        self._disk = DiskCache(settings.cache_dir / "versions", disk) if disk else None
 
     @asynccontextmanager
     async def use(self, tenant: str, adapter: str, digest: str) -> AsyncIterator[Bound]:

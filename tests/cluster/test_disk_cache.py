@@ -1,42 +1,90 @@
-"""Files of a bucket on disk: bounded, checked, and shared by processes."""
+"""Versions on disk: bounded, checked, fetched once, and shared by processes, none of which loses what it holds."""
 
 from __future__ import annotations
 
-import hashlib
 import os
+import threading
 from pathlib import Path
 
-from cluster.registry import AdapterRegistry
+import pytest
+
+from cluster.registry import AdapterRegistry, AdapterVersion
 from cluster.storage.directory import open_storage
 from cluster.storage.disk_cache import DiskCache
 
 
-def sha(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+class Counted:
+    """A registry of versions of ten bytes each, and what was read of its storage."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        storage = open_storage(folder.as_uri())
+        self.registry, self.fetched, get = AdapterRegistry(storage), [], storage.get
+        self.versions = [self.registry.publish("tiny", "name", self.files(n), {}) for n in range(4)]
+
+        def counting(key: str, *, sha256: str | None = None) -> bytes:
+            self.fetched.append(key.rpartition("/")[2])
+            return get(key, sha256=sha256)
+
+        monkeypatch.setattr(storage, "get", counting)
+
+    @staticmethod
+    def files(n: int) -> dict[str, bytes]:
+        return {"a": bytes([n]) * 4, "b": bytes([n]) * 6}
+
+    def read(self, n: int, cache: DiskCache) -> list[str]:
+        """What had to be fetched for it."""
+        self.fetched.clear()
+        assert self.registry.contents(self.versions[n], cache) == self.files(n)
+        return sorted(self.fetched)
 
 
-def test_what_was_used_longest_ago_makes_room_and_what_is_damaged_counts_as_gone(tmp_path: Path) -> None:
-    contents = [bytes([n]) * 10 for n in range(4)]
-    names = [sha(content) for content in contents]
-    cache, other = DiskCache(tmp_path / "cache", 30), DiskCache(tmp_path / "cache", 30)
-    assert cache.get(names[0]) is None
-    for age, (name, content) in enumerate(zip(names[:3], contents, strict=False)):
-        cache.put(name, content)
-        os.utime(tmp_path / "cache" / name, (age, age))
-    assert other.get(names[0]) == contents[0]
-    other.put(names[3], contents[3])
-    assert [cache.get(name) is not None for name in names] == [True, False, True, True]
-    (tmp_path / "cache" / names[2]).write_bytes(b"damaged")
-    assert cache.get(names[2]) is None and len(list((tmp_path / "cache").iterdir())) == 2
-    cache.put(sha(b"x" * 31), b"x" * 31)
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+@pytest.fixture
+def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Counted:
+    return Counted(tmp_path / "storage", monkeypatch)
 
 
-def test_a_version_is_fetched_once(tmp_path: Path) -> None:
-    registry, cache = AdapterRegistry(open_storage((tmp_path / "s").as_uri())), DiskCache(tmp_path / "cache", 100)
-    files = {"a": b"1", "b": b"22"}
-    version = registry.publish("tiny", "name", files, {})
-    assert registry.contents(version, cache) == registry.contents(version) == files
-    for path in (tmp_path / "s" / "adapters").rglob("[ab]"):
-        path.unlink()
-    assert registry.contents(version, cache) == files
+def used(folder: Path, version: AdapterVersion, at: int) -> Path:
+    os.utime(folder / version.digest, (at, at))
+    return folder / version.digest
+
+
+def test_what_was_used_longest_ago_makes_room_and_what_is_damaged_counts_as_gone(
+    counted: Counted, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cache"
+    cache, other = DiskCache(folder, 30), DiskCache(folder, 30)
+    for n in range(3):
+        assert counted.read(n, cache) == ["a", "b"] and counted.read(n, other) == []
+        used(folder, counted.versions[n], n)
+    assert counted.read(0, other) == []  # and so it was used last
+    assert counted.read(3, other) == ["a", "b"]
+    assert [(folder / version.digest).exists() for version in counted.versions] == [True, False, True, True]
+    (folder / counted.versions[2].digest / "b").write_bytes(b"damaged")
+    assert counted.read(2, cache) == ["b"] and counted.read(2, cache) == []
+    small = DiskCache(tmp_path / "small", 9)
+    assert counted.read(0, small) == counted.read(0, small) == ["a", "b"]
+    (tmp_path / "file").touch()
+    assert counted.read(0, DiskCache(tmp_path / "file" / "cache", 30)) == ["a", "b"]  # that cannot be written
+
+
+def test_what_a_process_holds_stays_and_is_fetched_once(counted: Counted, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    caches, together = [DiskCache(folder, 10) for _ in range(2)], threading.Barrier(4)
+
+    def hold(cache: DiskCache) -> None:
+        together.wait()
+        assert counted.registry.hold(counted.versions[0], cache) == folder / counted.versions[0].digest
+
+    threads = [threading.Thread(target=hold, args=(cache,)) for cache in caches * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(counted.fetched) == ["a", "b"]
+    held = used(folder, counted.versions[0], 0)
+    for n in (1, 2):
+        assert counted.read(n, caches[1]) == ["a", "b"]
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == sorted(
+        counted.versions[n].digest for n in (0, 2)
+    )
+    assert {path.name: path.read_bytes() for path in held.iterdir()} == counted.files(0)

@@ -77,31 +77,6 @@ def test_the_version_is_the_content(storage: Storage) -> None:
     assert sorted(registry.versions(BASE, NAME)) == sorted([first.version, *(other.version for other in others)])
 
 
-def test_one_version_is_fetched_once(storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    registry = AdapterRegistry(storage)
-    version = registry.publish(BASE, NAME, {"a": b"a", "b": b"b"}, {})
-    fetched: list[Path] = []
-    fetch, together = storage.fetch, threading.Barrier(4)
-
-    def record(key: str, path: Path, *, sha256: str | None = None) -> None:
-        fetched.append(path)
-        fetch(key, path, sha256=sha256)
-
-    def once() -> None:
-        together.wait()
-        assert registry.fetch_once(version, tmp_path) == tmp_path / "versions" / version.digest
-
-    monkeypatch.setattr(storage, "fetch", record)
-    threads = [threading.Thread(target=once) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(path.name for path in fetched) == ["a", "b"]
-    (tmp_path / "versions" / version.digest / "b").unlink()  # of a fetch that was killed
-    assert (registry.fetch_once(version, tmp_path) / "b").read_bytes() == b"b"
-
-
 def test_publishing_again_writes_no_file_and_makes_it_the_latest(storage: Storage) -> None:
     registry = AdapterRegistry(storage)
     first = registry.publish(BASE, NAME, content(1), {})
