@@ -142,11 +142,11 @@ class AdapterCache:
             raise AdapterRefusedError(problem)
 
     def _read(self, registry: AdapterRegistry, what: str, version: AdapterVersion) -> Adapter:
-        """Return it in host memory, in the dtype of the base."""
+        """Return it in host memory, ready for the device."""
         began = time.monotonic()
         files = registry.contents(version, self._disk)
         fetched = time.monotonic()
-        adapter = parse_adapter(what, files, self._forward.modules).to(self._base.model.dtype)
+        adapter = self._forward.stage(parse_adapter(what, files, self._forward.modules))
         self._metrics.adapter_stage("fetch", fetched - began)
         self._metrics.adapter_stage("parse", time.monotonic() - fetched)
         return adapter

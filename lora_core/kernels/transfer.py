@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -32,3 +34,22 @@ def arrival(device: torch.device) -> Callable[[], object]:
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))
     return event.synchronize
+
+
+@contextmanager
+def beside_kernels(device: torch.device) -> Iterator[None]:
+    """Queue what the block sends to a GPU on a stream of its own, and wait for that at the end: no kernel that others
+    launch meanwhile waits for it.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.stream(_uploads(device)):
+        yield
+    _uploads(device).synchronize()
+
+
+@cache
+def _uploads(device: torch.device) -> torch.cuda.Stream:
+    """One for all, as torch keeps the memory of each stream apart."""
+    return torch.cuda.Stream(device)

@@ -63,8 +63,14 @@ class Forward(Protocol):
         """The adapter as this path takes it, with the memory of its weights and gradients."""
         ...
 
+    def stage(self, adapter: Adapter) -> Adapter:
+        """An adapter that is only served, in host memory as `load` copies it soonest."""
+        ...
+
     def load(self, adapter: Adapter) -> Bound:
-        """The same of an adapter that is only served, which is copied to where and to what this path takes."""
+        """The same of an adapter that is only served, staged or not, which is copied to where and to what this path
+        takes; what a device computes meanwhile does not wait for that.
+        """
         ...
 
     def ready(

@@ -72,7 +72,7 @@ def _measure(
     """Median seconds from each tier."""
 
     def host(of: DiskCache | None) -> Adapter:
-        return parse_adapter("adapter", registry.contents(version, of), forward.modules).to(base.model.dtype)
+        return forward.stage(parse_adapter("adapter", registry.contents(version, of), forward.modules))
 
     kept = host(cache)
     cases: dict[str, Callable[[], object]] = {

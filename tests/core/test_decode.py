@@ -4,6 +4,7 @@ the whole generator, with graphs and prompts in chunks, against the same weights
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from lora_core.inference.scheduler import Run
 from lora_core.models.attention import Attend
 from lora_core.models.base import BaseModel, placed
 from lora_core.models.forward import open_forward
-from lora_core.models.llama.adapters import KernelArgs
+from lora_core.models.llama.adapters import KernelArgs, memory_of, on_device, staged
 from lora_core.models.llama.decode import DecodeGraphs
 from lora_core.models.llama.forward import LlamaForward
 from lora_core.models.paged_kv import PAGE_TOKENS, PagedAttention, PagedKV, Stretch
@@ -179,6 +180,47 @@ def forced(base: BaseModel, adapters: int, monkeypatch: pytest.MonkeyPatch, **se
         assert generator._cache.free_pages == len(generator._cache._kv.keys[0])
     forward.close()
     return torch.stack([torch.stack(seen[number]) for number in sorted(seen)])
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_in_one_piece_is_the_one_that_it_was(dora: bool) -> None:
+    """What is copied to a GPU as one is told from others, and has the bits of one that is loaded as it comes."""
+    forward = open_forward(decoder_base("llama", torch.float32))
+    adapter = random_adapter(forward.modules, 1, r=6, dora=dora)
+    piece = staged(adapter, torch.float32, pinned=False)
+    memory = memory_of(piece, torch.float32)
+    assert memory is not None and memory.numel() == sum(
+        map(torch.Tensor.numel, (*adapter.a.values(), *adapter.b.values()))
+    )
+    turned = dataclasses.replace(piece, a=dict(reversed(piece.a.items())))
+    others = ((piece, torch.bfloat16), (adapter, torch.float32), (turned, torch.float32))
+    assert [memory_of(other, dtype) for other, dtype in others] == [None] * 3
+    for found in (on_device(piece, memory, forward.device), forward.load(adapter).adapter):
+        assert found.cast is not None and all(b.t().is_contiguous() for _, b in found.cast.values())
+        for name, (a, b) in found.cast.items():
+            assert torch.equal(a, adapter.a[name]) and torch.equal(b, adapter.b[name])
+        assert found.magnitude.keys() == adapter.magnitude.keys()
+    before = adapter.a[next(iter(adapter.a))].clone()
+    memory.zero_()
+    assert torch.equal(adapter.a[next(iter(adapter.a))], before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_an_upload_waits_for_no_kernel() -> None:
+    model = tiny_model("llama", 3, dtype=torch.bfloat16, intermediate_size=176)
+    base = placed(BaseModel(model, NoText(), "tiny", "0" * 64, "bf16", model.device), torch.device("cuda"))
+    forward = open_forward(base, "llama")
+    piece = forward.stage(random_adapter(forward.modules, 1))
+    forward.load(piece)  # memory and stream are made
+    busy = torch.cuda.Event()
+    torch.cuda._sleep(2_000_000_000)  # a second
+    busy.record()
+    bound = forward.load(piece)
+    assert not busy.query()
+    busy.synchronize()
+    for name, (a, b) in bound.adapter.cast.items():
+        assert torch.equal(a.cpu(), piece.a[name]) and torch.equal(b.cpu(), piece.b[name])
 
 
 @pytest.mark.gpu

@@ -52,6 +52,9 @@ class HooksForward:
     def bind(self, adapter: Adapter) -> Adapter:
         return adapter
 
+    def stage(self, adapter: Adapter) -> Adapter:
+        return adapter.to(self.base.model.dtype)
+
     def load(self, adapter: Adapter) -> Adapter:
         """On the device and in the dtype of the base, to which products would convert it."""
         dtype, device = self.base.model.dtype, self.device

@@ -70,6 +70,57 @@ class KernelArgs:
             torch.div(magnitude.m, magnitude.norm, out=magnitude.scale)
 
 
+def staged(adapter: Adapter, dtype: torch.dtype, *, pinned: bool) -> Adapter:
+    """A copy in host memory and this dtype, which goes to a device in one piece: A of all modules, then B of all,
+    transposed as kernels read it fastest, end to end.
+    """
+    assert adapter.residual is None
+    weights = _in_order(adapter)
+    memory = torch.empty(sum(weight.numel() for weight in weights), dtype=dtype, pin_memory=pinned)
+    copy = _with_weights(adapter, memory)
+    for part, weight in zip(_in_order(copy), weights, strict=True):
+        part.copy_(weight)
+    return copy
+
+
+def memory_of(adapter: Adapter, dtype: torch.dtype) -> Tensor | None:
+    """That of the weights of a `staged` one in this dtype; None of any other."""
+    weights = _in_order(adapter)
+    first, end = weights[0], weights[0].data_ptr()
+    storage = first.untyped_storage().data_ptr()
+    for weight in weights:
+        in_line = weight.data_ptr() == end and weight.untyped_storage().data_ptr() == storage
+        if not in_line or not weight.is_contiguous() or weight.dtype != dtype:
+            return None
+        end += weight.nbytes
+    return first.as_strided((sum(weight.numel() for weight in weights),), (1,))
+
+
+def on_device(adapter: Adapter, memory: Tensor, device: torch.device) -> Adapter:
+    """An adapter with this memory where the base computes, as `KernelArgs` wants it; without norms."""
+    there = _with_weights(adapter, memory.to(device, non_blocking=True))
+    there.norm.clear()
+    there.cast = {name: (there.a[name], there.b[name]) for name in there.a}
+    there.magnitude = {name: m.to(device) for name, m in adapter.magnitude.items()}
+    return there
+
+
+def _in_order(adapter: Adapter) -> list[Tensor]:
+    return [weight.detach() for weight in (*adapter.a.values(), *(b.t() for b in adapter.b.values()))]
+
+
+def _with_weights(like: Adapter, memory: Tensor) -> Adapter:
+    """Those of `like` in this memory."""
+    weights = _in_order(like)
+    parts = memory.split([weight.numel() for weight in weights])
+    views = iter([part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)])
+    a = {name: next(views) for name in like.a}
+    b = {name: next(views).t() for name in like.b}
+    adapter = Adapter(like.scale, a, b, magnitude=like.magnitude)
+    adapter.norm.update(like.norm)
+    return adapter
+
+
 def _magnitudes(adapter: Adapter, groups: Sequence[LinearGroup]) -> dict[str, Magnitude]:
     """With room for norms and scales in one piece."""
     here = {name: m for group in groups for name in group.names if (m := adapter.magnitude.get(name)) is not None}

@@ -17,9 +17,10 @@ from lora_core.adapters.targets import AdaptableModules
 from lora_core.config import LoraConfig
 from lora_core.data.packing import PackedBatch
 from lora_core.kernels.operands import EXACT_DTYPES, NO_ADAPTER
+from lora_core.kernels.transfer import beside_kernels
 from lora_core.models.attention import DocumentAttention, StepAttention
 from lora_core.models.exactness import Exactness, FrozenProduct, exactness_of, served_rows_are_alike
-from lora_core.models.llama.adapters import KernelArgs
+from lora_core.models.llama.adapters import KernelArgs, memory_of, on_device, staged
 from lora_core.models.llama.decode import ROWS, DecodeGraphs
 from lora_core.models.llama.decoder import Checkpointing, Decoder, DecoderBatch, DecoderInput
 from lora_core.models.llama.head import Labels
@@ -94,17 +95,22 @@ class LlamaForward:
     def bind(self, adapter: Adapter) -> KernelArgs:
         return self.decoder.kernel_args(adapter)
 
-    def load(self, adapter: Adapter) -> KernelArgs:
-        """On the device, in the dtype of the base, as kernels read it fastest."""
+    def stage(self, adapter: Adapter) -> Adapter:
+        """In the dtype of the base; beside a GPU in pinned memory, and in one piece."""
         dtype = self.decoder.embedding.dtype
-        stacked = torch.cat([weight.flatten() for weight in adapter.a.values()]).to(self.device, dtype)
-        parts = stacked.split([weight.numel() for weight in adapter.a.values()])
-        a = {name: part.view(weight.shape) for (name, weight), part in zip(adapter.a.items(), parts, strict=True)}
-        b = {name: weight.to(self.device, dtype).t().contiguous().t() for name, weight in adapter.b.items()}
-        magnitude = {name: m.to(self.device) for name, m in adapter.magnitude.items()}
-        cast = {name: (a[name], b[name]) for name in a}
-        bound = self.bind(Adapter(adapter.scale, a, b, cast=cast, magnitude=magnitude))
-        bound.take_norms(adapter.norm)
+        return staged(adapter, dtype, pinned=True) if self.device.type == "cuda" else adapter.to(dtype)
+
+    def load(self, adapter: Adapter) -> KernelArgs:
+        """On the device, in the dtype of the base, as kernels read it fastest; beside what is computed meanwhile."""
+        dtype, on_gpu = self.decoder.embedding.dtype, self.device.type == "cuda"
+        memory = memory_of(adapter, dtype) if on_gpu else None
+        if memory is None:
+            adapter = staged(adapter, dtype, pinned=on_gpu)
+            memory = memory_of(adapter, dtype)
+        assert memory is not None
+        with beside_kernels(self.device):
+            bound = self.bind(on_device(adapter, memory, self.device))
+            bound.take_norms(adapter.norm)
         return bound
 
     def ready(
