@@ -75,6 +75,10 @@ class DecodeLoop:
 
     async def call(self, function: Callable[[], T]) -> T:
         """Return the result of a function that ran on the thread, between two steps."""
+        return await asyncio.wrap_future(self.submit(function))
+
+    def submit(self, function: Callable[[], T]) -> Future[T]:
+        """Let the thread run a function as soon as it can."""
         future: Future[T] = Future()
 
         def command() -> None:
@@ -88,7 +92,7 @@ class DecodeLoop:
 
         if not self._post(command):
             command()
-        return await asyncio.wrap_future(future)
+        return future
 
     @asynccontextmanager
     async def answering(self, choices: Sequence[GenerationRequest]) -> AsyncIterator[AsyncIterator[list[ChoiceToken]]]:

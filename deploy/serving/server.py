@@ -17,6 +17,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from cluster.registry import AdapterNotFound, AdapterRegistry, Publication
@@ -58,6 +59,7 @@ class AdapterServer:
         from lora_core.inference.detokenizer import TokenTexts
         from lora_core.inference.engine import Generator
         from lora_core.inference.grammar import GrammarCompiler
+        from lora_core.inference.warmup import warm_up
         from lora_core.models.base import load_base, token_rows
         from lora_core.models.forward import open_forward
 
@@ -76,6 +78,7 @@ class AdapterServer:
             observe=QueueGauges(name).show,
             patience=settings.engine_iteration_timeout_seconds,
         )
+        self._loop.submit(partial(warm_up, generator)).result()
         registry = AdapterRegistry(open_storage(settings.storage_url), settings.tenant)
         self._adapters = AdapterCache(registry, name, self._base, forward, self._loop, self._metrics, settings)
         log.info(

@@ -19,7 +19,9 @@ from lora_core.inference.engine import GenerationRequest, Generator
 from lora_core.inference.kv_cache import SlotKVCache, _layer_shapes
 from lora_core.inference.paged_kv_cache import PagedKVCache
 from lora_core.inference.sampling import Sampler
+from lora_core.inference.sampling_params import SamplingParams
 from lora_core.inference.scheduler import Run
+from lora_core.inference.warmup import warm_up
 from lora_core.models.attention import Attend
 from lora_core.models.base import BaseModel, placed
 from lora_core.models.forward import open_forward
@@ -221,6 +223,44 @@ def test_an_upload_waits_for_no_kernel() -> None:
     busy.synchronize()
     for name, (a, b) in bound.adapter.cast.items():
         assert torch.equal(a.cpu(), piece.a[name]) and torch.equal(b.cpu(), piece.b[name])
+
+
+def test_a_warm_generator_is_as_it_was() -> None:
+    """On a CPU its steps are plain ones; the next test has the graphs."""
+    base = dataclasses.replace(decoder_base("llama", torch.float32), tokenizer=NoText())
+    for path in ("llama", "hooks"):
+        forward = open_forward(base, path)  # type: ignore[arg-type]
+        answers = []
+        for warm in (False, True):
+            generator = Generator(base, forward, slots=2, max_len=64)
+            if warm:
+                warm_up(generator)
+            assert generator.running == generator.waiting == 0
+            number = generator.add(
+                GenerationRequest(prompt=prompt_of(1, 20), sampling=SamplingParams(seed=3), max_tokens=9)
+            )
+            events = [event for events in iter(generator.step, []) for event in events]
+            answers.append([event.token for event in events if event.request == number])
+        assert answers[0] == answers[1] and len(answers[0]) == 9
+        forward.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_warm_generator_captures_no_graph_for_what_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", 3, dtype=torch.bfloat16, intermediate_size=176)
+    base = placed(BaseModel(model, NoText(), "tiny", "0" * 64, "bf16", model.device), torch.device("cuda"))
+    forward = open_forward(base, "llama")
+    generator = Generator(base, forward, slots=64)
+    warm_up(generator)
+    monkeypatch.setattr(DecodeGraphs, "_capture", None)
+    adapters = [forward.load(random_adapter(forward.modules, seed, r=16)) for seed in range(8)]
+    for sequences, of in ((1, [None]), (8, adapters), (8, adapters[:1] * 8), (64, adapters * 8)):
+        for index in range(sequences):
+            request = GenerationRequest(prompt=[index], adapter=of[index % len(of)], max_tokens=4)
+            generator.add(request)
+        while generator.running or generator.waiting:
+            generator.step()
 
 
 @pytest.mark.gpu
