@@ -206,6 +206,11 @@ def seconds_of(action: Step, device: torch.device) -> float:
     return time.perf_counter() - began
 
 
+def quantile(ordered: Sequence[float], share: float) -> float:
+    """Of values in order."""
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
+
+
 def matmul_rate(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
     """FLOP/s of a product of random square matrices: 8,192 wide on a GPU, 2,048 on a CPU.
 

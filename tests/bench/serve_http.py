@@ -41,7 +41,7 @@ from tests.bench.checkpoint import smollm2_shaped
 from tests.bench.http_client import Answer, Connection
 from tests.bench.options import some_of
 from tests.bench.peers import SHAPES, random_llama
-from tests.bench.report import free_memory
+from tests.bench.report import free_memory, quantile
 from tests.support.models import random_adapter
 from tests.support.s3_server import running_s3_server
 from tests.support.serve_app import running_app
@@ -163,11 +163,6 @@ def _gaps(answers: Sequence[Answer], steady: bool) -> list[float]:
     start, end = _steady(answers) if steady else (0.0, float("inf"))
     times = [[at for at, _ in answer.pieces if start <= at <= end] for answer in answers]
     return [after - before for of in times for before, after in itertools.pairwise(of)]
-
-
-def quantile(ordered: Sequence[float], share: float) -> float:
-    """Of values in order."""
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
 
 
 def first_row(seconds: Sequence[float]) -> dict[str, float]:
