@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
@@ -39,7 +39,7 @@ def arrival(device: torch.device) -> Callable[[], object]:
 @contextmanager
 def beside_kernels(device: torch.device) -> Iterator[None]:
     """Queue what the block sends to a GPU on a stream of its own, and wait for that at the end: no kernel that others
-    launch meanwhile waits for it.
+    launch meanwhile waits for it. What it makes is for `kernels_read`.
     """
     if device.type != "cuda":
         yield
@@ -47,6 +47,15 @@ def beside_kernels(device: torch.device) -> Iterator[None]:
     with torch.cuda.stream(_uploads(device)):
         yield
     _uploads(device).synchronize()
+
+
+def kernels_read(tensors: Iterable[Tensor]) -> None:
+    """Say that kernels on this thread's stream read what was made `beside_kernels`: when it is let go, those that are
+    queued still may, and its memory is nobody else's before they have run.
+    """
+    for tensor in tensors:
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 @cache

@@ -223,6 +223,11 @@ def test_an_upload_waits_for_no_kernel() -> None:
     busy.synchronize()
     for name, (a, b) in bound.adapter.cast.items():
         assert torch.equal(a.cpu(), piece.a[name]) and torch.equal(b.cpu(), piece.b[name])
+    torch.cuda._sleep(1_000_000_000)
+    read = {name: a.clone() for name, a in bound.adapter.a.items()}  # queued, when its memory is let go
+    del bound, a, b
+    later = [forward.load(forward.stage(random_adapter(forward.modules, seed))) for seed in range(2, 6)]
+    assert len(later) == 4 and all(torch.equal(a.cpu(), piece.a[name]) for name, a in read.items())
 
 
 def test_a_warm_generator_is_as_it_was() -> None:

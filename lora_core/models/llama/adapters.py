@@ -47,6 +47,14 @@ class KernelArgs:
         return [(max(widths), max(ranks), any(dora)) for widths, ranks, dora in of_kinds]
 
     @property
+    def memory(self) -> list[Tensor]:
+        """A tensor in each piece of memory that kernels read of an adapter that is served."""
+        scales = next((group.scales for group in self.groups if group is not None), None)
+        magnitudes = [tensor for of in self.magnitudes.values() for tensor in (of.m, of.norm)]
+        pieces = [next(iter(self.adapter.a.values())), scales, self.table, *magnitudes]
+        return [piece for piece in pieces if piece is not None]
+
+    @property
     def dirty(self) -> bool:
         first = next(iter(self.magnitudes), None)  # whoever changes weights forgets all norms together
         return first is not None and self.adapter.norm.get(first) is not self.magnitudes[first].norm

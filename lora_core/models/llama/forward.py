@@ -17,7 +17,7 @@ from lora_core.adapters.targets import AdaptableModules
 from lora_core.config import LoraConfig
 from lora_core.data.packing import PackedBatch
 from lora_core.kernels.operands import EXACT_DTYPES, NO_ADAPTER
-from lora_core.kernels.transfer import beside_kernels
+from lora_core.kernels.transfer import beside_kernels, kernels_read
 from lora_core.models.attention import DocumentAttention, StepAttention
 from lora_core.models.exactness import Exactness, FrozenProduct, exactness_of, served_rows_are_alike
 from lora_core.models.llama.adapters import KernelArgs, memory_of, on_device, staged
@@ -111,6 +111,7 @@ class LlamaForward:
         with beside_kernels(self.device):
             bound = self.bind(on_device(adapter, memory, self.device))
             bound.take_norms(adapter.norm)
+        kernels_read(bound.memory)
         return bound
 
     def ready(
