@@ -37,8 +37,9 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 
 
-def read_rows(path: Path | str) -> FileRows:
-    """Read the rows of a file with their lines, or numbers, nulls left out.
+def read_rows(path: Path | str, suffix: str | None = None) -> FileRows:
+    """Read the rows of a file with their lines, or numbers, nulls left out. `suffix` is that of the name that it had,
+    where its path has another.
 
     Raises:
         DatasetError: no such file, another kind of file, no rows, or rows that cannot be read. Where rows are
@@ -47,10 +48,11 @@ def read_rows(path: Path | str) -> FileRows:
     path = Path(path)
     if not path.is_file():
         raise DatasetError([f"dataset {path}: there is no such file"])
-    if path.suffix and path.suffix.lower() not in SUFFIXES:
+    suffix = path.suffix if suffix is None else suffix
+    if suffix and suffix.lower() not in SUFFIXES:
         advice = f"convert it to {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
-        raise DatasetError([f"dataset {path}: `{path.suffix}` is not read; {advice}"])
-    rows, problems = _read(path)
+        raise DatasetError([f"dataset {path}: `{suffix}` is not read; {advice}"])
+    rows, problems = _read(path, suffix.lower())
     if problems:
         problems = sorted([*problems, *problems_of(rows)], key=lambda problem: problem[0])
         raise DatasetError([text for _, text in problems])
@@ -59,8 +61,8 @@ def read_rows(path: Path | str) -> FileRows:
     return rows
 
 
-def _read(path: Path) -> Read:
-    head, suffix = _head(path), path.suffix.lower()
+def _read(path: Path, suffix: str) -> Read:
+    head = _head(path)
     if suffix == ".parquet" or (not suffix and head.startswith(b"PAR1")):
         return read_parquet(path)
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -70,11 +72,23 @@ def _read(path: Path) -> Read:
         return read_csv(path)
     if start.startswith(b"["):
         return _read_array(path)
-    if start.startswith(b"{") and head.endswith(b"\n") and not start.endswith(b"}"):
+    if _may_be_one_object(head):
         row = _whole_object(path)
         if row is not None:
             return FileRows([(RowNumber(1), without_nulls(row))]), []
     return _read_lines(path)
+
+
+def has_lines(path: Path, suffix: str) -> bool:
+    """Return whether the file has a row a line for sure, which is told by its name's suffix and its first row."""
+    head = _head(path)
+    start = head.removeprefix(codecs.BOM_UTF8).strip()
+    return suffix.lower() in ("", ".jsonl", ".json") and start.startswith(b"{") and not _may_be_one_object(head)
+
+
+def _may_be_one_object(head: bytes) -> bool:
+    start = head.removeprefix(codecs.BOM_UTF8).strip()
+    return start.startswith(b"{") and head.endswith(b"\n") and not start.endswith(b"}")
 
 
 def _head(path: Path) -> bytes:
@@ -90,7 +104,11 @@ def _collect(number: int, value: object, rows: FileRows, problems: list[Problem]
     if isinstance(value, dict):
         rows.append((number, without_nulls(value)))
     else:
-        problems.append((number, f"{location(number)}: {kind(value)}; write an object with the columns as keys"))
+        problems.append((number, _no_object(number, value)))
+
+
+def _no_object(number: int, value: object) -> str:
+    return f"{location(number)}: {kind(value)}; write an object with the columns as keys"
 
 
 def _read_lines(path: Path) -> Read:
@@ -99,18 +117,28 @@ def _read_lines(path: Path) -> Read:
     with path.open("rb") as stream:
         # Only "\n" ends a line: str.splitlines would also cut at U+2028, which JSON allows inside a string.
         for number, line in enumerate(stream, start=1):
-            # Windows editors write a mark; joining files moves it into the middle.
-            line = line.removesuffix(b"\n").removeprefix(codecs.BOM_UTF8)
-            if not line.strip():
-                continue
-            try:
-                _collect(number, json.loads(line.decode("utf-8")), rows, problems)
-            except (ValueError, RecursionError) as error:
-                reason = _unreadable(error)
-                if isinstance(error, json.JSONDecodeError):
-                    reason = f"not JSON ({error.msg} at character {error.colno}); write one JSON object on the line"
-                problems.append((number, f"line {number}: {reason}"))
+            row = read_line(number, line)
+            if isinstance(row, str):
+                problems.append((number, row))
+            elif row is not None:
+                rows.append((number, row))
     return rows, problems
+
+
+def read_line(number: int, line: bytes) -> Row | str | None:
+    """Return the row that a line is, nulls left out; what to say of it where it is none; None where it is blank."""
+    # Windows editors write a mark; joining files moves it into the middle.
+    line = line.removesuffix(b"\n").removeprefix(codecs.BOM_UTF8)
+    if not line.strip():
+        return None
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = _unreadable(error)
+        if isinstance(error, json.JSONDecodeError):
+            reason = f"not JSON ({error.msg} at character {error.colno}); write one JSON object on the line"
+        return f"line {number}: {reason}"
+    return without_nulls(value) if isinstance(value, dict) else _no_object(number, value)
 
 
 def _unreadable(error: ValueError | RecursionError) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from lora_core.data.json_values import shown
-from lora_core.data.messages import for_template, kind, message_problems, text_problem
+from lora_core.data.messages import ROLES, for_template, kind, message_problems, text_problem
 from lora_core.data.sharegpt import conversation, turn_problems, unused_keys
 
 Row = dict[str, Any]
@@ -119,17 +119,34 @@ def format_of(row: Mapping[str, Any]) -> RowFormat | None:
     return next((name for name, columns in REQUIRED_COLUMNS.items() if all(c in row for c in columns)), None)
 
 
+class FormatCounts:
+    """How many rows are of each format, and how many have a column of it."""
+
+    def __init__(self) -> None:
+        self.complete: Counter[RowFormat] = Counter()
+        self.partial: Counter[RowFormat] = Counter()
+
+    def add(self, row: Row) -> RowFormat | None:
+        """Count a row; returns its format, where it is complete."""
+        if (row_format := format_of(row)) is not None:
+            self.complete[row_format] += 1
+        else:
+            self.partial.update(
+                name for name, columns in REQUIRED_COLUMNS.items() if not row.keys().isdisjoint(columns)
+            )
+        return row_format
+
+    def most(self) -> RowFormat | None:
+        """Return what most rows are; where no row is complete, what most have a column of."""
+        counts = self.complete or self.partial
+        return counts.most_common(1)[0][0] if counts else None
+
+
 def _common_format(rows: Sequence[NumberedRow]) -> RowFormat | None:
-    """Return what most rows are; where no row is complete, what most have a column of."""
-    complete = Counter(row_format for _, row in rows if (row_format := format_of(row)))
-    partial = Counter(
-        row_format
-        for _, row in rows
-        for row_format, columns in REQUIRED_COLUMNS.items()
-        if not row.keys().isdisjoint(columns)
-    )
-    counts = complete or partial
-    return counts.most_common(1)[0][0] if counts else None
+    counts = FormatCounts()
+    for _, row in rows:
+        counts.add(row)
+    return counts.most()
 
 
 def no_known_format(columns: Collection[str]) -> str:
@@ -142,13 +159,45 @@ def no_known_format(columns: Collection[str]) -> str:
 def problems_of(rows: Sequence[NumberedRow]) -> list[Problem]:
     """Find every mistake in the rows."""
     row_format = _common_format(rows)
+    return [(number, problem) for number, row in rows for problem in problems_of_row(number, row, row_format)]
+
+
+def problems_of_row(number: int, row: Row, row_format: RowFormat | None) -> Iterator[str]:
+    """Yield every mistake in a row of a file whose rows have this format, or none that is known."""
     if row_format is None:
-        return [(number, f"{location(number)}: {no_known_format(row)}") for number, row in rows]
-    problems = []
-    for number, row in rows:
-        for column, advice in _row_problems(row, row_format):
-            problems.append((number, f"{location(number)}: column {column}: {advice}"))
-    return problems
+        yield f"{location(number)}: {no_known_format(row)}"
+        return
+    for column, advice in _row_problems(row, row_format):
+        yield f"{location(number)}: column {column}: {advice}"
+
+
+def is_plainly_right(row: Row, row_format: RowFormat) -> bool:
+    """Return whether a row whose texts are of whole characters has no mistake, where a short look shows that: most rows
+    of most files are so, and finding every mistake takes ten times as long.
+    """
+    if row_format == "messages":
+        return _is_plain_conversation(row["messages"])
+    texts = [row[column] for column in REQUIRED_COLUMNS[row_format]]
+    may_be_empty = row_format == "prompt/completion"
+    return (
+        row_format in ("prompt/completion", "text")
+        and all(type(text) is str for text in texts)
+        and all(text.strip() for text in texts[may_be_empty:])
+    )
+
+
+def _is_plain_conversation(messages: Any) -> bool:
+    if type(messages) is not list:
+        return False
+    answered = False
+    for index, message in enumerate(messages):
+        if type(message) is not dict or len(message) != 2:
+            return False
+        role, content = message.get("role"), message.get("content")
+        if type(content) is not str or not content.strip() or role not in ROLES:
+            return False
+        answered = answered or (role == "assistant" and index > 0)
+    return answered
 
 
 def _row_problems(row: Row, row_format: RowFormat) -> Iterator[tuple[str, str]]:
