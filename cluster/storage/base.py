@@ -72,6 +72,14 @@ class Storage(ABC):
         """Copy what `get` returns into a file that appears, or is replaced, only once all is there and checked."""
 
     @abstractmethod
+    def open(self, key: str) -> BinaryIO:
+        """Return the content as a stream, unchecked, for what is too large for memory. Raises StorageNotFound."""
+
+    @abstractmethod
+    def location(self, key: str) -> str:
+        """Return where an object lies, in words that another process can fetch it by: a path, or an s3:// URL."""
+
+    @abstractmethod
     def exists(self, key: str) -> bool:
         """Return whether `get` would find it."""
 

@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from cluster.storage.base import (
@@ -94,6 +95,14 @@ class DirectoryStorage(Storage):
             if sha256 is not None:
                 verify(f"{self.url}/{key}", sha256_of(file), sha256)
             sync_file(file).replace(path)
+
+    def open(self, key: str) -> BinaryIO:
+        path = self.root / checked_key(key)
+        with self._explained("read", key):
+            return path.open("rb")
+
+    def location(self, key: str) -> str:
+        return str(self.root / checked_key(key))
 
     def exists(self, key: str) -> bool:
         return (self.root / checked_key(key)).is_file()

@@ -1,6 +1,8 @@
 """Where everything lies in storage: every path is spelled here and nowhere else.
 
     datasets/<sha256>                                      rows as they were submitted
+    files/<tenant>/<file id><suffix>                       what was uploaded
+    uploads/<tenant>/<upload id>/<part id>                 parts of what is being uploaded
     examples/<sha256>                                      what they became
     init_adapters/<digest>/<file>                          adapters to start from
     jobs/<id>/spec.json, result.json                       the second record of a job
@@ -22,6 +24,15 @@ from urllib.parse import quote, unquote
 
 def dataset_key(sha256: str) -> str:
     return f"datasets/{sha256}"
+
+
+def file_key(tenant: str, file_id: str, suffix: str) -> str:
+    """The suffix says what kind of file it is to who reads it."""
+    return f"files/{_part(tenant)}/{file_id}{suffix}"
+
+
+def upload_part_key(tenant: str, upload_id: str, part_id: str) -> str:
+    return f"uploads/{_part(tenant)}/{upload_id}/{part_id}"
 
 
 def examples_key(sha256: str) -> str:

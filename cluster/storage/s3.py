@@ -139,6 +139,15 @@ class S3Storage(Storage):
             verify(f"{self.url}/{key}", sha256_of(file), expected)
             sync_file(file).replace(path)
 
+    def open(self, key: str) -> BinaryIO:
+        target = self._target(key)
+        with self._explained("read", key):
+            body: BinaryIO = self.client.get_object(**target)["Body"]
+        return body
+
+    def location(self, key: str) -> str:
+        return f"s3://{self.bucket}/{self.prefix}{checked_key(key)}"
+
     def exists(self, key: str) -> bool:
         target = self._target(key)
         try:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.sources import fetch_url
 from cluster.storage import s3 as storage_s3
 from cluster.storage.base import Storage, StorageConfigError, StorageCorrupt, StorageError, StorageNotFound
 from cluster.storage.directory import DirectoryStorage, open_storage
@@ -54,6 +55,19 @@ def overwrite_behind_its_back(storage: Storage, key: str, content: bytes) -> Non
 
 
 # Both
+
+
+def test_what_is_too_large_for_memory_is_a_stream_and_its_location_is_for_another_process(
+    storage: Storage, tmp_path: Path
+) -> None:
+    storage.put("files/a b/large", b"abc" * 1000)
+    with storage.open("files/a b/large") as stream:
+        assert (stream.read(4), stream.read()) == (b"abca", b"bc" + b"abc" * 998)
+    location = storage.location("files/a b/large")
+    path = fetch_url(location, tmp_path / "large") if "://" in location else Path(location)
+    assert path.read_bytes() == b"abc" * 1000
+    with pytest.raises(StorageNotFound):
+        storage.open("files/none")
 
 
 def test_round_trip(storage: Storage, tmp_path: Path) -> None:
