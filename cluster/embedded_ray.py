@@ -30,6 +30,8 @@ QUIET = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process more, for nodes that a cloud takes back
 }
 """What Ray's own processes can do less of where they share a few cores with training."""
+PACED = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deploy.proxy:middlewares"}
+"""What Serve's proxies put around them, so that uploads wait for the gateway and not in their memory."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ def embedded_environment(settings: Settings) -> dict[str, str]:
     repository = str(Path(__file__).resolve().parent.parent)
     return {
         **{name: os.environ.get(name, value) for name, value in QUIET.items()},
+        **PACED,
         **dict.fromkeys(WHICH_RAY, ""),
         **_token(str(token)),
         "PYTHONPATH": os.pathsep.join(filter(None, [repository, os.environ.get("PYTHONPATH")])),

@@ -77,4 +77,7 @@ def _has_gpus() -> bool:
     return not hidden and any(Path("/dev").glob("nvidia[0-9]*"))
 
 
+# For the Ray that `serve run` starts after it has imported this; one that is there already has its own environment.
+os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "deploy.proxy:middlewares")
+
 app = build_app(load_settings())

@@ -21,7 +21,7 @@ ORDER = {
      "adapter_lifecycle", "ray_runtime", "embedded_ray"],
     "jobs": ["spec_text", "spec", "job", "initial_adapter", "stored_examples", "admission", "store", "job_report",
      "published_adapters", "scheduling", "session", "demo", "adapter_commands", "__main__"],
-    "deploy": ["serving", "vllm_plugin", "api", "app", "__main__"],
+    "deploy": ["serving", "vllm_plugin", "proxy", "api", "app", "__main__"],
 }  # fmt: skip
 MAY_IMPORT = {
     "lora_core": set(),
