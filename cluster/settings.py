@@ -140,6 +140,9 @@ class Settings(BaseSettings):
     key_seconds: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     """How soon an API key that was created or revoked counts: one small read of the database each time."""
 
+    gateway_labels: Annotated[dict[str, str], NoDecode] = Field(default_factory=dict)
+    """Ray node labels, as JSON, of the nodes where the gateway may run: those that may see the database."""
+
     driver_labels: Annotated[dict[str, str], NoDecode] = Field(default_factory=dict)
     """Ray node labels, as JSON, of the nodes where session drivers may run: those that may see the database."""
 
@@ -151,7 +154,7 @@ class Settings(BaseSettings):
         except RuntimeError:
             raise ValueError("this user is not known here; give a path without ~") from None
 
-    @field_validator("base_models", "driver_labels", mode="before")
+    @field_validator("base_models", "driver_labels", "gateway_labels", mode="before")
     @classmethod
     def _parsed(cls, value: Any) -> Any:
         if not isinstance(value, str):

@@ -32,14 +32,16 @@ def build_app(settings: Settings) -> Application:
         graceful_shutdown_timeout_s=_DRAIN_SECONDS,
         **_replicas(settings),
     )(AdapterServer)
+    without_database = settings.model_copy(update={"database_url": ""})  # which is no business of a replica
     servers = {
-        name: deployment.options(name=f"AdapterServer-{name}").bind(name, settings) for name in settings.base_models
+        name: deployment.options(name=f"AdapterServer-{name}").bind(name, without_database)
+        for name in settings.base_models
     }
     # The gateway takes all that servers may have and a few more, so that they say who has to come back.
     of_a_base = settings.max_replicas * settings.max_ongoing_requests + settings.max_queued_requests
     gateway: Deployment = serve.deployment(
         max_ongoing_requests=1024 + 2 * of_a_base * len(servers),
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "label_selector": settings.gateway_labels},
         graceful_shutdown_timeout_s=_DRAIN_SECONDS,
     )(Gateway)
     return gateway.bind(settings, servers)

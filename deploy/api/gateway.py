@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
@@ -72,7 +73,9 @@ class Gateway:
         self._registry = AdapterRegistry(open_storage(settings.storage_url), settings.tenant)
         self._pushes = settings.min_replicas > 0
         self._names = TenantNames(self._registry, settings.tenant, settings.notice_seconds, self._push)
-        self._keys = KeyRing(KeyTable(Database(settings.database_url)), settings.tenant)
+        # What builds the application need not have the database's secret, which is in this pod's environment then.
+        database = Database(os.environ.get("LORA_DATABASE_URL") or settings.database_url)
+        self._keys = KeyRing(KeyTable(database), settings.tenant)
         self._following = asyncio.get_running_loop().create_task(self._keys.follow(settings.key_seconds))
         self._started = time.time()
 

@@ -446,6 +446,16 @@ def test_replicas_ask_for_a_share_of_a_gpu_only_where_there_are_some(
     assert application._resources(Settings(home=tmp_path)) == {"num_cpus": 0, "num_gpus": 0.4}
 
 
+def test_the_gateway_alone_is_told_where_the_database_is(tmp_path: Path) -> None:
+    labels = {"lora-role": "gateway"}
+    settings = Settings(home=tmp_path, base_models={"tiny": "/nowhere"}, gateway_labels=labels)
+    gateway = application.build_app(settings)._bound_deployment
+    assert gateway.ray_actor_options is not None and gateway.ray_actor_options["label_selector"] == labels
+    told, servers = gateway.init_args
+    assert told.database_url == settings.database_url
+    assert [server._bound_deployment.init_args[1].database_url for server in servers.values()] == [""]
+
+
 def test_replicas_are_as_many_as_settings_say(tmp_path: Path) -> None:
     assert application._replicas(Settings(home=tmp_path)) == {"num_replicas": 1}
     settings = Settings(home=tmp_path, min_replicas=0, max_replicas=3, target_ongoing_requests=5)

@@ -24,7 +24,7 @@ BASE = ROOT / "k8s" / "base"
 RAY_KINDS = ("RayCluster", "RayService")
 GPU = "nvidia.com/gpu"
 DATABASE_SECRET = "lora-database"
-SEES_DATABASE = {"RayCluster/lora-training/driver", "Deployment/lora-scheduler"}
+SEES_DATABASE = {"RayCluster/lora-training/driver", "RayService/lora-serving/head", "Deployment/lora-scheduler"}
 
 
 def our_schemas() -> dict[str, Object]:
