@@ -10,7 +10,9 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from cluster.requirements import requirement
 from cluster.storage.base import StorageError
@@ -71,10 +73,14 @@ def answer_errors(api: FastAPI) -> None:
 
     @api.exception_handler(RequestValidationError)
     async def on_invalid(_: Request, error: RequestValidationError) -> Response:
-        """Name everything that is wrong with a path's or query's parameters."""
-        problems = [(str(problem["loc"][-1]), requirement(problem)) for problem in error.errors()]
-        message = "; ".join(f"{name} {what}" for name, what in problems)
-        return ApiError(400, message, "invalid_value", problems[0][0]).response()
+        """Name everything that is wrong with a request's parameters."""
+        problems = [_problem(problem) for problem in error.errors()]
+        return ApiError(400, "; ".join(sentence for _, _, sentence in problems), *problems[0][1::-1]).response()
+
+    @api.exception_handler(ClientDisconnect)
+    async def on_gone(_: Request, error: ClientDisconnect) -> Response:
+        """End what nobody waits for any more."""
+        return ApiError(400, "the client is gone", "client_closed_request").response()
 
     @api.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
@@ -87,3 +93,15 @@ def answer_errors(api: FastAPI) -> None:
         log.error("event=failed path=%s error=%r", request.url.path, error)
         message = "an unexpected error; the server's log has it"
         return ApiError(500, message, "internal_error", retry=True).response()
+
+
+def _problem(error: ErrorDetails) -> tuple[str, str, str]:
+    """Return parameter, code and sentence."""
+    name = ".".join(map(str, error["loc"][1:])) or "the body"
+    if error["type"] == "missing":
+        return name, "missing_parameter", f"{name} is missing"
+    if error["type"] == "extra_forbidden":
+        return name, "unknown_parameter", f"{name} is no parameter here; leave it out"
+    if error["type"] == "json_invalid":
+        return "the body", "invalid_json", f"the body is no JSON: {error['ctx']['error']}"
+    return name, "invalid_value", f"{name} {requirement(error)}"

@@ -20,6 +20,8 @@ from cluster.registry import AdapterNotFound, AdapterRegistry, Publication
 from cluster.settings import Settings
 from cluster.storage.directory import open_storage
 from deploy.api.errors import ApiError, answer_errors
+from deploy.api.file_store import FileStore
+from deploy.api.files import FileRoutes
 from deploy.api.keys import Caller, KeyCheck, KeyRing, caller_of, needs
 from deploy.api.responses import (
     ChatResponse,
@@ -32,9 +34,11 @@ from deploy.api.responses import (
 )
 from deploy.api.schemas import ChatRequest, CompletionRequest, TextRequest, parse_request
 from deploy.api.tenant_names import TenantNames
+from deploy.api.uploads import UploadRoutes
 from deploy.serving.protocol import Delta, ErrorResponse, GenerateRequest, StreamStart
 from jobs.store.api_keys import KeyTable, Scope
 from jobs.store.database import Database
+from jobs.store.files import FileTable
 
 _NAMES_SHOWN = 30
 
@@ -76,7 +80,10 @@ class Gateway:
         # What builds the application need not have the database's secret, which is in this pod's environment then.
         database = Database(os.environ.get("LORA_DATABASE_URL") or settings.database_url)
         self._keys = KeyRing(KeyTable(database), settings.tenant)
-        self._following = asyncio.get_running_loop().create_task(self._keys.follow(settings.key_seconds))
+        self._files = FileStore(FileTable(database), self._registry.storage, settings.home / "incoming")
+        running = asyncio.get_running_loop()
+        self._always = [running.create_task(self._keys.follow(settings.key_seconds))]
+        self._always.append(running.create_task(self._files.sweep()))
         self._started = time.time()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -89,7 +96,7 @@ class Gateway:
         anybody = [Depends(needs(Scope.INFER, Scope.TRAIN))]
         router.add_api_route("/v1/models", self.models, dependencies=anybody)
         router.add_api_route("/v1/models/{model:path}", self.model, dependencies=anybody)
-        return make_api(self._keys, router)
+        return make_api(self._keys, router, FileRoutes(self._files).router, UploadRoutes(self._files).router)
 
     async def healthz(self) -> dict[str, str]:
         return {"status": "ok"}

@@ -256,6 +256,9 @@ def test_a_client_that_leaves_frees_its_place_and_metrics_say_so(app: App) -> No
 
 def test_with_the_first_key_nobody_is_answered_without_one(app: App) -> None:
     """The last test of this file: nothing opens the service again."""
+    rows = b'{"text": "one"}\n' * 200_000  # in many messages, and checked in another process
+    file = app.client.files.create(file=("rows.jsonl", rows), purpose="fine-tune")
+    assert (file.status, app.client.files.content(file.id).read()) == ("processed", rows)
     answer = app.client.models.with_raw_response.list(extra_headers={"x-request-id": "mine-1"})
     assert answer.headers["x-request-id"] == "mine-1", "once, and the client's own"
     _, secret = app.keys.create("default", frozenset({Scope.INFER}), tokens_per_minute=1000)

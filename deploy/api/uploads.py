@@ -1,0 +1,187 @@
+"""`/v1/uploads`: large files in parts, each of which may be sent again where its answer was lost."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import Counter
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, BinaryIO
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from deploy.api.errors import ApiError
+from deploy.api.file_store import FileStore, NewFile
+from deploy.api.files import (
+    MOST_BYTES,
+    PURPOSE,
+    about_expiry,
+    about_file,
+    file_object,
+    refuse,
+    refuse_large,
+    to_the_end,
+)
+from deploy.api.keys import caller_of, needs
+from deploy.api.multipart import FileForm
+from deploy.serving.single_flight import SingleFlight
+from jobs.store.api_keys import Scope
+from jobs.store.files import Upload, UploadPart, UploadStatus
+
+MOST_PART_BYTES = 64 * 2**20
+
+
+class ExpiresAfter(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    anchor: str
+    seconds: int
+
+
+class UploadRequest(BaseModel):
+    """What OpenAI's clients send; `mime_type` is not looked at, since the rows say what they are."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    bytes: int = Field(ge=1, le=MOST_BYTES)
+    filename: str
+    mime_type: str
+    purpose: str
+    expires_after: ExpiresAfter | None = None
+
+
+class CompleteRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    part_ids: list[str] = Field(min_length=1)
+    md5: str | None = None
+
+
+class UploadRoutes:
+    """The routes on one store."""
+
+    def __init__(self, store: FileStore) -> None:
+        self._store = store
+        self._completions = SingleFlight[dict[str, Any]]()
+        self.router = APIRouter(prefix="/v1/uploads", dependencies=[Depends(needs(Scope.TRAIN))])
+        self.router.add_api_route("", self.create, methods=["POST"])
+        self.router.add_api_route("/{upload_id}/parts", self.add_part, methods=["POST"])
+        self.router.add_api_route("/{upload_id}/complete", self.complete, methods=["POST"])
+        self.router.add_api_route("/{upload_id}/cancel", self.cancel, methods=["POST"])
+
+    async def create(self, request: Request, asked: UploadRequest) -> dict[str, Any]:
+        expiry = asked.expires_after
+        problems = about_file(asked.filename, asked.purpose)
+        refuse(problems + ([] if expiry is None else about_expiry(expiry.anchor, expiry.seconds)))
+        seconds = None if expiry is None else expiry.seconds
+        tenant = caller_of(request).tenant
+        new = (tenant, asked.filename, asked.purpose, asked.bytes, seconds)
+        return upload_object(await asyncio.to_thread(self._store.table.begin_upload, *new))
+
+    async def add_part(self, request: Request, upload_id: str) -> dict[str, Any]:
+        refuse_large(request, MOST_PART_BYTES, "data")
+        upload = await self._pending(request, upload_id)
+        with ExitStack() as stack:
+            spooled = stack.enter_context(self._store.spool())
+            form = FileForm("data", spooled)
+            await form.read(request, MOST_PART_BYTES)
+            storing = asyncio.to_thread(self._store.put_part, upload, spooled, form.size)
+            part = await to_the_end(storing, stack.pop_all())
+        if part is None:
+            raise _ended(upload_id)
+        return {
+            "id": part.id, "object": "upload.part", "created_at": int(part.created_at), "upload_id": upload_id
+        }  # fmt: skip
+
+    async def complete(self, request: Request, upload_id: str, asked: CompleteRequest) -> dict[str, Any]:
+        """Make the file. Who asks again, since the answer was lost, gets the same."""
+        tenant = caller_of(request).tenant
+        upload = await self._upload(tenant, upload_id)
+        if upload.status is UploadStatus.COMPLETED:
+            return await self._completed(upload)
+        if upload.status is not UploadStatus.PENDING:
+            raise _ended(upload_id)
+        return await self._completions.do(upload_id, partial(self._join, upload, asked))
+
+    async def cancel(self, request: Request, upload_id: str) -> dict[str, Any]:
+        upload = await self._pending(request, upload_id)
+        if not await asyncio.to_thread(self._store.end_upload, upload, UploadStatus.CANCELLED):
+            raise _ended(upload_id)
+        return upload_object(await self._upload(upload.tenant, upload_id))
+
+    async def _join(self, upload: Upload, asked: CompleteRequest) -> dict[str, Any]:
+        parts = {part.id: part for part in await asyncio.to_thread(self._store.table.parts, upload.id)}
+        refuse(_part_problems(upload, parts, asked.part_ids))
+        with self._store.spool() as spooled:
+            await asyncio.to_thread(self._store.join_parts, upload, asked.part_ids, spooled)
+            md5, sha256 = await asyncio.to_thread(_hashes, spooled)
+            if asked.md5 is not None and asked.md5.lower() != md5:
+                message = f"the parts have the md5 {md5}, not {asked.md5[:64]!r}: upload again what is damaged"
+                raise ApiError(400, message, "invalid_value", "md5")
+            new = NewFile(upload.filename, PURPOSE, upload.file_seconds)
+            file = await self._store.keep(upload.tenant, new, spooled, sha256)
+        if not await asyncio.to_thread(self._store.end_upload, upload, UploadStatus.COMPLETED, file.id):
+            await asyncio.to_thread(self._store.delete, file)  # cancelled meanwhile
+            raise _ended(upload.id)
+        return await self._completed(await self._upload(upload.tenant, upload.id))
+
+    async def _completed(self, upload: Upload) -> dict[str, Any]:
+        file = await self._store.file(upload.tenant, str(upload.file_id))
+        return upload_object(upload) | {"file": file_object(file)}
+
+    async def _pending(self, request: Request, upload_id: str) -> Upload:
+        upload = await self._upload(caller_of(request).tenant, upload_id)
+        if upload.status is not UploadStatus.PENDING:
+            raise _ended(upload_id)
+        return upload
+
+    async def _upload(self, tenant: str, upload_id: str) -> Upload:
+        upload = await asyncio.to_thread(self._store.table.upload, tenant, upload_id)
+        if upload is None:
+            message = f"there is no upload {upload_id!r}, or it has expired: begin another one"
+            raise ApiError(404, message, "upload_not_found", "upload_id")
+        return upload
+
+
+def upload_object(upload: Upload) -> dict[str, Any]:
+    """Return OpenAI's Upload, without a file."""
+    return {
+        "id": upload.id,
+        "object": "upload",
+        "bytes": upload.bytes,
+        "created_at": int(upload.created_at),
+        "expires_at": int(upload.expires_at),
+        "filename": upload.filename,
+        "purpose": upload.purpose,
+        "status": upload.status,
+        "file": None,
+    }
+
+
+def _part_problems(upload: Upload, parts: dict[str, UploadPart], part_ids: list[str]) -> list[tuple[str, str, str]]:
+    unknown = [part_id for part_id in part_ids if part_id not in parts]
+    twice = [part_id for part_id, number in Counter(part_ids).items() if number > 1]
+    if unknown:
+        return [("part_ids", "invalid_value", f"part_ids: {unknown[0]!r} is no part of this upload")]
+    if twice:
+        return [("part_ids", "invalid_value", f"part_ids: {twice[0]!r} is there twice")]
+    if (size := sum(parts[part_id].bytes for part_id in part_ids)) != upload.bytes:
+        sentence = f"the parts have {size:,} bytes, and the upload was begun for {upload.bytes:,}: send the others too"
+        return [("part_ids", "invalid_value", sentence)]
+    return []
+
+
+def _hashes(spooled: BinaryIO) -> tuple[str, str]:
+    """Return the md5 and the sha256 of a whole file."""
+    md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
+    spooled.seek(0)
+    while piece := spooled.read(2**20):
+        md5.update(piece)
+        sha256.update(piece)
+    return md5.hexdigest(), sha256.hexdigest()
+
+
+def _ended(upload_id: str) -> ApiError:
+    return ApiError(400, f"the upload {upload_id} is completed or cancelled: begin another one", "upload_ended")
