@@ -84,7 +84,9 @@ def answer_errors(api: FastAPI) -> None:
 
     @api.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
-        """Answer that there is no such path, or not with this method."""
+        """Answer that there is no such path, or not with this method; or what we said while the body was read."""
+        if isinstance(error.__cause__, ApiError):
+            return error.__cause__.response()
         message = f"{request.method} {request.url.path}: {HTTPStatus(error.status_code).phrase.lower()}"
         return ApiError(error.status_code, message, "unknown_url").response()
 

@@ -36,6 +36,7 @@ _FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "
 _BEHIND_HAPROXY = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"  # Serve's own, which says nothing of who asks
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _CREATE = "python -m deploy keys create"
+_MOST_BODY_BYTES = 32 * 2**20  # of what is read as a whole
 
 
 class RateLimit:
@@ -155,7 +156,9 @@ class KeyRing:
 
 
 class KeyCheck:
-    """ASGI middleware: puts the caller into `request.state`, and what is left of its limits into the answer."""
+    """ASGI middleware: puts the caller into `request.state`, and what is left of its limits into the answer. Of a body
+    that is no form, no more is read than memory has room for.
+    """
 
     def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
         self._app, self._keys = app, keys
@@ -170,12 +173,25 @@ class KeyCheck:
             await error.response()(scope, receive, send)
             return
 
+        is_form = Headers(scope=scope).get("content-type", "").startswith("multipart/form-data")  # which goes to disk
+        taken = 0
+
+        async def bounded() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += 0 if is_form else len(message.get("body", b""))
+            if taken > _MOST_BODY_BYTES:
+                raise ApiError(
+                    413, f"the body is larger than {_MOST_BODY_BYTES >> 20} MiB: send less", "body_too_large"
+                )
+            return message
+
         async def send_limits(message: Message) -> None:
             if message["type"] == "http.response.start" and caller is not None:
                 MutableHeaders(scope=message).update(caller.headers())
             await send(message)
 
-        await self._app(scope, receive, send_limits)
+        await self._app(scope, bounded, send_limits)
 
     def _checked(self, scope: AsgiScope) -> Caller | None:
         headers = Headers(scope=scope)

@@ -190,6 +190,20 @@ def test_the_health_check_needs_no_key_and_any_other_path_does(site: Site) -> No
     assert caught.value.param == "x-request-id"
 
 
+def test_a_body_that_is_read_as_a_whole_has_a_limit(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api_keys, "_MOST_BODY_BYTES", 2000)
+    client, long = site.key("acme"), "x" * 3000
+    asks: list[Callable[[], Any]] = [
+        partial(client.chat.completions.create, model="tiny", messages=[{"role": "user", "content": long}]),
+        partial(client.uploads.create, bytes=1, filename=long, mime_type="x", purpose="fine-tune"),
+    ]
+    for ask in asks:
+        with pytest.raises(openai.APIStatusError, match="the body is larger than 0 MiB") as caught:
+            ask()
+        assert (caught.value.status_code, caught.value.code) == (413, "body_too_large")
+    assert client.files.create(file=("a.jsonl", b'{"text": "x"}\n' * 300), purpose="fine-tune").status == "processed"
+
+
 def test_a_check_costs_microseconds(tmp_path: Path) -> None:
     table = KeyTable(Database(f"sqlite:///{tmp_path}/lora.db"))
     secrets = [table.create("acme", frozenset({Scope.INFER}), requests_per_minute=10**9)[1] for _ in range(50)]
