@@ -119,7 +119,7 @@ class Replica:
             (digest,) = rng.choices([str(number) for number in range(len(weights))], cum_weights=weights)
             prompt = [rng.randrange(vocabulary) for _ in range(self.arguments.tokens)]
             began, first = time.perf_counter(), True
-            async with self.cache.use("name", digest) as adapter:
+            async with self.cache.use("default", "name", digest) as adapter:
                 asked = GenerationRequest(
                     prompt=prompt, adapter=adapter, digest=digest, sampling=GREEDY, max_tokens=self.arguments.answer
                 )
