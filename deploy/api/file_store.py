@@ -171,7 +171,7 @@ class FileStore:
     def _remove_leftovers(self) -> None:
         """Remove files that nobody has open: a process that is killed leaves them."""
         for path in self._folder.iterdir():
-            with path.open("rb") as file, contextlib.suppress(BlockingIOError):
+            with contextlib.suppress(BlockingIOError, FileNotFoundError), path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink(missing_ok=True)
 
