@@ -27,7 +27,7 @@ from lora_core.inference.detokenizer import TextStream, end_tokens
 from lora_core.inference.grammar import Grammar, GrammarError
 from lora_core.inference.kv_cache import open_kv_cache
 from lora_core.inference.logprobs import TokenLogprob, token_logprobs
-from lora_core.inference.sampling import Sampler, sample
+from lora_core.inference.sampling import Draws, Sampler, sample, settled
 from lora_core.inference.sampling_params import SamplingParams
 from lora_core.inference.scheduler import RequestScheduler, Run, WaitingRequest
 from lora_core.kernels.transfer import arrival, to_host
@@ -47,6 +47,12 @@ those who are answered wait for two steps' time.
 AHEAD = {"cpu": False, "cuda": True}
 """Whether a step is queued while the one before is computed: the host's part of a step then takes a GPU no time, and a
 CPU gains nothing.
+"""
+
+
+SURPRISES = 1 / 8
+"""Draws of a step that were not found among the likely tokens, up to which the next is queued ahead: each then costs a
+step of its request.
 """
 
 
@@ -132,14 +138,16 @@ class _Live:
 
 @dataclass
 class _QueuedStep:
-    """A step whose next tokens have not been read: of which requests they are, int64 `[n]` on the device and on their
-    way to the host. `ended` wanted their prompts read and no answer; the prompts of `read` have been read.
+    """A step whose next tokens have not been read: of which requests they are (0: of none any more), int64 `[n]` on the
+    device and on their way to the host, with whether draws were found. `ended` wanted their prompts read and no answer;
+    the prompts of `read` have been read.
     """
 
     requests: list[int]
     logits: Tensor
     tokens: Tensor
-    on_host: Tensor
+    draws: Draws | None
+    on_host: tuple[Tensor, ...]
     arrived: Callable[[], object]
     ended: list[GeneratedToken]
     read: list[int]
@@ -177,6 +185,7 @@ class Generator:
         self._live: dict[int, _Live] = {}
         self._followers: dict[int, list[int]] = {}  # who waits for whose prompt
         self._queued: _QueuedStep | None = None
+        self._surprises = 0.0
         self._next_id = 1
 
     @property
@@ -276,14 +285,17 @@ class Generator:
         wanted = {number: row for number, row in read.items() if number in self._live}
         if len(wanted) < len(logits):
             logits = logits[list(wanted.values())]
-        tokens = sample(logits, [self._live[number].sampler for number in wanted])
-        on_host = to_host(tokens)
-        return _QueuedStep(list(wanted), logits, tokens, on_host, arrival(tokens.device), ended, list(read))
+        tokens, draws = sample(logits, [self._live[number].sampler for number in wanted])
+        on_host = (to_host(tokens), *(() if draws is None else (to_host(draws.found),)))
+        return _QueuedStep(list(wanted), logits, tokens, draws, on_host, arrival(tokens.device), ended, list(read))
 
     def _may_go_on(self, step: _QueuedStep) -> bool:
-        """Whether nobody needs this step's tokens, or its logits, on the host before the next one begins."""
+        """Whether nobody needs this step's tokens or logits on the host before the next one begins, and hardly any
+        token will turn out to be another.
+        """
         live = [self._live[number] for number in step.requests if number in self._live]
-        return not any(of.sampler.waits or of.request.logprobs is not None for of in live)
+        on_host = any(of.sampler.adjusts or of.request.logprobs is not None for of in live)
+        return not on_host and self._surprises <= SURPRISES
 
     def _unread_ids(
         self, runs: Sequence[Run], unread: Mapping[int, int], before: _QueuedStep | None
@@ -333,9 +345,23 @@ class Generator:
     def _told(self, step: _QueuedStep) -> list[GeneratedToken | FailedRequest]:
         """The next token of each request that is not over."""
         step.arrived()
-        tokens = dict(zip(step.requests, step.on_host.tolist(), strict=True))
-        scored = self._answer_logprobs(step.requests, list(tokens.values()), step.logits)
-        return [self._accept(of, token, scored.get(of)) for of, token in tokens.items() if of in self._live]
+        tokens, *found = step.on_host
+        surprises = [] if all(of.all() for of in found) else settled(step.tokens, step.draws)
+        self._surprises = len(surprises) / max(1, len(step.requests))
+        if surprises:
+            for row in surprises:
+                self._take_back(step.requests[row])
+            tokens = step.tokens.cpu()
+        chosen = list(zip(step.requests, tokens.tolist(), strict=True))
+        scored = self._answer_logprobs(step.requests, [token for _, token in chosen], step.logits)
+        return [self._accept(of, token, scored.get(of)) for of, token in chosen if of in self._live]
+
+    def _take_back(self, number: int) -> None:
+        """Drop what was queued ahead for a request whose token has turned out to be another."""
+        if self._queued is not None and number in self._queued.requests and number in self._live:
+            self._queued.requests[self._queued.requests.index(number)] = 0
+            self._live[number].sampler.take_back()
+            self._cache.take_back(self._scheduler.take_back(number))
 
     def _answer_logprobs(
         self, numbers: Sequence[int], tokens: Sequence[int], logits: Tensor

@@ -89,6 +89,10 @@ class KVCache(Protocol):
         """
         ...
 
+    def take_back(self, slot: int) -> None:
+        """The token in this slot that was computed last, which nobody knew, is computed again."""
+        ...
+
 
 def open_kv_cache(forward: Forward, *, slots: int | None, context: int) -> KVCache:
     """One for at most `slots` sequences of at most `context` tokens each (None: as many as are worth it on a CPU, and
@@ -161,6 +165,10 @@ class SlotKVCache:
             assert len(slot.tokens) <= slot.computed <= self.context
             slot.finite = max(slot.finite, run.start + run.tokens)
         return _StepAttention(self, runs)
+
+    def take_back(self, slot: int) -> None:
+        """See `KVCache`."""
+        self._slots[slot].computed -= 1
 
     def finite_to(self, slot: int, length: int) -> None:
         """Clear what lies between a sequence's end and `length`, unless it is clear."""

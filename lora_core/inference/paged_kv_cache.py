@@ -90,6 +90,10 @@ class PagedKVCache:
             self._offer(sequence)
         return PagedAttention(self._kv, [Stretch(run.slot, run.start, run.tokens) for run in runs])
 
+    def take_back(self, slot: int) -> None:
+        """See `KVCache`."""
+        self._sequences[slot].computed -= 1
+
     def _known(self, prompt: Sequence[int], owner: str | None) -> tuple[list[int], object]:
         """Pages that hold how the prompt begins, and what the key of the next one begins with."""
         pages: list[int] = []

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ class Sampler:
         self.grammar = None if grammar is None else grammar.start()
         self._answer: Counter[int] = Counter()
         self._seen = set(prompt)
+        self._drawn = 0.0
+        self._is_back = False
         self._stream = torch.Generator()
         if params.seed is None:
             self._stream.seed()
@@ -45,7 +48,14 @@ class Sampler:
 
     def uniform(self) -> float:
         """Draw the next number of the stream, in [0, 1)."""
-        return float(torch.rand((), dtype=torch.float64, generator=self._stream))
+        if not self._is_back:
+            self._drawn = float(torch.rand((), dtype=torch.float64, generator=self._stream))
+        self._is_back = False
+        return self._drawn
+
+    def take_back(self) -> None:
+        """Have the number that was drawn last be the next one: its token is not used."""
+        self._is_back = not self.params.greedy
 
     def accept(self, token: int) -> None:
         """The answer goes on with this token."""
@@ -58,11 +68,6 @@ class Sampler:
     def adjusts(self) -> bool:
         """Whether logits are changed before a token is chosen."""
         return self.grammar is not None or self.params.adjusts
-
-    @property
-    def waits(self) -> bool:
-        """Whether a token is chosen by the one before, or by looking at what the device has found."""
-        return self.adjusts or not (self.params.greedy or 0 < self.params.top_k <= _LIKELY)
 
     def adjusted(self, logits: Tensor) -> Tensor:
         """Logits `[vocabulary]` with mask, bias and penalties, fp32 or wider."""
@@ -82,9 +87,26 @@ class Sampler:
         return wide
 
 
-def sample(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+class Draws(NamedTuple):
+    """Draws among the likely tokens of some rows: tokens int64 `[n]`, and whether they are `found`, bool `[n]`."""
+
+    rows: Tensor
+    tokens: Tensor
+    found: Tensor
+    probabilities: Tensor
+    total: Tensor
+    rules: tuple[Tensor, ...]
+
+    def among_all(self, missing: Tensor) -> Tensor:
+        """The tokens of those that are not found, bool `[n]`, drawn among all."""
+        values, order = self.probabilities[missing].sort(dim=-1, descending=True)
+        index, _ = _invert(values, self.total[missing], *(rule[missing] for rule in self.rules))
+        return order.gather(-1, index)[:, 0]
+
+
+def sample(logits: Tensor, samplers: Sequence[Sampler]) -> tuple[Tensor, Draws | None]:
     """Choose token ids int64 `[n]` by logits `[n, vocabulary]` and a sampler for each row, which is to `accept` its own
-    when it is known.
+    when it is known; and what was drawn, of which some may not be found: see `settled`.
     """
     if adjusted := [row for row, sampler in enumerate(samplers) if sampler.adjusts]:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
@@ -92,35 +114,38 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
             logits[row] = samplers[row].adjusted(logits[row])
     tokens = logits.argmax(-1)
     drawn = [row for row, sampler in enumerate(samplers) if not sampler.params.greedy]
-    if drawn:
-        params = [samplers[row].params for row in drawn]
-        most = [of_row.top_k if of_row.top_k > 0 else logits.shape[1] for of_row in params]
-        numbers = [
-            (of_row.temperature, of_row.top_p, of_row.min_p, k, samplers[row].uniform())
-            for row, of_row, k in zip(drawn, params, most, strict=True)
-        ]
-        rows = to_device(torch.tensor(drawn), logits.device)
-        temperature, *rules = to_device(torch.tensor(numbers, dtype=torch.float64), logits.device).split(1, dim=1)
-        surely = max(most) <= _LIKELY
-        tokens[rows] = _draw(logits[rows].float() / temperature.float(), *rules, surely=surely)
-    return tokens
+    if not drawn:
+        return tokens, None
+    params = [samplers[row].params for row in drawn]
+    most = [of_row.top_k if of_row.top_k > 0 else logits.shape[1] for of_row in params]
+    numbers = [
+        (of_row.temperature, of_row.top_p, of_row.min_p, k, samplers[row].uniform())
+        for row, of_row, k in zip(drawn, params, most, strict=True)
+    ]
+    rows = to_device(torch.tensor(drawn), logits.device)
+    temperature, *rules = to_device(torch.tensor(numbers, dtype=torch.float64), logits.device).split(1, dim=1)
+    draws = _draw(rows, logits[rows].float() / temperature.float(), tuple(rules))
+    tokens[rows] = draws.tokens
+    return tokens, draws
 
 
-def _draw(logits: Tensor, *rules: Tensor, surely: bool) -> Tensor:
-    """Draw token ids `[n]` by scaled logits `[n, vocabulary]`; top_p, min_p, top_k and uniform float64 `[n, 1]`. What
-    they leave is `surely` among the likely ones.
-    """
+def settled(tokens: Tensor, draws: Draws | None) -> list[int]:
+    """Return the rows whose draws were not found among the likely tokens, and put the right ones into `tokens`."""
+    if draws is None or draws.found.all():
+        return []
+    missing = ~draws.found
+    tokens[draws.rows[missing]] = draws.among_all(missing)
+    rows: list[int] = draws.rows[missing].tolist()
+    return rows
+
+
+def _draw(rows: Tensor, logits: Tensor, rules: tuple[Tensor, ...]) -> Draws:
+    """Draw by scaled logits `[n, vocabulary]`; rules are top_p, min_p, top_k and uniform, float64 `[n, 1]`."""
     probabilities = torch.softmax(logits, dim=-1)
     total = probabilities.double().sum(-1, keepdim=True)
     values, order = probabilities.topk(min(_LIKELY, logits.shape[-1]))
     index, found = _invert(values, total, *rules)
-    tokens = order.gather(-1, index)
-    if not surely and not found.all():
-        rest = ~found[:, 0]
-        values, order = probabilities[rest].sort(dim=-1, descending=True)
-        index, _ = _invert(values, total[rest], *(rule[rest] for rule in rules))
-        tokens[rest] = order.gather(-1, index)
-    return tokens[:, 0]
+    return Draws(rows, order.gather(-1, index)[:, 0], found[:, 0], probabilities, total, rules)
 
 
 def _invert(

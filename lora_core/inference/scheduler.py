@@ -84,6 +84,11 @@ class RequestScheduler:
         else:
             self._waiting = deque(waiting for waiting in self._waiting if waiting.request != request)
 
+    def take_back(self, request: int) -> int:
+        """Have its last token computed again; returns its slot."""
+        self._running[request].done -= 1
+        return self._running[request].slot
+
     def next_step(self, without: Collection[int] = ()) -> list[Run]:
         """What is computed next; it counts as computed from now on. `without` these, whose answers are complete."""
         answered = [number for number, one in self._running.items() if one.done >= one.prompt_tokens]

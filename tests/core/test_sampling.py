@@ -10,10 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_core.inference.sampling import Sampler, sample
+from lora_core.inference.sampling import Sampler, sample, settled
 from lora_core.inference.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
+
+
+def sampled(logits: Tensor, samplers: list[Sampler]) -> Tensor:
+    """As a generator does it whose steps are not queued ahead."""
+    tokens, draws = sample(logits, samplers)
+    settled(tokens, draws)
+    return tokens
 
 
 def logits_of(seed: int, rows: int, vocabulary: int = 1000, spread: float = 3.0) -> Tensor:
@@ -51,7 +58,7 @@ def test_frequencies_are_the_distribution(rules: dict[str, Any], spread: float) 
     logits = logits_of(1, 1, vocabulary=400, spread=spread)
     sampler = Sampler(params := SamplingParams(**rules, seed=3))
     draws = 30_000
-    tokens = sample(logits.expand(draws, -1), [sampler] * draws)
+    tokens = sampled(logits.expand(draws, -1), [sampler] * draws)
     expected = nucleus(logits[0], params)
     seen = torch.bincount(tokens, minlength=400) / draws
     assert set(tokens.tolist()) <= set(expected.nonzero()[:, 0].tolist()), "a token outside the nucleus"
@@ -74,20 +81,20 @@ def test_a_row_is_drawn_alike_alone_and_beside_others(
     ]
     alone, beside = Sampler(params), Sampler(params)
     for _ in range(3):
-        (expected,) = sample(logits[2:3], [alone]).tolist()
+        (expected,) = sampled(logits[2:3], [alone]).tolist()
         rows = [Sampler(others[0]), Sampler(others[1]), beside, Sampler(others[2]), Sampler(others[3])]
-        assert sample(logits, rows)[2] == expected
+        assert sampled(logits, rows)[2] == expected
 
 
 def test_greedy_is_argmax_and_draws_nothing() -> None:
     logits = logits_of(2, 4)
     params = SamplingParams(temperature=1.0, seed=5)
     fresh, used = Sampler(params), Sampler(GREEDY)
-    assert sample(logits, [used, used, used, used]).tolist() == logits.argmax(-1).tolist()
+    assert sampled(logits, [used, used, used, used]).tolist() == logits.argmax(-1).tolist()
     used.params = params
     assert used.uniform() != fresh.uniform()  # its stream was not seeded with 5
     almost = SamplingParams(temperature=1e-30)
-    assert sample(logits, [Sampler(almost)] * 4).tolist() == logits.argmax(-1).tolist()
+    assert sampled(logits, [Sampler(almost)] * 4).tolist() == logits.argmax(-1).tolist()
 
 
 def test_the_seed_fixes_the_stream_and_no_seed_does_not() -> None:
@@ -95,7 +102,7 @@ def test_the_seed_fixes_the_stream_and_no_seed_does_not() -> None:
 
     def draw(seed: int | None) -> list[int]:
         sampler = Sampler(SamplingParams(temperature=1.0, seed=seed))
-        return [int(sample(logits, [sampler])) for _ in range(8)]
+        return [int(sampled(logits, [sampler])) for _ in range(8)]
 
     assert draw(1) == draw(1) != draw(2)
     assert draw(None) != draw(None)
@@ -104,16 +111,16 @@ def test_the_seed_fixes_the_stream_and_no_seed_does_not() -> None:
 def test_a_row_that_is_not_finite_harms_no_other() -> None:
     logits = logits_of(3, 4)
     params = SamplingParams(temperature=1.0, seed=1)
-    expected = sample(logits, [Sampler(params) for _ in range(4)]).tolist()
+    expected = sampled(logits, [Sampler(params) for _ in range(4)]).tolist()
     logits[1], logits[2, 3] = torch.nan, torch.inf
-    drawn = sample(logits, [Sampler(params) for _ in range(4)]).tolist()
+    drawn = sampled(logits, [Sampler(params) for _ in range(4)]).tolist()
     assert [drawn[0], drawn[3]] == [expected[0], expected[3]] and all(0 <= token < 1000 for token in drawn)
 
 
 def test_a_tiny_top_p_is_greedy() -> None:
     logits = logits_of(4, 3)
     samplers = [Sampler(SamplingParams(temperature=2.0, top_p=1e-9, seed=s)) for s in range(3)]
-    assert sample(logits, samplers).tolist() == logits.argmax(-1).tolist()
+    assert sampled(logits, samplers).tolist() == logits.argmax(-1).tolist()
 
 
 def test_penalties_and_bias_by_their_formulas() -> None:
@@ -130,7 +137,7 @@ def test_penalties_and_bias_by_their_formulas() -> None:
         sampler.accept(token)
     expected = torch.tensor([2.0 / 2 - 0.25 - 2 * 0.5, -2.0 * 2, 0.5 / 2, 1.0 / 2 - 0.25 - 0.5, 3.0])
     assert torch.allclose(sampler.adjusted(logits[0]), expected)
-    assert int(sample(logits, [sampler])) == 4 and int(sample(logits, [Sampler(GREEDY)])) == 0
+    assert int(sampled(logits, [sampler])) == 4 and int(sampled(logits, [Sampler(GREEDY)])) == 0
     sampler.accept(4)
     assert float(sampler.adjusted(logits[0])[4]) == pytest.approx(3.0 / 2 - 0.25 - 0.5), (
         "what was chosen counts from now on"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from lora_core.inference import engine, sampling
 from lora_core.inference.engine import AHEAD, GenerationRequest, Generator
 from lora_core.inference.sampling_params import SamplingParams
 from lora_core.models.attention import ATTENTION_NAME
@@ -86,7 +87,7 @@ def some_requests(forward: Forward, count: int, longest: int) -> list[Generation
                 prompt=[*(beginning if number % 2 else []), *ids],
                 adapter=adapters[which] if which < len(RANKS) else None,
                 digest=str(which),
-                sampling=SamplingParams(temperature=0.7, seed=number, top_k=-1 if number % 3 == 0 else 40),
+                sampling=SamplingParams(temperature=0.7, seed=number, top_k=-1 if number % 2 else 40),
                 max_tokens=dice.choice([2, 5, 9]),
             )
         )
@@ -154,8 +155,10 @@ def test_products_that_depend_on_their_rows_are_found(monkeypatch: pytest.Monkey
 @pytest.mark.slow
 def test_ten_thousand_events_and_no_wrong_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests come, go on, are given up and end in any order, in fewer slots than there are requests, by steps that
-    are queued ahead of the tokens before them and by others.
+    are queued ahead of the tokens before them and by others, some of whose draws turn out to be others.
     """
+    monkeypatch.setattr(sampling, "_LIKELY", 16)
+    monkeypatch.setattr(engine, "SURPRISES", 1.0)
     base = base_of(TINY)
     forward = open_forward(base)
     requests = some_requests(forward, 14, 60)
