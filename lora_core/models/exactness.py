@@ -41,6 +41,12 @@ _AS_THEY_ARE = ((0, 1), (3, 1), (5, 2), (0, 3), (8, 5), (1, 6), (13, 7), (2, 9),
 _SERVED = ((0, 4), (7, 5), (2, 8), (9, 15), (0, 16), (3, 17), (5, 31), (1, 33), (8, 64), (7, 65), (29, 131))
 """The same of what is served, which has 4 rows at least."""
 
+SERVED_ROWS = 1056
+"""Rows of the product that those are compared with: a step's prompts, and answers beside them."""
+
+SERVED_HEAD_ROWS = 40
+"""The same of the head, which is wide, and of few rows but where a prompt's log-probabilities are asked for."""
+
 _RANK = 16  # of the adapter whose products are compared
 
 
@@ -165,14 +171,15 @@ def _measured(frozen: FrozenProduct) -> Exactness:
 
 
 @torch.no_grad()
-def served_rows_are_alike(products: Iterable[FrozenProduct]) -> bool:
-    """Whether rows have the same bits whatever is served beside them, with the threads of now; `forward` of each
-    product is what serves.
+def served_rows_are_alike(products: Iterable[FrozenProduct], rows: int) -> bool:
+    """Whether rows have the same bits whatever is served beside them, in products of up to so many, with the threads of
+    now; `forward` of each product is what serves.
     """
     stream = torch.Generator().manual_seed(0)
     kinds = {product.key: product for product in products}.values()
-    sources = [torch.randn(PRODUCT_ROWS, kind.inputs, dtype=kind.dtype, generator=stream) for kind in kinds]
-    return all(_rows_are_theirs(_Product(x, kind.forward), _SERVED) for x, kind in zip(sources, kinds, strict=True))
+    sources = [torch.randn(rows, kind.inputs, dtype=kind.dtype, generator=stream) for kind in kinds]
+    chunks = [(first, count) for first, count in _SERVED if first + count <= rows]
+    return all(_rows_are_theirs(_Product(x, kind.forward), chunks) for x, kind in zip(sources, kinds, strict=True))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from lora_core.inference.sampling_params import SamplingParams
 from lora_core.models.attention import ATTENTION_NAME
 from lora_core.models.base import BaseModel, placed
 from lora_core.models.forward import Forward, open_forward
-from lora_core.models.llama import stacks
+from lora_core.models.llama import packing, stacks
 from lora_core.models.llama.forward import LlamaForward
 from lora_core.models.precision import DenseWeight
 from lora_core.models.step import Step
@@ -150,6 +151,38 @@ def test_products_that_depend_on_their_rows_are_found(monkeypatch: pytest.Monkey
     monkeypatch.undo()
     monkeypatch.setattr(stacks, "_columns_are_alike", lambda inputs, dtype, fewest: False)
     assert "products of adapters" in str(LlamaForward(forward.decoder, forward.modules, "fp32").serving_problem())
+
+
+def test_weights_are_packed_for_serving_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """oneDNN's copy computes the formula; training's products keep their bits; without room there is no copy."""
+    caplog.set_level("INFO", logger="lora.engine")
+    stream = torch.Generator().manual_seed(2)
+    x, *parts = (torch.randn(rows, 72, generator=stream) for rows in (37, 40, 24))
+    weight, expected = DenseWeight(parts), DenseWeight(parts).forward(x)
+    packing.pack_for_serving([weight], torch.float32)
+    assert weight.is_packed and re.search(r"event=serving_packed copy_bytes=[1-9]", caplog.text)
+    assert torch.equal(weight.forward(x), expected)
+    exact = (x.double() @ torch.cat(parts).double().t()).float()
+    for rows in (1, 5, 37):
+        torch.testing.assert_close(weight.serve(x[:rows]), exact[:rows], atol=1e-5, rtol=1e-5)
+
+    weight.unpack()
+    monkeypatch.setattr(packing, "free_host_bytes", lambda: weight.nbytes)
+    packing.pack_for_serving([weight], torch.float32)
+    assert not weight.is_packed and "event=serving_unpacked reason=memory" in caplog.text
+
+
+def test_packed_weights_whose_rows_depend_on_each_other_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = open_forward(base_of(TINY))
+    assert isinstance(forward, LlamaForward)
+    serve = DenseWeight.serve
+    monkeypatch.setattr(
+        DenseWeight, "serve", lambda weight, x: serve(weight, x) + 1e-6 * (weight.is_packed and len(x) == 31)
+    )
+    assert forward.serving_problem() is None
+    assert not any(weight.is_packed for weight in forward.decoder.layers[0].weights)  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow

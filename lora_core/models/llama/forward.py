@@ -19,11 +19,19 @@ from lora_core.data.packing import PackedBatch
 from lora_core.kernels.operands import EXACT_DTYPES, NO_ADAPTER
 from lora_core.kernels.transfer import beside_kernels, kernels_read
 from lora_core.models.attention import DocumentAttention, StepAttention
-from lora_core.models.exactness import Exactness, FrozenProduct, exactness_of, served_rows_are_alike
+from lora_core.models.exactness import (
+    SERVED_HEAD_ROWS,
+    SERVED_ROWS,
+    Exactness,
+    FrozenProduct,
+    exactness_of,
+    served_rows_are_alike,
+)
 from lora_core.models.llama.adapters import KernelArgs, memory_of, on_device, staged
 from lora_core.models.llama.decode import ROWS, DecodeGraphs
 from lora_core.models.llama.decoder import Checkpointing, Decoder, DecoderBatch, DecoderInput
 from lora_core.models.llama.head import Labels
+from lora_core.models.llama.packing import pack_for_serving
 from lora_core.models.llama.stacks import AdapterStacks
 from lora_core.models.llama.warmup import KernelWarmup
 from lora_core.models.paged_kv import PagedAttention
@@ -54,6 +62,10 @@ class LlamaForward:
         self._head = next(iter(modules.modules.keys() - modules.linears.keys()), "")
         self._is_exact = self.device.type == "cpu" and decoder.embedding.dtype in EXACT_DTYPES
         self._stacks = AdapterStacks(decoder.groups, decoder.embedding.dtype) if self.device.type == "cpu" else None
+        self._dense = [
+            weight for layer in decoder.layers for weight in layer.weights if isinstance(weight, DenseWeight)
+        ]
+        self._dense.append(self._head_weight)
         self._serving_problems: dict[int, str | None] = {}
         self._graphs: DecodeGraphs | None = None
         self._warmup = KernelWarmup(decoder) if self.device.type == "cuda" else None
@@ -74,20 +86,38 @@ class LlamaForward:
     def serving_problem(self) -> str | None:
         """Why a request's tokens may depend on those beside it, with the threads of now; None where they do not.
 
-        Asked of the products at the first step, and of those of adapters.
+        Asked at the first step, for which weights are packed, of the products and of those of adapters.
         """
         threads = torch.get_num_threads()
         if threads not in self._serving_problems:
-            problem = None
-            if not self._is_exact:
-                problem = "bits are promised in fp32 on CPU alone"
-            elif not served_rows_are_alike(self._products(lambda weight: weight.serve)):
-                problem = f"this CPU's products depend on how many rows they have with {threads} threads"
-            elif self._stacks is not None and not self._stacks.are_exact():
-                problem = f"this CPU's products of adapters depend on how many there are with {threads} threads"
+            if self.device.type == "cpu" and not self._serving_problems:
+                pack_for_serving(self._dense, self.decoder.embedding.dtype)
+            problem = self._found_problem(threads)
             self._serving_problems[threads] = problem
             log.info("event=serving_exactness answer=%r", problem or "bit for bit")
         return self._serving_problems[threads]
+
+    def _found_problem(self, threads: int) -> str | None:
+        if not self._is_exact:
+            return "bits are promised in fp32 on CPU alone"
+        alike = self._rows_are_alike()
+        if not alike and self._head_weight.is_packed:
+            log.warning("event=serving_unpacked reason=exactness threads=%d", threads)
+            for weight in self._dense:
+                weight.unpack()
+            alike = self._rows_are_alike()
+        if not alike:
+            return f"this CPU's products depend on how many rows they have with {threads} threads"
+        if self._stacks is not None and not self._stacks.are_exact():
+            return f"this CPU's products of adapters depend on how many there are with {threads} threads"
+        return None
+
+    def _rows_are_alike(self) -> bool:
+        weight, (outputs, inputs) = self._head_weight, self.decoder.head.shape
+        dtype = self.decoder.head.dtype
+        head = FrozenProduct((type(weight),), inputs, outputs, dtype, weight.serve, weight.input_gradient)
+        products = self._products(lambda weight: weight.serve)
+        return served_rows_are_alike(products, SERVED_ROWS) and served_rows_are_alike([head], SERVED_HEAD_ROWS)
 
     def problems(self, lora: LoraConfig) -> list[str]:
         return problems_on_llama(self.modules, lora, self._precision)

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.models.attention import ATTENTION_NAME
 from lora_core.models.forward import ForwardPath
+from lora_core.models.host_memory import free_host_bytes
 from lora_core.models.llama.decoder import Checkpointing, Decoder
 from lora_core.training.memory.adapter_shape import META, AdapterShape, AdapterShapes
 from lora_core.training.memory.dry_run import Activations, Meter, frozen_weights
@@ -212,12 +213,7 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
-    available = int(psutil.virtual_memory().available)
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()) != "max":
-        stat = dict(line.split() for line in (limit.parent / "memory.stat").read_text().splitlines())
-        available = min(available, int(text) - int(stat["anon"]))  # what is mapped from files can be dropped
-    return available
+    return free_host_bytes()
 
 
 def resident_bytes() -> int:
