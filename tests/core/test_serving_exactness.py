@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from lora_core.inference import engine, sampling
 from lora_core.inference.engine import AHEAD, GenerationRequest, Generator
 from lora_core.inference.sampling_params import SamplingParams
+from lora_core.kernels.stacked_low_rank import expand_, shrink
 from lora_core.models.attention import ATTENTION_NAME
 from lora_core.models.base import BaseModel, placed
 from lora_core.models.forward import Forward, open_forward
@@ -141,6 +142,37 @@ def test_more_adapters_at_once_than_are_one_product() -> None:
             assert all(map(torch.equal, here.logits, there.logits)) and here.tokens == there.tokens
 
 
+def test_adapters_that_come_and_go_lie_side_by_side() -> None:
+    """Each step is one product of its adapters, whoever holds the slots between them; nobody's bits move with him."""
+    base = base_of(TINY)
+    forward = open_forward(base)
+    assert isinstance(forward, LlamaForward) and forward._stacks is not None
+    adapters = [forward.load(random_adapter(forward.modules, seed, r=16)) for seed in range(9)]
+    x = torch.randn(32, TINY["hidden_size"], generator=torch.Generator().manual_seed(3))
+    group, alone = forward.decoder.groups[0], {}
+    of_another = forward.load(random_adapter(forward.modules, 9, r=16, targets=["o_proj"]))
+    for adapter, present in ((of_another, False), (adapters[0], True)):  # in the same slot
+        assert bool(forward._stacks.of([(adapter, 2)])[group.index]) == present
+    dice = random.Random(4)
+    for number in range(60):
+        of_step = [adapters[which] for which in dice.sample(range(9), dice.randint(1, 5))]
+        counts = [dice.choice([1, 1, 2, 5]) for _ in of_step]
+        runs = list(zip(of_step, counts, strict=True))
+        runs = [runs[index] for index in forward._stacks.order(runs)]
+        (stack,) = forward._stacks.of(runs)[group.index]
+        y, start = torch.zeros(sum(counts), sum(group.outputs)), 0
+        expand_(y, shrink(x[: len(y)], [stack]), [stack])
+        for adapter, count in runs:
+            own, part = x[start : start + count].double(), y[start : start + count]
+            for columns, fused in zip(group.columns, adapter.groups[0].parts, strict=True):
+                h = own @ adapter.groups[0].a[fused.columns].double().t()
+                expected = h @ fused.b.double().t() * adapter.groups[0].scale
+                torch.testing.assert_close(part[:, columns].double(), expected, atol=1e-5, rtol=1e-4)
+            for row, found in enumerate(part, start):
+                assert torch.equal(found, alone.setdefault((id(adapter), row), found)), f"step {number}"
+            start += count
+
+
 def test_products_that_depend_on_their_rows_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     base = base_of(TINY)
     forward = open_forward(base)
@@ -149,7 +181,7 @@ def test_products_that_depend_on_their_rows_are_found(monkeypatch: pytest.Monkey
     monkeypatch.setattr(DenseWeight, "serve", lambda weight, x: serve(weight, x) + 1e-6 * (len(x) == 31))
     assert "depend on how many rows" in str(LlamaForward(forward.decoder, forward.modules, "fp32").serving_problem())
     monkeypatch.undo()
-    monkeypatch.setattr(stacks, "_columns_are_alike", lambda inputs, dtype, fewest: False)
+    monkeypatch.setattr(stacks, "products_are_alike", lambda groups, dtype: False)
     assert "products of adapters" in str(LlamaForward(forward.decoder, forward.modules, "fp32").serving_problem())
 
 

@@ -197,9 +197,15 @@ class DecoderBatch:
         cos, sin = decoder.rotary(decoder.embedding[:1], inputs.positions[None])
         half = decoder.head_size // 2
         self._cos, self._sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+        self._low_ranks: dict[int, LowRank] = {}
 
     def low_rank(self, index: int) -> LowRank:
         """The adapters on group `index`."""
+        if index not in self._low_ranks:
+            self._low_ranks[index] = self._low_rank(index)
+        return self._low_ranks[index]
+
+    def _low_rank(self, index: int) -> LowRank:
         group = self._decoder.groups[index]
         adapters = [adapter.groups[index] for adapter in self._adapters]
         width, rank, dora = (self._widths[index], self._ranks[index], self._dora[index]) if adapters else (0, 0, False)

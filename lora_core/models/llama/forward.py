@@ -184,7 +184,7 @@ class LlamaForward:
             ids, positions, runs = F.pad(ids, (0, missing)), F.pad(positions, (0, missing)), [*runs, (None, missing)]
         present, indices = _indexed([adapter for adapter, _ in runs])
         segments = [(index, tokens) for index, (_, tokens) in zip(indices, runs, strict=True)]
-        stacks = self._stacks.of(runs, len(ids)) if self._stacks is not None and present else None
+        stacks = self._stacks.of(runs) if self._stacks is not None and present else None
         attention = StepAttention(step.attend, self.decoder.scaling)
         inputs = DecoderInput(ids, positions, segments)
         hidden = self.decoder.hidden(self.decoder.batch(inputs, present, attention, serving=True, stacks=stacks))
