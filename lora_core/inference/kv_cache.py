@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lora_core.inference.paged_kv_cache import PagedKVCache
@@ -220,7 +219,7 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 class _Product:
     """Sequences in neighbouring slots, `tokens` of each, that are one product over `length` keys."""
 
-    rows: Tensor  # int64 [slots, tokens], of the step's tokens
+    rows: Tensor | slice  # of the step's tokens: int64 [slots * tokens], or those of a stretch as they are
     first_slot: int
     length: int
     positions: Tensor  # int64 [slots, tokens]
@@ -238,32 +237,39 @@ class _StepAttention:
         self._cache, device = cache, cache.keys[0].device
         starts = [0, *itertools.accumulate(run.tokens for run in runs)]
         positions = [position for run in runs for position in range(run.start, run.start + run.tokens)]
-        self._positions = torch.tensor(positions, device=device)
-        self._slots = torch.tensor([run.slot for run in runs for _ in range(run.tokens)], device=device)
+        _, kv_heads, context, _ = cache.keys[0].shape
+        slots = [run.slot for run in runs for _ in range(run.tokens)]
+        beginnings = torch.tensor(slots)[:, None] * kv_heads + torch.arange(kv_heads)
+        self._tokens = len(positions)
+        self._places = (beginnings * context + torch.tensor(positions)[:, None]).flatten().to(device)
         self._products = [self._product(of_product) for of_product in _side_by_side(runs, starts)]
         self._masks: dict[tuple[int, int | None], Tensor] = {}
 
     def _product(self, runs: Sequence[tuple[Run, int]]) -> _Product:
-        (first, _), device = runs[0], self._positions.device
+        (first, _), device = runs[0], self._places.device
         longest = max(run.start + run.tokens for run, _ in runs)
         length = _rounded(longest)
         for run, _ in runs:
             self._cache.finite_to(run.slot, length)
-        rows = torch.tensor([range(row, row + run.tokens) for run, row in runs], device=device)
+        rows = [row + token for run, row in runs for token in range(run.tokens)]
         positions = torch.tensor([range(run.start, run.start + run.tokens) for run, _ in runs], device=device)
-        return _Product(rows, first.slot, length, positions)
+        is_stretch = rows == list(range(rows[0], rows[0] + len(rows)))
+        taken = slice(rows[0], rows[0] + len(rows)) if is_stretch else torch.tensor(rows, device=device)
+        return _Product(taken, first.slot, length, positions)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        tokens = len(self._positions)  # what lies behind them is padding
-        keys[self._slots, :, self._positions] = k[0, :, :tokens].transpose(0, 1)
-        values[self._slots, :, self._positions] = v[0, :, :tokens].transpose(0, 1)
+        for memory, new in ((keys, k), (values, v)):  # what lies behind the tokens is padding
+            by_head = new[0, :, : self._tokens].transpose(0, 1).reshape(-1, new.shape[3])
+            memory.view(-1, new.shape[3]).index_copy_(0, self._places, by_head)
         by_token = q[0].transpose(0, 1)
         out = q.new_zeros(q.shape[2], q.shape[1], v.shape[3])
         for index, product in enumerate(self._products):
-            slots = slice(product.first_slot, product.first_slot + len(product.rows))
+            shape = product.positions.shape
+            slots = slice(product.first_slot, product.first_slot + shape[0])
             past = keys[slots, :, : product.length], values[slots, :, : product.length]
-            out[product.rows] = _attended(by_token[product.rows], *past, spec, self._mask(index, spec.sliding_window))
+            queries, mask = by_token[product.rows].unflatten(0, shape), self._mask(index, spec.sliding_window)
+            out[product.rows] = _attended(queries, *past, spec, mask).flatten(0, 1)
         return out.transpose(0, 1)[None]
 
     def _mask(self, index: int, window: int | None) -> Tensor:
@@ -296,10 +302,10 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, hidden: Tens
     slots, tokens, heads, d = q.shape
     kv_heads, length = k.shape[1:3]
     per_head = heads // kv_heads
-    queries = q.view(slots, tokens, kv_heads, per_head, d).permute(0, 2, 3, 1, 4).reshape(slots, kv_heads, -1, d)
-    rows = queries.shape[2]
-    if rows < QUERY_ROWS:
-        queries = F.pad(queries, (0, 0, 0, QUERY_ROWS - rows))
+    rows = per_head * tokens
+    queries = q.new_zeros(slots, kv_heads, max(rows, QUERY_ROWS), d)
+    by_head = q.unflatten(2, (kv_heads, per_head)).permute(0, 2, 3, 1, 4)
+    queries[:, :, :rows].unflatten(2, (per_head, tokens)).copy_(by_head)
     scores = (queries @ k.transpose(-1, -2)).mul_(spec.scaling)
     if spec.softcap is not None:
         scores = scores.div_(spec.softcap).tanh_().mul_(spec.softcap)
@@ -309,8 +315,8 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, hidden: Tens
     out = weights[..., :KEY_BLOCK] @ v[:, :, :KEY_BLOCK]
     for start in range(KEY_BLOCK, length, KEY_BLOCK):
         out += weights[..., start : start + KEY_BLOCK] @ v[:, :, start : start + KEY_BLOCK]
-    by_head = out[:, :, :rows].unflatten(2, (per_head, tokens))
-    joined: Tensor = by_head.permute(0, 3, 1, 2, 4).reshape(slots, tokens, heads, -1)
+    out_by_head = out[:, :, :rows].unflatten(2, (per_head, tokens))
+    joined: Tensor = out_by_head.permute(0, 3, 1, 2, 4).reshape(slots, tokens, heads, -1)
     return joined
 
 
