@@ -19,7 +19,7 @@ from types import FrameType
 from cluster.adapter_lifecycle import AdapterConflict
 from cluster.embedded_ray import embedded_environment, stop_embedded, stop_recorded
 from cluster.proxies import reach_this_machine_directly
-from cluster.ray_runtime import cluster_name, code_version, log_to_stderr, on_a_cluster, use_own_ray
+from cluster.ray_runtime import cluster_name, log_to_stderr, on_a_cluster, use_own_ray
 from cluster.registry import AdapterNotFound
 from cluster.settings import Settings, SettingsError, load_settings
 from cluster.storage.base import StorageError
@@ -29,6 +29,7 @@ from jobs.job_report import progress_line, report
 from jobs.spec import SpecError, load_spec
 from jobs.store.database import check_database
 from jobs.store.jobs import JobQueue
+from jobs.submission import enqueue
 
 POLL_SECONDS = 0.5
 WATCH_SECONDS = 10.0
@@ -108,20 +109,8 @@ def _submit(settings: Settings, arguments: argparse.Namespace) -> int:
     try:
         # Pressed between the row and its scheduler, Ctrl-C would leave a job that "goes on without you" to nobody.
         with _interrupted_later():
-            job, new = queue.submit(
-                spec,
-                cluster=cluster_name(settings),
-                base=settings.base_name(spec.base_model),
-                dataset_sha=admitted.dataset_sha,
-                validation_sha=admitted.validation_sha,
-                examples_sha=admitted.examples_sha,
-                init_adapter_sha=admitted.init_adapter_sha,
-                forward_path=admitted.forward_path,
-                code_version=code_version(),
-                tenant=settings.tenant,
-                again=arguments.again,
-            )
-            admitted.record(job)
+            again, cluster = arguments.again, cluster_name(settings)
+            job, new = enqueue(queue, settings, spec, admitted, cluster=cluster, tenant=settings.tenant, again=again)
             print(f"{job.id} {'queued' if new else f'is there already, {job.status}'}: {job.base}:{spec.adapter}")
             print(
                 f"  follow it: python -m jobs logs {job.id}      cancel it: python -m jobs cancel {job.id}", flush=True

@@ -10,7 +10,6 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,9 +19,9 @@ from cluster.settings import ALIAS, Settings
 from cluster.sources import fetch_url, listed_files, local_source
 from cluster.storage.base import Storage, StorageError, put_by_content
 from cluster.storage.directory import open_storage
-from cluster.storage.keys import dataset_key, job_spec_key
+from cluster.storage.keys import dataset_key
+from jobs.admitted import Admitted, Rows
 from jobs.initial_adapter import fetch_initial, store_initial
-from jobs.job import Job
 from jobs.spec import JobSpec, SpecError
 from jobs.stored_examples import examples_of, store_examples
 from lora_core.adapters.adapter import Adapter
@@ -36,25 +35,6 @@ from lora_core.models.forward import ForwardPath, forward_path
 from lora_core.models.precision import QUANTISED
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Admitted:
-    """A job that may be queued: the sha256 of its rows, of what they became, and of the adapter that it starts from,
-    which are in storage now; the path through the base that it takes; and a summary for people.
-    """
-
-    storage: Storage
-    dataset_sha: str
-    validation_sha: str | None
-    examples_sha: str
-    init_adapter_sha: str | None
-    forward_path: ForwardPath
-    summary: list[str]
-
-    def record(self, job: Job) -> None:
-        """Write the write-once second record of a submission, from which a lost database is rebuilt."""
-        self.storage.put(job_spec_key(job.id), job.spec_json.encode(), if_absent=True)
 
 
 def admit(spec: JobSpec, settings: Settings, max_workers: int | None) -> Admitted:
@@ -105,7 +85,10 @@ def admit(spec: JobSpec, settings: Settings, max_workers: int | None) -> Admitte
         validation_sha = None if validation is None else put_by_content(storage, validation, dataset_key)
         examples_sha = store_examples(storage, examples, described[1])
         init_adapter_sha = None if spec.init_adapter is None else store_initial(storage, adapter)
-    return Admitted(storage, dataset_sha, validation_sha, examples_sha, init_adapter_sha, path, summary)
+        report, batch = examples[0].report, spec.train.batch_size
+        steps = spec.train.epochs * -(-report.examples // batch)
+        rows = Rows(report.examples, report.tokens, report.supervised_tokens, max(lengths), steps)
+    return Admitted(storage, dataset_sha, validation_sha, examples_sha, init_adapter_sha, path, rows, summary)
 
 
 def _check_initial(

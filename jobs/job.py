@@ -157,6 +157,9 @@ class Job:
     error: str | None
     progress: JobProgress | None
     result: JobResult | None
+    client_request: dict[str, Any] | None
+    metadata: dict[str, str] | None
+    idempotency_key: str | None
 
     @property
     def session_key(self) -> SessionKey:
@@ -167,6 +170,20 @@ class Job:
     def spec(self) -> JobSpec:
         """Parsed when asked for, so that a row of an older version can still be listed."""
         return JobSpec.model_validate_json(self.spec_json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientRequest:
+    """What a client of the API sent: `document` is kept to answer with, `metadata` to find jobs by. The same
+    `idempotency_key` is the same job; without one, the same content in a request of the same `digest` within `window`
+    seconds.
+    """
+
+    document: dict[str, Any]
+    digest: str
+    metadata: dict[str, str] | None
+    idempotency_key: str | None
+    window: float
 
 
 @dataclass(frozen=True, kw_only=True)

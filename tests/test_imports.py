@@ -19,8 +19,8 @@ ORDER = {
     "lora_core": ["config", "lora", "adapters", "kernels", "data", "models", "training", "inference", "library"],
     "cluster": ["requirements", "settings", "metrics", "proxies", "storage", "sources", "aliases", "registry",
      "adapter_lifecycle", "ray_runtime", "embedded_ray"],
-    "jobs": ["spec_text", "spec", "job", "initial_adapter", "stored_examples", "admission", "store", "job_report",
-     "published_adapters", "scheduling", "session", "demo", "adapter_commands", "__main__"],
+    "jobs": ["spec_text", "spec", "job", "admitted", "initial_adapter", "stored_examples", "admission", "store",
+     "submission", "job_report", "published_adapters", "scheduling", "session", "demo", "adapter_commands", "__main__"],
     "deploy": ["serving", "vllm_plugin", "proxy", "api", "app", "__main__"],
 }  # fmt: skip
 MAY_IMPORT = {

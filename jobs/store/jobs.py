@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from jobs.job import (
     TERMINAL,
     TRANSITIONS,
+    ClientRequest,
     EventKind,
     IllegalTransitionError,
     Job,
@@ -32,11 +33,12 @@ from jobs.job import (
     SessionState,
 )
 from jobs.spec import JobSpec
+from jobs.store.pages import JobPages, event_of, job_of
 from jobs.store.schema import events, jobs
-from jobs.store.sessions import Fence, SessionTable, fence_holds, lease_holds, locked_session
+from jobs.store.sessions import Fence, fence_holds, lease_holds, locked_session
 
 
-class JobQueue(SessionTable):
+class JobQueue(JobPages):
     """The queue in one database. Any number of processes and threads may use it at once; each process opens its own.
 
     Methods that write raise DatabaseUnavailableError when the outcome is unknown. Where they answer with a bool,
@@ -59,10 +61,12 @@ class JobQueue(SessionTable):
         tenant: str = "default",
         status: JobStatus = JobStatus.QUEUED,
         again: bool = False,
+        request: ClientRequest | None = None,
     ) -> tuple[Job, bool]:
         """Return a job for `spec`, and whether it is new. The same content gives the same job, however often and from
         however many processes it is sent, unless that job failed or was cancelled, or `again` asks for another one. A
         waiting job takes the priority of its newest submission. `base` is the short name in "<base>:<adapter>".
+        What a client of the API sends is the same job only as its `request` says.
         """
         assert status in (JobStatus.QUEUED, JobStatus.VALIDATING_FILES)
         now, job_id = self._clock(), f"job-{secrets.token_hex(6)}"
@@ -79,7 +83,7 @@ class JobQueue(SessionTable):
             "forward_path": forward_path,
             "num_workers": spec.num_workers,
             "content_key": spec.content_key(dataset_sha, validation_sha, init_adapter_sha),
-            "copy": job_id if again else "",
+            "copy": self._copy(job_id, now, again, request),
             "code_version": code_version,
             "dataset_sha": dataset_sha,
             "validation_sha": validation_sha,
@@ -89,18 +93,29 @@ class JobQueue(SessionTable):
             "updated_at": now,
             "attempt": 0,
         }
+        if request is not None:
+            row |= {"client_request": request.document, "metadata": request.metadata}
+            row |= {"idempotency_key": request.idempotency_key}
         try:
-            return self._insert_or_find(row, spec, again)
+            return self._insert_or_find(row, spec, again, request)
         except sa.exc.IntegrityError:
             # Another process inserted the same content after our look: now it is there to be seen.
-            return self._insert_or_find(row, spec, again)
+            return self._insert_or_find(row, spec, again, request)
+
+    @staticmethod
+    def _copy(job_id: str, now: float, again: bool, request: ClientRequest | None) -> str:
+        """Return what keeps jobs of the same content apart."""
+        if again or (request is not None and request.idempotency_key is not None):
+            return job_id
+        # Of one window at most one: whoever comes in it while another inserts finds that.
+        return "" if request is None else f"window-{int(now // request.window)}-{request.digest}"
 
     def get(self, id_or_prefix: str) -> Job:
         """Return the only job whose id starts so, with or without "job-". Raises JobNotFoundError."""
         digits = id_or_prefix.removeprefix("job-")
         query = sa.select(jobs).where(jobs.c.id.startswith(f"job-{digits}", autoescape=True))
         with self._db.read() as conn:
-            found = [_job(row) for row in conn.execute(query.order_by(jobs.c.id).limit(6))]
+            found = [job_of(row) for row in conn.execute(query.order_by(jobs.c.id).limit(6))]
         if len(found) != 1:
             raise JobNotFoundError(id_or_prefix, [job.id for job in found])
         return found[0]
@@ -113,7 +128,7 @@ class JobQueue(SessionTable):
         if statuses is not None:
             query = query.where(jobs.c.status.in_(sorted(statuses)))
         with self._db.read() as conn:
-            return [_job(row) for row in conn.execute(query)]
+            return [job_of(row) for row in conn.execute(query)]
 
     def counts(self, cluster: str) -> dict[JobStatus, int]:
         """Return how many jobs of a cluster are in each state, zeros included."""
@@ -128,7 +143,7 @@ class JobQueue(SessionTable):
         """
         query = sa.select(events).where(events.c.subject == subject, events.c.id > after).order_by(events.c.id)
         with self._db.read() as conn:
-            return [QueueEvent(**dict(row._mapping) | {"kind": EventKind(row.kind)}) for row in conn.execute(query)]
+            return [event_of(row) for row in conn.execute(query)]
 
     def log(
         self,
@@ -245,7 +260,7 @@ class JobQueue(SessionTable):
         """Return the jobs that run in a session, in the order of their submission."""
         query = sa.select(jobs).where(jobs.c.session_id == session_id, jobs.c.status == JobStatus.RUNNING)
         with self._db.read() as conn:
-            return [_job(row) for row in conn.execute(query.order_by(jobs.c.created_at, jobs.c.id))]
+            return [job_of(row) for row in conn.execute(query.order_by(jobs.c.created_at, jobs.c.id))]
 
     def _move(
         self,
@@ -283,16 +298,28 @@ class JobQueue(SessionTable):
         row = conn.execute(sa.select(jobs).where(jobs.c.id == job_id).with_for_update()).one_or_none()
         if row is None:
             raise JobNotFoundError(job_id, [])
-        return _job(row)
+        return job_of(row)
 
-    def _insert_or_find(self, row: dict[str, Any], spec: JobSpec, again: bool) -> tuple[Job, bool]:
-        """Return the newest job with the content of `row` that has not failed or been cancelled, else a new one."""
+    def _insert_or_find(
+        self, row: dict[str, Any], spec: JobSpec, again: bool, request: ClientRequest | None
+    ) -> tuple[Job, bool]:
+        """Return the newest job with the content of `row` that has not failed or been cancelled, else a new one; what
+        counts of a client's request is its key, or what it was and when.
+        """
         same = [jobs.c[name] == row[name] for name in ("tenant", "cluster", "content_key")]
-        twins = sa.select(jobs).where(*same, jobs.c.status.not_in([JobStatus.FAILED, JobStatus.CANCELLED]))
+        same.append(jobs.c.status.not_in([JobStatus.FAILED, JobStatus.CANCELLED]))
+        if request is not None and request.idempotency_key is not None:
+            same = [jobs.c[name] == row[name] for name in ("tenant", "idempotency_key")]
+        elif request is not None:
+            same.append(jobs.c.created_at > row["created_at"] - request.window)
+            same.append(jobs.c.copy.endswith(f"-{request.digest}"))
+        twins = sa.select(jobs).where(*same)
         with self._db.write() as conn:
             twin = conn.execute(twins.order_by(jobs.c.created_at.desc(), jobs.c.id).limit(1).with_for_update()).first()
+            if twin is not None and request is not None:
+                return job_of(twin), False
             if twin is not None and not again:
-                return self._with_priority(conn, _job(twin), spec), False
+                return self._with_priority(conn, job_of(twin), spec), False
             conn.execute(sa.insert(jobs).values(row))
             self._event(conn, row["id"], "submitted", data={"adapter": f"{row['base']}:{spec.adapter}"})
             return self._locked_job(conn, row["id"]), True
@@ -304,10 +331,3 @@ class JobQueue(SessionTable):
         conn.execute(sa.update(jobs).where(jobs.c.id == job.id).values(values))
         self._event(conn, job.id, f"priority {job.priority} -> {spec.priority}")
         return self._locked_job(conn, job.id)
-
-
-def _job(row: sa.Row[Any]) -> Job:
-    values = dict(row._mapping)
-    del values["copy"]
-    requested = None if values["requested"] is None else RequestedAction(values["requested"])
-    return Job(**values | {"status": JobStatus(values["status"]), "requested": requested})

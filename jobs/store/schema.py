@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from jobs.job import TERMINAL, DatabaseSettingError, EventKind, JobStatus, SessionState
 
-REVISION = "files"
+REVISION = "client_requests"
 """The newest migration's."""
 MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -85,11 +85,16 @@ jobs = sa.Table(
     sa.Column("error", _Text),
     sa.Column("progress", _Json),
     sa.Column("result", _Json),
+    sa.Column("client_request", _Json),
+    sa.Column("metadata", sa.JSON(none_as_null=True)),
+    sa.Column("idempotency_key", sa.Text),
     _one_of("status", JobStatus),
     sa.CheckConstraint("status <> 'running' OR session_id IS NOT NULL"),
 )
 sa.Index("jobs_by_status", jobs.c.cluster, jobs.c.status)
 sa.Index("jobs_by_session", jobs.c.session_id)
+sa.Index("jobs_by_tenant", jobs.c.tenant, jobs.c.created_at)
+sa.Index("jobs_by_idempotency_key", jobs.c.tenant, jobs.c.idempotency_key, unique=True)
 # Two processes that submit the same content at once cannot both insert it. `copy` is empty, but for a job that was
 # wanted again.
 _unwanted = sorted(TERMINAL - {JobStatus.SUCCEEDED})

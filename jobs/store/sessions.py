@@ -41,9 +41,11 @@ Fence = tuple[str, int]  # a session's id, and its fence as its driver knows it
 class SessionTable:
     """The half of the queue that holds sessions and leases; `JobQueue` adds the jobs."""
 
-    def __init__(self, database_url: str, clock: Callable[[], float] = time.time) -> None:
-        """Open the database, and create what it lacks. Raises DatabaseSettingError, DatabaseUnavailableError."""
-        self._db = Database(database_url)
+    def __init__(self, database: str | Database, clock: Callable[[], float] = time.time) -> None:
+        """Open the database of this URL, and create what it lacks; or take one that is open. Raises
+        DatabaseSettingError, DatabaseUnavailableError.
+        """
+        self._db = Database(database) if isinstance(database, str) else database
         self._clock = clock
 
     def close(self) -> None:

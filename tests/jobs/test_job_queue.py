@@ -15,6 +15,7 @@ from jobs.job import (
     SESSION_TRANSITIONS,
     TERMINAL,
     TRANSITIONS,
+    ClientRequest,
     DatabaseUnavailableError,
     IllegalTransitionError,
     Job,
@@ -35,6 +36,7 @@ from tests.support.queue_kit import (
     QUEUED,
     RUNNING,
     SUCCEEDED,
+    Clock,
     assert_legal_history,
     bring_to,
     running_session,
@@ -372,6 +374,39 @@ def test_jobs_are_listed_and_counted_by_cluster_and_state(queue: JobQueue) -> No
     assert [job.id for job in queue.list("c", {QUEUED, RUNNING})] == [first.id, third.id]
     assert len(queue.list()) == 4 and queue.list("c", set()) == []
     assert queue.counts("c") == dict.fromkeys(JobStatus, 0) | {QUEUED: 2, FAILED: 1}
+
+
+def test_a_tenants_jobs_come_in_pages_by_what_was_sent_with_them(queue: JobQueue) -> None:
+    """The same request is the same job in a window, and with a key for ever."""
+
+    def made(name: str, key: str | None = None, metadata: dict[str, str] | None = None, tenant: str = "t") -> Job:
+        digest = f"{name}{len(metadata or ())}"
+        request = ClientRequest(document={"n": 1}, digest=digest, metadata=metadata, idempotency_key=key, window=100.0)
+        options = {"cluster": "c", "base": "b", "dataset_sha": "d", "code_version": "v", "tenant": tenant}
+        return queue.submit(spec(name), **options, request=request)[0]  # type: ignore[arg-type]
+
+    first, second = made("a", metadata={'k"\\].$ö': "ü", "x": "1"}), made("b", metadata={"x": "2"})
+    third, other = made("a", key="key"), made("a", tenant="other")
+    assert (
+        made("a", metadata=first.metadata).id == first.id
+        and made("b", key="key").id == third.id == queue.find_by_key("t", "key").id
+    )  # type: ignore[union-attr]
+    assert (queue.get(first.id).metadata, queue.get(first.id).client_request) == ({'k"\\].$ö': "ü", "x": "1"}, {"n": 1})
+    pages = [queue.page("t", 2), queue.page("t", 2, after=second.id), queue.page("t", 9, metadata={'k"\\].$ö': "ü"})]
+    assert [([job.id for job in page], more) for page, more in pages] == [
+        ([third.id, second.id], True), ([first.id], False), ([first.id], False)
+    ]  # fmt: skip
+    assert [job.id for job in queue.page("t", 9, metadata={})[0]] == [third.id]
+    with pytest.raises(JobNotFoundError):
+        queue.find("t", other.id)
+    queue.log(first.id, "line")
+    newest, older = queue.events_page(first.id, 1), queue.events(first.id)
+    assert newest == ([older[-1]], True) and queue.events_page(first.id, 9, before=older[-1].id) == (older[:-1], False)
+    clock = queue._clock
+    assert isinstance(clock, Clock)
+    clock.now += 100.0
+    later = made("a", metadata=first.metadata)
+    assert later.id not in (first.id, third.id) and made("a", metadata={"x": "3"}).id != later.id
 
 
 def test_history_can_be_followed_from_the_last_line_seen(queue: JobQueue) -> None:
