@@ -12,10 +12,13 @@ from ray.serve import Application, Deployment
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from cluster.settings import Settings, load_settings
+from deploy.api.admission_server import AdmissionServer
 from deploy.api.gateway import Gateway
 from deploy.serving.server import AdapterServer
 
 _DRAIN_SECONDS = 60.0  # in which open streams finish
+_CHECKED_IN_LINE = 64  # jobs that wait to be checked; the next is told to come back
+_ADMISSION_IDLE_SECONDS = 300.0  # without a job to check, before that process goes
 _UPSCALE_SECONDS = 5.0  # of too many requests before another replica is started; the first one is started at once
 
 
@@ -44,7 +47,15 @@ def build_app(settings: Settings) -> Application:
         ray_actor_options={"num_cpus": 0, "label_selector": settings.gateway_labels},
         graceful_shutdown_timeout_s=_DRAIN_SECONDS,
     )(Gateway)
-    return gateway.bind(settings, servers)
+    admission: Deployment = serve.deployment(
+        max_ongoing_requests=1,  # a job's rows may take much of a node's memory
+        max_queued_requests=_CHECKED_IN_LINE,
+        ray_actor_options={"num_cpus": 0},
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=0, max_replicas=1, target_ongoing_requests=1, downscale_delay_s=_ADMISSION_IDLE_SECONDS
+        ),
+    )(AdmissionServer)
+    return gateway.bind(settings, servers, admission.bind(without_database))
 
 
 def _replicas(settings: Settings) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,21 +15,20 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from cluster.registry import AdapterNotFound, AdapterRegistry, Publication
+from cluster.registry import AdapterRegistry, Publication
 from cluster.settings import Settings
 from cluster.storage.directory import open_storage
 from deploy.api.errors import ApiError, answer_errors
 from deploy.api.file_store import FileStore
 from deploy.api.files import FileRoutes
+from deploy.api.fine_tuning import FineTuning
 from deploy.api.keys import Caller, KeyCheck, KeyRing, caller_of, needs
+from deploy.api.models import Models
 from deploy.api.responses import (
     ChatResponse,
     CompletionResponse,
-    ModelName,
     TextResponse,
     event,
-    model_object,
-    parse_model,
 )
 from deploy.api.schemas import ChatRequest, CompletionRequest, TextRequest, parse_request
 from deploy.api.tenant_names import TenantNames
@@ -39,8 +37,7 @@ from deploy.serving.protocol import Delta, ErrorResponse, GenerateRequest, Strea
 from jobs.store.api_keys import KeyTable, Scope
 from jobs.store.database import Database
 from jobs.store.files import FileTable
-
-_NAMES_SHOWN = 30
+from jobs.store.jobs import JobQueue
 
 
 async def _asked(result: Any) -> Any:
@@ -69,22 +66,31 @@ def make_api(keys: KeyRing, *routers: APIRouter) -> FastAPI:
 
 @serve.ingress()
 class Gateway:
-    """The process that all requests pass through. `servers` are handles of `AdapterServer`, by the name of the base."""
+    """The process that all requests pass through. `servers` are handles of `AdapterServer`, by the name of the base,
+    and `admission` is one of `AdmissionServer`.
+    """
 
-    def __init__(self, settings: Settings, servers: Mapping[str, DeploymentHandle[Any]]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        servers: Mapping[str, DeploymentHandle[Any]],
+        admission: DeploymentHandle[Any],
+    ) -> None:
         self._servers = servers
         self._streams = {name: server.options(stream=True) for name, server in servers.items()}
         self._registry = AdapterRegistry(open_storage(settings.storage_url), settings.tenant)
         self._pushes = settings.min_replicas > 0
-        self._names = TenantNames(self._registry, settings.tenant, settings.notice_seconds, self._push)
+        names = TenantNames(self._registry, settings.tenant, settings.notice_seconds, self._push)
         # What builds the application need not have the database's secret, which is in this pod's environment then.
         database = Database(os.environ.get("LORA_DATABASE_URL") or settings.database_url)
+        queue = JobQueue(database)
         self._keys = KeyRing(KeyTable(database), settings.tenant)
         self._files = FileStore(FileTable(database), self._registry.storage, settings.home / "incoming")
+        self._models = Models(list(servers), names, self._registry, queue)
+        self._fine_tuning = FineTuning(settings, queue, self._files, admission)
         running = asyncio.get_running_loop()
         self._always = [running.create_task(self._keys.follow(settings.key_seconds))]
         self._always.append(running.create_task(self._files.sweep()))
-        self._started = time.time()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application: Serve asks for it once, in the replica."""
@@ -93,10 +99,8 @@ class Gateway:
         inference = [Depends(needs(Scope.INFER))]
         router.add_api_route("/v1/chat/completions", self.chat_completions, methods=["POST"], dependencies=inference)
         router.add_api_route("/v1/completions", self.completions, methods=["POST"], dependencies=inference)
-        anybody = [Depends(needs(Scope.INFER, Scope.TRAIN))]
-        router.add_api_route("/v1/models", self.models, dependencies=anybody)
-        router.add_api_route("/v1/models/{model:path}", self.model, dependencies=anybody)
-        return make_api(self._keys, router, FileRoutes(self._files).router, UploadRoutes(self._files).router)
+        routers = self._models.router(), self._fine_tuning.router()  # whose result files come before other files
+        return make_api(self._keys, router, *routers, FileRoutes(self._files).router, UploadRoutes(self._files).router)
 
     async def healthz(self) -> dict[str, str]:
         return {"status": "ok"}
@@ -109,32 +113,11 @@ class Gateway:
         text = parse_request(await request.body(), TextRequest)
         return await self._completed(caller_of(request), text, TextResponse(text))
 
-    async def models(self, request: Request) -> dict[str, Any]:
-        bases = [model_object(name, name, self._started) for name in self._servers]
-        adapters = [
-            model_object(f"{entry.base}:{entry.name}", entry.base, entry.created_at, entry.digest)
-            for _, entry in await self._names.entries(caller_of(request).tenant)
-            if entry.base in self._servers
-        ]
-        return {"object": "list", "data": bases + adapters}
-
-    async def model(self, request: Request, model: str) -> dict[str, Any]:
-        caller = caller_of(request)
-        name = parse_model(model, list(self._servers))
-        if name is None:
-            raise await self._unknown(caller, model)
-        if name.adapter is None:
-            return model_object(model, name.base, self._started)
-        owner, _ = await self._digest(caller, model, name)
-        registry = self._registry.of(owner)
-        version = await asyncio.to_thread(registry.resolve, name.base, name.adapter, name.version)
-        return model_object(model, name.base, version.manifest["created_at"], version.digest)
-
     async def _completed(self, caller: Caller, request: CompletionRequest, response: CompletionResponse) -> Response:
-        name = parse_model(request.model, list(self._servers))
+        name = self._models.parse(request.model)
         if name is None:
-            raise await self._unknown(caller, request.model)
-        owner, digest = await self._digest(caller, request.model, name)
+            raise await self._models.unknown(caller, request.model)
+        owner, digest = await self._models.digest(caller, request.model, name)
         asked = replace(request.generate_request(name.adapter, digest), tenant=owner)
         if request.stream:
             return await self._streamed(caller, request.model, response, name.base, asked)
@@ -144,15 +127,6 @@ class Gateway:
         tokens = sum(choice.completion_tokens for choice in answer.choices)
         caller.use_tokens(answer.start.prompt_tokens + tokens)
         return JSONResponse(response.whole(answer))
-
-    async def _digest(self, caller: Caller, model: str, name: ModelName) -> tuple[str, str | None]:
-        """Return whose adapter it is, and what the request is answered with: None where it is of the base itself."""
-        if name.adapter is None:
-            return caller.tenant, None
-        try:
-            return await self._names.digest(caller.tenant, name.base, name.adapter, name.version)
-        except AdapterNotFound as error:
-            raise await self._unknown(caller, model, str(error)) from error
 
     def _push(self, tenant: str, published: Publication) -> None:
         """Have an adapter loaded before anybody asks for it, unless its base may have no replica: none is started."""
@@ -186,14 +160,5 @@ class Gateway:
 
     async def _refused(self, caller: Caller, model: str, refusal: ErrorResponse) -> ApiError:
         if refusal.status == 404:
-            return await self._unknown(caller, model, refusal.message)
+            return await self._models.unknown(caller, model, refusal.message)
         return _error_of(refusal)
-
-    async def _unknown(self, caller: Caller, model: str, reason: str = "") -> ApiError:
-        """Return a 404 with the models that exist; the reason says which versions do."""
-        entries = [entry for _, entry in await self._names.entries(caller.tenant) if entry.base in self._servers]
-        names = [*self._servers, *(f"{entry.base}:{entry.name}" for entry in entries)]
-        more = f" and {len(names) - _NAMES_SHOWN} more, see /v1/models" if len(names) > _NAMES_SHOWN else ""
-        message = f"the model {model!r} does not exist{f' ({reason})' if '@' in model and reason else ''}"
-        message += f"; there are: {', '.join(names[:_NAMES_SHOWN])}{more}"
-        return ApiError(404, message, "model_not_found", "model")

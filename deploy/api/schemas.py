@@ -313,7 +313,7 @@ R = TypeVar("R", bound=CompletionRequest)
 
 def parse_request(body: bytes, kind: type[R]) -> R:
     """Check a request. Raises ApiError (400) with everything that is wrong; its `param` is the first of it."""
-    document = _document(body)
+    document = read_document(body)
     request: R | None = None
     problems: list[Problem] = []
     try:
@@ -324,11 +324,11 @@ def parse_request(body: bytes, kind: type[R]) -> R:
     if request is not None:
         problems += request.contradictions()
     if problems or request is None:
-        raise _refused(problems)
+        raise refused(problems)
     return request
 
 
-def _document(body: bytes) -> dict[str, Any]:
+def read_document(body: bytes) -> dict[str, Any]:
     """Return the values of a request; raises ApiError also for those that JSON can spell and nothing can use."""
     try:
         document = json.loads(body, parse_int=whole_number)
@@ -339,11 +339,11 @@ def _document(body: bytes) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ApiError(400, "the body must be a JSON object", "invalid_json")
     if problems := [(location, "invalid_value", f"{location} {what}") for location, what in unusable(document)]:
-        raise _refused(problems)
+        raise refused(problems)
     return document
 
 
-def _refused(problems: Sequence[Problem]) -> ApiError:
+def refused(problems: Sequence[Problem]) -> ApiError:
     rest = [f"and {len(problems) - _SAID} more"] if len(problems) > _SAID else []
     message = "; ".join([sentence for _, _, sentence in problems[:_SAID]] + rest)
     return ApiError(400, message, problems[0][1], problems[0][0])

@@ -247,7 +247,7 @@ class SessionController:
             return
         job = self._queue.get(report.job_id)
         manifest = {**report.manifest, "dataset_sha256": job.dataset_sha}
-        version = self._registry.publish(job.base, job.spec.adapter, report.files, manifest)
+        version = self._registry.of(job.tenant).publish(job.base, job.spec.adapter, report.files, manifest)
         result: JobResult = {
             "model": f"{job.base}:{job.spec.adapter}",
             "version": version.version,

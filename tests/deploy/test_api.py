@@ -451,9 +451,10 @@ def test_the_gateway_alone_is_told_where_the_database_is(tmp_path: Path) -> None
     settings = Settings(home=tmp_path, base_models={"tiny": "/nowhere"}, gateway_labels=labels)
     gateway = application.build_app(settings)._bound_deployment
     assert gateway.ray_actor_options is not None and gateway.ray_actor_options["label_selector"] == labels
-    told, servers = gateway.init_args
+    told, servers, admission = gateway.init_args
     assert told.database_url == settings.database_url
-    assert [server._bound_deployment.init_args[1].database_url for server in servers.values()] == [""]
+    others = [servers["tiny"]._bound_deployment.init_args[1], admission._bound_deployment.init_args[0]]
+    assert [other.database_url for other in others] == ["", ""]
 
 
 def test_replicas_are_as_many_as_settings_say(tmp_path: Path) -> None:

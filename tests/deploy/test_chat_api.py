@@ -76,6 +76,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
     home = tmp_path_factory.mktemp("served")
     base = save_tiny_model("llama", home / "tiny", seed=6)
     settings = {"LORA_THREADS": "1", "LORA_MAX_ONGOING_REQUESTS": "16", "LORA_MAX_QUEUED_REQUESTS": "16"}
+    settings |= {"LORA_CLUSTER": "elsewhere", "LORA_MAX_WORKERS": "1"}  # jobs wait for a scheduler that does not come
     with running_app(home, {"tiny": base}, settings) as running:
         yield App(running.port, running.metrics_port, home)
 
@@ -219,13 +220,26 @@ def test_models_are_listed_and_found(app: App) -> None:
     wait_for(lambda: "tiny:listed" in [model.id for model in app.client.models.list()])
     models = {model.id: model for model in app.client.models.list()}
     assert models["tiny"].object == "model" and models["tiny:listed"].created == int(version.manifest["created_at"])
-    assert app.client.models.retrieve("tiny:listed").model_extra == {"root": "tiny", "digest": version.digest}
+    extra = {"root": "tiny", "digest": version.digest, "version": 1, "aliases": ["latest"]}
+    assert (app.client.models.retrieve("tiny:listed").model_extra or {}).items() >= extra.items()
     assert app.client.models.retrieve(f"tiny:listed@{version.version}").id == f"tiny:listed@{version.version}"
     for unknown in ("tiny:nothing", "org/model", "tiny:listed@0000"):
         with pytest.raises(openai.NotFoundError, match="does not exist"):
             app.client.models.retrieve(unknown)
     with urllib.request.urlopen(f"{app.url}/healthz") as answer:
         assert answer.status == 200
+
+
+def test_a_job_is_checked_beside_the_answers_and_goes_into_the_queue(app: App, tmp_path: Path) -> None:
+    """In a process that the first of them starts. What jobs and models answer is tested without Ray."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "item: ", "completion": "code"}\n' * 8)
+    jobs, file = app.client.fine_tuning.jobs, app.client.files.create(file=rows, purpose="fine-tune")
+    with pytest.raises(openai.BadRequestError, match="num_workers is 2, but this cluster has room for 1"):
+        jobs.create(model="tiny", training_file=file.id, extra_body={"num_workers": 2})
+    job = jobs.create(model="tiny", training_file=file.id, suffix="queued")
+    assert (job.status, job.training_file) == ("queued", file.id) and [one.id for one in jobs.list()] == [job.id]
+    assert jobs.cancel(job.id).status == "cancelled"
 
 
 def test_a_client_that_leaves_frees_its_place_and_metrics_say_so(app: App) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import uvicorn
 
 from cluster.settings import Settings
+from deploy.api.admission_server import AdmissionServer
 from deploy.api.gateway import Gateway
 from deploy.serving.protocol import Completion, Delta, GenerateRequest, StreamStart
 from tests.support.machine import free_port
@@ -49,7 +50,9 @@ def running_gateway(settings: Settings) -> Iterator[tuple[str, Hello, Any]]:
     server, gateways = uvicorn.Server(config), list[Any]()
 
     async def serve() -> None:
-        gateways.append(Gateway.__mro__[1](settings, {"tiny": base}))  # without Serve's wrapper
+        admission = AdmissionServer(settings)
+        handle = SimpleNamespace(admit=SimpleNamespace(remote=admission.admit))
+        gateways.append(Gateway.__mro__[1](settings, {"tiny": base}, handle))  # without Serve's wrapper
         config.app = gateways[0].__serve_build_asgi_app__()
         await server.serve()
 

@@ -1,0 +1,294 @@
+"""`/v1/fine_tuning/jobs`: OpenAI's fine-tuning on this service's queue.
+
+A job is checked by the same code as on the command line and goes into the same table; who follows it reads that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.responses import JSONResponse, Response
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from cluster.ray_runtime import LOCAL_CLUSTER, use_own_ray
+from cluster.settings import Settings
+from deploy.api.admission_server import Admission
+from deploy.api.errors import ApiError
+from deploy.api.file_store import FileStore
+from deploy.api.job_objects import EVENT, RESULT, event_object, job_object, result_csv
+from deploy.api.job_requests import WINDOW_SECONDS, JobRequest, parse_job_request
+from deploy.api.keys import Caller, caller_of, needs
+from deploy.api.schemas import read_document
+from jobs.job import TERMINAL, ClientRequest, IllegalTransitionError, Job, JobNotFoundError, JobStatus, RequestedAction
+from jobs.spec import JobSpec
+from jobs.store.api_keys import Scope
+from jobs.store.jobs import JobQueue
+from jobs.submission import enqueue
+
+log = logging.getLogger("ray.serve.lora")
+
+Limit = Annotated[int, Query(ge=1, le=100)]
+
+
+class FineTuning:
+    """The routes of jobs, whose rows may be in `files`. `admission` is a handle of `AdmissionServer`."""
+
+    def __init__(self, settings: Settings, queue: JobQueue, files: FileStore, admission: Any) -> None:
+        self._settings, self._queue, self._files, self._admission = settings, queue, files, admission
+        self._starting: set[asyncio.Task[None]] = set()
+        if settings.cluster is None:
+            use_own_ray()
+
+    def router(self) -> APIRouter:
+        """Return the routes, for callers that may train."""
+        router = APIRouter(dependencies=[Depends(needs(Scope.TRAIN))])
+        jobs, job = "/v1/fine_tuning/jobs", "/v1/fine_tuning/jobs/{job_id}"
+        router.add_api_route(jobs, self.create, methods=["POST"])
+        router.add_api_route(jobs, self.list)
+        router.add_api_route(job, self.retrieve)
+        router.add_api_route(f"{job}/cancel", self.cancel, methods=["POST"])
+        router.add_api_route(f"{job}/pause", self.pause, methods=["POST"])
+        router.add_api_route(f"{job}/resume", self.resume, methods=["POST"])
+        router.add_api_route(f"{job}/events", self.events)
+        router.add_api_route(f"{job}/checkpoints", self.checkpoints)
+        result = f"/v1/files/{RESULT}{{job_id}}"
+        router.add_api_route(result, self.result_file)
+        router.add_api_route(f"{result}/content", self.result_content)
+        return router
+
+    async def create(self, request: Request) -> Response:
+        caller, key = caller_of(request), request.headers.get("idempotency-key")
+        body = await request.body()
+        wanted = parse_job_request(body, self._settings.base_models, await self._locating(caller, body))
+        if not wanted.dry_run and (known := await self._known(caller, key, wanted)) is not None:
+            return JSONResponse(job_object(known))
+        if not wanted.dry_run:
+            await self._check_limit(caller)
+        found = await self._checked(wanted.spec, caller, wanted.dry_run)
+        if wanted.dry_run:
+            return JSONResponse(await self._estimate(wanted.spec, caller, found))
+        assert found.admitted is not None
+        sent = ClientRequest(
+            document=wanted.document,
+            digest=wanted.digest,
+            metadata=wanted.metadata,
+            idempotency_key=key,
+            window=WINDOW_SECONDS,
+        )
+        job, new = await asyncio.to_thread(
+            enqueue,
+            self._queue,
+            self._settings,
+            wanted.spec,
+            found.admitted,
+            cluster=found.cluster,
+            tenant=caller.tenant,
+            request=sent,
+        )
+        if new:
+            self._start_scheduler(job)
+        return JSONResponse(job_object(_same(job, wanted)))
+
+    async def list(self, request: Request, after: str | None = None, limit: Limit = 20) -> dict[str, Any]:
+        page = await self._read(self._queue.page, caller_of(request).tenant, limit, after, _metadata_of(request))
+        jobs, more = page
+        return _page([job_object(job) for job in jobs], more)
+
+    async def retrieve(self, request: Request, job_id: str) -> dict[str, Any]:
+        return job_object(await self._find(request, job_id))
+
+    async def cancel(self, request: Request, job_id: str) -> dict[str, Any]:
+        return await self._requested(request, job_id, RequestedAction.CANCEL)
+
+    async def pause(self, request: Request, job_id: str) -> dict[str, Any]:
+        return await self._requested(request, job_id, RequestedAction.PAUSE)
+
+    async def resume(self, request: Request, job_id: str) -> dict[str, Any]:
+        job = await self._moved(request, job_id, self._queue.resume)
+        self._start_scheduler(job)
+        return job_object(job)
+
+    async def events(
+        self, request: Request, job_id: str, after: str | None = None, limit: Limit = 20
+    ) -> dict[str, Any]:
+        job = await self._find(request, job_id)
+        before = None if after is None else after.removeprefix(EVENT)
+        if before is not None and not (before.isdecimal() and len(before) < 16):
+            raise ApiError(400, f"after must be the id of an event, {EVENT} and a number", "invalid_value", "after")
+        page = await self._read(self._queue.events_page, job.id, limit, before and int(before))
+        events, more = page
+        return _page([event_object(event) for event in events], more)
+
+    async def checkpoints(self, request: Request, job_id: str) -> dict[str, Any]:
+        """There are none: what a job is continued from holds its optimizer and goes when the job ends."""
+        await self._find(request, job_id)
+        return _page([], False)
+
+    async def result_file(self, request: Request, job_id: str) -> dict[str, Any]:
+        job, content = await self._result(request, job_id)
+        return {
+            "id": f"{RESULT}{job.id}",
+            "object": "file",
+            "bytes": len(content),
+            "created_at": int(job.finished_at or job.updated_at),
+            "filename": f"{job.id}.csv",
+            "purpose": "fine-tune-results",
+            "status": "processed",
+        }
+
+    async def result_content(self, request: Request, job_id: str) -> Response:
+        _, content = await self._result(request, job_id)
+        return Response(content, media_type="text/csv")
+
+    async def _result(self, request: Request, job_id: str) -> tuple[Job, bytes]:
+        job = await self._find(request, job_id)
+        if not job_object(job)["result_files"]:
+            raise ApiError(404, f"{job_id} has no result file: it has not ended, or never trained", "file_not_found")
+        return job, result_csv(await self._read(self._queue.events, job.id))
+
+    async def _locating(self, caller: Caller, body: bytes) -> Callable[[str, object], str]:
+        """Return what finds the rows of a parameter, having looked for the uploaded files that a request names."""
+        document, found = read_document(body), dict[tuple[str, str], str | ApiError]()
+        for parameter in ("training_file", "validation_file"):
+            if isinstance(file := document.get(parameter), str) and file.startswith("file-"):
+                try:
+                    found[parameter, file] = await self._files.dataset_of(caller.tenant, file, parameter)
+                except ApiError as error:
+                    found[parameter, file] = error
+
+        def locate(parameter: str, value: object) -> str:
+            location = found.get((parameter, str(value)))
+            if isinstance(location, ApiError):
+                raise ValueError(location.message)
+            if location is not None:
+                return location
+            if not isinstance(value, str) or ("://" not in value and not value.startswith("/")):
+                raise ValueError("give the id of an uploaded file, an absolute path on the server, or an s3:// URL")
+            # For those alone who may read all that this service can.
+            if Scope.ADMIN not in caller.scopes:
+                raise ValueError("a path or URL is for keys of the scope admin; upload a file, and give its id")
+            return value
+
+        return locate
+
+    async def _known(self, caller: Caller, key: str | None, wanted: JobRequest) -> Job | None:
+        """Return the job that was made with this key, before it is checked once more."""
+        if key is None:
+            return None
+        if not 0 < len(key) <= 255:
+            message = "Idempotency-Key must have 1 to 255 characters"
+            raise ApiError(400, message, "invalid_value", "Idempotency-Key")
+        known = await self._read(self._queue.find_by_key, caller.tenant, key)
+        return None if known is None else _same(known, wanted)
+
+    async def _check_limit(self, caller: Caller) -> None:
+        if caller.running_jobs is None:
+            return
+        unfinished = await self._read(self._queue.list, None, set(JobStatus) - TERMINAL)
+        if sum(job.tenant == caller.tenant for job in unfinished) >= caller.running_jobs:
+            message = f"this key may have {caller.running_jobs} unfinished jobs; wait for one, or cancel one"
+            raise ApiError(429, message, "too_many_jobs")
+
+    async def _checked(self, spec: JobSpec, caller: Caller, dry_run: bool) -> Admission:
+        """Return what checking the job has found. Raises ApiError with everything that is wrong."""
+        try:
+            found: Admission = await self._admission.admit.remote(spec, caller.tenant, dry_run)
+        except BackPressureError as error:
+            message = "too many jobs are being checked; try again soon"
+            raise ApiError(429, message, "overloaded", retry=True) from error
+        except (DeploymentUnavailableError, RayActorError) as error:
+            raise ApiError(
+                503, "jobs cannot be checked just now; try again soon", "server_restarting", retry=True
+            ) from error
+        if found.problems:
+            param = found.problems[0].split(":")[0].split(" ")[0]
+            raise ApiError(400, "; ".join(found.problems), "invalid_job", param)
+        return found
+
+    async def _estimate(self, spec: JobSpec, caller: Caller, found: Admission) -> dict[str, Any]:
+        """Return what the job would come to."""
+        assert found.admitted is not None and found.memory is not None
+        queued = await self._read(self._queue.list, found.cluster, {JobStatus.QUEUED})
+        rows = found.admitted.rows
+        return {
+            "object": "fine_tuning.job.estimate",
+            "model": spec.base_model,
+            "examples": rows.examples,
+            "tokens": rows.tokens * spec.train.epochs,
+            "tokens_per_epoch": rows.tokens,
+            "supervised_tokens_per_epoch": rows.supervised_tokens,
+            "steps": rows.steps,
+            "memory": {"device": found.memory.device, "bytes": found.memory.roomy, "least_bytes": found.memory.least},
+            "queue": {"before": sum(job.priority >= spec.priority for job in queued)},
+            "summary": found.admitted.summary,
+        }
+
+    async def _find(self, request: Request, job_id: str) -> Job:
+        found: Job = await self._read(self._queue.find, caller_of(request).tenant, job_id)
+        return found
+
+    async def _requested(self, request: Request, job_id: str, action: RequestedAction) -> dict[str, Any]:
+        return job_object(await self._moved(request, job_id, lambda found: self._queue.request(found, action)))
+
+    async def _moved(self, request: Request, job_id: str, move: Callable[[str], Job]) -> Job:
+        """Return the job as it is then. Raises ApiError: there is none (404), or it has ended (409)."""
+        job = await self._find(request, job_id)
+        try:
+            moved: Job = await self._read(move, job.id)
+        except IllegalTransitionError as error:
+            raise ApiError(409, str(error), "invalid_job_state") from error
+        return moved
+
+    async def _read(self, ask: Callable[..., Any], *arguments: Any) -> Any:
+        """Ask the database beside the event loop. Raises ApiError where there is no such job."""
+        try:
+            return await asyncio.to_thread(ask, *arguments)
+        except JobNotFoundError as error:
+            message = f"there is no fine-tuning job {error.wanted!r}; see /v1/fine_tuning/jobs"
+            raise ApiError(404, message, "fine_tune_not_found", "fine_tuning_job_id") from error
+
+    def _start_scheduler(self, job: Job) -> None:
+        """See to it that somebody schedules, where jobs run on this service's own Ray: a laptop's has a scheduler."""
+        if self._settings.cluster is None and job.cluster != LOCAL_CLUSTER:
+            task = asyncio.get_running_loop().create_task(asyncio.to_thread(self._ensure_scheduler))
+            self._starting.add(task)
+            task.add_done_callback(self._starting.discard)
+
+    def _ensure_scheduler(self) -> None:
+        from jobs.scheduling.scheduler import ensure_scheduler
+
+        try:
+            ensure_scheduler(self._settings, self._queue)
+        except Exception as error:  # whatever it is, the job is safe in the queue
+            log.error("event=scheduler_not_started error=%r", error)
+
+
+def _same(job: Job, wanted: JobRequest) -> Job:
+    """Return the job that a key was used for. Raises ApiError where it was another request."""
+    if job.idempotency_key is not None and (job.client_request or {}).get("digest") != wanted.digest:
+        message = f"this Idempotency-Key was sent with another request, which made {job.id}; use another key"
+        raise ApiError(409, message, "idempotency_key_reused", "Idempotency-Key")
+    return job
+
+
+def _metadata_of(request: Request) -> dict[str, str] | None:
+    """Return what jobs are asked for by: `metadata[key]=value`; `metadata=null` asks for those that have none."""
+    if request.query_params.get("metadata") == "null":
+        return {}
+    pairs = request.query_params.multi_items()
+    return {name[9:-1]: value for name, value in pairs if name.startswith("metadata[") and name.endswith("]")} or None
+
+
+def _page(items: list[dict[str, Any]], more: bool) -> dict[str, Any]:
+    return {
+        "object": "list",
+        "data": items,
+        "first_id": items[0]["id"] if items else None,
+        "last_id": items[-1]["id"] if items else None,
+        "has_more": more,
+    }

@@ -1,0 +1,186 @@
+"""`/v1/models`: bases and adapters with where they come from, and what can be done with adapters."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+
+from cluster.adapter_lifecycle import AdapterConflict, promote, roll_back
+from cluster.aliases import LATEST, Alias, Gate
+from cluster.registry import AdapterEntry, AdapterNotFound, AdapterRegistry, AdapterVersion
+from deploy.api.errors import ApiError
+from deploy.api.job_objects import finite
+from deploy.api.keys import Caller, caller_of, needs
+from deploy.api.responses import ModelName, model_object, parse_model
+from deploy.api.schemas import Problem, read_document, refused
+from deploy.api.tenant_names import TenantNames
+from jobs.published_adapters import delete_model
+from jobs.store.api_keys import Scope
+from jobs.store.jobs import JobQueue
+
+_NAMES_SHOWN = 30
+_LINEAGES = 20_000  # that are remembered
+_LINEAGE = ("job", "dataset_sha256", "base_fingerprint", "metrics", "imported_from")  # of the manifest
+
+
+class Models:
+    """The routes of models, and what the names of models mean to a caller. `bases` are those that are served."""
+
+    def __init__(self, bases: Sequence[str], names: TenantNames, registry: AdapterRegistry, queue: JobQueue) -> None:
+        self._bases, self._names, self._registry, self._queue = bases, names, registry, queue
+        self._lineages: dict[tuple[str, str, str, str], dict[str, Any]] = {}
+        self._started = time.time()
+
+    def router(self) -> APIRouter:
+        """Return the routes; who may train may change adapters, too."""
+        router, model = APIRouter(), "/v1/models/{model:path}"
+        reading, changing = [Depends(needs(Scope.INFER, Scope.TRAIN))], [Depends(needs(Scope.TRAIN))]
+        router.add_api_route("/v1/models", self.list, dependencies=reading)
+        router.add_api_route(model, self.retrieve, dependencies=reading)
+        router.add_api_route(model, self.delete, methods=["DELETE"], dependencies=changing)
+        router.add_api_route(f"{model}/promote", self.promote, methods=["POST"], dependencies=changing)
+        router.add_api_route(f"{model}/rollback", self.roll_back, methods=["POST"], dependencies=changing)
+        return router
+
+    def parse(self, model: str) -> ModelName | None:
+        """Part a model's name; None where it is of no base that is served."""
+        return parse_model(model, self._bases)
+
+    async def digest(self, caller: Caller, model: str, name: ModelName) -> tuple[str, str | None]:
+        """Return whose adapter it is, and what a request is answered with: None where it is of the base itself. Raises
+        ApiError (404).
+        """
+        if name.adapter is None:
+            return caller.tenant, None
+        try:
+            return await self._names.digest(caller.tenant, name.base, name.adapter, name.version)
+        except AdapterNotFound as error:
+            raise await self.unknown(caller, model, str(error)) from error
+
+    async def unknown(self, caller: Caller, model: str, reason: str = "") -> ApiError:
+        """Return a 404 with the models that exist; the reason says which versions do."""
+        names = [*self._bases, *(f"{entry.base}:{entry.name}" for _, entry in await self._entries(caller))]
+        more = f" and {len(names) - _NAMES_SHOWN} more, see /v1/models" if len(names) > _NAMES_SHOWN else ""
+        message = f"the model {model!r} does not exist{f' ({reason})' if '@' in model and reason else ''}"
+        message += f"; there are: {', '.join(names[:_NAMES_SHOWN])}{more}"
+        return ApiError(404, message, "model_not_found", "model")
+
+    async def list(self, request: Request) -> dict[str, Any]:
+        bases = [model_object(name, name, self._started) for name in self._bases]
+        adapters = await asyncio.gather(*(self._listed(*one) for one in await self._entries(caller_of(request))))
+        return {"object": "list", "data": [*bases, *adapters]}
+
+    async def retrieve(self, request: Request, model: str) -> dict[str, Any]:
+        caller, name = caller_of(request), self.parse(model)
+        if name is None:
+            raise await self.unknown(caller, model)
+        if name.adapter is None:
+            return model_object(model, name.base, self._started)
+        owner, _ = await self.digest(caller, model, name)
+        registry = self._registry.of(owner)
+        version = await asyncio.to_thread(registry.resolve, name.base, name.adapter, name.version)
+        number = await asyncio.to_thread(registry.number, version)
+        aliases = await asyncio.to_thread(registry.aliases, name.base, name.adapter)
+        of_this = [alias for alias, found in sorted(aliases.items()) if found.meaning.version == version.version]
+        described = model_object(model, name.base, version.manifest["created_at"], version.digest)
+        return {**described, "version": number, "aliases": of_this, **_lineage(version)}
+
+    async def delete(self, request: Request, model: str) -> dict[str, Any]:
+        caller, base, adapter, version = await self._adapter(request, model)
+        registry = self._registry.of(caller.tenant)
+        await self._changed(caller, model, delete_model, registry, self._queue, base, adapter, version)
+        return {"id": model, "object": "model", "deleted": True}
+
+    async def promote(self, request: Request, model: str) -> dict[str, Any]:
+        """`{"alias": "prod"}`, and if need be `"gates": [{"metric": "validation_loss", "max": 0.5}]`."""
+        caller, base, adapter, version = await self._adapter(request, model)
+        alias, gates = _promotion(await request.body())
+        registry = self._registry.of(caller.tenant)
+        found = await self._changed(caller, model, registry.resolve, base, adapter, version or LATEST)
+        moved = await self._changed(caller, model, promote, registry, found, alias, gates)
+        return _alias_object(f"{base}:{adapter}@{alias}", moved)
+
+    async def roll_back(self, request: Request, model: str) -> dict[str, Any]:
+        caller, base, adapter, alias = await self._adapter(request, model)
+        registry = self._registry.of(caller.tenant)
+        moved = await self._changed(caller, model, roll_back, registry, base, adapter, alias or LATEST)
+        return _alias_object(f"{base}:{adapter}@{alias or LATEST}", moved)
+
+    async def _entries(self, caller: Caller) -> Sequence[tuple[str, AdapterEntry]]:
+        """Return the adapters that a caller sees, of bases that are served, and whose they are."""
+        return [one for one in await self._names.entries(caller.tenant) if one[1].base in self._bases]
+
+    async def _listed(self, owner: str, entry: AdapterEntry) -> dict[str, Any]:
+        key = (owner, entry.base, entry.name, entry.version)
+        if key not in self._lineages:
+            version = await asyncio.to_thread(self._registry.of(owner).resolve, *key[1:])
+            self._lineages[key] = _lineage(version)
+            if len(self._lineages) > _LINEAGES:
+                del self._lineages[next(iter(self._lineages))]
+        described = model_object(f"{entry.base}:{entry.name}", entry.base, entry.created_at, entry.digest)
+        meanings = {alias: meaning.number or meaning.version for alias, meaning in sorted(entry.aliases.items())}
+        return {**described, "version": entry.number, "aliases": meanings, **self._lineages[key]}
+
+    async def _adapter(self, request: Request, model: str) -> tuple[Caller, str, str, str | None]:
+        """Return who wants to change which adapter, and what stands behind its @. Raises ApiError."""
+        caller, name = caller_of(request), self.parse(model)
+        if name is None:
+            raise await self.unknown(caller, model)
+        if name.adapter is None:
+            message = (
+                f"{model} is a base model, which its operator names in LORA_BASE_MODELS; only adapters change here"
+            )
+            raise ApiError(403, message, "base_model", "model")
+        return caller, name.base, name.adapter, name.version if "@" in model else None
+
+    async def _changed(self, caller: Caller, model: str, change: Any, *arguments: Any) -> Any:
+        """Make a change beside the event loop. Raises ApiError."""
+        try:
+            return await asyncio.to_thread(change, *arguments)
+        except AdapterNotFound as error:
+            raise await self.unknown(caller, model, str(error)) from error
+        except AdapterConflict as error:
+            raise ApiError(409, str(error), "model_in_use", "model") from error
+
+
+def _lineage(version: AdapterVersion) -> dict[str, Any]:
+    """Return where a version comes from."""
+    return {name: finite(version.manifest[name]) for name in _LINEAGE if name in version.manifest}
+
+
+def _alias_object(model: str, alias: Alias) -> dict[str, Any]:
+    meaning = alias.meaning
+    return {
+        "id": model,
+        "object": "model.alias",
+        "version": meaning.number or meaning.version,
+        "digest": meaning.digest,
+    }
+
+
+def _promotion(body: bytes) -> tuple[str, list[Gate] | None]:
+    """Return the alias and gates of a request. Raises ApiError with everything that is wrong."""
+    document = read_document(body)
+    problems: list[Problem] = []
+    if not isinstance(alias := document.get("alias"), str):
+        problems.append(("alias", "missing_parameter", "alias must be a name such as prod"))
+    gates, given = [], document.get("gates")
+    for index, gate in enumerate(given if isinstance(given, list) else []):
+        bounds = {bound: gate.get(bound) for bound in ("min", "max")} if isinstance(gate, dict) else {}
+        numbers = [bound for bound in bounds.values() if isinstance(bound, int | float) and not isinstance(bound, bool)]
+        if not numbers or not isinstance(gate.get("metric"), str) or set(gate) - {"metric", "min", "max"}:
+            sentence = f"gates.{index} must have a metric, and a number as min or max"
+            problems.append((f"gates.{index}", "invalid_value", sentence))
+        else:
+            gates.append(Gate(gate["metric"], **bounds))
+    if given is not None and not isinstance(given, list):
+        problems.append(("gates", "invalid_value", "gates must be a list"))
+    if unknown := sorted(set(document) - {"alias", "gates"}):
+        problems.append((unknown[0], "unknown_parameter", f"there is no {', '.join(unknown)} here; leave it out"))
+    if problems:
+        raise refused(problems)
+    return str(alias), None if given is None else gates

@@ -1,0 +1,303 @@
+"""OpenAI's client against the API of jobs and models: what it sends is a job, and what it reads is of its own types."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from openai.types import FileObject, Model
+from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
+
+from cluster.registry import AdapterRegistry
+from cluster.settings import Settings
+from cluster.storage.directory import open_storage
+from deploy.api.job_requests import WINDOW_SECONDS
+from jobs.job import EventKind, JobStatus, SessionKey, SessionState
+from jobs.store.api_keys import KeyTable, Scope
+from jobs.store.database import Database
+from jobs.store.jobs import JobQueue
+from tests.support.api_server import running_gateway
+from tests.support.tiny_models import save_tiny_model
+
+ROWS = [{"prompt": f"item {i}: ", "completion": f"code {i}"} for i in range(10)]
+FIGURES: Any = {"step": 6, "loss": 0.5, "first_loss": 2.0, "tokens": 600, "supervised_tokens": 60}
+
+
+class Site:
+    """A running gateway, the queue and registry behind it, and a client for each tenant."""
+
+    def __init__(self, home: Path, url: str, settings: Settings, gateway: Any) -> None:
+        self.url, self.gateway = url, gateway
+        self.database = Database(settings.database_url)
+        self.queue = JobQueue(self.database)
+        self.rows = home / "rows.jsonl"
+        self.rows.write_text("\n".join(json.dumps(row) for row in ROWS))
+        self.client, self.other = self.key("acme", Scope.ADMIN), self.key("other", Scope.ADMIN)
+        self.registry = AdapterRegistry(open_storage(settings.storage_url), "acme")
+
+    def key(self, tenant: str, *scopes: Scope, **limits: int) -> openai.OpenAI:
+        """The client of a new key, which counts already."""
+        _, secret = KeyTable(self.database).create(tenant, frozenset(scopes), **limits)
+        self.gateway._keys.load()
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=secret, max_retries=0)
+
+    def create(self, suffix: str, headers: dict[str, str] | None = None, **options: Any) -> FineTuningJob:
+        sent = {"model": "tiny", "training_file": str(self.rows), "suffix": suffix, **options}
+        return self.client.fine_tuning.jobs.create(**sent, extra_headers=headers)
+
+    def start(self, job_id: str) -> tuple[str, int]:
+        """Have a session train it, as a scheduler does; returns that and its fence."""
+        session = self.queue.create_session(SessionKey("tiny", "auto", 1), "c")
+        assert session is not None
+        up = SessionState.LAUNCHING, SessionState.RUNNING
+        assert self.queue.session_move(session.id, *up, reason="up", fence=1) and self.queue.assign(job_id, session.id)
+        return session.id, 1
+
+    def train(self, job_id: str) -> str:
+        """Bring a job to its end, as a session does; returns the version's digest."""
+        fence = self.start(job_id)
+        pace: Any = {"steps": 8, "tokens_per_second": 100.0, "step_seconds": 1.0}
+        assert self.queue.progress(job_id, *fence, FIGURES | pace)
+        assert self.client.fine_tuning.jobs.retrieve(job_id).estimated_finish
+        for step in (2, 4, 6):
+            data = {"step": step, "train_loss": 3.0 / step}
+            self.queue.log(job_id, f"step {step}", kind=EventKind.METRICS, data=data)
+        self.queue.log(job_id, "odd", data={"figures": [math.inf, 1]})
+        evaluation = {"step": 6, "loss": 0.75, "accuracy": 0.5, "tokens": 60}
+        self.queue.log(job_id, "validated", kind=EventKind.EVALUATION, data=evaluation)
+        job = self.queue.get(job_id)
+        manifest = {"job": job_id, "dataset_sha256": job.dataset_sha, "base_fingerprint": "f", "metrics": FIGURES}
+        version = self.registry.publish("tiny", job.spec.adapter, {"weights": job_id.encode()}, manifest)
+        result: Any = {"model": f"tiny:{job.spec.adapter}", "version": version.version, "number": version.number,
+                       "digest": version.digest, "adapter_bytes": 1, "metrics": FIGURES}  # fmt: skip
+        moved = JobStatus.RUNNING, JobStatus.SUCCEEDED
+        assert self.queue.move(job_id, *moved, message="published", fence=fence, result=result)
+        return version.digest
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    home = tmp_path_factory.mktemp("site")
+    models = {"tiny": str(save_tiny_model("llama", home / "tiny"))}
+    settings = Settings(
+        home=home, base_models=models, cluster="c", max_workers=2, key_seconds=0.02, notice_seconds=0.02
+    )
+    with running_gateway(settings) as (url, _, gateway):
+        yield Site(home, url, settings, gateway)
+
+
+def refused(site: Site, **sent: Any) -> openai.APIStatusError:
+    with pytest.raises(openai.APIStatusError) as caught:
+        site.create(**{"suffix": "a", **sent})
+    assert caught.value.response.headers["x-should-retry"] == "false"
+    return caught.value
+
+
+def test_a_job_from_its_creation_to_an_answer_of_its_model(site: Site) -> None:
+    file = site.client.files.create(file=site.rows, purpose="fine-tune").id
+    hyperparameters: Any = {"n_epochs": 2, "batch_size": "auto", "learning_rate_multiplier": 0.5}
+    job = site.create(
+        "triage",
+        training_file=file,
+        method={"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        seed=7,
+        metadata={"team": "a b", "Größe": "ü"},
+        extra_body={"lora": {"r": 4}, "train": {"max_seq_len": 64}},
+    )
+    FineTuningJob.model_validate(job.to_dict(), strict=True)
+    assert job.training_file == file
+    spec = site.queue.get(job.id).spec
+    assert (spec.train.epochs, spec.train.batch_size, spec.train.learning_rate, spec.train.seed) == (2, 8, 1e-4, 7)
+    assert (spec.lora.r, spec.train.max_seq_len, spec.adapter, spec.base_model) == (4, 64, "triage", "tiny")
+    assert (job.status, job.model, job.seed) == ("queued", "tiny", 7)
+    assert job.hyperparameters.learning_rate_multiplier == 0.5 and job.metadata == {"team": "a b", "Größe": "ü"}
+    assert job.fine_tuned_model is None and job.result_files == [] and job.organization_id == "acme"
+
+    digest = site.train(job.id)
+    done = site.client.fine_tuning.jobs.retrieve(job.id)
+    FineTuningJob.model_validate(done.to_dict(), strict=True)
+    assert (done.status, done.fine_tuned_model, done.trained_tokens) == ("succeeded", "tiny:triage@1", 600)
+    assert done.finished_at and done.estimated_finish is None and done.error is None
+    events = list(site.client.fine_tuning.jobs.list_events(job.id, limit=2))
+    for event in events:
+        FineTuningJobEvent.model_validate(event.to_dict(), strict=True)
+    assert [event.id for event in events] == [f"ftevent-{event.id}" for event in site.queue.events(job.id)[::-1]]
+    assert events[0].message == "published"
+    assert events[1].type == "metrics" and events[1].data == {
+        "step": 6, "valid_loss": 0.75, "valid_mean_token_accuracy": 0.5
+    }  # fmt: skip
+    assert events[2].data == {"figures": [None, 1]}, "JSON has no infinity"
+    assert list(site.client.fine_tuning.jobs.checkpoints.list(job.id)) == []
+    (file,) = done.result_files
+    FileObject.model_validate(site.client.files.retrieve(file).to_dict(), strict=True)
+    rows = list(csv.DictReader(site.client.files.content(file).text.splitlines()))
+    assert [(row["step"], row["train_loss"], row["valid_loss"]) for row in rows] == [
+        ("2", "1.5", ""), ("4", "0.75", ""), ("6", "0.5", "0.75")
+    ]  # fmt: skip
+
+    answer = site.client.chat.completions.create(
+        model=str(done.fine_tuned_model), messages=[{"role": "user", "content": "Hi"}]
+    )
+    assert answer.choices[0].message.content == "hello"
+    model = site.client.models.retrieve(str(done.fine_tuned_model))
+    Model.model_validate(model.to_dict(), strict=True)
+    lineage = {"job": job.id, "base_fingerprint": "f", "metrics": FIGURES, "version": 1, "digest": digest}
+    assert model.to_dict().items() >= lineage.items() and len(model.to_dict()["dataset_sha256"]) == 64  # type: ignore[arg-type]
+    with pytest.raises(openai.ConflictError, match="is succeeded and cannot become cancelled"):
+        site.client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_the_same_request_is_the_same_job(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = site.create("once")
+    assert site.create("once").id == first.id != site.create("twice").id
+    keyed = site.create("once", {"Idempotency-Key": "k1"})
+    assert site.create("once", {"Idempotency-Key": "k1"}).id == keyed.id != first.id
+    assert site.create("once", {"Idempotency-Key": "k2"}).id not in (first.id, keyed.id)
+    site.client.fine_tuning.jobs.cancel(keyed.id)
+    assert site.create("once", {"Idempotency-Key": "k1"}).status == "cancelled", "a key is for one job for ever"
+    error = refused(site, suffix="other", headers={"Idempotency-Key": "k1"})
+    assert (error.status_code, error.code) == (409, "idempotency_key_reused") and keyed.id in error.message
+    monkeypatch.setattr(site.gateway._fine_tuning._queue, "_clock", lambda: time.time() + WINDOW_SECONDS)
+    later = site.create("once")
+    assert later.id not in (first.id, keyed.id) and site.create("once").id == later.id
+
+
+def test_a_job_is_paused_resumed_and_cancelled(site: Site) -> None:
+    jobs, job = site.client.fine_tuning.jobs, site.create("moves")
+    assert [jobs.pause(job.id).status, jobs.resume(job.id).status] == ["paused", "queued"]
+    site.start(job.id)
+    assert jobs.pause(job.id).status == "running" and site.queue.get(job.id).requested == "pause"
+    assert jobs.resume(job.id).status == "running" and site.queue.get(job.id).requested is None
+    waiting = site.create("waits")
+    assert [jobs.cancel(waiting.id).status, jobs.cancel(waiting.id).status] == ["cancelled", "cancelled"]
+    with pytest.raises(openai.ConflictError, match="is cancelled and cannot become queued"):
+        jobs.resume(waiting.id)
+
+
+def test_jobs_are_listed_by_metadata_in_pages(site: Site) -> None:
+    labels: list[Any] = [{"run": "1", "kind": "x"}, {"run": "2", "kind": "x"}, {"run": "1", "kind": 'y"]'}, None]
+    ids = [site.create(f"listed-{n}", metadata=pairs).id for n, pairs in enumerate(labels)]
+
+    def listed(**options: Any) -> list[str]:
+        return [job.id for job in site.client.fine_tuning.jobs.list(**options) if job.id in ids]
+
+    assert listed(limit=1) == ids[::-1]
+    assert listed(metadata={"run": "1"}) == [ids[2], ids[0]] and listed(metadata={"kind": 'y"]'}) == [ids[2]]
+    assert listed(metadata={"run": "1", "kind": "x"}, limit=1) == [ids[0]]
+    assert listed(extra_query={"metadata": "null"}) == [ids[3]]
+    for query, param in (({"limit": 0}, "limit"), ({"after": "job-none"}, "fine_tuning_job_id")):
+        with pytest.raises(openai.APIStatusError) as caught:
+            site.client.fine_tuning.jobs.list(extra_query=query)
+        assert caught.value.param == param
+    with pytest.raises(openai.BadRequestError, match="after must be the id of an event"):
+        site.client.fine_tuning.jobs.list_events(ids[0], after="x")
+
+
+def test_everything_wrong_is_said_at_once(site: Site) -> None:
+    error = refused(
+        site, model="huge", suffix="No Spaces", training_file="rows.jsonl", validation_file=3, seed="x",
+        hyperparameters={"n_epochs": 0, "batch_sizes": 3}, metadata={"a": 1}, integrations=[{"type": "wandb"}],
+        method={"type": "dpo"}, extra_body={"num_workers": 0, "lora": {"rank": 3}, "prioritty": 1, "validation": "x"},
+    )  # fmt: skip
+    for part in (
+        "the model 'huge' cannot be trained; there are: tiny", "suffix must be 1 to 64 lower-case",
+        "training_file: give the id of an uploaded file", "validation_file: give the id", "seed must be a whole number",
+        "hyperparameters.n_epochs must be at least 1", "hyperparameters.batch_sizes is no parameter",
+        "metadata must be at most 16 pairs", "integrations is not supported", "method.type must be supervised, not dpo",
+        "num_workers must be at least 1", "unknown key 'lora.rank'", "did you mean priority?",
+        "validation must be a fraction",
+    ):  # fmt: skip
+        assert part in error.message, (part, error.message)
+    assert (error.status_code, error.type) == (400, "invalid_request_error")
+    error = refused(site, training_file="/no/such", extra_body={"num_workers": 3})
+    assert "num_workers is 3, but" in error.message and "/no/such is not a file" in error.message
+
+
+def test_a_dry_run_says_what_a_job_comes_to(site: Site) -> None:
+    before = len(site.queue.list())
+    estimate = site.create("dry", extra_body={"dry_run": True, "priority": 1000}).to_dict()
+    assert estimate["steps"] == 6 and estimate["examples"] == 10 and estimate["queue"] == {"before": 0}
+    assert estimate["tokens"] == 3 * estimate["tokens_per_epoch"] > 0  # type: ignore[operator]
+    memory: Any = estimate["memory"]
+    assert memory["device"] == "cpu" and 0 < memory["least_bytes"] <= memory["bytes"]
+    assert len(site.queue.list()) == before
+
+
+def test_models_are_promoted_rolled_back_and_deleted(site: Site) -> None:
+    for loss in (0.5, 0.7):
+        site.registry.publish(
+            "tiny", "moving", {"weights": str(loss).encode()}, {"metrics": {"loss": loss, "worst": math.nan}}
+        )
+
+    def post(path: str, **body: Any) -> Any:
+        return site.client.post(f"/models/{path}", body=body, cast_to=object)
+
+    gates = [{"metric": "loss", "max": 0.6}]
+    assert post("tiny:moving@1/promote", alias="prod", gates=gates)["version"] == 1
+    with pytest.raises(openai.ConflictError, match=r"its loss is 0\.7, which has to be at most 0\.6"):
+        post("tiny:moving@2/promote", alias="prod")
+    post("tiny:moving@2/promote", alias="prod", gates=[])
+    assert post("tiny:moving@prod/rollback") == {
+        "id": "tiny:moving@prod", "object": "model.alias", "version": 1,
+        "digest": site.registry.digest("tiny", "moving", "1"),
+    }  # fmt: skip
+    (listed,) = [model.to_dict() for model in site.client.models.list() if model.id == "tiny:moving"]
+    assert (listed["version"], listed["aliases"], listed["metrics"]) == (2, {"prod": 1}, {"loss": 0.7, "worst": None})
+    for model, reason in (("tiny:moving@1", "it is prod"), ("tiny:moving@latest", "cannot be deleted"),
+                          ("tiny:moving", "there is tiny:moving@prod")):  # fmt: skip
+        with pytest.raises(openai.ConflictError, match=reason) as caught:
+            site.client.models.delete(model)
+        assert caught.value.response.headers["x-should-retry"] == "false"
+    for model in ("tiny:moving@prod", "tiny:moving@1", "tiny:moving"):
+        assert site.client.models.delete(model).to_dict() == {"id": model, "object": "model", "deleted": True}
+        with pytest.raises(openai.NotFoundError):
+            site.client.models.delete(model)
+    with pytest.raises(openai.PermissionDeniedError, match="tiny is a base model"):
+        site.client.models.delete("tiny")
+    with pytest.raises(openai.BadRequestError, match=r"alias must be a name.*gates\.0 must have a metric"):
+        post("tiny:moving/promote", gates=[{"max": 1}])
+
+
+def test_another_tenant_sees_nothing_of_it(site: Site) -> None:
+    job = site.create("mine")
+    digest = site.train(job.id)
+    jobs, files, models = site.other.fine_tuning.jobs, site.other.files, site.other.models
+    asked: list[Any] = [
+        lambda: jobs.retrieve(job.id), lambda: jobs.cancel(job.id), lambda: jobs.pause(job.id),
+        lambda: jobs.resume(job.id), lambda: jobs.list_events(job.id), lambda: jobs.checkpoints.list(job.id),
+        lambda: files.retrieve(f"result-{job.id}"), lambda: files.content(f"result-{job.id}"),
+        lambda: models.retrieve("tiny:mine"), lambda: models.delete("tiny:mine"), lambda: jobs.list(after=job.id),
+        lambda: site.other.post("/models/tiny:mine/promote", body={"alias": "prod"}, cast_to=object),
+        lambda: site.other.post("/models/tiny:mine/rollback", body={}, cast_to=object),
+    ]  # fmt: skip
+    for ask in asked:
+        with pytest.raises(openai.NotFoundError):
+            ask()
+    file = site.client.files.create(file=site.rows, purpose="fine-tune").id
+    with pytest.raises(openai.BadRequestError, match=f"training_file: there is no file '{file}'"):
+        jobs.create(model="tiny", training_file=file)
+    assert list(jobs.list()) == [] and [model.id for model in models.list()] == ["tiny"]
+    assert jobs.create(model="tiny", training_file=str(site.rows), suffix="mine").id != job.id
+    assert site.registry.digest("tiny", "mine") == digest
+
+
+def test_what_a_key_is_not_for(site: Site) -> None:
+    infers, trains = site.key("acme", Scope.INFER), site.key("acme", Scope.TRAIN, running_jobs=1)
+    sent: Any = {"model": "tiny", "training_file": str(site.rows)}
+    for refused_call in (lambda: infers.fine_tuning.jobs.list(), lambda: infers.models.delete("tiny:triage")):
+        with pytest.raises(openai.PermissionDeniedError, match="lacks the scope train"):
+            refused_call()
+    with pytest.raises(openai.BadRequestError, match="is for keys of the scope admin"):
+        trains.fine_tuning.jobs.create(**sent)
+    site.create("unfinished")
+    limited = site.key("acme", Scope.ADMIN, running_jobs=1)
+    with pytest.raises(openai.RateLimitError, match="may have 1 unfinished jobs") as caught:
+        limited.fine_tuning.jobs.create(**sent)
+    assert caught.value.response.headers["x-should-retry"] == "false"
