@@ -149,7 +149,7 @@ class AdapterRegistry(AdapterAliases):
 
     def digest(self, base: str, name: str, version: str = LATEST) -> str:
         """Return the digest of what `resolve` would; an alias costs one small read. Raises what that does."""
-        if base and name and not _is_number(version) and not _is_id(version):
+        if base and name and not is_fixed(version):
             return self.alias(base, name, version).meaning.digest
         return self.resolve(base, name, version).digest
 
@@ -267,6 +267,11 @@ def content_digest(entries: Mapping[str, Mapping[str, Any]]) -> str:
 def version_of(digest: str) -> str:
     """Return the id of the version with the content of this digest."""
     return digest[:VERSION_DIGITS]
+
+
+def is_fixed(version: str) -> bool:
+    """Return whether what stands behind the @ means one version for ever: an id or a number, and no alias."""
+    return _is_id(version) or _is_number(version)
 
 
 def _is_number(version: str) -> bool:

@@ -3,7 +3,8 @@
     VLLM_PLUGINS=ray_lora VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve BASE --enable-lora --max-lora-rank 64
 
     model="<base>:<adapter>"               the latest version: a new one a second or two after it is published
-    model="<base>:<adapter>@<version>"     this one
+    model="<base>:<adapter>@<alias>"       what that means, likewise
+    model="<base>:<adapter>@<version>"     this one, by its id or number
 
 vLLM knows an adapter by its name, folder and number. Here all three are of its content, so that two versions are two
 adapters, in the engine and in its prefix cache, and an answer that has begun ends with the version that it began with.
@@ -27,7 +28,7 @@ from vllm.exceptions import VLLMClientError, VLLMServerError
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
-from cluster.registry import LATEST, AdapterNotFound, AdapterRegistry, AdapterVersion
+from cluster.registry import LATEST, AdapterNotFound, AdapterRegistry, AdapterVersion, is_fixed
 from cluster.settings import load_settings
 from cluster.storage.base import StorageError
 from cluster.storage.directory import open_storage
@@ -74,10 +75,10 @@ class RegistryResolver(LoRAResolver):  # type: ignore[misc]
         adapter, at, version = rest.partition("@")
         if not adapter or (at and not version):
             return None
-        if not at and not self.follows_latest:
+        if not is_fixed(version) and not self.follows_latest:
             raise VLLMClientError(
-                f"the latest version of {lora_name} would be served for ever: start vLLM with VLLM_PLUGINS={NAME},"
-                f" or ask for {lora_name}@<version>"
+                f"what {lora_name} means now would be served for ever: start vLLM with VLLM_PLUGINS={NAME},"
+                f" or ask for {base}:{adapter}@<number>"
             )
         try:
             found = await asyncio.to_thread(self._registry.resolve, base, adapter, version or LATEST)
@@ -130,7 +131,7 @@ class LatestFollower:
 
     async def _follow(self) -> None:
         while True:
-            known = [name for name, lora in self._models.lora_requests.items() if _is_latest(name, lora)]
+            known = [name for name, lora in self._models.lora_requests.items() if _may_move(name, lora)]
             await asyncio.gather(*map(self._renew, known))
             await asyncio.sleep(_FOLLOW_SECONDS)
 
@@ -167,8 +168,8 @@ def register() -> None:
         LoRAResolverRegistry.register_resolver(NAME, RegistryResolver())
 
 
-def _is_latest(name: str, lora: LoRARequest) -> bool:
-    return isinstance(lora, PublishedAdapter) and "@" not in name
+def _may_move(name: str, lora: LoRARequest) -> bool:
+    return isinstance(lora, PublishedAdapter) and not is_fixed(name.partition("@")[2])
 
 
 def _number(digest: str, folder: Path) -> int:

@@ -168,7 +168,7 @@ def _promotion(body: bytes) -> tuple[str, list[Gate] | None]:
     problems: list[Problem] = []
     if not isinstance(alias := document.get("alias"), str):
         problems.append(("alias", "missing_parameter", "alias must be a name such as prod"))
-    gates, given = [], document.get("gates")
+    gates, given = list[Gate](), document.get("gates")
     for index, gate in enumerate(given if isinstance(given, list) else []):
         bounds = {bound: gate.get(bound) for bound in ("min", "max")} if isinstance(gate, dict) else {}
         numbers = [bound for bound in bounds.values() if isinstance(bound, int | float) and not isinstance(bound, bool)]

@@ -166,7 +166,8 @@ def test_a_newer_version_takes_the_place_of_the_latest_alone(
         state = SimpleNamespace(openai_serving_models=models)
         await follower.init_state(SimpleNamespace(add_lora=add_lora), state, args)
         resolver = plugin.LoRAResolverRegistry["ray_lora"]
-        for name in ("tiny:triage", f"tiny:triage@{first.version}"):
+        resolver._registry.move("prod", first)
+        for name in ("tiny:triage", f"tiny:triage@{first.version}", "tiny:triage@prod"):
             models.lora_requests[name] = await resolver.resolve_lora(str(model), name)
         models.lora_requests["static"] = LoRARequest("static", 1, "static")
 
@@ -178,6 +179,10 @@ def test_a_newer_version_takes_the_place_of_the_latest_alone(
         second = publish("two")
         await latest_is(second)
         assert loaded == [f"tiny:triage@{second.version}"]  # before it answers
+        resolver._registry.move("prod", second)
+        async with asyncio.timeout(10):
+            while models.lora_requests["tiny:triage@prod"].lora_name != f"tiny:triage@{second.version}":
+                await asyncio.sleep(0.01)
         publish("too large")
         async with asyncio.timeout(10):
             while "max_lora_rank" not in caplog.text:
