@@ -21,6 +21,7 @@ def test_a_body_waits_for_the_gateway() -> None:
     async def receive() -> dict[str, Any]:
         nonlocal taken
         taken += 1
+        assert taken < 1000, "and so on for ever"
         return {"type": "http.request", "body": b"x", "more_body": True}
 
     class Proxy:
