@@ -181,7 +181,14 @@ class _Bucket:
 
     def take(self, adapters: Sequence[KernelArgs]) -> None:
         """Give them neighbouring slots; who has one there keeps it, and who is not among them makes room."""
+        slots = {self.slots.get(adapter, -1) for adapter in adapters}
+        if min(slots) < 0 or max(slots) - min(slots) >= len(adapters):
+            self._bring_together(adapters)
         now = next(self._clock)
+        for adapter in adapters:
+            self._used_at[self.slots[adapter]] = now
+
+    def _bring_together(self, adapters: Sequence[KernelArgs]) -> None:
         if self.capacity < len(adapters):
             self._grow(max(len(adapters), 2 * self.capacity))
         first = self._neighbourhood(adapters)
@@ -192,7 +199,6 @@ class _Bucket:
         for adapter in adapters:
             if (slot := self.slots.get(adapter)) not in window:
                 self._move_in(adapter, slot, vacant.pop(), holders)
-            self._used_at[self.slots[adapter]] = now
 
     def _neighbourhood(self, adapters: Sequence[KernelArgs]) -> int:
         """The first of as many slots as there are adapters: where most of them are already, and others the oldest."""
