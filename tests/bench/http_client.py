@@ -53,7 +53,7 @@ class Connection:
 
     async def _events(self, asked: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         body = json.dumps(asked).encode()
-        head = "POST /v1/completions HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
         self._writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         head = (await self._reader.readuntil(b"\r\n\r\n")).decode()
         if " 200 " not in head.splitlines()[0]:
