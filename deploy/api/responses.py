@@ -17,6 +17,7 @@ from deploy.serving.protocol import Completion, Delta, StreamStart, TokenLogprob
 from lora_core.inference.tool_calls import ToolCall
 
 _LEAST_LOGPROB = -9999.0
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 @dataclass(frozen=True)
@@ -209,4 +210,4 @@ def _finite(logprob: float | None) -> float | None:
 
 def event(document: Mapping[str, Any]) -> str:
     """Format one server-sent event."""
-    return f"data: {json.dumps(document, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {_encode(document)}\n\n"

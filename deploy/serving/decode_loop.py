@@ -19,6 +19,7 @@ from typing import TypeVar
 
 import torch
 
+from deploy.serving.outbox import Outbox, Receiver
 from lora_core.inference.engine import FailedRequest, GeneratedToken, GenerationRequest, Generator
 
 log = logging.getLogger("ray.serve.lora")  # below `ray.serve`, whose handlers write the replica's log
@@ -36,11 +37,14 @@ ChoiceToken = tuple[int, GeneratedToken]
 """Which of the answers to a prompt, and its next token."""
 
 
+_Receiver = Receiver[ChoiceToken | Exception]
+
+
 @dataclass(eq=False)
 class _RequestHandle:
     """The answers to one prompt from the side of the caller, who may leave before the generator has even taken them."""
 
-    deliver: Callable[[ChoiceToken | Exception], None]
+    receiver: _Receiver
     choices: dict[int, int] = field(default_factory=dict)  # by the generator's id
 
 
@@ -59,6 +63,7 @@ class DecodeLoop:
         self._began: float | None = None  # the step or command that runs now; None where there is nothing to do
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._handles: dict[int, _RequestHandle] = {}
+        self._outbox = Outbox[ChoiceToken | Exception]()
         self._lock = threading.Lock()  # so that no command comes after the thread's last look at the queue
         threading.Thread(target=self._run, name="decode", daemon=True).start()
 
@@ -104,12 +109,7 @@ class DecodeLoop:
             GrammarError: an answer cannot go on (out of the iterator).
             DecodeLoopError: the thread is dead, or dies (then out of the iterator).
         """
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[ChoiceToken | Exception]()
-
-        def deliver(event: ChoiceToken | Exception) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-        handle = _RequestHandle(deliver)
+        handle = _RequestHandle(_Receiver())
 
         def add() -> None:
             for index, request in enumerate(choices):
@@ -118,7 +118,7 @@ class DecodeLoop:
 
         try:
             await self.call(add)
-            yield _together(events, len(choices))
+            yield _together(handle.receiver, len(choices))
         finally:
             self._post(lambda: self._give_up(handle))
 
@@ -126,6 +126,7 @@ class DecodeLoop:
         for number in handle.choices:
             self._generator.abort(number)
             self._handles.pop(number, None)
+        self._outbox.drop(handle.receiver)
 
     def _post(self, command: Callable[[], None]) -> bool:
         """Return whether the thread lives to take it."""
@@ -141,15 +142,21 @@ class DecodeLoop:
                 self._take_commands()
                 self._began = time.monotonic()
                 for event in self._generator.step():
-                    handle = self._handles[event.request]
-                    if isinstance(event, FailedRequest):
-                        handle.deliver(event.error)
-                    else:
-                        handle.deliver((handle.choices[event.request], event))
+                    self._queue(event)
+                self._outbox.flush(time.monotonic())
                 self._observe(self._generator.running, self._generator.waiting)
         except Exception as error:
             log.exception("event=decode_failed requests=%d", len(self._handles))
             self._die(DecodeLoopError(f"decoding failed: {type(error).__name__}: {error}"))
+
+    def _queue(self, event: GeneratedToken | FailedRequest) -> None:
+        """Put it into the outbox: the first token of an answer, and its end, go at once."""
+        handle = self._handles[event.request]
+        if isinstance(event, FailedRequest):
+            self._outbox.add(handle.receiver, event.error, urgent=True)
+        else:
+            urgent = event.completion_tokens <= 1 or event.finish_reason is not None
+            self._outbox.add(handle.receiver, (handle.choices[event.request], event), urgent=urgent)
 
     def _take_commands(self) -> None:
         """Run all that are there; where nobody is being answered, wait for one."""
@@ -171,16 +178,14 @@ class DecodeLoop:
         while not self._commands.empty():
             self._commands.get()()
         for handle in set(self._handles.values()):
-            handle.deliver(error)
+            self._outbox.add(handle.receiver, error, urgent=True)
+        self._outbox.flush(time.monotonic())
 
 
-async def _together(events: asyncio.Queue[ChoiceToken | Exception], choices: int) -> AsyncIterator[list[ChoiceToken]]:
+async def _together(receiver: _Receiver, choices: int) -> AsyncIterator[list[ChoiceToken]]:
     while choices:
-        batch = [await events.get()]
-        while not events.empty():
-            batch.append(events.get_nowait())
         tokens: list[ChoiceToken] = []
-        for event in batch:
+        for event in await receiver.receive():
             if isinstance(event, Exception):
                 raise event
             tokens.append(event)
