@@ -9,7 +9,7 @@ from itertools import chain
 from deploy.serving.decode_loop import ChoiceToken
 from deploy.serving.protocol import Delta, GenerateRequest, TokenLogprob
 from lora_core.inference.detokenizer import TokenTexts
-from lora_core.inference.engine import GeneratedToken
+from lora_core.inference.generation import GeneratedToken
 from lora_core.inference.logprobs import TokenLogprob as ScoredToken
 from lora_core.inference.tool_calls import CallFormat, ToolCall, ToolCallParser
 

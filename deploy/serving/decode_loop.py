@@ -20,7 +20,8 @@ from typing import TypeVar
 import torch
 
 from deploy.serving.outbox import Outbox, Receiver
-from lora_core.inference.engine import FailedRequest, GeneratedToken, GenerationRequest, Generator
+from lora_core.inference.engine import Generator
+from lora_core.inference.generation import FailedRequest, GeneratedToken, GenerationRequest
 
 log = logging.getLogger("ray.serve.lora")  # below `ray.serve`, whose handlers write the replica's log
 

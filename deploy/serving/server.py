@@ -38,7 +38,7 @@ from deploy.serving.protocol import (
 if TYPE_CHECKING:  # torch takes seconds to import, and the driver that deploys this class has no use for it
     from deploy.serving.decode_loop import ChoiceToken
     from deploy.serving.metrics import ServingMetrics
-    from lora_core.inference.engine import GenerationRequest
+    from lora_core.inference.generation import GenerationRequest
     from lora_core.inference.grammar import Grammar
     from lora_core.inference.tool_calls import CallFormat
 
@@ -138,7 +138,7 @@ class AdapterServer:
 
     async def _request(self, asked: GenerateRequest, stack: AsyncExitStack) -> tuple[str, GenerationRequest]:
         """Return digest and request; the adapter stays in memory as long as the stack is open."""
-        from lora_core.inference.engine import GenerationRequest
+        from lora_core.inference.generation import GenerationRequest
 
         prompt, digest, adapter = self._prompt(asked), self._base.fingerprint, None
         if asked.adapter is not None:
@@ -218,7 +218,7 @@ def _refusal(error: Exception) -> ErrorResponse:
     from deploy.serving.decode_loop import DecodeLoopError
     from lora_core.adapters.peft_format import AdapterFormatError
     from lora_core.data.prompts import NoTemplateError, PromptError
-    from lora_core.inference.engine import PromptTooLongError, UnknownTokenError
+    from lora_core.inference.generation import PromptTooLongError, UnknownTokenError
     from lora_core.inference.grammar import GrammarError
 
     kinds: list[tuple[type[Exception], int, str, str | None]] = [

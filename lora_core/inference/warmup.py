@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from lora_core.adapters.init import init_adapter
 from lora_core.config import LoraConfig
-from lora_core.inference.engine import GenerationRequest, Generator
+from lora_core.inference.engine import Generator
+from lora_core.inference.generation import GenerationRequest
 from lora_core.inference.sampling_params import SamplingParams
 from lora_core.models.step import Bound
 

@@ -28,7 +28,8 @@ from deploy.serving.adapter_cache import AdapterCache
 from deploy.serving.decode_loop import DecodeLoop
 from deploy.serving.memory_tier import MemoryTier
 from deploy.serving.metrics import ServingMetrics
-from lora_core.inference.engine import GenerationRequest, Generator
+from lora_core.inference.engine import Generator
+from lora_core.inference.generation import GenerationRequest
 from lora_core.inference.sampling_params import SamplingParams
 from lora_core.inference.warmup import warm_up
 from lora_core.models.base import BaseModel, placed

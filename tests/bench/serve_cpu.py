@@ -29,7 +29,8 @@ from transformers.utils import logging
 from lora_core.adapters.init import init_adapter
 from lora_core.adapters.peft_format import read_adapter
 from lora_core.config import LoraConfig
-from lora_core.inference.engine import GenerationRequest, Generator
+from lora_core.inference.engine import Generator
+from lora_core.inference.generation import GenerationRequest
 from lora_core.inference.sampling_params import SamplingParams
 from lora_core.models.base import BaseModel, load_base
 from lora_core.models.files import local_folder

@@ -33,7 +33,8 @@ from transformers import PreTrainedTokenizerFast
 from cluster.registry import AdapterRegistry
 from cluster.storage.directory import open_storage
 from lora_core.adapters.peft_format import adapter_files
-from lora_core.inference.engine import GeneratedToken, GenerationRequest, Generator
+from lora_core.inference.engine import Generator
+from lora_core.inference.generation import GeneratedToken, GenerationRequest
 from lora_core.inference.sampling_params import SamplingParams
 from lora_core.models.base import BaseModel, load_base
 from lora_core.models.forward import open_forward

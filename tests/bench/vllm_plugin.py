@@ -40,7 +40,8 @@ from jobs.demo import EXAMPLES, LONGEST
 from lora_core import TrainConfig, TrainJob
 from lora_core.adapters.peft_format import read_adapter
 from lora_core.data.prompts import prompt_ids
-from lora_core.inference.engine import GenerationRequest, Generator
+from lora_core.inference.engine import Generator
+from lora_core.inference.generation import GenerationRequest
 from lora_core.inference.sampling_params import SamplingParams
 from lora_core.models.base import BaseModel, load_base
 from lora_core.models.files import chat_template_hash, local_folder

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lora_core.inference import engine
-from lora_core.inference.engine import GenerationRequest, Generator
+from lora_core.inference.engine import Generator
+from lora_core.inference.generation import GenerationRequest
 from lora_core.inference.kv_cache import SlotKVCache, _layer_shapes
 from lora_core.inference.paged_kv_cache import PagedKVCache
 from lora_core.inference.sampling import Sampler

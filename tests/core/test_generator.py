@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lora_core.adapters.peft_format import read_adapter
 from lora_core.inference.detokenizer import TextStream, TokenTexts
-from lora_core.inference.engine import AHEAD, GenerationRequest, Generator, PromptTooLongError, UnknownTokenError
+from lora_core.inference.engine import AHEAD, Generator
+from lora_core.inference.generation import GenerationRequest, PromptTooLongError, UnknownTokenError
 from lora_core.inference.sampling_params import SamplingParams
 from lora_core.models.base import BaseModel, load_base
 from lora_core.models.files import local_folder

@@ -11,7 +11,8 @@ import jsonschema
 import pytest
 import torch
 
-from lora_core.inference.engine import FailedRequest, GenerationRequest, Generator
+from lora_core.inference.engine import Generator
+from lora_core.inference.generation import FailedRequest, GenerationRequest
 from lora_core.inference.grammar import Grammar, GrammarCompiler, GrammarError, GrammarState
 from lora_core.inference.sampling_params import SamplingParams
 from lora_core.inference.tool_calls import CallFormat, ToolCallParser

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lora_core.inference import logprobs
-from lora_core.inference.engine import GeneratedToken, GenerationRequest, Generator, PromptTooLongError
+from lora_core.inference.engine import Generator
+from lora_core.inference.generation import GeneratedToken, GenerationRequest, PromptTooLongError
 from lora_core.inference.logprobs import TokenLogprob, token_logprobs
 from lora_core.inference.sampling_params import SamplingParams
 from lora_core.models.base import BaseModel

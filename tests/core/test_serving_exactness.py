@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lora_core.inference import engine, sampling
-from lora_core.inference.engine import AHEAD, GenerationRequest, Generator
+from lora_core.inference.engine import AHEAD, Generator
+from lora_core.inference.generation import GenerationRequest
 from lora_core.inference.sampling_params import SamplingParams
 from lora_core.kernels.stacked_low_rank import expand_, shrink
 from lora_core.models.attention import ATTENTION_NAME

@@ -18,7 +18,8 @@ from deploy.serving import metrics as ray_metrics
 from deploy.serving.decode_loop import DecodeLoop, DecodeLoopError
 from deploy.serving.protocol import Completion, Delta, ErrorResponse, StreamStart, TokenIds
 from deploy.serving.server import AdapterServer
-from lora_core.inference.engine import GeneratedToken, GenerationRequest, Generator
+from lora_core.inference.engine import Generator
+from lora_core.inference.generation import GeneratedToken, GenerationRequest
 from lora_core.inference.sampling_params import SamplingParams
 from tests.support.adapter_service import ENDLESS, QUESTION, Service, about, run, until
 from tests.support.tiny_models import save_tiny_model, with_more_tokens

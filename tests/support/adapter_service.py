@@ -15,7 +15,8 @@ from deploy.serving.protocol import GenerateRequest
 from deploy.serving.server import AdapterServer
 from lora_core.adapters.peft_format import adapter_files
 from lora_core.data.dataset import Example
-from lora_core.inference.engine import GenerationRequest, Generator
+from lora_core.inference.engine import Generator
+from lora_core.inference.generation import GenerationRequest
 from lora_core.inference.sampling_params import SamplingParams
 from lora_core.models.base import BaseModel, load_base
 from lora_core.models.files import chat_template_hash
