@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from cluster.ray_runtime import WHICH_RAY
+from cluster.ray_runtime import SERVE_TRANSPORT, WHICH_RAY
 from cluster.settings import Settings
 
 QUIET = {
@@ -103,7 +103,7 @@ def embedded_environment(settings: Settings) -> dict[str, str]:
         token.write_text(secrets.token_hex(32))
     repository = str(Path(__file__).resolve().parent.parent)
     return {
-        **{name: os.environ.get(name, value) for name, value in QUIET.items()},
+        **{name: os.environ.get(name, value) for name, value in (QUIET | SERVE_TRANSPORT).items()},
         **PACED,
         **dict.fromkeys(WHICH_RAY, ""),
         **_token(str(token)),

@@ -21,6 +21,14 @@ from cluster.settings import Settings
 LOCAL_CLUSTER = "local"
 WHICH_RAY = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 
+SERVE_TRANSPORT = {
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),  # the scores of a long prompt exceed gRPC's 4 MB
+}
+"""What lets the processes of Serve stream to each other by gRPC: through Ray's object store a token costs each three
+times as much. They read it when they start.
+"""
+
 
 class NoClusterError(RuntimeError):
     """Ray is not there, or does not answer; the sentence says what to do."""

@@ -11,6 +11,7 @@ from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
+from cluster.ray_runtime import SERVE_TRANSPORT
 from cluster.settings import Settings, load_settings
 from deploy.api.admission_server import AdmissionServer
 from deploy.api.gateway import Gateway
@@ -31,7 +32,7 @@ def build_app(settings: Settings) -> Application:
             request_router_class="deploy.serving.adapter_router.AdapterRouter",  # type: ignore[arg-type]  # as Ray has it
             request_router_kwargs={"share": settings.target_ongoing_requests},
         ),
-        ray_actor_options=_resources(settings),
+        ray_actor_options=_actor_options(_resources(settings)),
         graceful_shutdown_timeout_s=_DRAIN_SECONDS,
         **_replicas(settings),
     )(AdapterServer)
@@ -44,7 +45,7 @@ def build_app(settings: Settings) -> Application:
     of_a_base = settings.max_replicas * settings.max_ongoing_requests + settings.max_queued_requests
     gateway: Deployment = serve.deployment(
         max_ongoing_requests=1024 + 2 * of_a_base * len(servers),
-        ray_actor_options={"num_cpus": 0, "label_selector": settings.gateway_labels},
+        ray_actor_options=_actor_options({"label_selector": settings.gateway_labels}),
         graceful_shutdown_timeout_s=_DRAIN_SECONDS,
     )(Gateway)
     admission: Deployment = serve.deployment(
@@ -73,11 +74,15 @@ def _replicas(settings: Settings) -> dict[str, Any]:
     }
 
 
+def _actor_options(resources: dict[str, Any]) -> dict[str, Any]:
+    return {"num_cpus": 0, **resources, "runtime_env": {"env_vars": SERVE_TRANSPORT}}
+
+
 def _resources(settings: Settings) -> dict[str, Any]:
     """Return a share of a GPU where there are GPUs, or where one is set: the nodes that have them may not be up yet."""
     if "gpus_per_replica" in settings.model_fields_set or _has_gpus():
-        return {"num_cpus": 0, "num_gpus": settings.gpus_per_replica}
-    return {"num_cpus": 0}
+        return {"num_gpus": settings.gpus_per_replica}
+    return {}
 
 
 def _has_gpus() -> bool:

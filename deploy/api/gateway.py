@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
@@ -38,6 +39,8 @@ from jobs.store.api_keys import KeyTable, Scope
 from jobs.store.database import Database
 from jobs.store.files import FileTable
 from jobs.store.jobs import JobQueue
+
+log = logging.getLogger("ray.serve.lora")
 
 
 async def _asked(result: Any) -> Any:
@@ -77,9 +80,13 @@ class Gateway:
         admission: DeploymentHandle[Any],
     ) -> None:
         self._servers = servers
-        self._streams = {name: server.options(stream=True) for name, server in servers.items()}
+        # Deltas are plain values, which pickle writes in a tenth of cloudpickle's time.
+        self._streams = {
+            name: server.options(stream=True, response_serialization="pickle") for name, server in servers.items()
+        }
         self._registry = AdapterRegistry(open_storage(settings.storage_url), settings.tenant)
         self._pushes = settings.min_replicas > 0
+        self._loading = set[asyncio.Task[None]]()
         names = TenantNames(self._registry, settings.tenant, settings.notice_seconds, self._push)
         # What builds the application need not have the database's secret, which is in this pod's environment then.
         database = Database(os.environ.get("LORA_DATABASE_URL") or settings.database_url)
@@ -131,13 +138,22 @@ class Gateway:
     def _push(self, tenant: str, published: Publication) -> None:
         """Have an adapter loaded before anybody asks for it, unless its base may have no replica: none is started."""
         if published.base in self._servers and self._pushes:
-            self._servers[published.base].load.remote(published, tenant)
+            loading = asyncio.get_running_loop().create_task(self._load(tenant, published))
+            self._loading.add(loading)
+            loading.add_done_callback(self._loading.discard)
+
+    async def _load(self, tenant: str, published: Publication) -> None:
+        """Wait for it: a call that nobody holds is called off."""
+        try:
+            await self._servers[published.base].load.remote(published, tenant)
+        except (BackPressureError, DeploymentUnavailableError, RayActorError) as error:
+            log.warning("event=push_failed adapter=%s:%s error=%r", published.base, published.name, error)
 
     async def _streamed(
         self, caller: Caller, model: str, response: CompletionResponse, base: str, asked: GenerateRequest
     ) -> Response:
         """Nothing is sent before the request is taken, so that a refusal still has its status."""
-        items: AsyncIterator[StreamStart | Delta | ErrorResponse] = self._streams[base].stream.remote(asked)  # type: ignore[assignment]
+        items: Any = self._streams[base].stream.remote(asked)  # StreamStart, Delta or ErrorResponse
         start = await _asked(anext(items))
         if isinstance(start, ErrorResponse):
             raise await self._refused(caller, model, start)
@@ -146,14 +162,16 @@ class Gateway:
         async def chunks() -> AsyncIterator[str]:
             tokens: dict[int, int] = {}  # of each choice
             try:
-                yield response.first_chunk(start)
+                if first := response.first_chunk(start):
+                    yield first
                 async for item in items:
                     if isinstance(item, Delta):
                         tokens[item.index] = item.completion_tokens
                         yield response.chunks(item)
                     elif isinstance(item, ErrorResponse):
                         yield event(_error_of(item).body())
-            finally:  # also of who stops listening
+            finally:  # also of who stops listening, whose call nothing else would end
+                items.cancel()
                 caller.use_tokens(start.prompt_tokens + sum(tokens.values()))
 
         return StreamingResponse(chunks(), media_type="text/event-stream", headers={"cache-control": "no-cache"})

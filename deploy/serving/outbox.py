@@ -17,8 +17,8 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-MESSAGES_A_SECOND = 1000.0
-"""Of one replica: through Ray's object store a message costs it 0.6 ms of CPU, the gateway 1.1 and the proxy 0.7."""
+MESSAGES_A_SECOND = 2500.0
+"""Of one replica: by gRPC a message costs it 0.19 ms of CPU, the gateway 0.34 and the proxy 0.22."""
 
 
 class Receiver(Generic[T]):

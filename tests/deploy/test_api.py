@@ -440,10 +440,10 @@ def test_replicas_ask_for_a_share_of_a_gpu_only_where_there_are_some(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(application, "_has_gpus", lambda: False)
-    assert application._resources(Settings(home=tmp_path)) == {"num_cpus": 0}
-    assert application._resources(Settings(home=tmp_path, gpus_per_replica=1))["num_gpus"] == 1
+    assert application._resources(Settings(home=tmp_path)) == {}
+    assert application._resources(Settings(home=tmp_path, gpus_per_replica=1)) == {"num_gpus": 1}
     monkeypatch.setattr(application, "_has_gpus", lambda: True)
-    assert application._resources(Settings(home=tmp_path)) == {"num_cpus": 0, "num_gpus": 0.4}
+    assert application._resources(Settings(home=tmp_path)) == {"num_gpus": 0.4}
 
 
 def test_the_gateway_alone_is_told_where_the_database_is(tmp_path: Path) -> None:

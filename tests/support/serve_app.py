@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.ray_runtime import SERVE_TRANSPORT
 from tests.support.machine import clean_environment, free_port
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +44,7 @@ def running_app(home: Path, bases: Mapping[str, Path], environment: Mapping[str,
         "LORA_BASE_MODELS": json.dumps({name: str(folder) for name, folder in bases.items()}),
         "RAY_AUTH_MODE": "disabled",  # or Ray would make a token in this user's home
         "HF_HUB_OFFLINE": "1",
+        **SERVE_TRANSPORT,
         **environment,
     }
     log = home / "serve.log"
