@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import openai
 import psutil
 import pytest
 
@@ -26,6 +27,7 @@ from cluster.storage.directory import open_storage
 from cluster.storage.keys import checkpoints_prefix, examples_key
 from jobs.__main__ import main
 from jobs.admission import admit
+from jobs.demo import served
 from jobs.job import Job, JobStatus, RequestedAction
 from jobs.spec import load_spec
 from jobs.store.jobs import JobQueue
@@ -97,14 +99,20 @@ class Laptop:
         already: by itself it takes ten seconds.
         """
         output = io.StringIO()
-        with pytest.MonkeyPatch.context() as patched, contextlib.redirect_stdout(output):
+        with self.here() as patched, contextlib.redirect_stdout(output):
             patched.setattr("jobs.__main__.log_to_stderr", lambda: None)
+            assert main(["submit", str(spec), "--no-follow", *options]) == 0, output.getvalue()
+        return next(word for word in output.getvalue().split() if word.startswith("job-"))
+
+    @contextlib.contextmanager
+    def here(self) -> Iterator[pytest.MonkeyPatch]:
+        """This process has the environment of the commands."""
+        with pytest.MonkeyPatch.context() as patched:
             for name in set(os.environ) - set(self.environment):
                 patched.delenv(name)
             for name, value in self.environment.items():
                 patched.setenv(name, value)
-            assert main(["submit", str(spec), "--no-follow", *options]) == 0, output.getvalue()
-        return next(word for word in output.getvalue().split() if word.startswith("job-"))
+            yield patched
 
     def wait(self, job_id: str, until: Callable[[Job], bool]) -> Job:
         """The job, once `until` holds."""
@@ -344,6 +352,34 @@ def test_a_killed_rank_without_others_goes_on_to_the_same_best_adapter(laptop: L
     assert job.result is not None
     assert undisturbed.result is not None
     assert job.result["metrics"] == undisturbed.result["metrics"]
+
+
+def test_openais_client_trains_an_adapter_and_asks_it(laptop: Laptop) -> None:
+    """Through a service on the laptop's own Ray, whose scheduler finds what the API has put into the queue."""
+    laptop.submit(laptop.spec("rows"))
+    with laptop.here():
+        url = served(laptop.settings.model_copy(update={"serve_port": free_port()}))
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120)
+    file = client.files.create(file=laptop.home / "rows.jsonl", purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=file.id,
+        suffix="asked",
+        hyperparameters={"n_epochs": 5, "batch_size": 4},
+        extra_body={"lora": {"r": 4}, "precision": "fp32", "num_workers": 2},
+    )
+    laptop.finished(job.id)
+    job = client.fine_tuning.jobs.retrieve(job.id)
+    assert (job.status, job.fine_tuned_model) == ("succeeded", "tiny:asked@1"), job.error
+    events = list(client.fine_tuning.jobs.list_events(job.id))
+    steps = [event.data["step"] for event in events if event.type == "metrics" and isinstance(event.data, dict)]
+    assert steps == sorted(steps, reverse=True) and steps[0] == 20
+    assert client.files.content(job.result_files[0]).text.splitlines()[-1].startswith("20,")
+    model = client.models.retrieve(str(job.fine_tuned_model)).to_dict()
+    answer = client.chat.completions.create(
+        model=str(job.fine_tuned_model), messages=[{"role": "user", "content": "item"}], max_tokens=4
+    )
+    assert answer.system_fingerprint == model["digest"] and model["job"] == job.id
 
 
 def test_stop_leaves_nothing_running(laptop: Laptop) -> None:
