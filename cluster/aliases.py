@@ -122,11 +122,13 @@ class Publication:
 
 
 class AdapterNotFound(LookupError):  # noqa: N818
-    """No such adapter or version; `known` are the names (`<base>:<adapter>`), or the adapter's versions, that exist."""
+    """No such adapter or version; `known` are the names (`<base>:<adapter>`), or the adapter's versions, that exist.
+    `has_others` says that the adapter is there, and has other versions.
+    """
 
-    def __init__(self, wanted: str, known: tuple[str, ...]) -> None:
-        super().__init__(wanted, known)
-        self.wanted, self.known = wanted, known
+    def __init__(self, wanted: str, known: tuple[str, ...], has_others: bool = False) -> None:
+        super().__init__(wanted, known, has_others)
+        self.wanted, self.known, self.has_others = wanted, known, has_others
 
     def __str__(self) -> str:
         more = f" and {len(self.known) - NAMES_SHOWN} more" if len(self.known) > NAMES_SHOWN else ""
@@ -145,9 +147,10 @@ class AdapterAliases:
         try:
             return Alias.from_json(self.storage.get(alias_key(self.tenant, base, name, alias)))
         except StorageNotFound:
-            if alias == LATEST:
+            known = () if alias == LATEST else tuple(self.aliases(base, name))
+            if not known:
                 raise AdapterNotFound(f"adapter {base}:{name}", tuple(self._names())) from None
-            raise AdapterNotFound(f"alias {alias} of {base}:{name}", tuple(self.aliases(base, name))) from None
+            raise AdapterNotFound(f"version or alias {alias} of {base}:{name}", known, has_others=True) from None
 
     def aliases(self, base: str, name: str) -> dict[str, Alias]:
         """Return an adapter's aliases by name, `latest` among them."""

@@ -145,7 +145,7 @@ class AdapterRegistry(AdapterAliases):
             return replace(self._read(base, name, version_id), number=number)
         except StorageNotFound:
             known = tuple(self.versions(base, name))
-            raise AdapterNotFound(f"version {version} of {base}:{name}", known) from None
+            raise AdapterNotFound(f"version {version} of {base}:{name}", known, has_others=bool(known)) from None
 
     def digest(self, base: str, name: str, version: str = LATEST) -> str:
         """Return the digest of what `resolve` would; an alias costs one small read. Raises what that does."""

@@ -161,18 +161,19 @@ class Gateway:
 
         async def chunks() -> AsyncIterator[str]:
             tokens: dict[int, int] = {}  # of each choice
+            caller.use_tokens(start.prompt_tokens)
             try:
                 if first := response.first_chunk(start):
                     yield first
                 async for item in items:
                     if isinstance(item, Delta):
+                        caller.use_tokens(item.completion_tokens - tokens.get(item.index, 0))
                         tokens[item.index] = item.completion_tokens
                         yield response.chunks(item)
                     elif isinstance(item, ErrorResponse):
                         yield event(_error_of(item).body())
             finally:  # also of who stops listening, whose call nothing else would end
                 items.cancel()
-                caller.use_tokens(start.prompt_tokens + sum(tokens.values()))
 
         return StreamingResponse(chunks(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
 

@@ -53,8 +53,8 @@ class TenantNames:
         if tenant == PUBLIC or time.monotonic() - own.absent.get(name, -_ABSENT_SECONDS) >= _ABSENT_SECONDS:
             try:
                 return tenant, await own.names.digest(base, adapter, version)
-            except AdapterNotFound:
-                if tenant == PUBLIC:
+            except AdapterNotFound as error:
+                if tenant == PUBLIC or error.has_others:  # an adapter of its own hides all versions of another's
                     raise
                 missing_at = time.monotonic()
         else:

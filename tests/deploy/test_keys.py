@@ -169,6 +169,10 @@ def test_a_tenant_sees_its_own_adapters_and_those_published_to_all(site: Site) -
         assert (site.base.asked.tenant, site.base.asked.digest) == (owner, versions[owner, name].digest)
         extra = client.models.retrieve(f"tiny:{name}").model_extra or {}
         assert (extra["root"], extra["digest"]) == ("tiny", versions[owner, name].digest)
+    site.registry.of(PUBLIC).move("prod", versions[PUBLIC, "both"])
+    other.chat.completions.create(model="tiny:both@prod", messages=HELLO)
+    with pytest.raises(openai.NotFoundError, match="no version or alias prod of tiny:both"):
+        acme.chat.completions.create(model="tiny:both@prod", messages=HELLO)  # its own has none
     hidden = f"tiny:mine@{versions['acme', 'mine'].version}"
     for model in ("tiny:mine", hidden):
         for ask in (partial(other.chat.completions.create, messages=HELLO), other.models.retrieve):
