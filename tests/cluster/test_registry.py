@@ -263,11 +263,11 @@ def test_what_is_missing_is_answered_with_what_exists(storage: Storage) -> None:
         copy = pickle.loads(pickle.dumps(caught.value))
         assert (str(copy), copy.known) == (str(caught.value), caught.value.known)
     for wanted, known in (
-        ("version " + "0" * 16, version.version), ("version 2", version.version), ("alias ..", "latest"),
-        (f"alias {version.version[:8]}", "latest"),
+        ("version " + "0" * 16, version.version), ("version 2", version.version), ("version or alias ..", "latest"),
+        (f"version or alias {version.version[:8]}", "latest"),
     ):  # fmt: skip
         with pytest.raises(AdapterNotFound, match=f"there is no {wanted} of {BASE}:{NAME}; published: {known}$"):
-            registry.resolve(BASE, NAME, wanted.split()[1])
+            registry.resolve(BASE, NAME, wanted.split()[-1])
     many = AdapterNotFound("adapter x", tuple(f"n{number}" for number in range(33)))
     assert str(many).endswith(", n19 and 13 more")
 
