@@ -116,7 +116,7 @@ class AdapterCache:
             self._refused[tenant, adapter, digest] = str(error)
             log.error("event=adapter_refused adapter=%s reason=%s", what, error)
             raise
-        self._host.offer(digest, host, nbytes)
+        self._host.offer(digest, host, 1 << (nbytes - 1).bit_length())  # as torch rounds pinned memory up
         log.info("event=adapter_loaded adapter=%s bytes=%d seconds=%.3f", what, nbytes, time.monotonic() - began)
         return bound
 

@@ -185,10 +185,10 @@ class DecodeLoop:
 
 async def _together(receiver: _Receiver, choices: int) -> AsyncIterator[list[ChoiceToken]]:
     while choices:
-        tokens: list[ChoiceToken] = []
-        for event in await receiver.receive():
-            if isinstance(event, Exception):
-                raise event
-            tokens.append(event)
+        events = await receiver.receive()
+        tokens = [event for event in events if not isinstance(event, Exception)]
         choices -= sum(token.finish_reason is not None for _, token in tokens)
-        yield tokens
+        if tokens:
+            yield tokens
+        if choices and (errors := [event for event in events if isinstance(event, Exception)]):
+            raise errors[0]

@@ -185,6 +185,8 @@ class Generator:
 
     def abort(self, request: int) -> None:
         """Forget a request; one that is over already is no mistake, since the two may cross."""
+        if self._queued is not None:  # where its end has not been told
+            self._queued.ended[:] = [end for end in self._queued.ended if end.request != request]
         if self._live.pop(request, None) is not None:
             self._scheduler.remove(request)
             for followers in self._followers.values():

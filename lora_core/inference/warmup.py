@@ -22,8 +22,8 @@ RANK = 16
 SEQUENCES = {"cpu": (), "cuda": (1, 2, 4, 8, 16, 24, 32, 48, 64)}
 """That are answered at once: the numbers that steps are rounded up to."""
 
-PROMPT_TOKENS = {"cpu": 8, "cuda": 600}
-"""Of a prompt that is read by itself: on a GPU more than a graph takes."""
+PROMPT_TOKENS = {"cpu": (8,), "cuda": (8, 16, 32, 64, 128, 256, 512, 600)}
+"""Of prompts that are read by themselves: on a GPU those that graphs take, and more."""
 
 
 def warm_up(generator: Generator) -> None:
@@ -31,8 +31,9 @@ def warm_up(generator: Generator) -> None:
     began, forward = time.monotonic(), generator.forward
     kind = forward.device.type
     adapter = forward.load(init_adapter(forward.modules, LoraConfig(r=RANK), seed=0))
-    for alone in (None, adapter):
-        _answer(generator, min(PROMPT_TOKENS[kind], generator.context - 2), [alone])
+    for tokens in PROMPT_TOKENS[kind]:
+        for alone in (None, adapter):
+            _answer(generator, min(tokens, generator.context - 2), [alone])
     for sequences in SEQUENCES[kind]:
         others = [forward.bind(adapter.adapter) for _ in range(sequences - 1)]  # the same weights
         for adapters in ([None] * sequences, [adapter] * sequences, [adapter, *others]):
@@ -44,6 +45,7 @@ def _answer(generator: Generator, prompt_tokens: int, adapters: Sequence[Bound |
     """With two tokens, by chance: greedily is a part of that."""
     sampling = SamplingParams(seed=0)
     for adapter in adapters:
-        generator.add(GenerationRequest(prompt=[0] * prompt_tokens, adapter=adapter, sampling=sampling, max_tokens=2))
+        prompt = [prompt_tokens % 256] + [0] * (prompt_tokens - 1)  # which does not begin as one before it
+        generator.add(GenerationRequest(prompt=prompt, adapter=adapter, sampling=sampling, max_tokens=2))
     while generator.running or generator.waiting:
         generator.step()

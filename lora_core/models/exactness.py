@@ -38,8 +38,11 @@ _PADDED = ((0, 8), (8, 16), (24, 24), (16, 72), (8, 136))
 _AS_THEY_ARE = ((0, 1), (3, 1), (5, 2), (0, 3), (8, 5), (1, 6), (13, 7), (2, 9), (0, 11), (7, 13), (29, 27), (5, 131))
 """(first row, rows) of chunks in that product."""
 
-_SERVED = ((0, 4), (7, 5), (2, 8), (9, 15), (0, 16), (3, 17), (5, 31), (1, 33), (8, 64), (7, 65), (29, 131))
-"""The same of what is served, which has 4 rows at least."""
+_SERVED = (
+    (0, 1), (3, 2), (5, 3), (0, 4), (7, 5), (2, 8), (9, 15), (0, 16), (3, 17), (5, 31), (1, 33), (8, 64), (7, 65),
+    (29, 131),
+)  # fmt: skip
+"""The same of what is served; the head has as few rows as there are sequences."""
 
 SERVED_ROWS = 1056
 """Rows of the product that those are compared with: a step's prompts, and answers beside them."""

@@ -227,6 +227,22 @@ def test_abort_frees_the_slot(llama: BaseModel, forward: Forward) -> None:
     assert [event.request for event in generator.step()] == [third]
 
 
+def test_an_end_that_is_known_ahead_is_told_unless_it_is_given_up(
+    llama: BaseModel, forward: Forward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(AHEAD, "cpu", True)
+    generator, prompt = Generator(llama, forward, slots=4, max_len=64), encode(llama, "Hello")
+    generator.add(GenerationRequest(prompt=prompt, sampling=GREEDY, max_tokens=30))
+    generator.step()
+    read, given_up = (generator.add(GenerationRequest(prompt=prompt, max_tokens=0)) for _ in range(2))
+    generator.step()
+    assert generator.running == 3
+    generator.abort(given_up)
+    assert generator.running == 2
+    assert [event.finish_reason for event in generator.step() if event.request == read] == ["length"]
+    assert given_up not in {event.request for _ in range(3) for event in generator.step()}
+
+
 def test_stop_strings_in_the_generator(llama: BaseModel, forward: Forward) -> None:
     generator = Generator(llama, forward, slots=2, max_len=64)
     prompt = encode(llama, "Hello")

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from typing import Any
 
+import pytest
+
+from deploy.serving.decode_loop import _together
 from deploy.serving.outbox import Outbox, Receiver
+from lora_core.inference.generation import GeneratedToken
 
 
 def test_streams_share_the_messages_and_lose_nothing() -> None:
@@ -50,3 +55,18 @@ def test_few_streams_have_each_token_at_once_and_who_leaves_has_no_more() -> Non
         assert await leaving.receive() == [0, 1, 3, 4]
 
     asyncio.run(streams())
+
+
+def test_tokens_that_come_with_an_error_are_told_before_it() -> None:
+    async def stream() -> None:
+        outbox, receiver = Outbox[Any](rate=1000), Receiver[Any]()
+        first, last = GeneratedToken(1, 5, "a", None, 1), GeneratedToken(2, 6, "b", "stop", 1)
+        for event in ((0, first), (1, last), KeyError("broken")):
+            outbox.add(receiver, event, urgent=isinstance(event, Exception))
+        outbox.flush(0.0)
+        tokens = _together(receiver, choices=2)
+        assert await anext(tokens) == [(0, first), (1, last)]
+        with pytest.raises(KeyError, match="broken"):
+            await anext(tokens)
+
+    asyncio.run(stream())

@@ -190,7 +190,7 @@ class _Bucket:
 
     def _bring_together(self, adapters: Sequence[KernelArgs]) -> None:
         if self.capacity < len(adapters):
-            self._grow(max(len(adapters), 2 * self.capacity))
+            self._grow(len(adapters))
         first = self._neighbourhood(adapters)
         window = range(first, first + len(adapters))
         held = {self.slots[adapter] for adapter in adapters if adapter in self.slots}
