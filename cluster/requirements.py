@@ -36,6 +36,8 @@ def requirement(error: ErrorDetails) -> str:
         return f"must be {words} {str(context[bound]).replace('True', 'true')}"
     if kind in ("string_too_short", "too_short"):
         return "must not be empty"
+    if kind == "too_long":
+        return f"must have at most {context['max_length']} entries"
     if kind in _EXPECTED:
         return f"must be {expected(error)}"
     return error["msg"].replace("Input should", "must", 1)

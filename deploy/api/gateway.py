@@ -31,7 +31,7 @@ from deploy.api.responses import (
     TextResponse,
     event,
 )
-from deploy.api.schemas import ChatRequest, CompletionRequest, TextRequest, parse_request
+from deploy.api.schemas import ChatRequest, CompletionRequest, TextRequest, read_request
 from deploy.api.tenant_names import TenantNames
 from deploy.api.uploads import UploadRoutes
 from deploy.serving.protocol import Delta, ErrorResponse, GenerateRequest, StreamStart
@@ -113,11 +113,11 @@ class Gateway:
         return {"status": "ok"}
 
     async def chat_completions(self, request: Request) -> Response:
-        chat = parse_request(await request.body(), ChatRequest)
+        chat = await read_request(await request.body(), ChatRequest)
         return await self._completed(caller_of(request), chat, ChatResponse(chat))
 
     async def completions(self, request: Request) -> Response:
-        text = parse_request(await request.body(), TextRequest)
+        text = await read_request(await request.body(), TextRequest)
         return await self._completed(caller_of(request), text, TextResponse(text))
 
     async def _completed(self, caller: Caller, request: CompletionRequest, response: CompletionResponse) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import json
 from abc import abstractmethod
@@ -46,6 +47,8 @@ _HARMLESS = (
 )
 
 _SAID = 30  # problems of a request that are told
+_SMALL_BYTES = 64 * 2**10  # that are checked in some milliseconds
+_MOST_MESSAGES = 10_000  # else there may be a mistake in each of a million
 
 MOST_LOGPROBS = 20
 """Of the likeliest tokens that are shown beside each: OpenAI's limit for chats."""
@@ -249,7 +252,7 @@ class ChatRequest(CompletionRequest):
 
     neutral = _NEUTRAL_CHAT
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=_MOST_MESSAGES)]
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
@@ -309,6 +312,13 @@ class ChatRequest(CompletionRequest):
 
 
 R = TypeVar("R", bound=CompletionRequest)
+
+
+async def read_request(body: bytes, kind: type[R]) -> R:
+    """Parse a request; a large one in a thread, so that nobody else's answer waits for it. Raises ApiError (400)."""
+    if len(body) <= _SMALL_BYTES:
+        return parse_request(body, kind)
+    return await asyncio.to_thread(parse_request, body, kind)
 
 
 def parse_request(body: bytes, kind: type[R]) -> R:

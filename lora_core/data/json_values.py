@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 HALF_A_CHARACTER = "half of a surrogate pair, such as \\ud83d alone; write the whole character"
 
 _DIGITS = 400  # float() makes infinity of as many, and int() raises beyond 4,300
 _SHOWN = 60
+
+_Place = tuple[Any, object] | None
+"""The place that it is in, and its key or index there; None is that of all values."""
 
 
 def whole_number(digits: str) -> int | float:
@@ -32,23 +36,35 @@ def encodable(text: str) -> bool:
 def unusable(value: object) -> Iterator[tuple[str, str]]:
     """Yield (path, what is wrong) of each such text, key and number in parsed values; a path is `messages.0.content`.
 
-    Without recursion, since the values may nest as deep as a parser goes.
+    Without recursion, since the values may nest as deep as a parser goes; and with a path only where there is something
+    to say, since a request may have a million numbers.
     """
-    waiting: list[tuple[str, object]] = [("", value)]
+    waiting: list[tuple[_Place, object]] = [(None, value)]
     while waiting:
-        path, one = waiting.pop()
+        place, one = waiting.pop()
         if isinstance(one, str) and not encodable(one):
-            yield path, f"has {HALF_A_CHARACTER}"
+            yield _path(place), f"has {HALF_A_CHARACTER}"
         elif isinstance(one, int | float) and not (math.isfinite(one) if isinstance(one, float) else abs(one) < 2**64):
-            yield path, "should be a finite number of at most 64 bits"
+            yield _path(place), "should be a finite number of at most 64 bits"
         elif isinstance(one, Mapping):
-            inner = [(f"{path}.{shown(str(key))}".removeprefix("."), key, part) for key, part in one.items()]
-            yield from (
-                (at, f"has {HALF_A_CHARACTER}") for at, key, _ in inner if isinstance(key, str) and not encodable(key)
-            )
-            waiting += reversed([(at, part) for at, _, part in inner])
+            wrong = [key for key in one if isinstance(key, str) and not encodable(key)]
+            yield from ((_path((place, key)), f"has {HALF_A_CHARACTER}") for key in wrong)
+            waiting += reversed([((place, key), part) for key, part in one.items() if not _plainly_usable(part)])
         elif isinstance(one, list):
-            waiting += reversed([(f"{path}.{index}".removeprefix("."), part) for index, part in enumerate(one)])
+            waiting += reversed([((place, at), part) for at, part in enumerate(one) if not _plainly_usable(part)])
+
+
+def _plainly_usable(value: object) -> bool:
+    """Return whether a short look shows that there is nothing to say of a value."""
+    return value.isascii() if type(value) is str else type(value) is int and -(2**64) < value < 2**64
+
+
+def _path(place: _Place) -> str:
+    keys = []
+    while place is not None:
+        place, key = place
+        keys.append(shown(str(key)))
+    return ".".join(reversed(keys))
 
 
 def shown(name: str) -> str:

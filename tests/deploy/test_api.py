@@ -6,7 +6,9 @@ import asyncio
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
+from threading import current_thread
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -18,12 +20,13 @@ from ray.serve.request_router import PendingRequest
 
 from cluster.settings import Settings
 from deploy import app as application
-from deploy.api import gateway
+from deploy.api import gateway, schemas
 from deploy.api.errors import ApiError
 from deploy.api.responses import ChatResponse, ModelName, TextResponse, parse_model
 from deploy.api.schemas import ChatRequest, TextRequest, parse_request
 from deploy.serving.adapter_router import AdapterRouter
 from deploy.serving.protocol import Completion, Delta, StreamStart, TokenIds, TokenLogprob
+from lora_core.data.json_values import unusable
 from lora_core.inference.sampling_params import SamplingParams
 from lora_core.inference.tool_calls import ToolCall
 
@@ -194,6 +197,7 @@ def test_so_is_one_of_text_completions(parameter: str) -> None:
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role: `wizard` is unknown; use system"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content: a list; write"),
         ({"messages": [{"role": "user", "content": "", "tool_calls": [{}]}]}, "messages.0.tool_calls: calls are"),
+        ({"messages": HELLO * 10_001}, "messages must have at most 10000 entries"),
         ({"messages": ["hi"]}, "messages.0 must be a block of options"),
         ({"max_token": 5}, "max_token is no parameter here; did you mean max_tokens?"),
         ({"model": None}, "model must be text"),
@@ -242,6 +246,7 @@ def test_everything_wrong_is_said_at_once() -> None:
             parse_request(body, ChatRequest)
 
 
+OUT_OF_RANGE = "should be a finite number of at most 64 bits"
 HALF = r"\ud83d"  # half of an emoji, as a client sends it that cut a text between the two
 REQUEST = r'{"model": "m", "messages": [{"role": "user", "content": "a"}], %s}'
 
@@ -289,6 +294,24 @@ def test_a_prompt_with_half_a_character_is_named() -> None:
     with pytest.raises(ApiError, match="prompt has half of a surrogate pair") as caught:
         parse_request(rb'{"model": "m", "prompt": "cut \ud83d"}', TextRequest)
     assert caught.value.param == "prompt"
+
+
+def test_a_large_request_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read in a thread, and for what is right in it nothing is built."""
+    monkeypatch.setattr(schemas, "_SMALL_BYTES", 1000)
+    readers, read = set[str](), schemas.read_document
+    monkeypatch.setattr(schemas, "read_document", lambda body: [readers.add(current_thread().name), read(body)][1])
+    for text in ("x", "x" * 1000):
+        body = json.dumps({"model": "m", "prompt": text}).encode()
+        assert asyncio.run(schemas.read_request(body, TextRequest)).prompt == text
+    assert len(readers) == 2
+    document = {"prompt": [0] * 100_000, "messages": ["a"] * 100_000, "seed": {str(n): 2**63 for n in range(1000)}}
+    tracemalloc.start()
+    assert list(unusable(document)) == []
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**17
+    assert list(unusable([0, {"a": [1, [2**64, "b"]], "b": -(2**64)}]))[:1] == [("1.a.1.0", OUT_OF_RANGE)]
 
 
 def test_every_error_can_be_sent() -> None:
