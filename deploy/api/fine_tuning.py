@@ -63,8 +63,9 @@ class FineTuning:
 
     async def create(self, request: Request) -> Response:
         caller, key = caller_of(request), request.headers.get("idempotency-key")
-        body = await request.body()
-        wanted = parse_job_request(body, self._settings.base_models, await self._locating(caller, body))
+        document = await asyncio.to_thread(read_document, await request.body())
+        locate = await self._locating(caller, document)
+        wanted = await asyncio.to_thread(parse_job_request, document, self._settings.base_models, locate)
         if not wanted.dry_run and (known := await self._known(caller, key, wanted)) is not None:
             return JSONResponse(job_object(known))
         if not wanted.dry_run:
@@ -151,9 +152,9 @@ class FineTuning:
             raise ApiError(404, f"{job_id} has no result file: it has not ended, or never trained", "file_not_found")
         return job, result_csv(await self._read(self._queue.events, job.id))
 
-    async def _locating(self, caller: Caller, body: bytes) -> Callable[[str, object], str]:
+    async def _locating(self, caller: Caller, document: dict[str, Any]) -> Callable[[str, object], str]:
         """Return what finds the rows of a parameter, having looked for the uploaded files that a request names."""
-        document, found = read_document(body), dict[tuple[str, str], str | ApiError]()
+        found = dict[tuple[str, str], str | ApiError]()
         for parameter in ("training_file", "validation_file"):
             if isinstance(file := document.get(parameter), str) and file.startswith("file-"):
                 try:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deploy.api.schemas import Problem, read_document, refused
+from deploy.api.schemas import Problem, refused
 from jobs.spec import JobSpec, SpecError, check_spec, is_published_adapter
 from lora_core.config import TrainConfig
 from lora_core.data.json_values import shown
@@ -43,6 +44,11 @@ _NAMES = {
 }
 """What a client calls an option."""
 
+_EXPRESSIONS = ("target_modules", "rank_pattern", "alpha_pattern")
+_MOST_EXPRESSIONS, _LONGEST_EXPRESSION = 128, 256  # of a pattern; Python keeps 512 compiled
+_PLAIN = r"(?:[A-Za-z0-9_.|-]|\\\.|\\d\+?)*+"  # without what is tried again in many ways: groups and repeats
+_QUICK = re.compile(rf"{_PLAIN}(?:\*{_PLAIN})?")
+
 _MOST_PAIRS, _LONGEST_KEY, _LONGEST_VALUE = 16, 64, 512
 
 
@@ -57,18 +63,21 @@ class JobRequest:
     dry_run: bool
 
 
-def parse_job_request(body: bytes, bases: Mapping[str, str], locate: Callable[[str, object], str]) -> JobRequest:
-    """Check a request. `bases` are the models that can be trained; `locate` returns where the rows of a parameter lie,
-    or raises ValueError with a sentence.
+def parse_job_request(
+    document: Mapping[str, Any], bases: Mapping[str, str], locate: Callable[[str, object], str]
+) -> JobRequest:
+    """Check what `read_document` read. `bases` are the models that can be trained; `locate` returns where the rows of a
+    parameter lie, or raises ValueError with a sentence.
 
     Raises:
         ApiError: 400, with everything that is wrong; its `param` is the first of it.
     """
-    document = read_document(body)
     given = {name: value for name, value in document.items() if value is not None}
     problems = [*_unknown(given), *_metadata_problems(given.get("metadata"))]
     digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
     values: dict[str, Any] = {option: given[option] for option in OWN if option in given}
+    if isinstance(lora := given.get("lora"), dict):
+        values["lora"] = _with_quick_expressions(lora, problems)
     train = _block(values.get("train"), "train", problems)
     named = dict(_NAMES)
     if "hyperparameters" not in given:
@@ -92,6 +101,28 @@ def parse_job_request(body: bytes, bases: Mapping[str, str], locate: Callable[[s
         raise refused(problems)
     kept = {name: given.get(name) for name in ("training_file", "validation_file")}
     return JobRequest(spec, kept | {"digest": digest}, given.get("metadata"), digest, bool(given.get("dry_run")))
+
+
+def _with_quick_expressions(lora: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:
+    """Return the options without expressions that could take for ever: they are run when a job is checked, in processes
+    that everybody waits for.
+    """
+    slow = {name: found for name in _EXPRESSIONS if (found := _slow_expressions(lora.get(name)))}
+    for name, found in slow.items():
+        sentence = (
+            f"lora.{name} has '{shown(found[0])}': write names, '.', '|' and '\\d' or '\\d+', with '.*' once at most,"
+            f" {_LONGEST_EXPRESSION} characters at most, and at most {_MOST_EXPRESSIONS} of them"
+        )
+        problems.append((f"lora.{name}", "invalid_value", sentence))
+    return {name: value for name, value in lora.items() if name not in slow}
+
+
+def _slow_expressions(value: object) -> list[str]:
+    """Return those in a string, or the keys of a pattern, that are not plain; all of them where they are too many."""
+    found = [value] if isinstance(value, str) else list(value) if isinstance(value, dict) else []
+    if len(found) > _MOST_EXPRESSIONS:
+        return found
+    return [one for one in found if len(one) > _LONGEST_EXPRESSION or _QUICK.fullmatch(one) is None]
 
 
 def _located(given: Mapping[str, Any], locate: Callable[[str, object], str], problems: list[Problem]) -> dict[str, Any]:

@@ -201,10 +201,15 @@ def test_jobs_are_listed_by_metadata_in_pages(site: Site) -> None:
 
 
 def test_everything_wrong_is_said_at_once(site: Site) -> None:
+    slow = {
+        "target_modules": ".*.*", "rank_pattern": {"q_proj": 1, "(q|k)_proj": 1, "v" * 300: 1},
+        "alpha_pattern": {f"layers.{number}": 1.0 for number in range(129)},
+    }  # fmt: skip
     error = refused(
         site, model="huge", suffix="No Spaces", training_file="rows.jsonl", validation_file=3, seed="x",
         hyperparameters={"n_epochs": 0, "batch_sizes": 3}, metadata={"a": 1}, integrations=[{"type": "wandb"}],
-        method={"type": "dpo"}, extra_body={"num_workers": 0, "lora": {"rank": 3}, "prioritty": 1, "validation": "x"},
+        method={"type": "dpo"},
+        extra_body={"num_workers": 0, "lora": {"rank": 3} | slow, "prioritty": 1, "validation": "x"},
     )  # fmt: skip
     for part in (
         "the model 'huge' cannot be trained; there are: tiny", "suffix must be 1 to 64 lower-case",
@@ -212,7 +217,8 @@ def test_everything_wrong_is_said_at_once(site: Site) -> None:
         "hyperparameters.n_epochs must be at least 1", "hyperparameters.batch_sizes is no parameter",
         "metadata must be at most 16 pairs", "integrations is not supported", "method.type must be supervised, not dpo",
         "num_workers must be at least 1", "unknown key 'lora.rank'", "did you mean priority?",
-        "validation must be a fraction",
+        "validation must be a fraction", r"lora.target_modules has '.*.*': write names, '.', '|' and '\d' or '\d+',",
+        "lora.rank_pattern has '(q|k)_proj': write", "lora.alpha_pattern has 'layers.0': write", "at most 128 of them",
     ):  # fmt: skip
         assert part in error.message, (part, error.message)
     assert (error.status_code, error.type) == (400, "invalid_request_error")
@@ -222,7 +228,8 @@ def test_everything_wrong_is_said_at_once(site: Site) -> None:
 
 def test_a_dry_run_says_what_a_job_comes_to(site: Site) -> None:
     before = len(site.queue.list())
-    estimate = site.create("dry", extra_body={"dry_run": True, "priority": 1000}).to_dict()
+    plain = {"target_modules": r"model.layers\.\d+\.self_attn.*", "rank_pattern": {r"q_proj|\d+\..*k_proj": 3}}
+    estimate = site.create("dry", extra_body={"dry_run": True, "priority": 1000, "lora": plain}).to_dict()
     assert estimate["steps"] == 6 and estimate["examples"] == 10 and estimate["queue"] == {"before": 0}
     assert estimate["tokens"] == 3 * estimate["tokens_per_epoch"] > 0  # type: ignore[operator]
     memory: Any = estimate["memory"]
