@@ -36,7 +36,8 @@ _FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "
 _BEHIND_HAPROXY = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"  # Serve's own, which says nothing of who asks
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _CREATE = "python -m deploy keys create"
-_MOST_BODY_BYTES = 32 * 2**20  # of what is read as a whole
+_MOST_BODY_BYTES = 4 * 2**20  # of what is read as a whole
+_FORMS = re.compile(r"/v1/(files|uploads/[^/]+/parts)")  # go to disk
 
 
 class RateLimit:
@@ -157,7 +158,7 @@ class KeyRing:
 
 class KeyCheck:
     """ASGI middleware: puts the caller into `request.state`, and what is left of its limits into the answer. Of a body
-    that is no form, no more is read than memory has room for.
+    that is no file, no more is read than memory has room for.
     """
 
     def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
@@ -173,7 +174,7 @@ class KeyCheck:
             await error.response()(scope, receive, send)
             return
 
-        is_form = Headers(scope=scope).get("content-type", "").startswith("multipart/form-data")  # which goes to disk
+        is_form = _FORMS.fullmatch(scope["path"]) is not None
         taken = 0
 
         async def bounded() -> Message:

@@ -18,7 +18,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from deploy.api.errors import ApiError
 
 _PIECE_BYTES = 2 * 2**20  # that are written and hashed at a time, in a thread
-_FIELDS_BYTES = 64 * 2**10  # of all that is no file
+_FIELDS_BYTES = 64 * 2**10  # of all that is no file, names and headers too
 _CALLBACKS = (
     "on_part_begin", "on_header_field", "on_header_value", "on_header_end", "on_headers_finished", "on_part_data",
     "on_part_end", "on_end",
@@ -84,11 +84,14 @@ class FileForm:
 
     def on_part_begin(self) -> None:
         self._headers = {}
+        self._count(1)  # an empty one is kept too
 
     def on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._count(end - start)
         self._name += data[start:end]
 
     def on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._count(end - start)
         self._value += data[start:end]
 
     def on_header_end(self) -> None:
@@ -110,10 +113,7 @@ class FileForm:
             self.size += end - start
             self._pieces.append(data[start:end])
             return
-        self._text_bytes += end - start
-        if self._text_bytes > _FIELDS_BYTES:
-            message = f"all but {self._file_field} is larger than {_FIELDS_BYTES >> 10} KiB; send less"
-            raise ApiError(413, message, "invalid_value", self._field)
+        self._count(end - start)
         self._text += data[start:end]
 
     def on_part_end(self) -> None:
@@ -123,6 +123,13 @@ class FileForm:
 
     def on_end(self) -> None:
         self._ended = True
+
+    def _count(self, size: int) -> None:
+        """Take so much into memory. Raises ApiError (413)."""
+        self._text_bytes += size
+        if self._text_bytes > _FIELDS_BYTES:
+            message = f"all but {self._file_field} is larger than {_FIELDS_BYTES >> 10} KiB; send less"
+            raise ApiError(413, message, "invalid_value", self._field or None)
 
 
 def too_large(most: int, param: str) -> ApiError:

@@ -190,6 +190,11 @@ def test_what_is_no_form_or_too_large_is_refused(clean: Site, monkeypatch: pytes
         with pytest.raises(openai.APIStatusError, match="is larger than 0 MiB: send it in parts") as large:
             upload(client, rows)
         assert (large.value.status_code, large.value.code) == (413, "file_too_large")
+    parts = b"--b\r\n\r\n\r\n" * 33_000, b'--b\r\nContent-Disposition: form-data; name="%d"\r\n\r\n\r\n' * 1500
+    headers = {"Authorization": f"Bearer {client.api_key}", "content-type": "multipart/form-data; boundary=b"}
+    for empty in parts:
+        answer = client._client.post(f"{clean.url}/v1/files", headers=headers, content=empty * 2)
+        assert answer.status_code == 413 and "all but file is larger than 64 KiB" in answer.text
     assert clean.stored() == clean.spooled() == []
 
 

@@ -196,9 +196,11 @@ def test_the_health_check_needs_no_key_and_any_other_path_does(site: Site) -> No
 def test_a_body_that_is_read_as_a_whole_has_a_limit(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api_keys, "_MOST_BODY_BYTES", 2000)
     client, long = site.key("acme"), "x" * 3000
+    as_form: Any = {"headers": {"content-type": "multipart/form-data; boundary=b"}}
     asks: list[Callable[[], Any]] = [
         partial(client.chat.completions.create, model="tiny", messages=[{"role": "user", "content": long}]),
         partial(client.uploads.create, bytes=1, filename=long, mime_type="x", purpose="fine-tune"),
+        partial(client.post, "/chat/completions", cast_to=object, files={"file": long.encode()}, options=as_form),
     ]
     for ask in asks:
         with pytest.raises(openai.APIStatusError, match="the body is larger than 0 MiB") as caught:
