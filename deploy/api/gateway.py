@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +42,8 @@ from jobs.store.files import FileTable
 from jobs.store.jobs import JobQueue
 
 log = logging.getLogger("ray.serve.lora")
+
+_THREADS = 64  # that wait for storage and the database: Serve has five, which a few slow answers would take
 
 
 async def _asked(result: Any) -> Any:
@@ -96,6 +99,7 @@ class Gateway:
         self._models = Models(list(servers), names, self._registry, queue)
         self._fine_tuning = FineTuning(settings, queue, self._files, admission)
         running = asyncio.get_running_loop()
+        running.set_default_executor(ThreadPoolExecutor(_THREADS, "gateway"))
         self._always = [running.create_task(self._keys.follow(settings.key_seconds))]
         self._always.append(running.create_task(self._files.sweep()))
 
