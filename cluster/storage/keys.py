@@ -31,8 +31,12 @@ def file_key(tenant: str, file_id: str, suffix: str) -> str:
     return f"files/{_part(tenant)}/{file_id}{suffix}"
 
 
+def upload_prefix(tenant: str, upload_id: str) -> str:
+    return f"uploads/{_part(tenant)}/{upload_id}/"
+
+
 def upload_part_key(tenant: str, upload_id: str, part_id: str) -> str:
-    return f"uploads/{_part(tenant)}/{upload_id}/{part_id}"
+    return f"{upload_prefix(tenant, upload_id)}{part_id}"
 
 
 def examples_key(sha256: str) -> str:

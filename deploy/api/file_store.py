@@ -14,17 +14,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, TypeVar, cast
 
 from cluster.storage.base import Storage, StorageNotFound
-from cluster.storage.keys import file_key, upload_part_key
+from cluster.storage.keys import file_key, upload_part_key, upload_prefix
 from deploy.api.errors import ApiError
 from jobs.store.files import FileStatus, FileTable, StoredFile, Upload, UploadPart, UploadStatus
 from lora_core.data.check import FileCheck, check_file
@@ -35,6 +37,9 @@ log = logging.getLogger("ray.serve.lora")
 _SWEEP_SECONDS = 60.0
 _SMALL_BYTES = 2**20  # that are checked in this process: another one takes half a second to start
 _READ_BYTES = 2**20
+_MOVERS = 8  # files whose bytes go to storage or come from it at a time: minutes, for some
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class FileStore:
         self.table = table
         self._storage, self._folder = storage, folder
         self._checking = asyncio.Semaphore(1)  # of large files, which takes all cores
+        self._movers = ThreadPoolExecutor(_MOVERS, "files")
         folder.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
 
@@ -76,7 +82,7 @@ class FileStore:
         begin = (tenant, new.filename, new.purpose, size, sha256, new.seconds)
         file = await asyncio.to_thread(self.table.begin, *begin)
         try:
-            await asyncio.to_thread(self._storage.put, self._key(file), path)
+            await self._moved(self._storage.put, self._key(file), path)
             status = FileStatus.ERROR if check.problems else FileStatus.PROCESSED
             await asyncio.to_thread(self.table.finish, file.id, status, check.details)
         except BaseException:
@@ -117,26 +123,19 @@ class FileStore:
         self._storage.delete(self._key(file))
         self.table.delete(file.id)
 
-    def put_part(self, upload: Upload, spooled: BinaryIO, size: int) -> UploadPart | None:
+    async def put_part(self, upload: Upload, spooled: BinaryIO, size: int) -> UploadPart | None:
         """Store a part of an upload; None where that is pending no more."""
-        spooled.flush()
-        part = self.table.begin_part(upload.id, size)
-        if part is not None:
-            self._storage.put(upload_part_key(upload.tenant, upload.id, part.id), Path(spooled.name))
-        return part
+        return await self._moved(self._put_part, upload, spooled, size)
 
-    def join_parts(self, upload: Upload, part_ids: list[str], target: BinaryIO) -> None:
-        """Write the parts of an upload to `target`, one behind the other."""
-        for part_id in part_ids:
-            for piece in _pieces(self._storage.open(upload_part_key(upload.tenant, upload.id, part_id))):
-                target.write(piece)
+    async def join_parts(self, upload: Upload, part_ids: list[str], target: BinaryIO) -> tuple[str, str]:
+        """Write the parts of an upload to `target`, one behind the other; return the whole's md5 and sha256."""
+        return await self._moved(self._join_parts, upload, part_ids, target)
 
     def end_upload(self, upload: Upload, status: UploadStatus, file_id: str | None = None) -> bool:
         """Complete or cancel an upload, and remove its parts; False: somebody else has done so."""
-        parts = self.table.parts(upload.id)
         ended = self.table.end_upload(upload.id, status, file_id)
-        for part in parts:
-            self._storage.delete(upload_part_key(upload.tenant, upload.id, part.id))
+        for key in self._storage.list(upload_prefix(upload.tenant, upload.id)):
+            self._storage.delete(key)
         return ended
 
     async def sweep(self) -> None:
@@ -150,6 +149,31 @@ class FileStore:
             except Exception as error:  # whatever it is, it is tried again
                 log.warning("event=sweep_failed error=%r", error)
             await asyncio.sleep(_SWEEP_SECONDS)
+
+    async def _moved(self, move: Callable[..., T], *arguments: object) -> T:
+        """Await what moves a file's bytes, in threads that nothing else waits for."""
+        return await asyncio.get_running_loop().run_in_executor(self._movers, move, *arguments)
+
+    def _put_part(self, upload: Upload, spooled: BinaryIO, size: int) -> UploadPart | None:
+        spooled.flush()
+        part = self.table.begin_part(upload.id, size)
+        if part is None:
+            return None
+        key = upload_part_key(upload.tenant, upload.id, part.id)
+        self._storage.put(key, Path(spooled.name))
+        if part not in self.table.parts(upload.id):  # who ended the upload meanwhile did not see it in storage
+            self._storage.delete(key)
+            return None
+        return part
+
+    def _join_parts(self, upload: Upload, part_ids: list[str], target: BinaryIO) -> tuple[str, str]:
+        md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
+        for part_id in part_ids:
+            for piece in _pieces(self._storage.open(upload_part_key(upload.tenant, upload.id, part_id))):
+                md5.update(piece)
+                sha256.update(piece)
+                target.write(piece)
+        return md5.hexdigest(), sha256.hexdigest()
 
     def _key(self, file: StoredFile) -> str:
         return file_key(file.tenant, file.id, file.suffix if file.suffix in SUFFIXES else "")

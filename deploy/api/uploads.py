@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections import Counter
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, BinaryIO
+from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
@@ -87,8 +86,7 @@ class UploadRoutes:
             spooled = stack.enter_context(self._store.spool())
             form = FileForm("data", spooled)
             await form.read(request, MOST_PART_BYTES)
-            storing = asyncio.to_thread(self._store.put_part, upload, spooled, form.size)
-            part = await to_the_end(storing, stack.pop_all())
+            part = await to_the_end(self._store.put_part(upload, spooled, form.size), stack.pop_all())
         if part is None:
             raise _ended(upload_id)
         return {
@@ -115,8 +113,7 @@ class UploadRoutes:
         parts = {part.id: part for part in await asyncio.to_thread(self._store.table.parts, upload.id)}
         refuse(_part_problems(upload, parts, asked.part_ids))
         with self._store.spool() as spooled:
-            await asyncio.to_thread(self._store.join_parts, upload, asked.part_ids, spooled)
-            md5, sha256 = await asyncio.to_thread(_hashes, spooled)
+            md5, sha256 = await self._store.join_parts(upload, asked.part_ids, spooled)
             if asked.md5 is not None and asked.md5.lower() != md5:
                 message = f"the parts have the md5 {md5}, not {asked.md5[:64]!r}: upload again what is damaged"
                 raise ApiError(400, message, "invalid_value", "md5")
@@ -171,16 +168,6 @@ def _part_problems(upload: Upload, parts: dict[str, UploadPart], part_ids: list[
         sentence = f"the parts have {size:,} bytes, and the upload was begun for {upload.bytes:,}: send the others too"
         return [("part_ids", "invalid_value", sentence)]
     return []
-
-
-def _hashes(spooled: BinaryIO) -> tuple[str, str]:
-    """Return the md5 and the sha256 of a whole file."""
-    md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
-    spooled.seek(0)
-    while piece := spooled.read(2**20):
-        md5.update(piece)
-        sha256.update(piece)
-    return md5.hexdigest(), sha256.hexdigest()
 
 
 def _ended(upload_id: str) -> ApiError:

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -328,6 +329,54 @@ def test_every_method_of_uploads(clean: Site, tmp_path: Path) -> None:
         file=tmp_path / "chunked.jsonl", mime_type="application/jsonl", purpose="fine-tune", part_size=1000
     )
     assert chunked.file is not None and client.files.content(chunked.file.id).read() == ROWS
+
+
+def test_a_part_that_comes_while_its_upload_ends_leaves_nothing(clean: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In storage before the upload ends, or after."""
+    client, store = clean.client(), clean.store
+    put, end = store._storage.put, store.table.end_upload
+    begun = client.uploads.create(**NEW)
+
+    def put_late(*given: Any) -> None:
+        client.uploads.cancel(begun.id)
+        put(*given)
+
+    with monkeypatch.context() as patched, pytest.raises(openai.BadRequestError, match="is completed or cancelled"):
+        patched.setattr(store._storage, "put", put_late)
+        client.uploads.parts.create(begun.id, data=b"1234")
+    assert clean.stored() == []
+    begun = client.uploads.create(**NEW)
+    late = list[UploadPart]()
+
+    def end_late(*given: Any) -> bool:
+        late.append(client.uploads.parts.create(begun.id, data=b"1234"))
+        return end(*given)
+
+    monkeypatch.setattr(store.table, "end_upload", end_late)
+    assert client.uploads.cancel(begun.id).status == "cancelled" and len(late) == 1 and clean.stored() == []
+
+
+def test_slow_storage_and_a_slow_database_hold_nobody_else_up(clean: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, uploaders, pools = clean.client(), 20, set[str]()
+    for owner, name in ((clean.store._storage, "put"), (clean.store.table, "begin")):
+        going_on, slow = threading.Event(), getattr(owner, name)
+
+        def wait(*given: Any, going_on: threading.Event = going_on, slow: Any = slow) -> Any:
+            pools.add(threading.current_thread().name.partition("_")[0])
+            going_on.wait(20)
+            return slow(*given)
+
+        with monkeypatch.context() as patched, ThreadPoolExecutor(uploaders) as threads:
+            patched.setattr(owner, name, wait)
+            uploads = [threads.submit(upload, client) for _ in range(uploaders)]
+            until(lambda: len(clean.spooled()) == uploaders)
+            try:
+                assert list(client.with_options(timeout=5).files.list()) == []
+            finally:
+                going_on.set()
+        for one in uploads:
+            client.files.delete(one.result().id)
+    assert pools == {"files", "gateway"}
 
 
 def test_an_upload_that_is_cancelled_leaves_nothing(clean: Site, monkeypatch: pytest.MonkeyPatch) -> None:
