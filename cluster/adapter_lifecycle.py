@@ -9,14 +9,16 @@ Whoever serves notices each of them as it notices a new version.
 
 from __future__ import annotations
 
-import re
+import tempfile
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
-from cluster.aliases import ALIAS, LATEST, Alias, Gate
-from cluster.registry import MANIFEST, AdapterNotFound, AdapterRegistry, AdapterVersion
-from cluster.storage.base import StorageNotFound
+from cluster.aliases import LATEST, Alias, Gate, alias_problem
+from cluster.registry import MANIFEST, NUMBER, AdapterNotFound, AdapterRegistry, AdapterVersion
+from cluster.storage.base import Storage, StorageCorrupt, StorageNotFound
 
 
 class AdapterConflict(ValueError):  # noqa: N818
@@ -32,11 +34,8 @@ def promote(
         AdapterConflict: it does not pass, is just being deleted, or the alias is no such name.
     """
     base, name = version.base, version.name
-    if ALIAS.fullmatch(alias) is None or re.fullmatch(r"[0-9a-f]{16}", alias):
-        raise AdapterConflict(
-            f"{alias!r} cannot be an alias: use up to 64 lower-case letters, digits, '.', '_' or '-', a letter first,"
-            " and not what looks like a version"
-        )
+    if (problem := alias_problem(alias)) is not None:
+        raise AdapterConflict(problem)
     version = replace(version, number=registry.number(version))
     try:
         before: Alias | None = registry.alias(base, name, alias)
@@ -49,7 +48,7 @@ def promote(
     moved = before.moved(version.meaning, time.time()) if before is not None else Alias(version.meaning)
     written = registry.write_alias(base, name, alias, replace(moved, gates=kept))
     # After the alias is written, as whoever deletes looks at aliases after the manifest is gone: one sees the other.
-    if not registry.storage.exists(registry.prefix(version) + MANIFEST):
+    if not registry.has(version):
         if before is not None:
             registry.write_alias(base, name, alias, before)
         else:
@@ -69,12 +68,14 @@ def roll_back(registry: AdapterRegistry, base: str, name: str, alias: str) -> Al
     for index in reversed(range(len(alias_now.former))):
         former = replace(alias_now.former[index], until=None)
         try:
-            registry.resolve(base, name, former.version)
+            version = registry.resolve(base, name, former.version)
         except AdapterNotFound:
             continue
-        return registry.write_alias(
-            base, name, alias, replace(alias_now, meaning=former, former=alias_now.former[:index])
-        )
+        moved = replace(alias_now, meaning=former, former=alias_now.former[:index])
+        written = registry.write_alias(base, name, alias, moved)
+        if registry.has(version):  # after the alias is written, as in `promote`
+            return written
+        registry.write_alias(base, name, alias, alias_now)
     raise AdapterConflict(f"{base}:{name}@{alias} has meant no other version that is still there; promote one")
 
 
@@ -84,17 +85,26 @@ def delete_version(registry: AdapterRegistry, version: AdapterVersion) -> None:
     Raises:
         AdapterConflict: an alias means it.
     """
-    manifest = registry.prefix(version) + MANIFEST
     _refuse_named(registry, version)
-    content = registry.storage.get(manifest)
-    registry.storage.delete(manifest)  # from now on it does not exist
-    try:
-        _refuse_named(registry, version)  # an alias that was moved to it meanwhile
-    except AdapterConflict:
-        registry.storage.put(manifest, content, if_absent=True)
-        raise
-    for key in registry.storage.list(registry.prefix(version)):
-        registry.storage.delete(key)
+    storage, prefix = registry.storage, registry.prefix(version)
+    manifest = prefix + MANIFEST
+    content = storage.get(manifest)
+    with tempfile.TemporaryDirectory() as folder:
+        copies = _copies(storage, prefix, [*version.manifest["files"], NUMBER], Path(folder))
+        storage.delete(manifest)  # from now on it does not exist
+        try:
+            _refuse_named(registry, version)  # an alias that was moved to it meanwhile
+        except AdapterConflict:
+            _put_back(storage, copies)  # as somebody else may be deleting it, too
+            storage.put(manifest, content, if_absent=True)
+            raise
+        for key in storage.list(prefix):
+            if key != manifest:
+                storage.delete(key)
+        # Published again meanwhile, by somebody who may have found the files there that are gone now. Who comes later
+        # finds them gone.
+        if storage.exists(manifest):
+            _put_back(storage, copies)
     registry.tell(version.base, version.name, None)
 
 
@@ -106,7 +116,7 @@ def delete_adapter(registry: AdapterRegistry, base: str, name: str) -> None:
         AdapterConflict: it has an alias beside `latest`.
     """
     aliases = registry.aliases(base, name)
-    if LATEST not in aliases:
+    if LATEST not in aliases and not registry.versions(base, name):  # with some, deleting it was interrupted
         registry.alias(base, name, LATEST)
     if others := sorted(set(aliases) - {LATEST}):
         names = ", ".join(f"{base}:{name}@{alias}" for alias in others)
@@ -137,6 +147,20 @@ def drop_old_versions(registry: AdapterRegistry, seconds: float, kept: Collectio
             except (AdapterNotFound, AdapterConflict, StorageNotFound):  # somebody else was faster
                 continue
     return dropped
+
+
+def _copies(storage: Storage, prefix: str, files: Sequence[str], folder: Path) -> dict[str, Path]:
+    """Return copies of what is there below `prefix`, by key."""
+    copies = {prefix + file: folder / file for file in files}
+    for key, path in copies.items():
+        with suppress(StorageNotFound, StorageCorrupt):
+            storage.fetch(key, path)
+    return {key: path for key, path in copies.items() if path.exists()}
+
+
+def _put_back(storage: Storage, copies: Mapping[str, Path]) -> None:
+    for key, path in copies.items():
+        storage.put(key, path, if_absent=True)
 
 
 def _refuse_named(registry: AdapterRegistry, version: AdapterVersion) -> None:

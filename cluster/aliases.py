@@ -135,6 +135,16 @@ class AdapterNotFound(LookupError):  # noqa: N818
         return f"there is no {self.wanted}; published: {', '.join(self.known[:NAMES_SHOWN]) or 'nothing yet'}{more}"
 
 
+def alias_problem(alias: str) -> str | None:
+    """Say why this cannot be an alias that people promote; None where it can."""
+    if ALIAS.fullmatch(alias) is not None and re.fullmatch(r"[0-9a-f]{16}", alias) is None:
+        return None
+    return (
+        f"{alias!r} cannot be an alias: use up to 64 lower-case letters, digits, '.', '_' or '-', a letter first,"
+        " and not what looks like a version"
+    )
+
+
 class AdapterAliases:
     """What the names of one tenant's adapters mean; `AdapterRegistry` adds the versions."""
 

@@ -8,7 +8,8 @@
 A publish writes the files, then the manifest, which makes the version exist, then its number, then the alias, which
 makes it the latest; then it says so, for those who serve: one small read tells them that a name may mean something
 else now. So a reader finds all of a version or nothing, wherever the writer is killed, and publishing again completes
-it. A version is the digest of its content: the same files are the same version, whoever publishes them.
+it. A version is the digest of its content: the same files are the same version, whoever publishes them. Nobody locks:
+who publishes what somebody else deletes just then looks at the end whether all of it is there, and else begins again.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from cluster.aliases import (
     Meaning,
     Publication,
 )
-from cluster.storage.base import StorageCorrupt, StorageNotFound
+from cluster.storage.base import StorageCorrupt, StorageNotFound, StorageUnavailable
 from cluster.storage.disk_cache import DiskCache
 from cluster.storage.keys import (
     adapter_prefix,
@@ -53,6 +54,7 @@ MANIFEST = "manifest.json"
 NUMBER = "number"
 """Beside the manifest: the version's number, for those who know the version."""
 RESERVED = ("files", "digest", "version", "base", "name", "tenant", "created_at")  # of the manifest: the registry's own
+ATTEMPTS = 10  # to publish what somebody else deletes all the time
 VERSION_DIGITS = 16  # of the digest: a chance of 1 in 10^9 that two of 200,000 versions of one adapter are the same
 
 
@@ -95,6 +97,7 @@ class AdapterRegistry(AdapterAliases):
 
         Raises:
             ValueError: no files, a file name with a slash, or a manifest key that is the registry's own.
+            StorageUnavailable: somebody deletes it whenever it is there.
         """
         reserved = sorted(set(RESERVED) & manifest.keys())
         if reserved:
@@ -104,24 +107,32 @@ class AdapterRegistry(AdapterAliases):
             raise ValueError(f"{base}:{name} has no files to publish")
         digest = content_digest(entries)
         version = version_of(digest)
-        prefix = adapter_prefix(self.tenant, base, name, version)
-        # Before the look for the manifest: if there is none, whoever numbers this content takes a number above these.
-        numbers = map(number_of_key, self.storage.list(numbers_prefix(self.tenant, base, name)))
-        highest, known = max(numbers, default=0), None
-        if self.storage.exists(prefix + MANIFEST):
-            highest, known = 0, self._number(prefix)
-        else:
-            for file, content in files.items():
-                self.storage.put(prefix + file, content)
-            own = (entries, digest, version, base, name, self.tenant, time.time())
-            document = {**manifest, **dict(zip(RESERVED, own, strict=True))}
-            self.storage.put(prefix + MANIFEST, _json(document), if_absent=True)
-        number = known or self._claim_number(base, name, version, highest)
-        published = replace(self._read(base, name, version), number=number)
-        self.move(LATEST, published)
-        if known is None:
-            self.storage.put(prefix + NUMBER, str(number).encode())
-        return published
+        own = (entries, digest, version, base, name, self.tenant, time.time())
+        document = _json({**manifest, **dict(zip(RESERVED, own, strict=True))})
+        prefix, number = adapter_prefix(self.tenant, base, name, version), None
+        whole = {*files, MANIFEST, NUMBER}
+        for _ in range(ATTEMPTS):
+            # Before the look for the manifest: if there is none, whoever numbers it takes a number above these.
+            numbers = map(number_of_key, self.storage.list(numbers_prefix(self.tenant, base, name)))
+            highest, there = max(numbers, default=0), self._files(prefix)
+            if MANIFEST in there:
+                highest, number = 0, number or self._number(prefix)
+            if not there >= {*files, MANIFEST}:
+                for file, content in files.items():
+                    self.storage.put(prefix + file, content)
+                self.storage.put(prefix + MANIFEST, document, if_absent=True)
+            number = number or self._claim_number(base, name, version, highest)
+            try:
+                published = replace(self._read(base, name, version), number=number)
+            except StorageNotFound:
+                continue
+            self.move(LATEST, published)
+            if not there >= {MANIFEST, NUMBER}:
+                self.storage.put(prefix + NUMBER, str(number).encode())
+            # After the alias is written, as in `promote`; and after the manifest, since who deletes looks for one last.
+            if self._files(prefix) >= whole:
+                return published
+        raise StorageUnavailable(f"{base}:{name}@{version} was deleted while it was published; publish it again")
 
     def move(self, alias: str, version: AdapterVersion) -> Alias:
         """Let an alias mean this version, and say so to those who serve. Returns what it is now."""
@@ -190,7 +201,9 @@ class AdapterRegistry(AdapterAliases):
 
     def list_versions(self, base: str, name: str) -> list[AdapterVersion]:
         """Return an adapter's versions, the oldest first: two small reads each. Raises AdapterNotFound."""
-        self.alias(base, name, LATEST)
+        ids = self.versions(base, name)
+        if not ids:  # else it is there, be it without `latest`, as where deleting it was interrupted
+            self.alias(base, name, LATEST)
 
         def read(version: str) -> AdapterVersion | None:
             try:
@@ -200,7 +213,7 @@ class AdapterRegistry(AdapterAliases):
             return replace(found, number=self._number(self.prefix(found)))
 
         with ThreadPoolExecutor(READERS) as readers:
-            found = [version for version in readers.map(read, self.versions(base, name)) if version is not None]
+            found = [version for version in readers.map(read, ids) if version is not None]
         return sorted(found, key=lambda version: (version.number or 0, version.manifest["created_at"]))
 
     def number(self, version: AdapterVersion) -> int | None:
@@ -210,6 +223,13 @@ class AdapterRegistry(AdapterAliases):
     def prefix(self, version: AdapterVersion) -> str:
         """Return the beginning of the keys of a version's files."""
         return adapter_prefix(self.tenant, version.base, version.name, version.version)
+
+    def has(self, version: AdapterVersion) -> bool:
+        """Return whether a version still exists."""
+        return self.storage.exists(self.prefix(version) + MANIFEST)
+
+    def _files(self, prefix: str) -> set[str]:
+        return {key.removeprefix(prefix) for key in self.storage.list(prefix)}
 
     def _file(self, version: AdapterVersion, file: str) -> bytes:
         return self.storage.get(self.prefix(version) + file, sha256=version.manifest["files"][file]["sha256"])

@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from cluster.adapter_lifecycle import (
 from cluster.aliases import HISTORY, Gate
 from cluster.registry import LATEST, AdapterNotFound, AdapterRegistry, AdapterVersion
 from cluster.settings import Settings
-from cluster.storage.base import Storage
+from cluster.storage.base import Storage, StorageUnavailable
 from cluster.storage.directory import open_storage
 from deploy.api.adapter_names import AdapterNames
 
@@ -138,6 +139,58 @@ def test_a_version_is_not_deleted_while_an_alias_means_it(storage: Storage, monk
     assert storage.list("adapters/") == storage.list("aliases/") == []
     with pytest.raises(AdapterNotFound):
         delete_adapter(registry, BASE, NAME)
+
+
+def test_who_publishes_and_who_deletes_at_once_leave_all_or_nothing(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each comes between two steps of the other; and a deletion that is interrupted can be asked for again."""
+    registry, another = AdapterRegistry(storage), AdapterRegistry(open_storage(storage.url))
+    first, second = publish(registry, 1), publish(registry, 2)
+
+    def meanwhile(owner: Any, verb: str, work: Callable[[], object], part: str = "") -> None:
+        """Do this once, before the next call of `verb` for a key with `part`."""
+        real = getattr(owner, verb)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            if part in str(arguments[0]):
+                monkeypatch.setattr(owner, verb, real)
+                work()
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(owner, verb, call)
+
+    def whole(version: AdapterVersion) -> bool:
+        return registry.contents(registry.resolve(BASE, NAME, version.version)).keys() == {"weights"}
+
+    meanwhile(registry, "move", lambda: delete_version(another, first))
+    first = publish(registry, 1)
+    assert first == registry.resolve(BASE, NAME) and whole(first)
+    assert registry.number(registry.resolve(BASE, NAME, "1")) == 1
+    meanwhile(storage, "delete", lambda: publish(another, 2), "/weights")
+    delete_version(registry, second)
+    assert registry.digest(BASE, NAME) == second.digest and whole(second)
+
+    storage.delete(registry.prefix(first) + "weights")
+    assert whole(publish(registry, 1)), "publishing again completes it"
+    publish(registry, 3)
+    for version in (registry.resolve(BASE, NAME, "2"), first):
+        promote(registry, version, "prod")
+    meanwhile(registry, "write_alias", lambda: delete_version(another, second))
+    with pytest.raises(AdapterConflict, match="has meant no other version"):
+        roll_back(registry, BASE, NAME, "prod")
+    assert registry.resolve(BASE, NAME, "prod") == first
+    registry.delete_alias(BASE, NAME, "prod")
+
+    def stop() -> None:
+        raise StorageUnavailable("killed")
+
+    meanwhile(storage, "delete", stop, "adapters/")
+    with pytest.raises(StorageUnavailable):
+        delete_adapter(registry, BASE, NAME)
+    assert [version.number for version in registry.list_versions(BASE, NAME)] == [1, 4]
+    delete_adapter(registry, BASE, NAME)
+    assert storage.list("adapters/") == storage.list("aliases/") == []
 
 
 def test_old_versions_go_and_what_may_be_wanted_stays(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
