@@ -10,8 +10,9 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 
 from cluster.adapter_lifecycle import AdapterConflict, promote, roll_back
-from cluster.aliases import LATEST, Alias, Gate
+from cluster.aliases import LATEST, Alias, Gate, alias_problem
 from cluster.registry import AdapterEntry, AdapterNotFound, AdapterRegistry, AdapterVersion
+from cluster.storage.base import StorageCorrupt
 from deploy.api.errors import ApiError
 from deploy.api.job_objects import finite
 from deploy.api.keys import Caller, caller_of, needs
@@ -72,7 +73,7 @@ class Models:
     async def list(self, request: Request) -> dict[str, Any]:
         bases = [model_object(name, name, self._started) for name in self._bases]
         adapters = await asyncio.gather(*(self._listed(*one) for one in await self._entries(caller_of(request))))
-        return {"object": "list", "data": [*bases, *adapters]}
+        return {"object": "list", "data": [*bases, *(one for one in adapters if one is not None)]}
 
     async def retrieve(self, request: Request, model: str) -> dict[str, Any]:
         caller, name = caller_of(request), self.parse(model)
@@ -82,7 +83,7 @@ class Models:
             return model_object(model, name.base, self._started)
         owner, _ = await self.digest(caller, model, name)
         registry = self._registry.of(owner)
-        version = await asyncio.to_thread(registry.resolve, name.base, name.adapter, name.version)
+        version = await self._ask(caller, model, registry.resolve, name.base, name.adapter, name.version)
         number = await asyncio.to_thread(registry.number, version)
         aliases = await asyncio.to_thread(registry.aliases, name.base, name.adapter)
         of_this = [alias for alias, found in sorted(aliases.items()) if found.meaning.version == version.version]
@@ -92,7 +93,7 @@ class Models:
     async def delete(self, request: Request, model: str) -> dict[str, Any]:
         caller, base, adapter, version = await self._adapter(request, model)
         registry = self._registry.of(caller.tenant)
-        await self._changed(caller, model, delete_model, registry, self._queue, base, adapter, version)
+        await self._ask(caller, model, delete_model, registry, self._queue, base, adapter, version)
         return {"id": model, "object": "model", "deleted": True}
 
     async def promote(self, request: Request, model: str) -> dict[str, Any]:
@@ -100,24 +101,28 @@ class Models:
         caller, base, adapter, version = await self._adapter(request, model)
         alias, gates = _promotion(await request.body())
         registry = self._registry.of(caller.tenant)
-        found = await self._changed(caller, model, registry.resolve, base, adapter, version or LATEST)
-        moved = await self._changed(caller, model, promote, registry, found, alias, gates)
+        found = await self._ask(caller, model, registry.resolve, base, adapter, version or LATEST)
+        moved = await self._ask(caller, model, promote, registry, found, alias, gates)
         return _alias_object(f"{base}:{adapter}@{alias}", moved)
 
     async def roll_back(self, request: Request, model: str) -> dict[str, Any]:
         caller, base, adapter, alias = await self._adapter(request, model)
         registry = self._registry.of(caller.tenant)
-        moved = await self._changed(caller, model, roll_back, registry, base, adapter, alias or LATEST)
+        moved = await self._ask(caller, model, roll_back, registry, base, adapter, alias or LATEST)
         return _alias_object(f"{base}:{adapter}@{alias or LATEST}", moved)
 
     async def _entries(self, caller: Caller) -> Sequence[tuple[str, AdapterEntry]]:
         """Return the adapters that a caller sees, of bases that are served, and whose they are."""
         return [one for one in await self._names.entries(caller.tenant) if one[1].base in self._bases]
 
-    async def _listed(self, owner: str, entry: AdapterEntry) -> dict[str, Any]:
+    async def _listed(self, owner: str, entry: AdapterEntry) -> dict[str, Any] | None:
+        """Return an adapter; None where its latest version was deleted meanwhile, or is damaged."""
         key = (owner, entry.base, entry.name, entry.version)
         if key not in self._lineages:
-            version = await asyncio.to_thread(self._registry.of(owner).resolve, *key[1:])
+            try:
+                version = await asyncio.to_thread(self._registry.of(owner).resolve, *key[1:])
+            except (AdapterNotFound, StorageCorrupt):
+                return None
             self._lineages[key] = _lineage(version)
             if len(self._lineages) > _LINEAGES:
                 del self._lineages[next(iter(self._lineages))]
@@ -137,10 +142,10 @@ class Models:
             raise ApiError(403, message, "base_model", "model")
         return caller, name.base, name.adapter, name.version if "@" in model else None
 
-    async def _changed(self, caller: Caller, model: str, change: Any, *arguments: Any) -> Any:
-        """Make a change beside the event loop. Raises ApiError."""
+    async def _ask(self, caller: Caller, model: str, ask: Any, *arguments: Any) -> Any:
+        """Read or change the registry beside the event loop. Raises ApiError."""
         try:
-            return await asyncio.to_thread(change, *arguments)
+            return await asyncio.to_thread(ask, *arguments)
         except AdapterNotFound as error:
             raise await self.unknown(caller, model, str(error)) from error
         except AdapterConflict as error:
@@ -168,12 +173,16 @@ def _promotion(body: bytes) -> tuple[str, list[Gate] | None]:
     problems: list[Problem] = []
     if not isinstance(alias := document.get("alias"), str):
         problems.append(("alias", "missing_parameter", "alias must be a name such as prod"))
+    elif (problem := alias_problem(alias)) is not None:
+        problems.append(("alias", "invalid_value", f"alias: {problem}"))
     gates, given = list[Gate](), document.get("gates")
     for index, gate in enumerate(given if isinstance(given, list) else []):
-        bounds = {bound: gate.get(bound) for bound in ("min", "max")} if isinstance(gate, dict) else {}
-        numbers = [bound for bound in bounds.values() if isinstance(bound, int | float) and not isinstance(bound, bool)]
-        if not numbers or not isinstance(gate.get("metric"), str) or set(gate) - {"metric", "min", "max"}:
-            sentence = f"gates.{index} must have a metric, and a number as min or max"
+        fields = gate if isinstance(gate, dict) else {}
+        bounds = {bound: value for bound in ("min", "max") if (value := fields.get(bound)) is not None}
+        numbers = [one for one in bounds.values() if isinstance(one, int | float) and not isinstance(one, bool)]
+        named = isinstance(fields.get("metric"), str) and not set(fields) - {"metric", "min", "max"}
+        if not named or not bounds or len(numbers) < len(bounds):
+            sentence = f"gates.{index} must have a metric, and a number as min or max or both"
             problems.append((f"gates.{index}", "invalid_value", sentence))
         else:
             gates.append(Gate(gate["metric"], **bounds))
