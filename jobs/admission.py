@@ -68,7 +68,7 @@ def admit(spec: JobSpec, settings: Settings, max_workers: int | None) -> Admitte
         _local(spec.validation, problems, "validation") as validation,
         tempfile.TemporaryDirectory() as folder,
     ):
-        adapter = Path(folder) / Path(spec.init_adapter or "").name
+        adapter = Path(folder) / "adapter"  # not its own name, which may be none of a folder
         if spec.init_adapter is not None and described is not None and storage is not None:
             _check_initial(spec, settings, storage, adaptable, adapter, problems)
         examples, summary = None, list[str]()

@@ -14,7 +14,15 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from cluster.registry import LATEST, MANIFEST, AdapterNotFound, AdapterRegistry, content_digest
+from cluster.registry import (
+    LATEST,
+    MANIFEST,
+    PUBLIC,
+    AdapterNotFound,
+    AdapterRegistry,
+    AdapterVersion,
+    content_digest,
+)
 from cluster.settings import Settings
 from cluster.storage.base import Storage, StorageCorrupt, StorageNotFound
 from cluster.storage.directory import open_storage
@@ -97,12 +105,24 @@ def _fetch_published(source: str, base: str, registry: AdapterRegistry, folder: 
     if trained_on != base:
         raise ValueError(f"{source} belongs to the base {trained_on}, and this job's is {base}; give an adapter of it")
     try:
-        found = registry.resolve(trained_on, name, version or LATEST)
+        registry, found = _found(registry, trained_on, name, version or LATEST)
         registry.fetch(found, folder)
     except AdapterNotFound as error:
         raise ValueError(str(error)) from None
     if (fingerprint := found.manifest.get("base_fingerprint")) is not None:
         (folder / FINGERPRINT_FILE).write_text(fingerprint)
+
+
+def _found(registry: AdapterRegistry, base: str, name: str, version: str) -> tuple[AdapterRegistry, AdapterVersion]:
+    """Return what a tenant's name means, its own or what is published to all, and where. Raises AdapterNotFound."""
+    try:
+        return registry, registry.resolve(base, name, version)
+    except AdapterNotFound as error:
+        public = registry.of(PUBLIC)
+        if not error.has_others:  # an adapter of its own hides all versions of another's
+            with suppress(AdapterNotFound):
+                return public, public.resolve(base, name, version)
+        raise
 
 
 def files_digest(folder: Path) -> str:

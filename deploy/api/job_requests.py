@@ -12,8 +12,9 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from deploy.api.schemas import Problem, refused
@@ -54,13 +55,24 @@ _MOST_PAIRS, _LONGEST_KEY, _LONGEST_VALUE = 16, 64, 512
 
 @dataclass(frozen=True)
 class JobRequest:
-    """A job that is asked for: `document` is kept to answer with, and the `digest` of equal requests is equal."""
+    """A job that is asked for: `document` is kept to answer with, and the `digest` of equal requests is equal.
+    `named` is what the client calls options.
+    """
 
     spec: JobSpec
     document: dict[str, Any]
     metadata: dict[str, str] | None
     digest: str
     dry_run: bool
+    named: Mapping[str, str]
+
+    def problems(self, sentences: Sequence[str]) -> list[Problem]:
+        """Put what checking the job has found into the client's words: the ids of files stand for where they lie."""
+        for parameter, place in (("training_file", self.spec.dataset), ("validation_file", self.spec.validation)):
+            if isinstance(place, str) and (file := self.document[parameter]) != place:
+                somewhere = re.compile(rf"{re.escape(place)}|\S*{re.escape(PurePath(place).name)}")  # or a copy of it
+                sentences = [somewhere.sub(str(file), sentence) for sentence in sentences]
+        return [_problem(sentence, self.named) for sentence in sentences]
 
 
 def parse_job_request(
@@ -80,6 +92,8 @@ def parse_job_request(
         values["lora"] = _with_quick_expressions(lora, problems)
     train = _block(values.get("train"), "train", problems)
     named = dict(_NAMES)
+    if ":" in str(given.get("model")):
+        named["init_adapter"] = "model"
     if "hyperparameters" not in given:
         named |= {o: n.replace("hyper", "method.supervised.hyper") for o, n in named.items() if n.startswith("hyper")}
     for option, value in _of_openai(given, problems).items():
@@ -100,7 +114,7 @@ def parse_job_request(
     if problems or spec is None:
         raise refused(problems)
     kept = {name: given.get(name) for name in ("training_file", "validation_file")}
-    return JobRequest(spec, kept | {"digest": digest}, given.get("metadata"), digest, bool(given.get("dry_run")))
+    return JobRequest(spec, kept | {"digest": digest}, given.get("metadata"), digest, bool(given.get("dry_run")), named)
 
 
 def _with_quick_expressions(lora: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:

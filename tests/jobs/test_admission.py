@@ -307,11 +307,12 @@ def test_a_published_first_adapter_stays_with_the_weights_that_it_was_trained_on
     files = {file.name: file.read_bytes() for file in adapter.iterdir() if file.name.startswith("adapter_")}
     AdapterRegistry(storage, settings.tenant).publish("tiny", "old", files, {"base_fingerprint": "a" * 64})
     adaptable = AdaptableModules(describe_base(str(model), tmp_path)[0])
-    directory, published = (
+    AdapterRegistry(storage, "public").publish("tiny", "shared", files, {})
+    directory, published, public = (
         admit(spec(tmp_path, init_adapter=source, lora={"r": 4}), settings, 2).init_adapter_sha
-        for source in (str(adapter), "tiny:old")
+        for source in (str(adapter), "tiny:old", "tiny:shared@1")
     )
-    assert directory == published and published is not None
+    assert directory == published == public and published is not None
     assert load_initial(storage, published, adaptable, "a" * 64).a
     with pytest.raises(ValueError, match=r"trained on other weights \(a{12}\) than base_model names now \(b{12}\)"):
         load_initial(storage, published, adaptable, "b" * 64)
