@@ -300,6 +300,17 @@ class JobNotFoundError(JobError):
         return f"there is no job {self.wanted!r}: `python -m jobs list` shows the ids"
 
 
+class TooManyJobsError(JobError):
+    """A tenant has as many unfinished jobs as whoever submits another one may have."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(most)
+        self.most = most
+
+    def __str__(self) -> str:
+        return f"there may be {self.most} unfinished jobs; wait for one, or cancel one"
+
+
 class IllegalTransitionError(JobError):
     """A move that no state table lists."""
 

@@ -20,8 +20,11 @@ def enqueue(
     tenant: str,
     again: bool = False,
     request: ClientRequest | None = None,
+    most_unfinished: int | None = None,
 ) -> tuple[Job, bool]:
-    """Return the job, and whether it is new (see `JobQueue.submit`). Raises DatabaseUnavailableError, StorageError."""
+    """Return the job, and whether it is new (see `JobQueue.submit`). Raises TooManyJobsError, DatabaseUnavailableError,
+    StorageError.
+    """
     job, new = queue.submit(
         spec,
         cluster=cluster,
@@ -35,6 +38,7 @@ def enqueue(
         tenant=tenant,
         again=again,
         request=request,
+        most_unfinished=most_unfinished,
     )
     admitted.record(job)
     return job, new

@@ -24,7 +24,15 @@ from deploy.api.job_objects import EVENT, RESULT, event_object, job_object, resu
 from deploy.api.job_requests import WINDOW_SECONDS, JobRequest, parse_job_request
 from deploy.api.keys import Caller, caller_of, needs
 from deploy.api.schemas import read_document
-from jobs.job import TERMINAL, ClientRequest, IllegalTransitionError, Job, JobNotFoundError, JobStatus, RequestedAction
+from jobs.job import (
+    ClientRequest,
+    IllegalTransitionError,
+    Job,
+    JobNotFoundError,
+    JobStatus,
+    RequestedAction,
+    TooManyJobsError,
+)
 from jobs.spec import JobSpec
 from jobs.store.api_keys import Scope
 from jobs.store.jobs import JobQueue
@@ -68,9 +76,10 @@ class FineTuning:
         wanted = await asyncio.to_thread(parse_job_request, document, self._settings.base_models, locate)
         if not wanted.dry_run and (known := await self._known(caller, key, wanted)) is not None:
             return JSONResponse(job_object(known))
-        if not wanted.dry_run:
-            await self._check_limit(caller)
-        found = await self._checked(wanted.spec, caller, wanted.dry_run)
+        if wanted.spec.priority > 0 and Scope.ADMIN not in caller.scopes:
+            message = "a priority above 0 goes before other tenants' jobs, for keys of the scope admin: leave it out"
+            raise ApiError(403, message, "missing_scope", "priority")
+        found = await self._checked(wanted, caller)
         if wanted.dry_run:
             return JSONResponse(await self._estimate(wanted.spec, caller, found))
         assert found.admitted is not None
@@ -81,16 +90,20 @@ class FineTuning:
             idempotency_key=key,
             window=WINDOW_SECONDS,
         )
-        job, new = await asyncio.to_thread(
-            enqueue,
-            self._queue,
-            self._settings,
-            wanted.spec,
-            found.admitted,
-            cluster=found.cluster,
-            tenant=caller.tenant,
-            request=sent,
-        )
+        try:
+            job, new = await asyncio.to_thread(
+                enqueue,
+                self._queue,
+                self._settings,
+                wanted.spec,
+                found.admitted,
+                cluster=found.cluster,
+                tenant=caller.tenant,
+                request=sent,
+                most_unfinished=caller.running_jobs,
+            )
+        except TooManyJobsError as error:
+            raise ApiError(429, f"with this key {error}", "too_many_jobs") from error
         if new:
             self._start_scheduler(job)
         return JSONResponse(job_object(_same(job, wanted)))
@@ -187,18 +200,10 @@ class FineTuning:
         known = await self._read(self._queue.find_by_key, caller.tenant, key)
         return None if known is None else _same(known, wanted)
 
-    async def _check_limit(self, caller: Caller) -> None:
-        if caller.running_jobs is None:
-            return
-        unfinished = await self._read(self._queue.list, None, set(JobStatus) - TERMINAL)
-        if sum(job.tenant == caller.tenant for job in unfinished) >= caller.running_jobs:
-            message = f"this key may have {caller.running_jobs} unfinished jobs; wait for one, or cancel one"
-            raise ApiError(429, message, "too_many_jobs")
-
-    async def _checked(self, spec: JobSpec, caller: Caller, dry_run: bool) -> Admission:
+    async def _checked(self, wanted: JobRequest, caller: Caller) -> Admission:
         """Return what checking the job has found. Raises ApiError with everything that is wrong."""
         try:
-            found: Admission = await self._admission.admit.remote(spec, caller.tenant, dry_run)
+            found: Admission = await self._admission.admit.remote(wanted.spec, caller.tenant, wanted.dry_run)
         except BackPressureError as error:
             message = "too many jobs are being checked; try again soon"
             raise ApiError(429, message, "overloaded", retry=True) from error
@@ -207,8 +212,9 @@ class FineTuning:
                 503, "jobs cannot be checked just now; try again soon", "server_restarting", retry=True
             ) from error
         if found.problems:
-            param = found.problems[0].split(":")[0].split(" ")[0]
-            raise ApiError(400, "; ".join(found.problems), "invalid_job", param)
+            problems = wanted.problems(found.problems)
+            message = "; ".join(sentence for _, _, sentence in problems)
+            raise ApiError(400, message, "invalid_job", problems[0][0])
         return found
 
     async def _estimate(self, spec: JobSpec, caller: Caller, found: Admission) -> dict[str, Any]:

@@ -31,11 +31,14 @@ from jobs.job import (
     QueueEvent,
     RequestedAction,
     SessionState,
+    TooManyJobsError,
 )
 from jobs.spec import JobSpec
 from jobs.store.pages import JobPages, event_of, job_of
 from jobs.store.schema import events, jobs
 from jobs.store.sessions import Fence, fence_holds, lease_holds, locked_session
+
+SUBMIT_LOCK = 0x4C6F5242  # any number that no other user of the same PostgreSQL database takes for advisory locks
 
 
 class JobQueue(JobPages):
@@ -62,11 +65,14 @@ class JobQueue(JobPages):
         status: JobStatus = JobStatus.QUEUED,
         again: bool = False,
         request: ClientRequest | None = None,
+        most_unfinished: int | None = None,
     ) -> tuple[Job, bool]:
         """Return a job for `spec`, and whether it is new. The same content gives the same job, however often and from
         however many processes it is sent, unless that job failed or was cancelled, or `again` asks for another one. A
         waiting job takes the priority of its newest submission. `base` is the short name in "<base>:<adapter>".
         What a client of the API sends is the same job only as its `request` says.
+
+        Raises TooManyJobsError where a new job would be one more unfinished job of the tenant than `most_unfinished`.
         """
         assert status in (JobStatus.QUEUED, JobStatus.VALIDATING_FILES)
         now, job_id = self._clock(), f"job-{secrets.token_hex(6)}"
@@ -97,10 +103,10 @@ class JobQueue(JobPages):
             row |= {"client_request": request.document, "metadata": request.metadata}
             row |= {"idempotency_key": request.idempotency_key}
         try:
-            return self._insert_or_find(row, spec, again, request)
+            return self._insert_or_find(row, spec, again, request, most_unfinished)
         except sa.exc.IntegrityError:
             # Another process inserted the same content after our look: now it is there to be seen.
-            return self._insert_or_find(row, spec, again, request)
+            return self._insert_or_find(row, spec, again, request, most_unfinished)
 
     @staticmethod
     def _copy(job_id: str, now: float, again: bool, request: ClientRequest | None) -> str:
@@ -301,7 +307,12 @@ class JobQueue(JobPages):
         return job_of(row)
 
     def _insert_or_find(
-        self, row: dict[str, Any], spec: JobSpec, again: bool, request: ClientRequest | None
+        self,
+        row: dict[str, Any],
+        spec: JobSpec,
+        again: bool,
+        request: ClientRequest | None,
+        most_unfinished: int | None,
     ) -> tuple[Job, bool]:
         """Return the newest job with the content of `row` that has not failed or been cancelled, else a new one; what
         counts of a client's request is its key, or what it was and when.
@@ -315,11 +326,19 @@ class JobQueue(JobPages):
             same.append(jobs.c.copy.endswith(f"-{request.digest}"))
         twins = sa.select(jobs).where(*same)
         with self._db.write() as conn:
+            if most_unfinished is not None and conn.dialect.name == "postgresql":
+                # Before the look for a twin: until this transaction ends nobody else adds to what is counted below.
+                own = sa.func.pg_advisory_xact_lock(SUBMIT_LOCK, sa.func.hashtext(row["tenant"]))
+                conn.execute(sa.select(own))
             twin = conn.execute(twins.order_by(jobs.c.created_at.desc(), jobs.c.id).limit(1).with_for_update()).first()
             if twin is not None and request is not None:
                 return job_of(twin), False
             if twin is not None and not again:
                 return self._with_priority(conn, job_of(twin), spec), False
+            if most_unfinished is not None:
+                of_tenant = (jobs.c.tenant == row["tenant"], jobs.c.status.not_in(sorted(TERMINAL)))
+                if conn.execute(sa.select(sa.func.count()).where(*of_tenant)).scalar_one() >= most_unfinished:
+                    raise TooManyJobsError(most_unfinished)
             conn.execute(sa.insert(jobs).values(row))
             self._event(conn, row["id"], "submitted", data={"adapter": f"{row['base']}:{spec.adapter}"})
             return self._locked_job(conn, row["id"]), True

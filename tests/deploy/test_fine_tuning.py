@@ -15,6 +15,7 @@ import pytest
 from openai.types import FileObject, Model
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 
+from cluster.adapter_lifecycle import delete_adapter
 from cluster.registry import AdapterRegistry
 from cluster.settings import Settings
 from cluster.storage.directory import open_storage
@@ -223,7 +224,16 @@ def test_everything_wrong_is_said_at_once(site: Site) -> None:
         assert part in error.message, (part, error.message)
     assert (error.status_code, error.type) == (400, "invalid_request_error")
     error = refused(site, training_file="/no/such", extra_body={"num_workers": 3})
-    assert "num_workers is 3, but" in error.message and "/no/such is not a file" in error.message
+    assert "num_workers is 3, but" in error.message and "training_file: /no/such is not a file" in error.message
+    file = site.client.files.create(file=site.rows, purpose="fine-tune").id
+    site.registry.storage.delete(f"files/acme/{file}.jsonl")
+    error = refused(site, model="tiny:nothing", training_file=file)
+    assert f"training_file: {file} is not a file" in error.message and "dataset" not in error.message
+    assert error.param == "training_file" and "; model: there is no adapter tiny:nothing" in error.message
+    for name in ("a" * 300, "a/.."):
+        assert f"init_adapter: there is no adapter tiny:{name}" in refused(
+            site, extra_body={"init_adapter": f"tiny:{name}"}
+        ).message  # fmt: skip
 
 
 def test_a_dry_run_says_what_a_job_comes_to(site: Site) -> None:
@@ -270,6 +280,16 @@ def test_models_are_promoted_rolled_back_and_deleted(site: Site) -> None:
         site.client.models.delete("tiny")
     with pytest.raises(openai.BadRequestError, match=r"alias must be a name.*gates\.0 must have a metric"):
         post("tiny:moving/promote", gates=[{"max": 1}])
+    with pytest.raises(openai.BadRequestError, match=r"alias: 'Prod' cannot be an alias.*gates\.0 must have") as caught:
+        post("tiny:moving/promote", alias="Prod", gates=[{"metric": "loss", "min": 0, "max": "x"}])
+    assert (caught.value.code, caught.value.param) == ("invalid_value", "alias")
+    site.registry.move("latest", site.registry.publish("tiny", "ghost", {"weights": b"1"}, {}))
+    for key in site.registry.storage.list("adapters/acme/tiny/ghost/"):
+        site.registry.storage.delete(key)
+    with pytest.raises(openai.NotFoundError, match="'tiny:ghost' does not exist"):
+        site.client.models.retrieve("tiny:ghost")
+    assert "tiny:ghost" not in [model.id for model in site.client.models.list()]
+    delete_adapter(site.registry, "tiny", "ghost")
 
 
 def test_another_tenant_sees_nothing_of_it(site: Site) -> None:
@@ -303,8 +323,14 @@ def test_what_a_key_is_not_for(site: Site) -> None:
             refused_call()
     with pytest.raises(openai.BadRequestError, match="is for keys of the scope admin"):
         trains.fine_tuning.jobs.create(**sent)
-    site.create("unfinished")
-    limited = site.key("acme", Scope.ADMIN, running_jobs=1)
-    with pytest.raises(openai.RateLimitError, match="may have 1 unfinished jobs") as caught:
+    file = site.client.files.create(file=site.rows, purpose="fine-tune").id
+    with pytest.raises(openai.PermissionDeniedError, match=r"priority above 0 .* scope admin") as hasty:
+        trains.fine_tuning.jobs.create(model="tiny", training_file=file, extra_body={"priority": 1})
+    assert (hasty.value.code, hasty.value.param) == ("missing_scope", "priority")
+    limited = site.key("small", Scope.ADMIN, running_jobs=1)
+    first = limited.fine_tuning.jobs.create(**sent, extra_body={"priority": 1})
+    with pytest.raises(openai.RateLimitError, match="there may be 1 unfinished jobs") as caught:
         limited.fine_tuning.jobs.create(**sent)
     assert caught.value.response.headers["x-should-retry"] == "false"
+    again = limited.fine_tuning.jobs.create(**sent, extra_body={"priority": 1})
+    assert again.id == first.id, "whose answer was lost, say"

@@ -24,6 +24,7 @@ from jobs.job import (
     RequestedAction,
     SessionKey,
     SessionState,
+    TooManyJobsError,
 )
 from jobs.scheduling.policy import Action, Assign, Cluster, Launch, Stop, plan
 from jobs.store.jobs import JobQueue
@@ -137,6 +138,30 @@ def test_racing_submitters_of_the_same_content_get_one_job(url: str) -> None:
             answers = list(pool.map(send, queues))
             assert len({id_ for id_, _ in answers}) == 1
             assert sum(created for _, created in answers) == 1
+    for queue in queues:
+        queue.close()
+
+
+def test_racing_submitters_of_a_tenant_share_its_limit(url: str) -> None:
+    queues = [JobQueue(url) for _ in range(6)]
+    with ThreadPoolExecutor(len(queues)) as pool:
+        for tenant in map(str, range(6)):
+            ready = threading.Barrier(len(queues))
+
+            def send(number: int, tenant: str = tenant, ready: threading.Barrier | None = ready) -> Job | None:
+                if ready is not None:
+                    ready.wait()
+                one = {"cluster": "c", "base": "base", "dataset_sha": "d", "code_version": "v", "tenant": tenant}
+                try:
+                    return queues[number].submit(spec(f"a{number}"), **one, most_unfinished=2)[0]
+                except TooManyJobsError:
+                    return None
+
+            sent = {number: job for number, job in enumerate(pool.map(send, range(len(queues)))) if job is not None}
+            assert len(sent) == 2
+            assert all(send(number, ready=None) == job for number, job in sent.items()), "the same content is no more"
+    assert queues[0].move(sent.popitem()[1].id, QUEUED, CANCELLED, message="gone")
+    assert sum(send(number, ready=None) is not None for number in range(6)) == 2
     for queue in queues:
         queue.close()
 
