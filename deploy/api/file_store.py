@@ -22,20 +22,20 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import BinaryIO, TypeVar, cast
 
 from cluster.storage.base import Storage, StorageNotFound
 from cluster.storage.keys import file_key, upload_part_key, upload_prefix
 from deploy.api.errors import ApiError
 from jobs.store.files import FileStatus, FileTable, StoredFile, Upload, UploadPart, UploadStatus
-from lora_core.data.check import FileCheck, check_file
-from lora_core.data.files import SUFFIXES
+from lora_core.data.check import FileCheck, check_file, out_of_memory
+from lora_core.data.files import SUFFIXES, has_lines
 
 log = logging.getLogger("ray.serve.lora")
 
 _SWEEP_SECONDS = 60.0
-_SMALL_BYTES = 2**20  # that are checked in this process: another one takes half a second to start
+_SMALL_BYTES = 2**20  # that do not wait for larger files; another process takes half a second to start
 _READ_BYTES = 2**20
 _MOVERS = 8  # files whose bytes go to storage or come from it at a time: minutes, for some
 
@@ -58,6 +58,7 @@ class FileStore:
         self.table = table
         self._storage, self._folder = storage, folder
         self._checking = asyncio.Semaphore(1)  # of large files, which takes all cores
+        self._checking_small = asyncio.Semaphore(2)
         self._movers = ThreadPoolExecutor(_MOVERS, "files")
         folder.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
@@ -179,18 +180,23 @@ class FileStore:
         return file_key(file.tenant, file.id, file.suffix if file.suffix in SUFFIXES else "")
 
     async def _check(self, path: Path, name: str, size: int) -> FileCheck:
-        """Find a file's mistakes; of a large one in another process, so that answers do not wait for it."""
-        if size <= _SMALL_BYTES:
+        """Find a file's mistakes: here where it is small and has a row a line, else in a process for which answers do
+        not wait, and without which they go on where it runs out of memory.
+        """
+        small = size <= _SMALL_BYTES
+        if small and await asyncio.to_thread(has_lines, path, PurePath(name).suffix):
             return await asyncio.to_thread(check_file, path, name)
         command = [sys.executable, "-m", "lora_core.data.check", str(path), "--name", name]
-        async with self._checking:
+        async with self._checking_small if small else self._checking:
             process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
             try:
                 output, _ = await process.communicate()
             finally:
                 if process.returncode is None:
                     process.kill()
-        return FileCheck(**json.loads(output))
+        if not output:
+            log.warning("event=check_stopped file=%r bytes=%d status=%s", name, size, process.returncode)
+        return FileCheck(**json.loads(output)) if output else out_of_memory(name)
 
     def _remove_leftovers(self) -> None:
         """Remove files that nobody has open: a process that is killed leaves them."""

@@ -86,6 +86,13 @@ def check_file(path: Path, name: str, processes: int = 1) -> FileCheck:
     except DatasetError as error:
         problems = tuple(problem.replace(str(path), name) for problem in error.problems)
         return FileCheck(problems=problems, more=error.more)
+    except MemoryError:
+        return out_of_memory(name)
+
+
+def out_of_memory(name: str) -> FileCheck:
+    """Return what is said of a file for which there was not enough memory."""
+    return FileCheck(problems=(f"dataset {name}: it takes too much memory to check; convert it to .jsonl",))
 
 
 def _check_lines(path: Path, name: str, processes: int) -> FileCheck:

@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from lora_core.config import TrainConfig
+from lora_core.data import tables
 from lora_core.data.dataset import DatasetError, build_datasets, build_examples, check_rows, read_rows
 from tests.support.rows import message
 from tests.support.tiny_models import byte_tokenizer
@@ -233,6 +234,21 @@ def test_the_columns_of_most_rows_are_read(tmp_path: Path) -> None:
         [place.split()[1], column] for place, column in places[1]
     ]
     assert {place.split()[0] for place, _ in places[1]} == {"row"}
+
+
+def test_a_parquet_file_has_no_more_values_than_memory_has_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which its size does not say: a million equal ones are nothing on disk. Columns that nobody uses do not count."""
+    monkeypatch.setattr(tables, "_MOST_VALUES", 100)
+    assert len(read_rows(write_table(tmp_path / "a.parquet", {"text": ["x"] * 100, "id": range(100)}))) == 100
+    turns = [[message("user", "a")] * 20 + [message("assistant", "b")]] * 3
+    for rows in ({"text": ["x"] * 101}, {"messages": turns}):
+        path = write_table(tmp_path / "b.parquet", rows)
+        size = 101 if "text" in rows else 126
+        sentence = f"its columns have {size} values, and at most 100 are read of a Parquet file; convert it to .jsonl"
+        assert failure(path) == [f"dataset {path}: {sentence}"]
+        monkeypatch.setattr(pyarrow.parquet.ParquetFile, "read", lambda *_, **__: 1 / 0)  # nothing is read before
 
 
 def test_a_string_that_is_not_utf8_is_named_with_its_row(tmp_path: Path) -> None:

@@ -153,6 +153,17 @@ def test_a_large_file_is_checked_in_another_process(clean: Site, monkeypatch: py
     )
 
 
+def test_a_check_that_runs_out_of_memory_is_an_answer(clean: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the gateway reads nothing as a whole, however small it is."""
+    monkeypatch.setattr(file_store, "check_file", lambda *_: 1 / 0)
+    table, client = b"text\nx\n", clean.client()
+    assert upload(client, table, "a.csv").status == "processed"
+    monkeypatch.setattr(file_store.sys, "executable", "/bin/false")  # as one that is killed, it says nothing
+    file = upload(client, table, "a.csv")
+    said = "dataset a.csv: it takes too much memory to check; convert it to .jsonl"
+    assert (file.status, file.status_details) == ("error", said)
+
+
 @pytest.mark.parametrize(
     ("form", "param", "sentence"),
     [
