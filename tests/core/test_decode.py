@@ -279,13 +279,14 @@ def test_a_warm_generator_captures_no_graph_for_what_it_knows(monkeypatch: pytes
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize(
     ("kind", "precision", "most"),
-    [("llama", "bf16", 0.15), ("qwen3", "bf16", 0.15), ("llama", "nf4", 0.15), ("llama", "fp8", 0.8)],
+    [("llama", "bf16", 0.03), ("qwen3", "bf16", 0.03), ("llama", "nf4", 0.03), ("llama", "fp8", 0.16)],
 )
 def test_pages_and_graphs_compute_what_the_cpu_does(
     kind: str, precision: str, most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is beside a request, however its prompt is cut and whether or not it shares its beginning. In fp8 many
-    numbers are rounded to another code than those of the CPU.
+    """Whatever is beside a request, however its prompt is cut and whether or not it shares its beginning. `most` is
+    twice what rounding to bf16 alone makes on a CPU of the worst token, by the norms of its log-probabilities; in fp8
+    it is that much, as many numbers are rounded to another code.
     """
     bases = []
     for device, computed in (("cpu", "fp32"), ("cuda", precision)):
@@ -299,5 +300,5 @@ def test_pages_and_graphs_compute_what_the_cpu_does(
     expected = forced(bases[0], 3, monkeypatch)
     for settings in ({}, {"slots": 2}, {"prefill_tokens": 16, "mixed_tokens": 16}):
         found = forced(bases[1], 3, monkeypatch, **settings)  # type: ignore[arg-type]
-        worst = float((found - expected).abs().max())
+        worst = float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
         assert worst < most, (settings, worst)
