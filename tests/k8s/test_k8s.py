@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib.metadata
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,7 +25,6 @@ from tests.k8s.k8s_rules import (
     placement_problems,
     pod_gpus,
     pods,
-    ray_specs,
     reference_problems,
     schema_problems,
     variables,
@@ -288,15 +285,3 @@ def test_serve_application_builds_here(manifests: list[Object], tmp_path: Path) 
     (built,) = yaml.safe_load((tmp_path / "built.yaml").read_text())["applications"]
     gpus = [deployment["ray_actor_options"].get("num_gpus", 0) for deployment in built["deployments"]]
     assert 0 < sum(gpus) <= workers["minReplicas"] * pod_gpus(pod)
-
-
-def test_image_is_built_for_the_manifests(manifests: list[Object]) -> None:
-    """deploy/Dockerfile starts from the Ray that the manifests name and tests run on, and copies what is here."""
-    text = (ROOT / "deploy" / "Dockerfile").read_text()
-    versions = {spec["rayVersion"] for _, spec in ray_specs(manifests)} | {importlib.metadata.version("ray")}
-    assert re.findall(r"^FROM rayproject/ray:([\d.]+)-py311$", text, re.MULTILINE) == list(versions)
-    copied = " ".join(re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE)).split()
-    assert {"lora_core", "cluster", "jobs", "deploy", "constraints.txt"} <= set(copied)
-    assert [name for name in copied if not (ROOT / name).exists()] == []
-    assert re.findall(r"^USER (.+)$", text, re.MULTILINE)[-1:] == ["1000"]
-    assert re.findall(r"^WORKDIR (.+)$", text, re.MULTILINE) == re.findall(r"PYTHONPATH=(\S+)", text)
