@@ -326,5 +326,9 @@ class DatabaseSettingError(JobError, ValueError):
     """LORA_DATABASE_URL names a database that this cannot use; the message says what to set."""
 
 
+class UnstorableValueError(JobError):
+    """No database column holds this value: text with the character NUL on PostgreSQL, or a number that is too large."""
+
+
 class DatabaseUnavailableError(JobError):
     """The database did not answer. Whether the last write happened is unknown: read again."""

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from cluster.requirements import requirement
 from cluster.storage.base import StorageError
-from jobs.job import DatabaseUnavailableError
+from jobs.job import DatabaseUnavailableError, UnstorableValueError
 
 log = logging.getLogger("ray.serve.lora")
 
@@ -70,6 +70,10 @@ def answer_errors(api: FastAPI) -> None:
     @api.exception_handler(DatabaseUnavailableError)
     async def on_database_error(_: Request, error: DatabaseUnavailableError) -> Response:
         return ApiError(503, str(error), "database_unavailable", retry=True).response()
+
+    @api.exception_handler(UnstorableValueError)
+    async def on_unstorable(_: Request, error: UnstorableValueError) -> Response:
+        return ApiError(400, str(error), "invalid_value").response()
 
     @api.exception_handler(RequestValidationError)
     async def on_invalid(_: Request, error: RequestValidationError) -> Response:

@@ -17,7 +17,7 @@ from pathlib import Path
 import sqlalchemy as sa
 from sqlalchemy import event
 
-from jobs.job import DatabaseSettingError, DatabaseUnavailableError
+from jobs.job import DatabaseSettingError, DatabaseUnavailableError, UnstorableValueError
 from jobs.store.schema import create_or_upgrade
 
 SCHEMA_LOCK = 0x4C6F5241  # any number that no other user of the same PostgreSQL database takes for its advisory lock
@@ -62,13 +62,15 @@ class Database:
 
     @contextlib.contextmanager
     def read(self) -> Iterator[sa.Connection]:
-        """Begin a transaction that only reads. Raises DatabaseUnavailableError."""
+        """Begin a transaction that only reads. Raises DatabaseUnavailableError, UnstorableValueError."""
         with self._names_outages(), self._engine.begin() as connection:
             yield connection
 
     @contextlib.contextmanager
     def write(self) -> Iterator[sa.Connection]:
-        """Begin a transaction that writes: all of it or, after any error, none. Raises DatabaseUnavailableError."""
+        """Begin a transaction that writes: all of it or, after any error, none. Raises DatabaseUnavailableError,
+        UnstorableValueError.
+        """
         with self._names_outages(), self._file_lock(), self._writing.begin() as connection:
             yield connection
 
@@ -105,6 +107,9 @@ class Database:
         except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
             reason = " ".join(str(error.orig).split())
             raise DatabaseUnavailableError(f"the database {self._shown} does not answer: {reason}") from error
+        except sa.exc.DataError as error:
+            reason = " ".join(str(error.orig).split())
+            raise UnstorableValueError(f"the database cannot hold a value ({reason}): send another one") from error
 
 
 def _parsed(url: str) -> sa.URL:

@@ -28,6 +28,7 @@ from jobs.job import (
     JobNotFoundError,
     RequestedAction,
     SessionKey,
+    UnstorableValueError,
 )
 from jobs.store.database import check_database
 from jobs.store.jobs import JobQueue
@@ -44,6 +45,12 @@ from tests.support.queue_kit import (
 )
 
 pytest_plugins = ["tests.support.queue_kit"]
+
+
+def test_a_value_that_no_column_holds_is_a_sentence(queue: JobQueue) -> None:
+    """SQLite holds it; PostgreSQL does not, and what asks for it is no bug of ours."""
+    with pytest.raises((JobNotFoundError, UnstorableValueError), match="there is no job|the database cannot hold"):
+        queue.find("default", "job-\0")
 
 
 # ---- processes ----
