@@ -6,18 +6,21 @@ import asyncio
 from collections.abc import Awaitable
 from contextlib import ExitStack
 from pathlib import PurePath
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response, StreamingResponse
+from typing_extensions import TypedDict
 
+from deploy.api.bodies import FileBody, body_of
 from deploy.api.errors import ApiError
 from deploy.api.file_store import FileStore, NewFile
 from deploy.api.keys import caller_of, needs
 from deploy.api.multipart import FileForm, too_large
+from deploy.api.pages import Page, page
 from deploy.proxy import PACED
 from jobs.store.api_keys import Scope
-from jobs.store.files import StoredFile
+from jobs.store.files import FileStatus, StoredFile
 from lora_core.data.files import SUFFIXES
 
 MOST_BYTES = 10 * 2**30
@@ -25,9 +28,31 @@ MOST_BYTES_UNPACED = 512 * 2**20
 PURPOSE = "fine-tune"
 LEAST_SECONDS, MOST_SECONDS = 3600, 2_592_000
 
+_CONTENT: dict[int | str, dict[str, object]] = {200: {"content": {"application/octet-stream": {}}}}
 _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 
 T = TypeVar("T")
+
+
+class File(TypedDict):
+    """OpenAI's File, and the hash of its content. `status_details` has a line for each mistake in its rows."""
+
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    expires_at: int | None
+    filename: str
+    purpose: str
+    status: Literal["processed", "error"]
+    status_details: str | None
+    sha256: str
+
+
+class DeletedFile(TypedDict):
+    id: str
+    object: Literal["file"]
+    deleted: bool
 
 
 class FileRoutes:
@@ -35,14 +60,18 @@ class FileRoutes:
 
     def __init__(self, store: FileStore) -> None:
         self._store = store
-        self.router = APIRouter(prefix="/v1/files", dependencies=[Depends(needs(Scope.TRAIN))])
-        self.router.add_api_route("", self.create, methods=["POST"])
+        self.router = APIRouter(prefix="/v1/files", dependencies=[Depends(needs(Scope.TRAIN))], tags=["Files"])
+        form = body_of(FileBody, "multipart/form-data")
+        self.router.add_api_route("", self.create, methods=["POST"], openapi_extra=form)
         self.router.add_api_route("", self.list_files)
         self.router.add_api_route("/{file_id}", self.retrieve)
         self.router.add_api_route("/{file_id}", self.delete, methods=["DELETE"])
-        self.router.add_api_route("/{file_id}/content", self.content)
+        self.router.add_api_route(
+            "/{file_id}/content", self.content, response_class=StreamingResponse, responses=_CONTENT
+        )
 
-    async def create(self, request: Request) -> dict[str, Any]:
+    async def create(self, request: Request) -> File:
+        """Upload a data set in one piece. One with mistakes in its rows is kept, with the status `error`."""
         tenant, most = caller_of(request).tenant, most_bytes(request)
         refuse_large(request, most, "file")
         with ExitStack() as stack:
@@ -61,33 +90,34 @@ class FileRoutes:
         limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
         order: Literal["asc", "desc"] = "desc",
         purpose: str | None = None,
-    ) -> dict[str, Any]:
+    ) -> Page[File]:
+        """List files, the newest first."""
         tenant = caller_of(request).tenant
         last = None if after is None else await self._store.file(tenant, after, "after")
         files = await asyncio.to_thread(
             self._store.table.list, tenant, limit=limit + 1, after=last, purpose=purpose, newest=order == "desc"
         )
-        data = [file_object(file) for file in files[:limit]]
-        ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {}
-        return {"object": "list", "data": data, "has_more": len(files) > limit, **ends}
+        return page([file_object(file) for file in files[:limit]], len(files) > limit)
 
-    async def retrieve(self, request: Request, file_id: str) -> dict[str, Any]:
+    async def retrieve(self, request: Request, file_id: str) -> File:
+        """Describe a file."""
         return file_object(await self._store.file(caller_of(request).tenant, file_id))
 
-    async def delete(self, request: Request, file_id: str) -> dict[str, Any]:
+    async def delete(self, request: Request, file_id: str) -> DeletedFile:
+        """Delete a file."""
         file = await self._store.file(caller_of(request).tenant, file_id)
         await asyncio.to_thread(self._store.delete, file)
         return {"id": file.id, "object": "file", "deleted": True}
 
     async def content(self, request: Request, file_id: str) -> Response:
+        """Read what a file holds."""
         file = await self._store.file(caller_of(request).tenant, file_id)
         pieces = await asyncio.to_thread(self._store.content, file)
         headers = {"content-length": str(file.bytes)}
         return StreamingResponse(pieces, media_type="application/octet-stream", headers=headers)
 
 
-def file_object(file: StoredFile) -> dict[str, Any]:
-    """Return OpenAI's File, and the hash of the content."""
+def file_object(file: StoredFile) -> File:
     return {
         "id": file.id,
         "object": "file",
@@ -96,7 +126,7 @@ def file_object(file: StoredFile) -> dict[str, Any]:
         "expires_at": None if file.expires_at is None else int(file.expires_at),
         "filename": file.filename,
         "purpose": file.purpose,
-        "status": file.status,
+        "status": "error" if file.status is FileStatus.ERROR else "processed",
         "status_details": file.status_details,
         "sha256": file.sha256,
     }

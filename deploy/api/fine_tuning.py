@@ -11,18 +11,30 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from cluster.ray_runtime import LOCAL_CLUSTER, use_own_ray
 from cluster.settings import Settings
 from deploy.api.admission_server import Admission
+from deploy.api.bodies import JobBody, body_of
 from deploy.api.errors import ApiError
 from deploy.api.file_store import FileStore
-from deploy.api.job_objects import EVENT, RESULT, event_object, job_object, result_csv
+from deploy.api.job_objects import (
+    EVENT,
+    RESULT,
+    FineTuningJob,
+    JobEstimate,
+    JobEvent,
+    ResultFile,
+    event_object,
+    job_object,
+    result_csv,
+)
 from deploy.api.job_requests import WINDOW_SECONDS, JobRequest, parse_job_request
 from deploy.api.keys import Caller, caller_of, needs
+from deploy.api.pages import Page, page
 from deploy.api.schemas import read_document
 from jobs.job import (
     ClientRequest,
@@ -42,6 +54,22 @@ log = logging.getLogger("ray.serve.lora")
 
 Limit = Annotated[int, Query(ge=1, le=100)]
 
+_KEY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "description": "the same key is the same job for ever",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+}
+_METADATA = {
+    "name": "metadata",
+    "in": "query",
+    "style": "deepObject",
+    "explode": True,
+    "description": "jobs that have all of these pairs; `metadata=null`: those that have none",
+    "schema": {"type": "object", "additionalProperties": {"type": "string"}},
+}
+_CSV: dict[int | str, dict[str, Any]] = {200: {"content": {"text/csv": {}}}}
+
 
 class FineTuning:
     """The routes of jobs, whose rows may be in `files`. `admission` is a handle of `AdmissionServer`."""
@@ -54,10 +82,16 @@ class FineTuning:
 
     def router(self) -> APIRouter:
         """Return the routes, for callers that may train."""
-        router = APIRouter(dependencies=[Depends(needs(Scope.TRAIN))])
+        router = APIRouter(dependencies=[Depends(needs(Scope.TRAIN))], tags=["Fine-tuning"])
         jobs, job = "/v1/fine_tuning/jobs", "/v1/fine_tuning/jobs/{job_id}"
-        router.add_api_route(jobs, self.create, methods=["POST"])
-        router.add_api_route(jobs, self.list)
+        router.add_api_route(
+            jobs,
+            self.create,
+            methods=["POST"],
+            response_model=FineTuningJob | JobEstimate,
+            openapi_extra=body_of(JobBody) | {"parameters": [_KEY]},
+        )
+        router.add_api_route(jobs, self.list, openapi_extra={"parameters": [_METADATA]})
         router.add_api_route(job, self.retrieve)
         router.add_api_route(f"{job}/cancel", self.cancel, methods=["POST"])
         router.add_api_route(f"{job}/pause", self.pause, methods=["POST"])
@@ -66,22 +100,25 @@ class FineTuning:
         router.add_api_route(f"{job}/checkpoints", self.checkpoints)
         result = f"/v1/files/{RESULT}{{job_id}}"
         router.add_api_route(result, self.result_file)
-        router.add_api_route(f"{result}/content", self.result_content)
+        router.add_api_route(f"{result}/content", self.result_content, response_class=Response, responses=_CSV)
         return router
 
-    async def create(self, request: Request) -> Response:
+    async def create(self, request: Request) -> FineTuningJob | JobEstimate:
+        """Check a job and queue it. The same request with the same rows within ten minutes is the same job; with
+        `dry_run` there is none, and the answer is what it would come to.
+        """
         caller, key = caller_of(request), request.headers.get("idempotency-key")
         document = await asyncio.to_thread(read_document, await request.body())
         locate = await self._locating(caller, document)
         wanted = await asyncio.to_thread(parse_job_request, document, self._settings.base_models, locate)
         if not wanted.dry_run and (known := await self._known(caller, key, wanted)) is not None:
-            return JSONResponse(job_object(known))
+            return job_object(known)
         if wanted.spec.priority > 0 and Scope.ADMIN not in caller.scopes:
             message = "a priority above 0 goes before other tenants' jobs, for keys of the scope admin: leave it out"
             raise ApiError(403, message, "missing_scope", "priority")
         found = await self._checked(wanted, caller)
         if wanted.dry_run:
-            return JSONResponse(await self._estimate(wanted.spec, caller, found))
+            return await self._estimate(wanted.spec, caller, found)
         assert found.admitted is not None
         sent = ClientRequest(
             document=wanted.document,
@@ -106,44 +143,50 @@ class FineTuning:
             raise ApiError(429, f"with this key {error}", "too_many_jobs") from error
         if new:
             self._start_scheduler(job)
-        return JSONResponse(job_object(_same(job, wanted)))
+        return job_object(_same(job, wanted))
 
-    async def list(self, request: Request, after: str | None = None, limit: Limit = 20) -> dict[str, Any]:
-        page = await self._read(self._queue.page, caller_of(request).tenant, limit, after, _metadata_of(request))
-        jobs, more = page
-        return _page([job_object(job) for job in jobs], more)
+    async def list(self, request: Request, after: str | None = None, limit: Limit = 20) -> Page[FineTuningJob]:
+        """List jobs, the newest first."""
+        asked = caller_of(request).tenant, limit, after, _metadata_of(request)
+        jobs, more = await self._read(self._queue.page, *asked)
+        return page([job_object(job) for job in jobs], more)
 
-    async def retrieve(self, request: Request, job_id: str) -> dict[str, Any]:
+    async def retrieve(self, request: Request, job_id: str) -> FineTuningJob:
+        """Describe a job, with how far it is."""
         return job_object(await self._find(request, job_id))
 
-    async def cancel(self, request: Request, job_id: str) -> dict[str, Any]:
+    async def cancel(self, request: Request, job_id: str) -> FineTuningJob:
+        """Cancel a job; one that runs, after its current step."""
         return await self._requested(request, job_id, RequestedAction.CANCEL)
 
-    async def pause(self, request: Request, job_id: str) -> dict[str, Any]:
+    async def pause(self, request: Request, job_id: str) -> FineTuningJob:
+        """Pause a job; one that runs, after its current step, with a checkpoint."""
         return await self._requested(request, job_id, RequestedAction.PAUSE)
 
-    async def resume(self, request: Request, job_id: str) -> dict[str, Any]:
+    async def resume(self, request: Request, job_id: str) -> FineTuningJob:
+        """Let a paused job go on from where it was."""
         job = await self._moved(request, job_id, self._queue.resume)
         self._start_scheduler(job)
         return job_object(job)
 
     async def events(
         self, request: Request, job_id: str, after: str | None = None, limit: Limit = 20
-    ) -> dict[str, Any]:
+    ) -> Page[JobEvent]:
+        """List what has happened to a job, the newest first; figures of steps have the type `metrics`."""
         job = await self._find(request, job_id)
         before = None if after is None else after.removeprefix(EVENT)
         if before is not None and not (before.isdecimal() and len(before) < 16):
             raise ApiError(400, f"after must be the id of an event, {EVENT} and a number", "invalid_value", "after")
-        page = await self._read(self._queue.events_page, job.id, limit, before and int(before))
-        events, more = page
-        return _page([event_object(event) for event in events], more)
+        events, more = await self._read(self._queue.events_page, job.id, limit, before and int(before))
+        return page([event_object(event) for event in events], more)
 
-    async def checkpoints(self, request: Request, job_id: str) -> dict[str, Any]:
+    async def checkpoints(self, request: Request, job_id: str) -> Page[JobEvent]:
         """There are none: what a job is continued from holds its optimizer and goes when the job ends."""
         await self._find(request, job_id)
-        return _page([], False)
+        return page([], False)
 
-    async def result_file(self, request: Request, job_id: str) -> dict[str, Any]:
+    async def result_file(self, request: Request, job_id: str) -> ResultFile:
+        """Describe the file of a job's figures."""
         job, content = await self._result(request, job_id)
         return {
             "id": f"{RESULT}{job.id}",
@@ -156,6 +199,7 @@ class FineTuning:
         }
 
     async def result_content(self, request: Request, job_id: str) -> Response:
+        """Read a job's figures: about 200 steps' losses, and every validation's."""
         _, content = await self._result(request, job_id)
         return Response(content, media_type="text/csv")
 
@@ -217,7 +261,7 @@ class FineTuning:
             raise ApiError(400, message, "invalid_job", problems[0][0])
         return found
 
-    async def _estimate(self, spec: JobSpec, caller: Caller, found: Admission) -> dict[str, Any]:
+    async def _estimate(self, spec: JobSpec, caller: Caller, found: Admission) -> JobEstimate:
         """Return what the job would come to."""
         assert found.admitted is not None and found.memory is not None
         queued = await self._read(self._queue.list, found.cluster, {JobStatus.QUEUED})
@@ -239,7 +283,7 @@ class FineTuning:
         found: Job = await self._read(self._queue.find, caller_of(request).tenant, job_id)
         return found
 
-    async def _requested(self, request: Request, job_id: str, action: RequestedAction) -> dict[str, Any]:
+    async def _requested(self, request: Request, job_id: str, action: RequestedAction) -> FineTuningJob:
         return job_object(await self._moved(request, job_id, lambda found: self._queue.request(found, action)))
 
     async def _moved(self, request: Request, job_id: str, move: Callable[[str], Job]) -> Job:
@@ -289,13 +333,3 @@ def _metadata_of(request: Request) -> dict[str, str] | None:
         return {}
     pairs = request.query_params.multi_items()
     return {name[9:-1]: value for name, value in pairs if name.startswith("metadata[") and name.endswith("]")} or None
-
-
-def _page(items: list[dict[str, Any]], more: bool) -> dict[str, Any]:
-    return {
-        "object": "list",
-        "data": items,
-        "first_id": items[0]["id"] if items else None,
-        "last_id": items[-1]["id"] if items else None,
-        "has_more": more,
-    }

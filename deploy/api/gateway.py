@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi_offline import FastAPIOffline
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -20,6 +21,8 @@ from ray.serve.handle import DeploymentHandle
 from cluster.registry import AdapterRegistry, Publication
 from cluster.settings import Settings
 from cluster.storage.directory import open_storage
+from deploy.api.bodies import ErrorBody, body_of
+from deploy.api.completion_objects import ChatCompletion, TextCompletion
 from deploy.api.errors import ApiError, answer_errors
 from deploy.api.file_store import FileStore
 from deploy.api.files import FileRoutes
@@ -61,8 +64,15 @@ def _error_of(refusal: ErrorResponse) -> ApiError:
 
 
 def make_api(keys: KeyRing, *routers: APIRouter) -> FastAPI:
-    """Return the application of these routes, which are for who has a key."""
-    api = FastAPI(title="LoRA service", openapi_url=None)
+    """Return the application of these routes, which are for who has a key; its documentation is for all."""
+    api: FastAPI = FastAPIOffline(
+        title="LoRA service",
+        docs_url="/docs",
+        redoc_url=None,
+        static_url="/docs",
+        swagger_ui_parameters={"validatorUrl": None},  # else the page sends the document to somebody
+        responses={"default": {"model": ErrorBody, "description": "what is wrong, and what to change"}},
+    )
     api.add_middleware(KeyCheck, keys=keys)
     answer_errors(api)
     for router in routers:
@@ -107,20 +117,33 @@ class Gateway:
         """Return the application: Serve asks for it once, in the replica."""
         router = APIRouter()
         router.add_api_route("/healthz", self.healthz)
-        inference = [Depends(needs(Scope.INFER))]
-        router.add_api_route("/v1/chat/completions", self.chat_completions, methods=["POST"], dependencies=inference)
-        router.add_api_route("/v1/completions", self.completions, methods=["POST"], dependencies=inference)
+        for path, answer, kind, whole in (
+            ("/v1/chat/completions", self.chat_completions, ChatRequest, ChatCompletion),
+            ("/v1/completions", self.completions, TextRequest, TextCompletion),
+        ):
+            router.add_api_route(
+                path,
+                answer,
+                methods=["POST"],
+                dependencies=[Depends(needs(Scope.INFER))],
+                tags=["Completions"],
+                openapi_extra=body_of(kind),
+                responses={200: {"model": whole, "content": {"text/event-stream": {}}}},
+            )
         routers = self._models.router(), self._fine_tuning.router()  # whose result files come before other files
         return make_api(self._keys, router, *routers, FileRoutes(self._files).router, UploadRoutes(self._files).router)
 
     async def healthz(self) -> dict[str, str]:
+        """Tell that the gateway is up."""
         return {"status": "ok"}
 
     async def chat_completions(self, request: Request) -> Response:
+        """Answer a conversation, whole or as a stream of server-sent events that ends with `[DONE]`."""
         chat = await read_request(await request.body(), ChatRequest)
         return await self._completed(caller_of(request), chat, ChatResponse(chat))
 
     async def completions(self, request: Request) -> Response:
+        """Go on with a text or the ids of tokens, whole or as a stream; with `echo` and `logprobs`, score it."""
         text = await read_request(await request.body(), TextRequest)
         return await self._completed(caller_of(request), text, TextResponse(text))
 

@@ -7,19 +7,120 @@ import io
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
+
+from typing_extensions import TypedDict
 
 from deploy.api.job_requests import LEARNING_RATE
 from jobs.job import TERMINAL, EventKind, Job, JobStatus, QueueEvent
 
 EVENT, RESULT = "ftevent-", "result-"  # how the ids of events and of result files begin
-_LEVELS = {"warning": "warn"}
+_LEVELS: dict[str, Literal["warn", "error"]] = {"warning": "warn", "error": "error"}
 
 
-def job_object(job: Job) -> dict[str, Any]:
-    """Return OpenAI's FineTuningJob; `step`, `steps`, `loss` and `version` are more than that has."""
+class UsedHyperparameters(TypedDict):
+    n_epochs: int
+    batch_size: int
+    learning_rate_multiplier: float
+
+
+class UsedSupervised(TypedDict):
+    hyperparameters: UsedHyperparameters
+
+
+class UsedMethod(TypedDict):
+    type: Literal["supervised"]
+    supervised: UsedSupervised
+
+
+class JobFailure(TypedDict):
+    code: str
+    message: str
+    param: str | None
+
+
+class FineTuningJob(TypedDict):
+    """OpenAI's FineTuningJob; `step`, `steps`, `loss` and `suffix` are more than that has, and `validation_file` may
+    be the fraction of rows that is validated on.
+    """
+
+    id: str
+    object: Literal["fine_tuning.job"]
+    created_at: int
+    finished_at: int | None
+    model: str
+    organization_id: str
+    status: Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+    training_file: str
+    validation_file: str | float | None
+    method: UsedMethod
+    hyperparameters: UsedHyperparameters
+    seed: int
+    metadata: dict[str, str] | None
+    integrations: list[dict[str, Any]]
+    result_files: list[str]
+    fine_tuned_model: str | None
+    trained_tokens: int | None
+    estimated_finish: int | None
+    error: JobFailure | None
+    step: int | None
+    steps: int | None
+    loss: float | None
+    suffix: str
+
+
+class JobEvent(TypedDict):
+    """OpenAI's FineTuningJobEvent."""
+
+    id: str
+    object: Literal["fine_tuning.job.event"]
+    created_at: int
+    level: Literal["info", "warn", "error"]
+    message: str
+    type: Literal["message", "metrics"]
+    data: dict[str, Any] | None
+
+
+class EstimatedMemory(TypedDict):
+    device: str
+    bytes: int
+    least_bytes: int
+
+
+class EstimatedQueue(TypedDict):
+    before: int
+
+
+class JobEstimate(TypedDict):
+    """What a job would come to: `tokens` of all epochs, bytes on a rank, and how many jobs stand before it."""
+
+    object: Literal["fine_tuning.job.estimate"]
+    model: str
+    examples: int
+    tokens: int
+    tokens_per_epoch: int
+    supervised_tokens_per_epoch: int
+    steps: int
+    memory: EstimatedMemory
+    queue: EstimatedQueue
+    summary: list[str]
+
+
+class ResultFile(TypedDict):
+    """OpenAI's File, of a job's figures."""
+
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: Literal["fine-tune-results"]
+    status: Literal["processed"]
+
+
+def job_object(job: Job) -> FineTuningJob:
     spec, sent, progress = job.spec, job.client_request or {}, job.progress
-    hyperparameters = {
+    hyperparameters: UsedHyperparameters = {
         "n_epochs": spec.train.epochs,
         "batch_size": spec.train.batch_size,
         "learning_rate_multiplier": spec.train.learning_rate / LEARNING_RATE,
@@ -32,7 +133,7 @@ def job_object(job: Job) -> dict[str, Any]:
         "finished_at": None if job.finished_at is None else int(job.finished_at),
         "model": spec.init_adapter or job.base,
         "organization_id": job.tenant,
-        "status": str(job.status),
+        "status": job.status.value,
         "training_file": sent.get("training_file") or spec.dataset,
         "validation_file": sent.get("validation_file") or spec.validation,
         "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
@@ -79,14 +180,13 @@ def estimated_finish(job: Job) -> int | None:
     return int(time.time() + left / progress["tokens_per_second"])
 
 
-def event_object(event: QueueEvent) -> dict[str, Any]:
-    """Return OpenAI's FineTuningJobEvent."""
+def event_object(event: QueueEvent) -> JobEvent:
     figures = event_figures(event)
     return {
         "id": f"{EVENT}{event.id}",
         "object": "fine_tuning.job.event",
         "created_at": int(event.at),
-        "level": _LEVELS.get(event.level, event.level),
+        "level": _LEVELS.get(event.level, "info"),
         "message": event.message,
         "type": "metrics" if figures else "message",
         "data": finite(figures or event.data),

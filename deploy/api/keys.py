@@ -19,9 +19,11 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 from urllib.parse import urlsplit
 
-from fastapi import Request
+from fastapi import Request, Security
+from fastapi.security import HTTPBearer
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
@@ -31,10 +33,11 @@ from jobs.store.api_keys import ApiKey, KeyTable, Scope, hash_of
 
 log = logging.getLogger("ray.serve.lora")
 
-_PUBLIC_PATHS = frozenset({"/healthz"})
+_PUBLIC_PATHS = re.compile(r"/healthz|/openapi\.json|/docs(/[^/]*)?")
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
 _BEHIND_HAPROXY = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"  # Serve's own, which says nothing of who asks
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_BEARER = HTTPBearer(auto_error=False, description="an API key: sk-lora-...")  # for the document: `KeyCheck` checks
 _CREATE = "python -m deploy keys create"
 _MOST_BODY_BYTES = 4 * 2**20  # of what is read as a whole
 _FORMS = re.compile(r"/v1/(files|uploads/[^/]+/parts)")  # go to disk
@@ -199,7 +202,7 @@ class KeyCheck:
         if not _REQUEST_ID.fullmatch(headers.get("x-request-id", "-")):
             message = "x-request-id must be at most 128 letters, digits and signs, without spaces"
             raise ApiError(400, message, "invalid_value", "x-request-id")
-        if scope["path"] in _PUBLIC_PATHS:
+        if _PUBLIC_PATHS.fullmatch(scope["path"]):
             return None
         caller = self._keys.caller(headers, scope["client"][0] if scope.get("client") else None)
         caller.admit()
@@ -213,10 +216,10 @@ def caller_of(request: Request) -> Caller:
     return caller
 
 
-def needs(*scopes: Scope) -> Callable[[Request], None]:
+def needs(*scopes: Scope) -> Callable[..., None]:
     """Return a dependency of routes for callers with one of these scopes; of others it raises ApiError (403)."""
 
-    def check(request: Request) -> None:
+    def check(request: Request, _: Annotated[object, Security(_BEARER)]) -> None:
         if caller_of(request).scopes.isdisjoint({*scopes, Scope.ADMIN}):
             wanted = " or ".join(scopes)
             raise ApiError(403, f"this API key lacks the scope {wanted}: use one that has it", "missing_scope")

@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, cast
 
 from fastapi import APIRouter, Depends, Request
+from typing_extensions import TypedDict
 
 from cluster.adapter_lifecycle import AdapterConflict, promote, roll_back
 from cluster.aliases import LATEST, Alias, Gate, alias_problem
 from cluster.registry import AdapterEntry, AdapterNotFound, AdapterRegistry, AdapterVersion
 from cluster.storage.base import StorageCorrupt
+from deploy.api.bodies import Promotion, body_of
 from deploy.api.errors import ApiError
 from deploy.api.job_objects import finite
 from deploy.api.keys import Caller, caller_of, needs
-from deploy.api.responses import ModelName, model_object, parse_model
+from deploy.api.responses import Lineage, Model, ModelName, model_object, parse_model
 from deploy.api.schemas import Problem, read_document, refused
 from deploy.api.tenant_names import TenantNames
 from jobs.published_adapters import delete_model
@@ -25,7 +27,26 @@ from jobs.store.jobs import JobQueue
 
 _NAMES_SHOWN = 30
 _LINEAGES = 20_000  # that are remembered
-_LINEAGE = ("job", "dataset_sha256", "base_fingerprint", "metrics", "imported_from")  # of the manifest
+
+
+class ModelList(TypedDict):
+    object: Literal["list"]
+    data: Sequence[Model]
+
+
+class DeletedModel(TypedDict):
+    id: str
+    object: Literal["model"]
+    deleted: bool
+
+
+class AliasObject(TypedDict):
+    """What an alias means now: `version` is a number, or an id where there is none."""
+
+    id: str
+    object: Literal["model.alias"]
+    version: int | str
+    digest: str
 
 
 class Models:
@@ -33,17 +54,20 @@ class Models:
 
     def __init__(self, bases: Sequence[str], names: TenantNames, registry: AdapterRegistry, queue: JobQueue) -> None:
         self._bases, self._names, self._registry, self._queue = bases, names, registry, queue
-        self._lineages: dict[tuple[str, str, str, str], dict[str, Any]] = {}
+        self._lineages: dict[tuple[str, str, str, str], Lineage] = {}
         self._started = time.time()
 
     def router(self) -> APIRouter:
         """Return the routes; who may train may change adapters, too."""
-        router, model = APIRouter(), "/v1/models/{model:path}"
+        router, model = APIRouter(tags=["Models"]), "/v1/models/{model:path}"
         reading, changing = [Depends(needs(Scope.INFER, Scope.TRAIN))], [Depends(needs(Scope.TRAIN))]
         router.add_api_route("/v1/models", self.list, dependencies=reading)
         router.add_api_route(model, self.retrieve, dependencies=reading)
         router.add_api_route(model, self.delete, methods=["DELETE"], dependencies=changing)
-        router.add_api_route(f"{model}/promote", self.promote, methods=["POST"], dependencies=changing)
+        body = body_of(Promotion)
+        router.add_api_route(
+            f"{model}/promote", self.promote, methods=["POST"], dependencies=changing, openapi_extra=body
+        )
         router.add_api_route(f"{model}/rollback", self.roll_back, methods=["POST"], dependencies=changing)
         return router
 
@@ -70,12 +94,14 @@ class Models:
         message += f"; there are: {', '.join(names[:_NAMES_SHOWN])}{more}"
         return ApiError(404, message, "model_not_found", "model")
 
-    async def list(self, request: Request) -> dict[str, Any]:
+    async def list(self, request: Request) -> ModelList:
+        """List bases and adapters: the tenant's own, and those that are published to all."""
         bases = [model_object(name, name, self._started) for name in self._bases]
         adapters = await asyncio.gather(*(self._listed(*one) for one in await self._entries(caller_of(request))))
         return {"object": "list", "data": [*bases, *(one for one in adapters if one is not None)]}
 
-    async def retrieve(self, request: Request, model: str) -> dict[str, Any]:
+    async def retrieve(self, request: Request, model: str) -> Model:
+        """Describe `<base>`, `<base>:<adapter>` or `<base>:<adapter>@<version or alias>`."""
         caller, name = caller_of(request), self.parse(model)
         if name is None:
             raise await self.unknown(caller, model)
@@ -90,14 +116,15 @@ class Models:
         described = model_object(model, name.base, version.manifest["created_at"], version.digest)
         return {**described, "version": number, "aliases": of_this, **_lineage(version)}
 
-    async def delete(self, request: Request, model: str) -> dict[str, Any]:
+    async def delete(self, request: Request, model: str) -> DeletedModel:
+        """Delete an adapter with all versions, a version, or an alias; refused while something needs it."""
         caller, base, adapter, version = await self._adapter(request, model)
         registry = self._registry.of(caller.tenant)
         await self._ask(caller, model, delete_model, registry, self._queue, base, adapter, version)
         return {"id": model, "object": "model", "deleted": True}
 
-    async def promote(self, request: Request, model: str) -> dict[str, Any]:
-        """`{"alias": "prod"}`, and if need be `"gates": [{"metric": "validation_loss", "max": 0.5}]`."""
+    async def promote(self, request: Request, model: str) -> AliasObject:
+        """Let an alias mean this version, if it passes the gates that come with the request, or those of before."""
         caller, base, adapter, version = await self._adapter(request, model)
         alias, gates = _promotion(await request.body())
         registry = self._registry.of(caller.tenant)
@@ -105,7 +132,8 @@ class Models:
         moved = await self._ask(caller, model, promote, registry, found, alias, gates)
         return _alias_object(f"{base}:{adapter}@{alias}", moved)
 
-    async def roll_back(self, request: Request, model: str) -> dict[str, Any]:
+    async def roll_back(self, request: Request, model: str) -> AliasObject:
+        """Let an alias mean again what it meant before."""
         caller, base, adapter, alias = await self._adapter(request, model)
         registry = self._registry.of(caller.tenant)
         moved = await self._ask(caller, model, roll_back, registry, base, adapter, alias or LATEST)
@@ -115,7 +143,7 @@ class Models:
         """Return the adapters that a caller sees, of bases that are served, and whose they are."""
         return [one for one in await self._names.entries(caller.tenant) if one[1].base in self._bases]
 
-    async def _listed(self, owner: str, entry: AdapterEntry) -> dict[str, Any] | None:
+    async def _listed(self, owner: str, entry: AdapterEntry) -> Model | None:
         """Return an adapter; None where its latest version was deleted meanwhile, or is damaged."""
         key = (owner, entry.base, entry.name, entry.version)
         if key not in self._lineages:
@@ -152,12 +180,12 @@ class Models:
             raise ApiError(409, str(error), "model_in_use", "model") from error
 
 
-def _lineage(version: AdapterVersion) -> dict[str, Any]:
-    """Return where a version comes from."""
-    return {name: finite(version.manifest[name]) for name in _LINEAGE if name in version.manifest}
+def _lineage(version: AdapterVersion) -> Lineage:
+    manifest = version.manifest
+    return cast(Lineage, {name: finite(manifest[name]) for name in Lineage.__annotations__ if name in manifest})
 
 
-def _alias_object(model: str, alias: Alias) -> dict[str, Any]:
+def _alias_object(model: str, alias: Alias) -> AliasObject:
     meaning = alias.meaning
     return {
         "id": model,

@@ -9,7 +9,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal, NotRequired
+
+from typing_extensions import TypedDict
 
 from cluster.registry import LATEST
 from deploy.api.schemas import CompletionRequest
@@ -38,9 +40,33 @@ def parse_model(model: str, bases: Sequence[str]) -> ModelName | None:
     return ModelName(base, adapter or None, version or LATEST)
 
 
-def model_object(model: str, base: str, created: float, digest: str | None = None) -> dict[str, Any]:
-    """Return OpenAI's Model; `root` is the base, as in vLLM, and `digest` that of the adapter's content."""
-    fields = {"id": model, "object": "model", "created": int(created), "owned_by": "lora", "root": base}
+class Lineage(TypedDict, total=False):
+    """What an adapter's manifest says of where it comes from."""
+
+    job: Any
+    dataset_sha256: Any
+    base_fingerprint: Any
+    metrics: Any
+    imported_from: Any
+
+
+class Model(Lineage):
+    """OpenAI's Model. `root` is the base, as in vLLM; an adapter has the digest of its content and its version's number
+    too, and its other aliases: of one version, those that mean it.
+    """
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    digest: NotRequired[str]
+    version: NotRequired[int | None]
+    aliases: NotRequired[list[str] | dict[str, int | str]]
+
+
+def model_object(model: str, base: str, created: float, digest: str | None = None) -> Model:
+    fields: Model = {"id": model, "object": "model", "created": int(created), "owned_by": "lora", "root": base}
     return fields if digest is None else {**fields, "digest": digest}
 
 

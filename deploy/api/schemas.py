@@ -10,14 +10,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    field_validator,
+)
 from pydantic_core import ErrorDetails
 
 from cluster.requirements import requirement
 from deploy.api.errors import ApiError
 from deploy.serving.protocol import GenerateRequest, TokenIds
 from lora_core.data.json_values import shown, unusable, whole_number
-from lora_core.data.messages import for_template, message_problems
+from lora_core.data.messages import ROLES, for_template, message_problems
 from lora_core.inference.sampling_params import SamplingParams
 
 # Parameters that would change the answer and are not implemented, with the values at which they change nothing.
@@ -53,6 +61,28 @@ _MOST_MESSAGES = 10_000  # else there may be a mistake in each of a million
 MOST_LOGPROBS = 20
 """Of the likeliest tokens that are shown beside each: OpenAI's limit for chats."""
 
+Message = Annotated[
+    dict[str, Any],
+    WithJsonSchema(
+        {
+            "type": "object",
+            "required": ["role"],
+            "properties": {
+                "role": {"enum": [*ROLES, "developer"]},
+                "content": {
+                    "description": "a text, or parts of the type text; missing only beside tool_calls",
+                    "type": ["string", "array", "null"],
+                    "items": {"type": "object", "properties": {"type": {"const": "text"}, "text": {"type": "string"}}},
+                },
+                "name": {"type": ["string", "null"]},
+                "tool_call_id": {"type": ["string", "null"]},
+                "tool_calls": {"type": ["array", "null"], "items": {"type": "object"}},
+            },
+        }
+    ),
+]
+"""Judged by `message_problems`."""
+
 TokenId = Annotated[str, Field(pattern=r"^\d{1,9}$")]
 
 Problem = tuple[str, str, str]
@@ -63,6 +93,13 @@ class _Strict(BaseModel):
     """No conversions ("1" is no number); what a model does not name is judged by `_unsupported`."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+
+
+def _closed(schema: dict[str, Any], kind: type[CompletionRequest]) -> None:
+    """Complete the schema of a request with what `_unsupported` lets pass."""
+    neutral = {name: {"enum": [*values, None]} for name, values in kind.neutral.items()}
+    schema["properties"] |= neutral | {name: {} for name in _HARMLESS}
+    schema["additionalProperties"] = False
 
 
 def _or_else(value: Any, validate: ValidatorFunctionWrapHandler, sentence: str) -> Any:
@@ -124,6 +161,8 @@ class CompletionRequest(_Strict):
     """What both kinds of completion share. Null counts as not given; the defaults are OpenAI's. `top_k`, `min_p` and
     `repetition_penalty` are vLLM's.
     """
+
+    model_config = ConfigDict(json_schema_extra=_closed)
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
@@ -252,7 +291,7 @@ class ChatRequest(CompletionRequest):
 
     neutral = _NEUTRAL_CHAT
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=_MOST_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=_MOST_MESSAGES)]
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)

@@ -6,16 +6,21 @@ import asyncio
 from collections import Counter
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Literal
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
+from typing_extensions import TypedDict
 
+from deploy.api.bodies import PartBody, body_of
 from deploy.api.errors import ApiError
 from deploy.api.file_store import FileStore, NewFile
 from deploy.api.files import (
+    LEAST_SECONDS,
     MOST_BYTES,
+    MOST_SECONDS,
     PURPOSE,
+    File,
     about_expiry,
     about_file,
     file_object,
@@ -35,8 +40,8 @@ MOST_PART_BYTES = 64 * 2**20
 class ExpiresAfter(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    anchor: str
-    seconds: int
+    anchor: str = Field(json_schema_extra={"const": "created_at"})
+    seconds: int = Field(json_schema_extra={"minimum": LEAST_SECONDS, "maximum": MOST_SECONDS})
 
 
 class UploadRequest(BaseModel):
@@ -47,7 +52,7 @@ class UploadRequest(BaseModel):
     bytes: int = Field(ge=1, le=MOST_BYTES)
     filename: str
     mime_type: str
-    purpose: str
+    purpose: str = Field(json_schema_extra={"const": PURPOSE})
     expires_after: ExpiresAfter | None = None
 
 
@@ -58,19 +63,44 @@ class CompleteRequest(BaseModel):
     md5: str | None = None
 
 
+class UploadObject(TypedDict):
+    """OpenAI's Upload; `file` is there once it is completed."""
+
+    id: str
+    object: Literal["upload"]
+    bytes: int
+    created_at: int
+    expires_at: int
+    filename: str
+    purpose: str
+    status: Literal["pending", "completed", "cancelled"]
+    file: File | None
+
+
+class Part(TypedDict):
+    """OpenAI's UploadPart."""
+
+    id: str
+    object: Literal["upload.part"]
+    created_at: int
+    upload_id: str
+
+
 class UploadRoutes:
     """The routes on one store."""
 
     def __init__(self, store: FileStore) -> None:
         self._store = store
-        self._completions = SingleFlight[dict[str, Any]]()
-        self.router = APIRouter(prefix="/v1/uploads", dependencies=[Depends(needs(Scope.TRAIN))])
+        self._completions = SingleFlight[UploadObject]()
+        self.router = APIRouter(prefix="/v1/uploads", dependencies=[Depends(needs(Scope.TRAIN))], tags=["Uploads"])
         self.router.add_api_route("", self.create, methods=["POST"])
-        self.router.add_api_route("/{upload_id}/parts", self.add_part, methods=["POST"])
+        form = body_of(PartBody, "multipart/form-data")
+        self.router.add_api_route("/{upload_id}/parts", self.add_part, methods=["POST"], openapi_extra=form)
         self.router.add_api_route("/{upload_id}/complete", self.complete, methods=["POST"])
         self.router.add_api_route("/{upload_id}/cancel", self.cancel, methods=["POST"])
 
-    async def create(self, request: Request, asked: UploadRequest) -> dict[str, Any]:
+    async def create(self, request: Request, asked: UploadRequest) -> UploadObject:
+        """Begin an upload in parts."""
         expiry = asked.expires_after
         problems = about_file(asked.filename, asked.purpose)
         refuse(problems + ([] if expiry is None else about_expiry(expiry.anchor, expiry.seconds)))
@@ -79,7 +109,8 @@ class UploadRoutes:
         new = (tenant, asked.filename, asked.purpose, asked.bytes, seconds)
         return upload_object(await asyncio.to_thread(self._store.table.begin_upload, *new))
 
-    async def add_part(self, request: Request, upload_id: str) -> dict[str, Any]:
+    async def add_part(self, request: Request, upload_id: str) -> Part:
+        """Send a part of at most 64 MiB."""
         refuse_large(request, MOST_PART_BYTES, "data")
         upload = await self._pending(request, upload_id)
         with ExitStack() as stack:
@@ -93,8 +124,8 @@ class UploadRoutes:
             "id": part.id, "object": "upload.part", "created_at": int(part.created_at), "upload_id": upload_id
         }  # fmt: skip
 
-    async def complete(self, request: Request, upload_id: str, asked: CompleteRequest) -> dict[str, Any]:
-        """Make the file. Who asks again, since the answer was lost, gets the same."""
+    async def complete(self, request: Request, upload_id: str, asked: CompleteRequest) -> UploadObject:
+        """Make the file of parts in this order. Who asks again, since the answer was lost, gets the same."""
         tenant = caller_of(request).tenant
         upload = await self._upload(tenant, upload_id)
         if upload.status is UploadStatus.COMPLETED:
@@ -103,13 +134,14 @@ class UploadRoutes:
             raise _ended(upload_id)
         return await self._completions.do(upload_id, partial(self._join, upload, asked))
 
-    async def cancel(self, request: Request, upload_id: str) -> dict[str, Any]:
+    async def cancel(self, request: Request, upload_id: str) -> UploadObject:
+        """Give an upload up, with the parts that are there."""
         upload = await self._pending(request, upload_id)
         if not await asyncio.to_thread(self._store.end_upload, upload, UploadStatus.CANCELLED):
             raise _ended(upload_id)
         return upload_object(await self._upload(upload.tenant, upload_id))
 
-    async def _join(self, upload: Upload, asked: CompleteRequest) -> dict[str, Any]:
+    async def _join(self, upload: Upload, asked: CompleteRequest) -> UploadObject:
         parts = {part.id: part for part in await asyncio.to_thread(self._store.table.parts, upload.id)}
         refuse(_part_problems(upload, parts, asked.part_ids))
         with self._store.spool() as spooled:
@@ -124,9 +156,9 @@ class UploadRoutes:
             raise _ended(upload.id)
         return await self._completed(await self._upload(upload.tenant, upload.id))
 
-    async def _completed(self, upload: Upload) -> dict[str, Any]:
+    async def _completed(self, upload: Upload) -> UploadObject:
         file = await self._store.file(upload.tenant, str(upload.file_id))
-        return upload_object(upload) | {"file": file_object(file)}
+        return {**upload_object(upload), "file": file_object(file)}
 
     async def _pending(self, request: Request, upload_id: str) -> Upload:
         upload = await self._upload(caller_of(request).tenant, upload_id)
@@ -142,8 +174,8 @@ class UploadRoutes:
         return upload
 
 
-def upload_object(upload: Upload) -> dict[str, Any]:
-    """Return OpenAI's Upload, without a file."""
+def upload_object(upload: Upload) -> UploadObject:
+    """Return an upload, without its file."""
     return {
         "id": upload.id,
         "object": "upload",
@@ -152,7 +184,7 @@ def upload_object(upload: Upload) -> dict[str, Any]:
         "expires_at": int(upload.expires_at),
         "filename": upload.filename,
         "purpose": upload.purpose,
-        "status": upload.status,
+        "status": upload.status.value,
         "file": None,
     }
 

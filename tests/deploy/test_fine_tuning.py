@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -16,82 +14,15 @@ from openai.types import FileObject, Model
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 
 from cluster.adapter_lifecycle import delete_adapter
-from cluster.registry import AdapterRegistry
-from cluster.settings import Settings
-from cluster.storage.directory import open_storage
 from deploy.api.job_requests import WINDOW_SECONDS
-from jobs.job import EventKind, JobStatus, SessionKey, SessionState
-from jobs.store.api_keys import KeyTable, Scope
-from jobs.store.database import Database
-from jobs.store.jobs import JobQueue
-from tests.support.api_server import running_gateway
-from tests.support.tiny_models import save_tiny_model
-
-ROWS = [{"prompt": f"item {i}: ", "completion": f"code {i}"} for i in range(10)]
-FIGURES: Any = {"step": 6, "loss": 0.5, "first_loss": 2.0, "tokens": 600, "supervised_tokens": 60}
-
-
-class Site:
-    """A running gateway, the queue and registry behind it, and a client for each tenant."""
-
-    def __init__(self, home: Path, url: str, settings: Settings, gateway: Any) -> None:
-        self.url, self.gateway = url, gateway
-        self.database = Database(settings.database_url)
-        self.queue = JobQueue(self.database)
-        self.rows = home / "rows.jsonl"
-        self.rows.write_text("\n".join(json.dumps(row) for row in ROWS))
-        self.client, self.other = self.key("acme", Scope.ADMIN), self.key("other", Scope.ADMIN)
-        self.registry = AdapterRegistry(open_storage(settings.storage_url), "acme")
-
-    def key(self, tenant: str, *scopes: Scope, **limits: int) -> openai.OpenAI:
-        """The client of a new key, which counts already."""
-        _, secret = KeyTable(self.database).create(tenant, frozenset(scopes), **limits)
-        self.gateway._keys.load()
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=secret, max_retries=0)
-
-    def create(self, suffix: str, headers: dict[str, str] | None = None, **options: Any) -> FineTuningJob:
-        sent = {"model": "tiny", "training_file": str(self.rows), "suffix": suffix, **options}
-        return self.client.fine_tuning.jobs.create(**sent, extra_headers=headers)
-
-    def start(self, job_id: str) -> tuple[str, int]:
-        """Have a session train it, as a scheduler does; returns that and its fence."""
-        session = self.queue.create_session(SessionKey("tiny", "auto", 1), "c")
-        assert session is not None
-        up = SessionState.LAUNCHING, SessionState.RUNNING
-        assert self.queue.session_move(session.id, *up, reason="up", fence=1) and self.queue.assign(job_id, session.id)
-        return session.id, 1
-
-    def train(self, job_id: str) -> str:
-        """Bring a job to its end, as a session does; returns the version's digest."""
-        fence = self.start(job_id)
-        pace: Any = {"steps": 8, "tokens_per_second": 100.0, "step_seconds": 1.0}
-        assert self.queue.progress(job_id, *fence, FIGURES | pace)
-        assert self.client.fine_tuning.jobs.retrieve(job_id).estimated_finish
-        for step in (2, 4, 6):
-            data = {"step": step, "train_loss": 3.0 / step}
-            self.queue.log(job_id, f"step {step}", kind=EventKind.METRICS, data=data)
-        self.queue.log(job_id, "odd", data={"figures": [math.inf, 1]})
-        evaluation = {"step": 6, "loss": 0.75, "accuracy": 0.5, "tokens": 60}
-        self.queue.log(job_id, "validated", kind=EventKind.EVALUATION, data=evaluation)
-        job = self.queue.get(job_id)
-        manifest = {"job": job_id, "dataset_sha256": job.dataset_sha, "base_fingerprint": "f", "metrics": FIGURES}
-        version = self.registry.publish("tiny", job.spec.adapter, {"weights": job_id.encode()}, manifest)
-        result: Any = {"model": f"tiny:{job.spec.adapter}", "version": version.version, "number": version.number,
-                       "digest": version.digest, "adapter_bytes": 1, "metrics": FIGURES}  # fmt: skip
-        moved = JobStatus.RUNNING, JobStatus.SUCCEEDED
-        assert self.queue.move(job_id, *moved, message="published", fence=fence, result=result)
-        return version.digest
+from jobs.store.api_keys import Scope
+from tests.support.api_site import FIGURES, Site, running_site
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    home = tmp_path_factory.mktemp("site")
-    models = {"tiny": str(save_tiny_model("llama", home / "tiny"))}
-    settings = Settings(
-        home=home, base_models=models, cluster="c", max_workers=2, key_seconds=0.02, notice_seconds=0.02
-    )
-    with running_gateway(settings) as (url, _, gateway):
-        yield Site(home, url, settings, gateway)
+    with running_site(tmp_path_factory.mktemp("site")) as site:
+        yield site
 
 
 def refused(site: Site, **sent: Any) -> openai.APIStatusError:

@@ -26,11 +26,14 @@ class Hello:
     def __init__(self) -> None:
         self.asked: GenerateRequest | None = None
         self.answer, self.stream, self.load = (
-            SimpleNamespace(remote=call) for call in (self._answer, self._stream, lambda *_: None)
+            SimpleNamespace(remote=call) for call in (self._answer, self._stream, self._load)
         )
 
     def options(self, **_: Any) -> Hello:
         return self
+
+    async def _load(self, *_: Any) -> None:
+        """Nothing, as answers are not an adapter's."""
 
     async def _answer(self, asked: GenerateRequest) -> Completion:
         self.asked = asked
