@@ -49,7 +49,7 @@ pytest_plugins = ["tests.support.queue_kit"]
 
 def test_a_value_that_no_column_holds_is_a_sentence(queue: JobQueue) -> None:
     """SQLite holds it; PostgreSQL does not, and what asks for it is no bug of ours."""
-    with pytest.raises((JobNotFoundError, UnstorableValueError), match="there is no job|the database cannot hold"):
+    with pytest.raises((JobNotFoundError, UnstorableValueError), match=r"there is no job|the database cannot hold"):
         queue.find("default", "job-\0")
 
 
