@@ -1,109 +1,34 @@
-"""What must hold for the Kubernetes manifests: their schemas, and what the project asks of them beyond those.
-
-A check takes the rendered objects and answers with its complaints: a test shows it a fault and sees it refuse.
-"""
+"""What the project asks of its manifests. A check takes rendered objects and answers with its complaints."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import jsonschema
 import yaml
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from cluster.settings import Settings
+from tests.k8s.objects import CLUSTER_OF, GPU, K8S, Object, Pod, groups, named, pods, ray_specs
 
-Object = dict[str, Any]
-
-ROOT = Path(__file__).parents[2]
-BASE = ROOT / "k8s" / "base"
-RAY_KINDS = ("RayCluster", "RayService")
-GPU = "nvidia.com/gpu"
 DATABASE_SECRET = "lora-database"
-SEES_DATABASE = {"RayCluster/lora-training/driver", "RayService/lora-serving/head", "Deployment/lora-scheduler"}
-
-
-def our_schemas() -> dict[str, Object]:
-    """Kind -> JSON Schema that refuses unknown fields, of the fields that the manifests use."""
-    kinds = yaml.safe_load((Path(__file__).parent / "fields.yaml").read_text())["kinds"]
-    return {kind: strict(schema) for kind, schema in kinds.items()}
-
-
-def kuberay_schemas(folder: Path) -> dict[str, Object]:
-    """The same of all fields that there are, from a folder of KubeRay's custom resource definitions."""
-    schemas = {}
-    for kind in RAY_KINDS:
-        crd = yaml.load((folder / f"ray.io_{kind.lower()}s.yaml").read_text(), yaml.CSafeLoader)
-        version = next(version for version in crd["spec"]["versions"] if version["name"] == "v1")
-        schemas[kind] = strict(version["schema"]["openAPIV3Schema"])
-    # KubeRay carries Kubernetes' own pod template, which serves for a Deployment too.
-    groups = schemas["RayCluster"]["properties"]["spec"]["properties"]["workerGroupSpecs"]
-    schemas["Deployment"] = {
-        "properties": {"spec": {"properties": {"template": groups["items"]["properties"]["template"]}}}
-    }
-    return schemas
-
-
-def strict(schema: Object) -> Object:
-    """The schema with every object closed: the API server would drop an unknown field, and with it what was meant."""
-    closed = dict(schema)
-    if "properties" in schema:
-        closed["type"] = "object"
-        closed["properties"] = {name: strict(part) for name, part in schema["properties"].items()}
-        closed["additionalProperties"] = False
-    if "items" in schema:
-        closed["items"] = strict(schema["items"])
-    return closed
-
-
-def schema_problems(manifests: list[Object], schemas: dict[str, Object]) -> list[str]:
-    """Where an object breaks the schema of its kind; kinds without a schema here pass."""
-    problems = []
-    for item in manifests:
-        schema = schemas.get(item["kind"], {})
-        for error in jsonschema.Draft202012Validator(schema).iter_errors(item):
-            problems.append(f"{item['kind']}: {error.json_path}: {error.message[:200]}")
-    return problems
-
-
-def named(manifests: list[Object], kind: str) -> dict[str, Object]:
-    """Name -> object, for one kind."""
-    return {item["metadata"]["name"]: item for item in manifests if item["kind"] == kind}
-
-
-def ray_specs(manifests: list[Object]) -> Iterator[tuple[str, Object]]:
-    """`Kind/name` and cluster spec of everything that becomes a Ray cluster."""
-    for item in manifests:
-        if item["kind"] in RAY_KINDS:
-            spec = item["spec"] if item["kind"] == "RayCluster" else item["spec"]["rayClusterConfig"]
-            yield f"{item['kind']}/{item['metadata']['name']}", spec
-
-
-def pods(manifests: list[Object]) -> Iterator[tuple[str, Object]]:
-    """Where a pod comes from, and its spec; the autoscaler that KubeRay puts into a head is a container of it."""
-    for where, spec in ray_specs(manifests):
-        head = spec["headGroupSpec"]["template"]["spec"]
-        autoscaler = {"name": "autoscaler", **spec.get("autoscalerOptions", {})}
-        yield f"{where}/head", {**head, "containers": [*head["containers"], autoscaler]}
-        for group in spec.get("workerGroupSpecs", []):
-            yield f"{where}/{group['groupName']}", group["template"]["spec"]
-    for name, item in named(manifests, "Deployment").items():
-        yield f"Deployment/{name}", item["spec"]["template"]["spec"]
-
-
-def containers(pod: Object) -> list[Object]:
-    return [*pod["containers"], *pod.get("initContainers", [])]
+SEES_DATABASE = {
+    "RayCluster/lora-training/driver",
+    "RayService/lora-serving/head",
+    "RayJob/lora-training/head",  # the scheduler runs there
+    "RayJob/lora-training/driver",
+    "Deployment/lora-scheduler",
+    "StatefulSet/postgres",
+}
+OURS = ("ray-lora:", "ray-lora-vllm:")
 
 
 def placement_problems(manifests: list[Object]) -> list[str]:
-    """Pods of another Ray, and work where it does not belong."""
+    """Pods of another Ray, work where it does not belong, and GPUs that nobody can have."""
     problems = []
     for where, spec in ray_specs(manifests):
-        for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+        for group in groups(spec):
             place = f"{where}/{group.get('groupName', 'head')}"
             alone = place == f"{where}/head" or place in SEES_DATABASE
             if alone and group["rayStartParams"].get("num-cpus") != "0":
@@ -113,6 +38,45 @@ def placement_problems(manifests: list[Object]) -> list[str]:
             for container in group["template"]["spec"]["containers"]:
                 if not container["image"].endswith(f"ray{spec['rayVersion']}"):
                     problems.append(f"{place}: image {container['image']} is not of Ray {spec['rayVersion']}")
+    checkpoint = float(named(manifests, "ConfigMap")["lora-settings"]["data"]["LORA_CHECKPOINT_SECONDS"])
+    for pod in pods(manifests):
+        tolerated = [toleration.get("key") for toleration in pod.spec.get("tolerations", [])]
+        if pod.gpus and GPU not in tolerated:
+            problems.append(f"{pod.where}: GPU nodes are tainted, and it does not tolerate that")
+        working = pod.labels.get("ray.io/node-type") == "worker"
+        if working and pod.spec.get("terminationGracePeriodSeconds", 30) < checkpoint:
+            problems.append(f"{pod.where}: is killed before a checkpoint is written")
+    return problems
+
+
+def security_problems(manifests: list[Object]) -> list[str]:
+    """What Kubernetes' restricted profile asks of pods, images that may change, and sizes that are not said."""
+    problems = []
+    for pod in pods(manifests):
+        if pod.spec.get("securityContext", {}).get("runAsNonRoot") is not True:
+            problems.append(f"{pod.where}: may run as root")
+        for container in pod.containers:
+            context = container.get("securityContext", {})
+            if context.get("allowPrivilegeEscalation") is not False or "ALL" not in str(context.get("capabilities")):
+                problems.append(f"{pod.where}/{container['name']}: may gain rights")
+            if container["name"] == "autoscaler":
+                continue
+            if not re.search(r":.*\d+\.\d+", container["image"]):
+                problems.append(f"{pod.where}: image {container['image']} may change")
+            problems += [f"{pod.where}: {problem}" for problem in size_problems(container.get("resources", {}))]
+    return problems
+
+
+def size_problems(resources: Object) -> list[str]:
+    """Of a container's requests and limits."""
+    requests, limits = resources.get("requests", {}), resources.get("limits", {})
+    problems = [f"requests no {name}" for name in ("cpu", "memory") if name not in requests]
+    problems += ["limits no memory"] if "memory" not in limits else []
+    if requests.get("memory") != limits.get("memory") or requests.get(GPU) != limits.get(GPU):
+        problems.append("memory or GPUs are requested and limited differently")
+    for name, value in (*requests.items(), *limits.items()):
+        if not re.fullmatch(r"\d+(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?", str(value)):
+            problems.append(f"{name} {value} is no quantity")
     return problems
 
 
@@ -133,24 +97,27 @@ def secrets_seen(tree: Any) -> set[str]:
 def reference_problems(manifests: list[Object]) -> list[str]:
     """Objects that a pod names and nobody makes, and secrets in the wrong hands."""
     problems = [f"Secret/{name}: values are committed" for name in named(manifests, "Secret")]
-    created_by_hand = set(re.findall(r"create secret generic (\S+)", (BASE.parent / "README.md").read_text()))
-    tokens = {
-        name for name, item in named(manifests, "RayCluster").items() if item["spec"]["authOptions"]["mode"] == "token"
-    }
-    for where, pod in pods(manifests):
-        secrets = secrets_seen(pod)
-        problems += [f"{where}: nothing makes secret {name}" for name in sorted(secrets - created_by_hand - tokens)]
-        if (DATABASE_SECRET in secrets) != (where in SEES_DATABASE):
-            problems.append(f"{where}: {'sees' if DATABASE_SECRET in secrets else 'lacks'} the database secret")
-        if pod.get("enableServiceLinks", True):
-            problems.append(f"{where}: enableServiceLinks lets a Service named lora-x set LORA_X_PORT")
-        account = pod.get("serviceAccountName")
+    readme = (K8S / "README.md").read_text()
+    by_hand = set(re.findall(r"create secret generic (\S+)", readme))
+    tokens = set(named(manifests, *CLUSTER_OF))  # of `mode: token`, which the schemas ask for
+    for item in manifests:
+        if item["kind"] not in ("Namespace", "ResourceFlavor", "ClusterQueue"):
+            name = f"{item['kind']}/{item['metadata']['name']}"
+            problems += [] if item["metadata"].get("namespace") == "ray-lora" else [f"{name}: is in another namespace"]
+    for pod in pods(manifests):
+        secrets = secrets_seen(pod.spec)
+        problems += [f"{pod.where}: nothing makes secret {name}" for name in sorted(secrets - by_hand - tokens)]
+        if (DATABASE_SECRET in secrets) != (pod.where in SEES_DATABASE):
+            problems.append(f"{pod.where}: {'sees' if DATABASE_SECRET in secrets else 'lacks'} the database secret")
+        if pod.spec.get("enableServiceLinks", True):
+            problems.append(f"{pod.where}: enableServiceLinks lets a Service named lora-x set LORA_X_PORT")
+        account = pod.spec.get("serviceAccountName")
         if account and account not in named(manifests, "ServiceAccount"):
-            problems.append(f"{where}: ServiceAccount {account} is not here")
-        for source in [source for container in containers(pod) for source in container.get("envFrom", [])]:
+            problems.append(f"{pod.where}: ServiceAccount {account} is not here")
+        for source in [source for container in pod.containers for source in container.get("envFrom", [])]:
             config_map = source.get("configMapRef", {}).get("name")
             if config_map and config_map not in named(manifests, "ConfigMap"):
-                problems.append(f"{where}: ConfigMap {config_map} is not here")
+                problems.append(f"{pod.where}: ConfigMap {config_map} is not here")
     return problems
 
 
@@ -162,38 +129,40 @@ def variables(container: Object, manifests: list[Object]) -> dict[str, str]:
     return found | {entry["name"]: entry.get("value", "") for entry in container.get("env", [])}
 
 
+def workers(spec: Object) -> int:
+    """Ranks that a training cluster can have: one a GPU, or one a CPU pod of those that take work."""
+    found = [(group, Pod("", {}, group["template"]["spec"])) for group in spec["workerGroupSpecs"]]
+    gpus = sum(group["maxReplicas"] * pod.gpus for group, pod in found)
+    return gpus or sum(group["maxReplicas"] * int(group["rayStartParams"].get("num-cpus", 0)) for group, _ in found)
+
+
 def code_problems(manifests: list[Object]) -> list[str]:
     """Variables and keys that the code does not read, and names that must agree and do not."""
     known = {f"LORA_{field.upper()}" for field in Settings.model_fields}
-    ((cluster, training),) = named(manifests, "RayCluster").items()
-    groups = training["spec"]["workerGroupSpecs"]
-    gpus = [group["maxReplicas"] * pod_gpus(group["template"]["spec"]) for group in groups]
-    drivers = [group["labels"] for group in groups if f"RayCluster/{cluster}/{group['groupName']}" in SEES_DATABASE]
+    ((where, training),) = (pair for pair in ray_specs(manifests) if not pair[0].startswith("RayService/"))
+    cluster = where.rpartition("/")[2]
+    drivers = [group["labels"] for group in training["workerGroupSpecs"] if group["groupName"] == "driver"]
     agreed = {
         "LORA_CLUSTER": cluster,
         "RAY_API_SERVER_ADDRESS": f"http://{cluster}-head-svc:8265",
-        "LORA_MAX_WORKERS": str(sum(gpus)),
+        "LORA_MAX_WORKERS": str(workers(training)),
         "LORA_DRIVER_LABELS": json.dumps(drivers[0]),
     }
     problems = []
-    for where, pod in pods(manifests):
-        for container in containers(pod):
-            environment = variables(container, manifests)
-            ports = {port.get("name"): str(port["containerPort"]) for port in container.get("ports", [])}
-            expected = agreed | {"LORA_METRICS_PORT": ports.get("metrics")}
-            for name, value in environment.items():
+    for pod in pods(manifests):
+        for container in pod.containers:
+            if not container.get("image", OURS[0]).startswith(OURS):
+                continue
+            for name, value in variables(container, manifests).items():
                 if name.startswith("LORA_") and name not in known:
-                    problems.append(f"{where}: no setting is called {name}")
-                if expected.get(name, value) != value:
-                    problems.append(f"{where}: {name} is {value}, not {expected[name]}")
+                    problems.append(f"{pod.where}: no setting is called {name}")
+                if agreed.get(name, value) != value:
+                    problems.append(f"{pod.where}: {name} is {value}, not {agreed[name]}")
+                if name == "LORA_METRICS_PORT" and int(value) not in pod.ports.values():
+                    problems.append(f"{pod.where}: LORA_METRICS_PORT is {value}, which is no port of it")
     for name, item in named(manifests, "RayService").items():
         problems += [f"RayService/{name}: {problem}" for problem in serve_problems(item["spec"]["serveConfigV2"])]
     return problems
-
-
-def pod_gpus(pod: Object) -> int:
-    """How many GPUs a pod takes."""
-    return sum(int(container["resources"]["limits"].get(GPU, 0)) for container in containers(pod))
 
 
 def serve_problems(config_text: str) -> list[str]:
