@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib.util
+import ipaddress
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from cluster.requirements import requirement
 
 PREFIX = "LORA_"
 DEMO_MODEL = "smollm2-135m"
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -140,6 +142,9 @@ class Settings(BaseSettings):
     key_seconds: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     """How soon an API key that was created or revoked counts: one small read of the database each time."""
 
+    webhook_networks: Annotated[list[Network], NoDecode] = Field(default_factory=list)
+    """Private networks that webhooks may be sent to, as JSON: `["10.0.0.0/8"]`; there without https, too."""
+
     gateway_labels: Annotated[dict[str, str], NoDecode] = Field(default_factory=dict)
     """Ray node labels, as JSON, of the nodes where the gateway may run: those that may see the database."""
 
@@ -154,7 +159,7 @@ class Settings(BaseSettings):
         except RuntimeError:
             raise ValueError("this user is not known here; give a path without ~") from None
 
-    @field_validator("base_models", "driver_labels", "gateway_labels", mode="before")
+    @field_validator("base_models", "driver_labels", "gateway_labels", "webhook_networks", mode="before")
     @classmethod
     def _parsed(cls, value: Any) -> Any:
         if not isinstance(value, str):

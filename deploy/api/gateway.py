@@ -38,11 +38,14 @@ from deploy.api.responses import (
 from deploy.api.schemas import ChatRequest, CompletionRequest, TextRequest, read_request
 from deploy.api.tenant_names import TenantNames
 from deploy.api.uploads import UploadRoutes
+from deploy.api.webhook_sender import WebhookSender
+from deploy.api.webhooks import WebhookRoutes
 from deploy.serving.protocol import Delta, ErrorResponse, GenerateRequest, StreamStart
 from jobs.store.api_keys import KeyTable, Scope
 from jobs.store.database import Database
 from jobs.store.files import FileTable
 from jobs.store.jobs import JobQueue
+from jobs.store.webhooks import WebhookTable
 
 log = logging.getLogger("ray.serve.lora")
 
@@ -108,10 +111,13 @@ class Gateway:
         self._files = FileStore(FileTable(database), self._registry.storage, settings.home / "incoming")
         self._models = Models(list(servers), names, self._registry, queue)
         self._fine_tuning = FineTuning(settings, queue, self._files, admission)
+        sender = WebhookSender(webhooks := WebhookTable(database), settings.webhook_networks)
+        self._webhooks = WebhookRoutes(webhooks, sender)
         running = asyncio.get_running_loop()
         running.set_default_executor(ThreadPoolExecutor(_THREADS, "gateway"))
         self._always = [running.create_task(self._keys.follow(settings.key_seconds))]
         self._always.append(running.create_task(self._files.sweep()))
+        self._always.append(running.create_task(sender.follow()))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application: Serve asks for it once, in the replica."""
@@ -131,7 +137,8 @@ class Gateway:
                 responses={200: {"model": whole, "content": {"text/event-stream": {}}}},
             )
         routers = self._models.router(), self._fine_tuning.router()  # whose result files come before other files
-        return make_api(self._keys, router, *routers, FileRoutes(self._files).router, UploadRoutes(self._files).router)
+        files = FileRoutes(self._files).router, UploadRoutes(self._files).router
+        return make_api(self._keys, router, *routers, *files, self._webhooks.router)
 
     async def healthz(self) -> dict[str, str]:
         """Tell that the gateway is up."""

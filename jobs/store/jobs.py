@@ -37,6 +37,7 @@ from jobs.spec import JobSpec
 from jobs.store.pages import JobPages, event_of, job_of
 from jobs.store.schema import events, jobs
 from jobs.store.sessions import Fence, fence_holds, lease_holds, locked_session
+from jobs.store.webhooks import add_deliveries
 
 SUBMIT_LOCK = 0x4C6F5242  # any number that no other user of the same PostgreSQL database takes for advisory locks
 
@@ -298,6 +299,8 @@ class JobQueue(JobPages):
             return False
         level = "error" if to is JobStatus.FAILED else "info"
         self._event(conn, job_id, message, level, kind, {"from": from_, "to": to} | (data or {}))
+        if to in TERMINAL:
+            add_deliveries(conn, job_id, to, now)
         return True
 
     def _locked_job(self, conn: sa.Connection, job_id: str) -> Job:

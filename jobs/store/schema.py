@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from jobs.job import TERMINAL, DatabaseSettingError, EventKind, JobStatus, SessionState
 
-REVISION = "client_requests"
+REVISION = "webhooks"
 """The newest migration's."""
 MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -211,6 +211,36 @@ upload_parts = sa.Table(
     sa.Column("created_at", sa.Double, nullable=False),
 )
 sa.Index("upload_parts_by_upload", upload_parts.c.upload_id)
+
+webhook_endpoints = sa.Table(
+    "webhook_endpoints",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("tenant", sa.Text, nullable=False),
+    sa.Column("name", _Text, nullable=False),
+    sa.Column("url", _Text, nullable=False),
+    sa.Column("event_types", sa.Text, nullable=False),
+    sa.Column("secret", sa.Text, nullable=False),
+    sa.Column("old_secret", sa.Text),
+    sa.Column("old_secret_until", sa.Double),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("updated_at", sa.Double, nullable=False),
+)
+sa.Index("webhook_endpoints_by_tenant", webhook_endpoints.c.tenant, webhook_endpoints.c.created_at)
+
+# What is still to be told; `next_at` is when somebody may try.
+webhook_deliveries = sa.Table(
+    "webhook_deliveries",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("endpoint_id", sa.Text, nullable=False),
+    sa.Column("event_type", sa.Text, nullable=False),
+    sa.Column("job_id", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("next_at", sa.Double, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False),
+)
+sa.Index("webhook_deliveries_by_time", webhook_deliveries.c.next_at)
 
 schema_version = sa.Table("lora_schema_version", metadata, sa.Column("version_num", sa.String(32), primary_key=True))
 

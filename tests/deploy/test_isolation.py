@@ -68,13 +68,28 @@ def adapter(site: Site) -> str:
     return "tiny:mine"
 
 
+def endpoint(site: Site) -> str:
+    for one in site.client.webhooks.list():
+        site.client.webhooks.delete(one.id)
+    kinds: Any = ["fine_tuning.job.failed"]
+    return site.client.webhooks.create(name="mine", url="http://127.0.0.1:9", event_types=kinds).id
+
+
+def answering(site: Site) -> str:
+    """It tells itself, which takes any body that says nothing."""
+    found = endpoint(site)
+    site.client.webhooks.update(found, url=f"{site.url}/healthz")
+    return found
+
+
 def chat(_: Site, model: str) -> dict[str, Any]:
     return {"model": model, "messages": [{"role": "user", "content": "Hi"}]}
 
 
 NUMBERS = count()
-JOB, FILE, UPLOAD, MODEL = (
-    "/v1/fine_tuning/jobs/{job_id}", "/v1/files/{file_id}", "/v1/uploads/{upload_id}", "/v1/models/{model}"
+JOB, FILE, UPLOAD, MODEL, ENDPOINT = (
+    "/v1/fine_tuning/jobs/{job_id}", "/v1/files/{file_id}", "/v1/uploads/{upload_id}", "/v1/models/{model}",
+    "/v1/webhook_endpoints/{endpoint_id}",
 )  # fmt: skip
 NAMED = {
     "POST /v1/chat/completions": Row(adapter, chat),
@@ -100,15 +115,21 @@ NAMED = {
     f"POST {UPLOAD}/parts": Row(upload),
     f"POST {UPLOAD}/complete": Row(whole_upload, parts),
     f"POST {UPLOAD}/cancel": Row(upload),
+    f"GET {ENDPOINT}": Row(endpoint),
+    f"POST {ENDPOINT}": Row(endpoint, lambda *_: {"name": "other"}),
+    f"DELETE {ENDPOINT}": Row(endpoint),
+    f"POST {ENDPOINT}/rotate_secret": Row(endpoint),
+    f"POST {ENDPOINT}/test": Row(answering, lambda *_: {"event_type": "fine_tuning.job.failed"}),
 }
 """What names one thing: refused to the other tenant, and then answered to its own, for whom it is as it was."""
 LISTED = {
-    "GET /v1/models": adapter, "GET /v1/fine_tuning/jobs": job, "GET /v1/files": file
+    "GET /v1/models": adapter, "GET /v1/fine_tuning/jobs": job, "GET /v1/files": file,
+    "GET /v1/webhook_endpoints": endpoint,
 }  # fmt: skip
 """What names none: its own tenant finds the thing there, and the other does not."""
-MADE = {"POST /v1/files", "POST /v1/uploads"}
+MADE = {"POST /v1/files", "POST /v1/uploads", "POST /v1/webhook_endpoints"}
 """What takes no name of anything: what is made is of whoever asks, as the rows above show."""
-OF_NOBODY = {"GET /healthz"}
+OF_NOBODY = {"GET /healthz", "GET /v1/webhook_event_types"}
 
 
 def test_every_operation_has_a_row(site: Site) -> None:
@@ -122,7 +143,7 @@ def test_every_operation_has_a_row(site: Site) -> None:
 def test_what_is_named_is_not_there_for_another(site: Site, operation: str) -> None:
     row, (method, path) = NAMED[operation], operation.split()
     name = row.make(site)
-    place = path.format(job_id=name, file_id=name, upload_id=name, model=name)
+    place = path.format(job_id=name, file_id=name, upload_id=name, model=name, endpoint_id=name)
     form = (
         {"files": {"data": b"x"}} if path.endswith("/parts") else {"json": row.body(site, name) if row.body else None}
     )

@@ -83,7 +83,8 @@ def running_site(home: Path) -> Iterator[Site]:
     """Yield a site whose base is `tiny`, with two workers."""
     models = {"tiny": str(save_tiny_model("llama", home / "tiny"))}
     settings = Settings(
-        home=home, base_models=models, cluster="c", max_workers=2, key_seconds=0.02, notice_seconds=0.02
-    )
+        home=home, base_models=models, cluster="c", max_workers=2, key_seconds=0.02, notice_seconds=0.02,
+        webhook_networks=["127.0.0.0/8"],
+    )  # fmt: skip
     with running_gateway(settings) as (url, _, gateway):
         yield Site(home, url, settings, gateway)
