@@ -65,9 +65,9 @@ class TrainJob:
 class TrainResult:
     """What became of a job: the `folder` of its adapter, or the `error` that ended it.
 
-    Losses are means over the supervised tokens of a step: the first, and the last of `steps`. Where there are
-    validation rows, `evaluation` is the last one and `best` the one of the lowest loss (after a step; the start does
-    not count). `stopped` says why training ended before all epochs were done, `path` how the base computed
+    Losses are means over the supervised tokens, or the pairs, of a step: the first, and the last of `steps`. Where
+    there are validation rows, `evaluation` is the last one and `best` the one of the lowest loss (after a step; the
+    start does not count). `stopped` says why training ended before all epochs were done, `path` how the base computed
     (`models/forward.py`).
 
     `dataset` is what the rows to train on came to, with those that were dropped or truncated and the columns that were

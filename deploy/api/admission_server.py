@@ -101,5 +101,7 @@ class AdmissionServer:
         quantised = spec.precision if spec.precision in QUANTISED else None
         predicted = predictor(model.config, dtype, admitted.forward_path, device, quantised)  # type: ignore[arg-type]
         longest, kept = admitted.rows.longest, [spec.lora] if spec.train.keeps_best else []
-        plan = predicted.fit(2**62, [spec.lora], longest, longest, kept)
-        return Memory(device, plan.predicted_bytes, predicted.predict([spec.lora], longest, longest, "full", kept))
+        references = [spec.lora] if spec.train.is_preference and spec.init_adapter is not None else []
+        plan = predicted.fit(2**62, [spec.lora], longest, longest, kept, references)
+        least = predicted.predict([spec.lora], longest, longest, "full", kept, references)
+        return Memory(device, plan.predicted_bytes, least)

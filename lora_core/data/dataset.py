@@ -1,13 +1,14 @@
 """A data set, ready for training: examples no longer than allowed, and a report of what they come to.
 
     rows = read_rows(path)                                              files.py: lines, or numbers of rows
-    check_rows(rows)                                                    format.py: columns, mistakes
+    check_rows(rows, formats)                                           format.py: columns, mistakes
     train, validation = split(len(rows), fraction, seed)
     dataset = build_examples([rows[i] for i in train], tokenizer, ...)  encoding.py: ids and loss mask
     build_datasets(path, fraction_or_path, tokenizer, config)           all of it
 
 A row too long for `max_seq_len` is truncated or dropped, and counted. A row that has no supervised token then is named,
-and a data set that has none is refused: its loss would be 0 / 0.
+and a data set that has none is refused: its loss would be 0 / 0. So is a pair of answers, of which one has none or that
+are the same by then. A pair is two examples side by side, the preferred one first.
 """
 
 from __future__ import annotations
@@ -21,9 +22,21 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from lora_core.config import TrainConfig
-from lora_core.data.encoding import Example, TrainOn, encode_rows
+from lora_core.data.encoding import Example, TrainOn, encode_pairs, encode_rows
 from lora_core.data.files import read_rows
-from lora_core.data.format import DatasetError, NumberedRow, RowFormat, RowNumber, check_rows, ignored_columns, location
+from lora_core.data.format import (
+    FORMATS,
+    PREFERENCES,
+    REQUIRED_COLUMNS,
+    DatasetError,
+    Formats,
+    NumberedRow,
+    RowFormat,
+    RowNumber,
+    check_rows,
+    ignored_columns,
+    location,
+)
 from lora_core.data.json_values import shown
 
 __all__ = [
@@ -64,9 +77,14 @@ class DatasetReport:
     ignored_columns: tuple[str, ...]
 
     @property
+    def has_pairs(self) -> bool:
+        """Whether the rows are preferences."""
+        return self.format in PREFERENCES
+
+    @property
     def examples(self) -> int:
-        """Documents to train on: one a row, or one an answer where the template rewrites history."""
-        return len(self.lengths)
+        """Documents to train on: one a row, or one an answer where the template rewrites history; or pairs of them."""
+        return len(self.lengths) // (2 if self.has_pairs else 1)
 
     @property
     def tokens(self) -> int:
@@ -92,7 +110,7 @@ class DatasetReport:
         share = self.supervised_tokens / self.tokens
         packing = f"{self.packing_efficiency(self.max_seq_len):.1%} at {self.max_seq_len:,} tokens"
         return [
-            f"{self.rows:,} rows of {self.format}, {self.examples:,} examples",
+            f"{self.rows:,} rows of {self.format}, {self.examples:,} {'pairs' if self.has_pairs else 'examples'}",
             f"{self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised ({share:.1%})",
             f"longest row {self.longest:,} tokens, packing efficiency {packing}",
         ]
@@ -104,7 +122,8 @@ class DatasetReport:
             done = "truncated" if self.overlong_rule == "truncate" else "dropped"
             lines.append(f"{self.overlong:,} rows longer than max_seq_len={self.max_seq_len:,} tokens: {done}")
         if self.unlabelled:
-            lines.append(f"{len(self.unlabelled):,} rows without a supervised token: {_named(self.unlabelled)}")
+            lacking = "two answers to tell apart" if self.has_pairs else "a supervised token"
+            lines.append(f"{len(self.unlabelled):,} rows without {lacking}: {_named(self.unlabelled)}")
         if self.ignored_columns:
             lines.append(f"ignored columns: {', '.join(shown(name) or '(no name)' for name in self.ignored_columns)}")
         return lines
@@ -126,8 +145,10 @@ def build_examples(
     train_on: TrainOn,
     overlong: Overlong,
     token_rows: int | None = None,
+    formats: Formats = REQUIRED_COLUMNS,
 ) -> Dataset:
-    """Make token ids and loss masks of all rows, none longer than `max_seq_len`, each ending with a label.
+    """Make token ids and loss masks of all rows, of one of `formats`, none longer than `max_seq_len`, each ending with
+    a label.
 
     Over-long examples lose their end, or are left out, as `overlong` says. `token_rows` is what the base model has of
     them (None: not known): ids from there on are refused.
@@ -136,23 +157,25 @@ def build_examples(
         DatasetError: what `check_rows` and `encode_rows` find, tokens that the model has no row for, or no supervised
             token in any row.
     """
-    row_format = check_rows(rows)
+    row_format = check_rows(rows, formats)
     problems: list[str] = []
     examples: list[Example] = []
     labelled: set[int] = set()
     overlong_lines: set[int] = set()
     longest = 0
-    for line, example in encode_rows(rows, row_format, tokenizer, train_on):
-        longest = max(longest, len(example.ids))
-        if len(example.ids) > max_seq_len:
+    for line, documents in _encoded(rows, row_format, tokenizer, train_on):
+        most = max(len(document.ids) for document in documents)
+        longest = max(longest, most)
+        if most > max_seq_len:
             overlong_lines.add(line)
             if overlong == "drop":
                 continue
-            example = _truncated(example, max_seq_len)
-        if token_rows is not None and (beyond := [token for token in example.ids if token >= token_rows]):
+            documents = [_truncated(document, max_seq_len) for document in documents]
+        ids = [token for document in documents for token in document.ids]
+        if token_rows is not None and (beyond := [token for token in ids if token >= token_rows]):
             problems.append(f"{location(line)}: {_rowless(tokenizer, beyond[0], token_rows)}")
-        if example.ids:
-            examples.append(example)
+        if all(document.ids for document in documents) and (len(documents) == 1 or documents[0] != documents[1]):
+            examples += documents
             labelled.add(line)
     if problems:
         raise DatasetError(problems)
@@ -187,6 +210,8 @@ def build_datasets(
         DatasetError: what `read_rows`, `build_examples` and `split` find.
     """
 
+    formats = FORMATS[config.method]
+
     def build(rows: Sequence[NumberedRow]) -> Dataset:
         return build_examples(
             rows,
@@ -195,18 +220,19 @@ def build_datasets(
             train_on=config.train_on,
             overlong=config.overlong,
             token_rows=token_rows,
+            formats=formats,
         )
 
     if isinstance(validation, float):
-        rows = read_rows(dataset)
-        check_rows(rows)  # before the split, so that mistakes on either side come together
+        rows = read_rows(dataset, formats=formats)
+        check_rows(rows, formats)  # before the split, so that mistakes on either side come together
         training, validating = split(len(rows), validation, config.seed)
         return build(rows.part(training)), build(rows.part(validating))
     built: list[Dataset] = []
     problems: list[str] = []
     for path, prefix in ((dataset, ""), (validation, "validation: ")):
         try:
-            built += [] if path is None else [build(read_rows(path))]
+            built += [] if path is None else [build(read_rows(path, formats=formats))]
         except DatasetError as error:
             problems += [prefix + problem for problem in error.problems]
     if problems:
@@ -229,9 +255,18 @@ def split(rows_count: int, fraction: float, seed: int) -> tuple[list[int], list[
     return sorted(order[validating:]), sorted(order[:validating])
 
 
+def _encoded(
+    rows: Sequence[NumberedRow], row_format: RowFormat, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn
+) -> list[tuple[int, list[Example]]]:
+    """Return what belongs together of each line: a document, or a pair of them."""
+    if row_format in PREFERENCES:
+        return encode_pairs(rows, row_format, tokenizer)
+    return [(line, [example]) for line, example in encode_rows(rows, row_format, tokenizer, train_on)]
+
+
 def _truncated(example: Example, tokens: int) -> Example:
     """Keep the first tokens up to the last label among them, since nothing learns from the rest: none without one."""
-    end = tokens
+    end = min(tokens, len(example.ids))
     while end > 0 and not example.labels_mask[end - 1]:
         end -= 1
     return Example(example.ids[:end], example.labels_mask[:end])
@@ -252,6 +287,8 @@ def _named(lines: Sequence[int]) -> str:
 
 def _nothing_to_learn(report: DatasetReport) -> str:
     reason = "every answer has weight 0; give those to learn weight 1"
+    if report.has_pairs:
+        reason = "both answers of each pair are the same tokens, or one has weight 0; write two that differ"
     if report.overlong:
         limit = f"raise max_seq_len={report.max_seq_len:,} or shorten the prompts"
         reason = f"the longest has {report.longest:,} tokens; {limit}"

@@ -22,7 +22,16 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_core.data.format import REQUIRED_COLUMNS, DatasetError, NumberedRow, Row, RowFormat, location
+from lora_core.data.format import (
+    PREFERENCES,
+    REQUIRED_COLUMNS,
+    DatasetError,
+    NumberedRow,
+    Row,
+    RowFormat,
+    location,
+)
+from lora_core.data.preferences import completions, tools_of
 from lora_core.data.prompts import NoTemplateError, PromptError, rendered, text_ids, tokenised
 from lora_core.data.sharegpt import conversation
 
@@ -67,10 +76,41 @@ class _EncodedTurn:
     ids: list[int]
 
 
+def encode_pairs(
+    rows: Sequence[NumberedRow], row_format: RowFormat, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[int, list[Example]]]:
+    """Encode every row of preferences: its line, and its preferred and its other answer, each behind the prompt. A row
+    one of whose answers has no label is left out.
+
+    Raises:
+        DatasetError: what `encode_rows` finds, and answers that are no single document.
+    """
+    sides: list[dict[int, list[Example]]] = [{}, {}]
+    problems: dict[str, None] = {}
+    columns = REQUIRED_COLUMNS[row_format][-2:]
+    for number, (side, column) in enumerate(zip(sides, columns, strict=True)):
+        try:
+            for line, example in encode_rows(rows, row_format, tokenizer, "completion", answer=number):
+                side.setdefault(line, []).append(example)
+        except DatasetError as error:
+            problems |= dict.fromkeys(error.problems)
+        rewritten = [line for line, examples in side.items() if len(examples) > 1]
+        advice = "the chat template rewrites its earlier answers; put all messages but the last one into the prompt"
+        problems |= dict.fromkeys(f"{location(line)}: column `{column}`: {advice}" for line in rewritten)
+    if problems:
+        raise DatasetError([*problems])
+    return [(line, [*sides[0][line], *sides[1][line]]) for line, _ in rows if line in sides[0] and line in sides[1]]
+
+
 def encode_rows(
-    rows: Sequence[NumberedRow], row_format: RowFormat, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn
+    rows: Sequence[NumberedRow],
+    row_format: RowFormat,
+    tokenizer: PreTrainedTokenizerBase,
+    train_on: TrainOn,
+    answer: int = 0,
 ) -> list[tuple[int, Example]]:
     """Encode every row: (line, example) in order, each ending with a label; a row may have several examples, or none.
+    Of preferences, the preferred `answer` is 0 and the other one 1.
 
     Labels are answers, completions and texts. With `train_on="all"` every token but a document's first is one, and a
     conversation, up to its last answer, is rendered once.
@@ -84,12 +124,16 @@ def encode_rows(
         passages: list[_Passage] = []
         for line, row in rows[start : start + BATCH_ROWS]:
             try:
-                passages += _passages(line, row, row_format, tokenizer, train_on)
+                tools: Sequence[Row] = []
+                if row_format in PREFERENCES:
+                    tools, row = tools_of(row), completions(row)[answer]
+                passages += _passages(line, row, row_format, tokenizer, train_on, tools)
             except PromptError as error:
                 columns = ", ".join(f"`{column}`" for column in REQUIRED_COLUMNS[row_format])
                 problems.append(f"{location(line)}: column {columns}: {error}; change or leave out the row")
             except NoTemplateError as error:
-                advice = "use rows of `prompt` and `completion` strings, or an instruct model"
+                strings = "`chosen` and `rejected`" if row_format in PREFERENCES else "`prompt` and `completion`"
+                advice = f"use rows of {strings} strings, or an instruct model"
                 raise DatasetError([f"{error}; {advice}"]) from error
         encoded += [(turns[-1].line, _example(turns, train_on)) for turns in _grouped(_turns(passages, tokenizer))]
     if problems:
@@ -98,7 +142,12 @@ def encode_rows(
 
 
 def _passages(
-    line: int, row: Row, row_format: RowFormat, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn
+    line: int,
+    row: Row,
+    row_format: RowFormat,
+    tokenizer: PreTrainedTokenizerBase,
+    train_on: TrainOn,
+    tools: Sequence[Row],
 ) -> list[_Passage]:
     """Make one text for each answer to learn of a chat, and one of any other row."""
     first = 1  # an opening message of the assistant answers nothing
@@ -116,14 +165,14 @@ def _passages(
     elif isinstance(row["prompt"], str):
         return [_Passage(line, row["prompt"], row["completion"], rendered=False)]
     else:
-        messages, first = [*row["prompt"], *row["completion"]], len(row["prompt"])
+        messages, first = [*row["prompt"], *row["completion"]], max(first, len(row["prompt"]))
     said = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if train_on == "all":
         whole = rendered(tokenizer, messages[: said[-1] + 1], generation_prompt=False)
         return [_Passage(line, "", whole, rendered=True)]
     answers = [index for index in said if index >= first and messages[index].get("weight") != 0]
     return [
-        _Passage(line, *_prompt_and_answer(tokenizer, messages, index, number), rendered=True)
+        _Passage(line, *_prompt_and_answer(tokenizer, messages, index, number, tools), rendered=True)
         for number, index in enumerate(answers, start=1)
     ]
 
@@ -134,12 +183,12 @@ def _alpaca_prompt(instruction: str, given: str) -> str:
 
 
 def _prompt_and_answer(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Row], index: int, number: int
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Row], index: int, number: int, tools: Sequence[Row]
 ) -> tuple[str, str]:
     """Render the prompt of answer `number`, the message at `index`, and what the template makes of the answer."""
     for _ in range(2):  # a template with a clock may have read two times
-        prompt = rendered(tokenizer, messages[:index], generation_prompt=True)
-        whole = rendered(tokenizer, messages[: index + 1], generation_prompt=False)
+        prompt = rendered(tokenizer, messages[:index], generation_prompt=True, tools=tools)
+        whole = rendered(tokenizer, messages[: index + 1], generation_prompt=False, tools=tools)
         if whole.startswith(prompt):
             return prompt, whole[len(prompt) :]
     raise PromptError(

@@ -16,8 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lora_core.data.format import (
+    REQUIRED_COLUMNS,
     DatasetError,
     FileRows,
+    Formats,
     Problem,
     Row,
     RowNumber,
@@ -37,9 +39,9 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 
 
-def read_rows(path: Path | str, suffix: str | None = None) -> FileRows:
+def read_rows(path: Path | str, suffix: str | None = None, formats: Formats = REQUIRED_COLUMNS) -> FileRows:
     """Read the rows of a file with their lines, or numbers, nulls left out. `suffix` is that of the name that it had,
-    where its path has another.
+    where its path has another; `formats` are those that rows may have.
 
     Raises:
         DatasetError: no such file, another kind of file, no rows, or rows that cannot be read. Where rows are
@@ -52,19 +54,19 @@ def read_rows(path: Path | str, suffix: str | None = None) -> FileRows:
     if suffix and suffix.lower() not in SUFFIXES:
         advice = f"convert it to {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
         raise DatasetError([f"dataset {path}: `{suffix}` is not read; {advice}"])
-    rows, problems = _read(path, suffix.lower())
+    rows, problems = _read(path, suffix.lower(), formats)
     if problems:
-        problems = sorted([*problems, *problems_of(rows)], key=lambda problem: problem[0])
+        problems = sorted([*problems, *problems_of(rows, formats)], key=lambda problem: problem[0])
         raise DatasetError([text for _, text in problems])
     if not rows:
         raise DatasetError([f"dataset {path}: the file has no rows; write one for each example"])
     return rows
 
 
-def _read(path: Path, suffix: str) -> Read:
+def _read(path: Path, suffix: str, formats: Formats) -> Read:
     head = _head(path)
     if suffix == ".parquet" or (not suffix and head.startswith(b"PAR1")):
-        return read_parquet(path)
+        return read_parquet(path, formats)
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise DatasetError([f"dataset {path}: the file is UTF-16; save it as UTF-8"])
     start = head.removeprefix(codecs.BOM_UTF8).strip()

@@ -6,9 +6,11 @@
     prompt, completion    two strings, or two lists of messages
     instruction, output   two strings, and `input`, a third one, where there is one (Alpaca)
     text                  a string
+    chosen, rejected      preferences, and `prompt`, where there is one; or `input`, `preferred_output` and
+                          `non_preferred_output`, as OpenAI has them (`preferences.py`)
 
-One data set has one of them; other columns are ignored. Every mistake is reported at once, each with its line (or the
-number of the row, from 1, where rows have no lines), the column and what to change.
+One data set has one of them, of those that its method learns from; other columns are ignored. Every mistake is reported
+at once, each with its line (or the number of the row, from 1, where rows have no lines), the column and what to change.
 """
 
 from __future__ import annotations
@@ -17,30 +19,53 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from lora_core.config import Method
 from lora_core.data.json_values import shown
-from lora_core.data.messages import ROLES, for_template, kind, message_problems, text_problem
-from lora_core.data.sharegpt import conversation, turn_problems, unused_keys
+from lora_core.data.messages import ROLES, kind
+from lora_core.data.preferences import are_plainly_right, preference_problems, unused_input_keys
+from lora_core.data.row_problems import conversation_problems, text_problems
+from lora_core.data.sharegpt import unused_keys
 
 Row = dict[str, Any]
 NumberedRow = tuple[int, Row]
-RowFormat = Literal["messages", "conversations (ShareGPT)", "prompt/completion", "instruction/output", "text"]
+RowFormat = Literal[
+    "messages",
+    "conversations (ShareGPT)",
+    "prompt/completion",
+    "instruction/output",
+    "text",
+    "chosen/rejected",
+    "preferred_output (OpenAI)",
+]
+Formats = Mapping[RowFormat, tuple[str, ...]]
+"""Formats, each with the columns that a row must have. The first that fits counts: Alpaca's own file has a rendered
+`text` as well, UltraChat's a `prompt` beside `messages`."""
 
-# The first that fits counts: Alpaca's own file has a rendered `text` as well, UltraChat's a `prompt` beside `messages`.
-REQUIRED_COLUMNS: dict[RowFormat, tuple[str, ...]] = {
+SUPERVISED: Formats = {
     "messages": ("messages",),
     "conversations (ShareGPT)": ("conversations",),
     "prompt/completion": ("prompt", "completion"),
     "instruction/output": ("instruction", "output"),
     "text": ("text",),
 }
+PREFERENCES: Formats = {
+    "chosen/rejected": ("chosen", "rejected"),
+    "preferred_output (OpenAI)": ("input", "preferred_output", "non_preferred_output"),
+}
+REQUIRED_COLUMNS: Formats = {**SUPERVISED, **PREFERENCES}
+FORMATS: Mapping[Method, Formats] = {"supervised": SUPERVISED, "dpo": PREFERENCES}
+"""What each method learns from: UltraFeedback has `messages` beside `chosen` and `rejected`."""
+
+OF_MESSAGES: tuple[RowFormat, ...] = ("messages", "conversations (ShareGPT)", "preferred_output (OpenAI)")
+"""Formats with lists of messages in any case, which a cell of CSV cannot hold."""
+
 OPTIONAL_COLUMNS: dict[RowFormat, tuple[str, ...]] = {
     "conversations (ShareGPT)": ("system",),
     "instruction/output": ("input",),
+    "chosen/rejected": ("prompt",),
 }
-KNOWN_FORMATS = "`messages`, or `conversations`, or `prompt` and `completion`, or `instruction` and `output`, or `text`"
 REPORTED_PROBLEMS = 100
 NAMED_COLUMNS = 10
-EMPTY = "empty; write the text, or leave the row out"
 
 Problem = tuple[int, str]
 """(number of the row, what to say about it)"""
@@ -80,27 +105,31 @@ class DatasetError(ValueError):
         return "\n".join([*self.problems, *rest])
 
 
-def check_rows(rows: Sequence[NumberedRow]) -> RowFormat:
+def check_rows(rows: Sequence[NumberedRow], formats: Formats = REQUIRED_COLUMNS) -> RowFormat:
     """Return the format that the rows have in common.
 
     Raises:
-        DatasetError: rows of no known format or of another one than most, wrong types, nothing to learn in a row.
+        DatasetError: rows of none of `formats` or of another one than most, wrong types, nothing to learn in a row.
     """
-    problems = problems_of(rows)
+    problems = problems_of(rows, formats)
     if problems:
         raise DatasetError([text for _, text in problems])
-    row_format = _common_format(rows)
+    row_format = _common_format(rows, formats)
     assert row_format is not None, "read_rows gives at least one row"
     return row_format
 
 
 def ignored_columns(rows: Sequence[NumberedRow], row_format: RowFormat) -> tuple[str, ...]:
-    """Return the columns that the format does not use, and what turns of ShareGPT have besides, sorted."""
+    """Return the columns that the format does not use, and what turns of ShareGPT, or OpenAI's `input`, have besides,
+    sorted.
+    """
     ignored = {column for _, row in rows for column in row} - {*used_columns(row_format)}
     if isinstance(rows, FileRows):
         ignored |= {*rows.unread}
     if row_format == "conversations (ShareGPT)":
         ignored |= {f"conversations.{key}" for _, row in rows for key in unused_keys(row["conversations"])}
+    if row_format == "preferred_output (OpenAI)":
+        ignored |= {f"input.{key}" for _, row in rows for key in unused_input_keys(row)}
     return tuple(sorted(ignored))
 
 
@@ -114,26 +143,25 @@ def without_nulls(row: Row) -> Row:
     return {column: value for column, value in row.items() if value is not None}
 
 
-def format_of(row: Mapping[str, Any]) -> RowFormat | None:
+def format_of(row: Collection[str], formats: Formats = REQUIRED_COLUMNS) -> RowFormat | None:
     """Return the first format that a row has all columns of."""
-    return next((name for name, columns in REQUIRED_COLUMNS.items() if all(c in row for c in columns)), None)
+    return next((name for name, columns in formats.items() if all(c in row for c in columns)), None)
 
 
 class FormatCounts:
-    """How many rows are of each format, and how many have a column of it."""
+    """How many rows are of each of some formats, and how many have a column of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, formats: Formats = REQUIRED_COLUMNS) -> None:
+        self.formats = formats
         self.complete: Counter[RowFormat] = Counter()
         self.partial: Counter[RowFormat] = Counter()
 
     def add(self, row: Row) -> RowFormat | None:
         """Count a row; returns its format, where it is complete."""
-        if (row_format := format_of(row)) is not None:
+        if (row_format := format_of(row, self.formats)) is not None:
             self.complete[row_format] += 1
-        else:
-            self.partial.update(
-                name for name, columns in REQUIRED_COLUMNS.items() if not row.keys().isdisjoint(columns)
-            )
+        elif format_of(row) is None:
+            self.partial.update(name for name, columns in self.formats.items() if not row.keys().isdisjoint(columns))
         return row_format
 
     def most(self) -> RowFormat | None:
@@ -142,30 +170,42 @@ class FormatCounts:
         return counts.most_common(1)[0][0] if counts else None
 
 
-def _common_format(rows: Sequence[NumberedRow]) -> RowFormat | None:
-    counts = FormatCounts()
+def _common_format(rows: Sequence[NumberedRow], formats: Formats) -> RowFormat | None:
+    counts = FormatCounts(formats)
     for _, row in rows:
         counts.add(row)
     return counts.most()
 
 
-def no_known_format(columns: Collection[str]) -> str:
-    """Say what is wrong with rows of other columns than a format has."""
+def no_known_format(columns: Collection[str], formats: Formats = REQUIRED_COLUMNS) -> str:
+    """Say what is wrong with rows of other columns than one of `formats` has."""
     names = ", ".join(f"`{shown(column)}`" for column in list(columns)[:NAMED_COLUMNS]) or "none"
     rest = f" and {len(columns) - NAMED_COLUMNS} more" if len(columns) > NAMED_COLUMNS else ""
-    return f"column {names}{rest}: no known format; use {KNOWN_FORMATS}"
+    what, own = "no known format", format_of(columns)
+    if own is not None:
+        method = next(method for method, of_method in FORMATS.items() if own in of_method)
+        what = f"{own} is what method {method} learns from; set train.method to it"
+    known = ", or ".join(_listed(required) for required in formats.values())
+    return f"column {names}{rest}: {what}{', or' if own else ';'} use {known}"
 
 
-def problems_of(rows: Sequence[NumberedRow]) -> list[Problem]:
+def _listed(columns: Sequence[str]) -> str:
+    *most, last = (f"`{column}`" for column in columns)
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def problems_of(rows: Sequence[NumberedRow], formats: Formats = REQUIRED_COLUMNS) -> list[Problem]:
     """Find every mistake in the rows."""
-    row_format = _common_format(rows)
-    return [(number, problem) for number, row in rows for problem in problems_of_row(number, row, row_format)]
+    row_format = _common_format(rows, formats)
+    return [(number, text) for number, row in rows for text in problems_of_row(number, row, row_format, formats)]
 
 
-def problems_of_row(number: int, row: Row, row_format: RowFormat | None) -> Iterator[str]:
-    """Yield every mistake in a row of a file whose rows have this format, or none that is known."""
+def problems_of_row(
+    number: int, row: Row, row_format: RowFormat | None, formats: Formats = REQUIRED_COLUMNS
+) -> Iterator[str]:
+    """Yield every mistake in a row of a file whose rows have this format, or none of `formats`."""
     if row_format is None:
-        yield f"{location(number)}: {no_known_format(row)}"
+        yield f"{location(number)}: {no_known_format(row, formats)}"
         return
     for column, advice in _row_problems(row, row_format):
         yield f"{location(number)}: column {column}: {advice}"
@@ -177,6 +217,8 @@ def is_plainly_right(row: Row, row_format: RowFormat) -> bool:
     """
     if row_format == "messages":
         return _is_plain_conversation(row["messages"])
+    if row_format in PREFERENCES:
+        return are_plainly_right(row)
     texts = [row[column] for column in REQUIRED_COLUMNS[row_format]]
     may_be_empty = row_format == "prompt/completion"
     return (
@@ -210,23 +252,25 @@ def _row_problems(row: Row, row_format: RowFormat) -> Iterator[tuple[str, str]]:
     if missing:
         return
     if row_format == "messages":
-        yield from _message_problems("messages", row["messages"], answer_from=1)
+        yield from conversation_problems("messages", row["messages"], answer_from=1)
     elif row_format == "conversations (ShareGPT)":
         yield from _conversation_problems(row)
     elif row_format == "prompt/completion":
         yield from _prompt_completion_problems(row)
     elif row_format == "instruction/output":
-        yield from _text_problems("instruction", row["instruction"])
-        yield from _text_problems("input", row.get("input", ""), may_be_empty=True)
-        yield from _text_problems("output", row["output"])
+        yield from text_problems("instruction", row["instruction"])
+        yield from text_problems("input", row.get("input", ""), may_be_empty=True)
+        yield from text_problems("output", row["output"])
+    elif row_format in PREFERENCES:
+        yield from preference_problems(row)
     else:
-        yield from _text_problems("text", row["text"])
+        yield from text_problems("text", row["text"])
 
 
 def _conversation_problems(row: Row) -> Iterator[tuple[str, str]]:
     turns, system = row["conversations"], row.get("system", "")
-    yield from _text_problems("system", system, may_be_empty=True)
-    yield from _message_problems("conversations", turns, answer_from=0 if system else 1)
+    yield from text_problems("system", system, may_be_empty=True)
+    yield from conversation_problems("conversations", turns, answer_from=0 if system else 1)
     first = turns[0] if isinstance(turns, list) and turns else None
     if system and isinstance(first, dict) and "system" in (first.get("from"), first.get("role")):
         yield "`system`", "the conversation begins with a system turn of its own; leave one of the two out"
@@ -235,46 +279,11 @@ def _conversation_problems(row: Row) -> Iterator[tuple[str, str]]:
 def _prompt_completion_problems(row: Row) -> Iterator[tuple[str, str]]:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        yield from _message_problems("prompt", prompt, answer_from=None)
-        yield from _message_problems("completion", completion, answer_from=0)
+        yield from conversation_problems("prompt", prompt, answer_from=None)
+        yield from conversation_problems("completion", completion, answer_from=0)
     elif isinstance(prompt, list) or isinstance(completion, list):
         kinds = f"`prompt` is {kind(prompt)} and `completion` {kind(completion)}"
         yield "`completion`", f"{kinds}; make both strings or both lists of messages"
     else:
-        yield from _text_problems("prompt", prompt, may_be_empty=True)
-        yield from _text_problems("completion", completion)
-
-
-def _message_problems(column: str, messages: Any, *, answer_from: int | None) -> Iterator[tuple[str, str]]:
-    """Check a list of messages; from index `answer_from` on an assistant's message is an answer (None: none needed)."""
-    of_sharegpt = column == "conversations"
-    if not isinstance(messages, list) or not messages:
-        found = "an empty list" if messages == [] else kind(messages)
-        keys = "`from` and `value`" if of_sharegpt else "`role` and `content`"
-        yield f"`{column}`", f"{found}; write a list of messages with {keys}"
-        return
-    check = turn_problems if of_sharegpt else message_problems
-    wrong = [
-        (f"`{column}[{index}]{key}`", advice)
-        for index, message in enumerate(messages)
-        for key, advice in check(message)
-    ]
-    yield from wrong
-    if answer_from is None or wrong:
-        return
-    content = ["value" if "value" in message else "content" for message in messages]
-    messages = conversation(messages) if of_sharegpt else messages
-    answers = [index for index in range(answer_from, len(messages)) if messages[index]["role"] == "assistant"]
-    if not answers:
-        after = " that follows another one" if answer_from else ""
-        yield f"`{column}`", f"no message of the assistant{after}; add the answer to learn"
-    for index in answers:
-        if messages[index].get("weight") != 0 and not for_template(messages[index])["content"].strip():
-            yield f"`{column}[{index}].{content[index]}`", EMPTY
-
-
-def _text_problems(column: str, value: Any, *, may_be_empty: bool = False) -> Iterator[tuple[str, str]]:
-    if problem := text_problem(value):
-        yield f"`{column}`", problem
-    elif not may_be_empty and not value.strip():
-        yield f"`{column}`", EMPTY
+        yield from text_problems("prompt", prompt, may_be_empty=True)
+        yield from text_problems("completion", completion)

@@ -47,12 +47,14 @@ class TokenArrays(NamedTuple):
 class Chunk:
     """Examples of one job, with each one's index in the optimizer step (over all ranks). `step` is that step; None
     where they are not trained on. Its tokens are padded to a multiple of `pad_to_multiple_of` (see `exactness.py`).
+    With `reference` they are for what the job started from.
     """
 
     job: str
     examples: tuple[tuple[int, Example], ...]
     step: int | None
     pad_to_multiple_of: int = PAD_TO_MULTIPLE_OF
+    reference: bool = False
 
     @property
     def tokens(self) -> int:

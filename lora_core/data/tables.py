@@ -17,9 +17,10 @@ import pyarrow.parquet
 from pyarrow import compute
 
 from lora_core.data.format import (
-    REQUIRED_COLUMNS,
+    OF_MESSAGES,
     DatasetError,
     FileRows,
+    Formats,
     Problem,
     Row,
     RowNumber,
@@ -86,7 +87,7 @@ def _checked_header(path: Path, names: list[str]) -> list[str]:
         return []
     if row_format is None:
         raise DatasetError([f"dataset {path}: the first line has to name the columns: {no_known_format(names)}"])
-    if row_format in ("messages", "conversations (ShareGPT)"):
+    if row_format in OF_MESSAGES:
         raise DatasetError([f"dataset {path}: a cell of CSV is text, no list of messages; write them as .jsonl"])
     _refuse_twice(path, names, used_columns(row_format))
     return names
@@ -111,17 +112,17 @@ def _refuse_twice(path: Path, names: Sequence[str], used: Sequence[str]) -> None
         raise DatasetError([f"dataset {path}: column `{twice[0]}` is there twice; keep one of them"])
 
 
-def read_parquet(path: Path) -> Read:
-    """Read the columns that the format uses, as rows with their numbers.
+def read_parquet(path: Path, formats: Formats) -> Read:
+    """Read the columns that the format uses, one of `formats`, as rows with their numbers.
 
     Raises:
         DatasetError: no Parquet file, damaged pages of these columns, no format's columns, or too many values in them.
     """
     try:
         try:
-            table, columns = _used_table(path, path)
+            table, columns = _used_table(path, path, formats)
         except pyarrow.ArrowInvalid:
-            table, columns = _used_table(path, _without_dictionaries(path))
+            table, columns = _used_table(path, _without_dictionaries(path), formats)
     except _UNREADABLE as error:
         raise DatasetError([f"dataset {path}: it cannot be read as Parquet ({error}); write it again"]) from error
     rows = FileRows(unread=(name for name in columns if name not in table.column_names))
@@ -148,19 +149,19 @@ def _without_dictionaries(path: Path) -> pyarrow.BufferReader:
     return pyarrow.BufferReader(content[:footer] + content[footer:].replace(b"ARROW:schema", b"ARROW:unused"))
 
 
-def _used_table(path: Path, source: Path | pyarrow.BufferReader) -> tuple[pyarrow.Table, list[str]]:
+def _used_table(path: Path, source: Path | pyarrow.BufferReader, formats: Formats) -> tuple[pyarrow.Table, list[str]]:
     """Read the columns of the format that most rows are of, as `problems_of` would find it; and the names of all."""
     with pyarrow.parquet.ParquetFile(source) as file:
-        return _columns_of_format(path, file), file.schema_arrow.names
+        return _columns_of_format(path, file, formats), file.schema_arrow.names
 
 
-def _columns_of_format(path: Path, file: pyarrow.parquet.ParquetFile) -> pyarrow.Table:
-    _refuse_many(path, file.metadata)
+def _columns_of_format(path: Path, file: pyarrow.parquet.ParquetFile, formats: Formats) -> pyarrow.Table:
+    _refuse_many(path, file.metadata, formats)
     names = file.schema_arrow.names
-    known = [row_format for row_format, columns in REQUIRED_COLUMNS.items() if not {*columns}.isdisjoint(names)]
-    complete = [row_format for row_format in known if {*REQUIRED_COLUMNS[row_format]} <= {*names}]
-    if not known:
-        raise DatasetError([f"dataset {path}: {no_known_format(names)}"])
+    known = [row_format for row_format, columns in formats.items() if not {*columns}.isdisjoint(names)]
+    complete = [row_format for row_format in known if {*formats[row_format]} <= {*names}]
+    if not known or (not complete and format_of(names) is not None):
+        raise DatasetError([f"dataset {path}: {no_known_format(names, formats)}"])
     if not complete:
         return file.read(columns=[name for name in names if any(name in used_columns(one) for one in known)])
     found: list[tuple[int, pyarrow.Table]] = []
@@ -174,7 +175,7 @@ def _columns_of_format(path: Path, file: pyarrow.parquet.ParquetFile) -> pyarrow
             if not found:
                 raise
             continue  # a format that comes before it can be read
-        own = reduce(compute.and_, [table.column(name).is_valid() for name in REQUIRED_COLUMNS[row_format]], rest)
+        own = reduce(compute.and_, [table.column(name).is_valid() for name in formats[row_format]], rest)
         rest = compute.and_not(rest, own)
         found.append((compute.sum(own).as_py() or 0, table))
         if not compute.any(rest).as_py():
@@ -182,8 +183,8 @@ def _columns_of_format(path: Path, file: pyarrow.parquet.ParquetFile) -> pyarrow
     return max(found, key=lambda one: one[0])[1]
 
 
-def _refuse_many(path: Path, metadata: pyarrow.parquet.FileMetaData) -> None:
-    used = {name for row_format in REQUIRED_COLUMNS for name in used_columns(row_format)}
+def _refuse_many(path: Path, metadata: pyarrow.parquet.FileMetaData, formats: Formats) -> None:
+    used = {name for row_format in formats for name in used_columns(row_format)}
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
     number = sum(one.num_values for one in chunks if one.path_in_schema.partition(".")[0] in used)

@@ -81,8 +81,10 @@ class Forward(Protocol):
         """
         ...
 
-    def forward_backward(self, ready: Ready, checkpointing: Checkpointing) -> Tensor:
-        """Add every chunk's gradient to its adapter; `[chunks]`, their summed token losses."""
+    def forward_backward(self, ready: Ready, checkpointing: Checkpointing, weights: Tensor | None = None) -> Tensor:
+        """Add every chunk's gradient to its adapter, times its weight in `[chunks]` (None: 1); `[chunks]`, their summed
+        token losses.
+        """
         ...
 
     def evaluate(self, ready: Ready) -> tuple[Tensor, Tensor]:

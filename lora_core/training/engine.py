@@ -6,6 +6,7 @@
     forward_backward(batch)            gradients by job
     for job that is complete:          optim_step: one all-reduce of (gradient, loss, tokens), divide, clip, AdamW
 
+A job that learns from pairs has them scored before each step, in micro-batches like those of an evaluation.
 A job steps when its own batch is complete and begins its next one at once: it waits for no neighbour's. Each has its
 own step count, data order, schedule, clipping, dropout stream, evaluations and optimizer; a neighbour that joins,
 leaves or diverges changes nothing (DESIGN rule 4).
@@ -35,7 +36,6 @@ from lora_core.training.memory.planner import MemoryPlanner
 from lora_core.training.memory.predictor import DoesNotFitError, NoRoomBesideError
 from lora_core.training.optimizer import (
     AllReduce,
-    Evaluation,
     FlatAdamW,
     HostState,
     NoGradientError,
@@ -46,8 +46,9 @@ from lora_core.training.optimizer import (
 
 @dataclass(frozen=True)
 class ReadyBatch:
-    """Chunks laid end to end, and the same as the base's path takes them."""
+    """Chunks, the same laid end to end, and as the base's path takes them."""
 
+    chunks: Sequence[Chunk]
     packed: PackedBatch
     ready: Ready
 
@@ -134,7 +135,8 @@ class TrainEngine:
             start = continued_adapter(modules, job.lora, job.init_adapter)
         waiting = {prepared.job.name: prepared.job for prepared in self._prepared}
         self.planner.prefetch_plans([*({other.name: other for other in beside} | waiting | {job.name: job}).values()])
-        prepared = PreparedJob(job, HostState(start, self.base.model.dtype, pinned=self.base.device.type == "cuda"))
+        state = HostState(start, self.base.model.dtype, pinned=self.base.device.type == "cuda")
+        prepared = PreparedJob(job, state, start if job.has_reference_adapter else None)
         if checkpoint is not None:
             prepared.restore(checkpoint)
         others = [live.adapter for live in list(self.live.values())]
@@ -159,11 +161,13 @@ class TrainEngine:
             raise NoRoomBesideError(*error.args) from error
         try:
             optimizer = FlatAdamW(prepared.state, job.train, base.device, base.model.dtype)
-            live = LiveJob(job, optimizer, self.forward.bind(optimizer.adapter))
+            reference = None if prepared.reference is None else self.forward.load(prepared.reference)
+            live = LiveJob(job, optimizer, self.forward.bind(optimizer.adapter), reference, prepared.progress)
+            if live.pairs is not None and prepared.reference_scores is not None:
+                live.pairs.reference.copy_(prepared.reference_scores)
         except Exception:  # as the other ranks will, that let the job go again
             self._fit_again()
             raise
-        live.progress = prepared.progress
         self.live[job.name] = live
         return live
 
@@ -199,9 +203,13 @@ class TrainEngine:
         jobs = [live for live in self.live.values() if not live.done]
         self._compute_micro_batch()
         complete = [live for live in jobs if not any(live.job.name in queue for queue in self._queues)]
-        outcomes: dict[str, StepOutcome | JobDiverged | None] = {
-            live.job.name: self._evaluated(live) for live in complete if live.evaluation_due
-        }
+        outcomes: dict[str, StepOutcome | JobDiverged | None] = {}
+        for live in complete:
+            if live.phase == "evaluate":
+                outcomes[live.job.name] = self._evaluated(live)
+            elif live.phase == "score":
+                self._score(live)
+                outcomes[live.job.name] = None
         outcomes |= self.optim_step([live for live in complete if live.job.name not in outcomes])
         return {
             live.job.name: outcome
@@ -223,7 +231,7 @@ class TrainEngine:
             if not any(name in queue for queue in queues):
                 for rank, queue in enumerate(queues):
                     chunks = self.live[name].chunks(next_step, rank, self._ranks, self.exactness.pad_to_multiple_of)
-                    queue.put(name, chunks, training=not next_step.evaluation_due)
+                    queue.put(name, chunks, training=next_step.phase == "train")
         taken = [queue.take(self.planner.capacity) for queue in queues]
         chunks, training = taken[self._rank]  # the other ranks may have some where this one has none
         chunks.sort(key=lambda chunk: chunk.job)  # those of one job lie side by side
@@ -242,26 +250,33 @@ class TrainEngine:
     def ready(self, chunks: Sequence[Chunk]) -> ReadyBatch:
         """Make all that `forward_backward` or `evaluate` takes of chunks, before the first kernel."""
         packed = pack(chunks, self.forward.device)
-        jobs = [self.live[chunk.job] for chunk in packed.chunks]
-        keys = [job.dropout_keys(chunk) for job, chunk in zip(jobs, packed.chunks, strict=True)]
-        return ReadyBatch(packed, self.forward.ready(packed, [job.bound for job in jobs], keys))
+        bounds = [self.live[chunk.job].bound_of(chunk) for chunk in chunks]
+        keys = [self.live[chunk.job].dropout_keys(chunk) for chunk in packed.chunks]
+        return ReadyBatch(chunks, packed, self.forward.ready(packed, bounds, keys))
 
     def forward_backward(self, batch: ReadyBatch) -> None:
-        """Add every chunk's loss and gradient to its job."""
-        chunks = batch.packed.chunks
-        assert all(chunk.step is not None for chunk in chunks)
-        losses = self.forward.forward_backward(batch.ready, self.planner.checkpointing)
-        for chunk, loss in zip(chunks, losses, strict=True):
-            self.live[chunk.job].optimizer.add_loss(loss, chunk.labels.numel())
+        """Add every chunk's loss and gradient to its job; the loss of pairs is there since they were scored."""
+        assert all(chunk.step is not None for chunk in batch.chunks)
+        losses = self.forward.forward_backward(batch.ready, self.planner.checkpointing, self._weights(batch.chunks))
+        for chunk, loss in zip(batch.packed.chunks, losses, strict=True):
+            live = self.live[chunk.job]
+            if live.pairs is None:
+                live.optimizer.add_loss(loss, chunk.labels.numel())
+
+    def _weights(self, chunks: Sequence[Chunk]) -> Tensor | None:
+        """`[chunks]`, 1 for those that are of no pair; None where none is."""
+        pairs = [self.live[chunk.job].pairs for chunk in chunks]
+        if not any(pairs):
+            return None
+        one = torch.ones((), dtype=torch.float64, device=self.forward.device)
+        of_chunks = zip(chunks, pairs, strict=True)
+        return torch.stack([one if of_job is None else of_job.weight_of(chunk) for chunk, of_job in of_chunks])
 
     def evaluate(self, batch: ReadyBatch) -> None:
-        """Add every chunk's loss and number of correct labels to its job's evaluation."""
-        chunks = batch.packed.chunks
-        assert all(chunk.step is None for chunk in chunks)
-        scores = torch.stack(self.forward.evaluate(batch.ready), dim=1)
-        for chunk, score in zip(chunks, scores, strict=True):
-            self.live[chunk.job].scores[:2] += score
-            self.live[chunk.job].scores[2] += chunk.labels.numel()
+        """Add every chunk's loss and number of correct labels to its job's evaluation, or to its pairs' scores."""
+        losses, correct = self.forward.evaluate(batch.ready)
+        for chunk, packed, *scores in zip(batch.chunks, batch.packed.chunks, losses, correct, strict=True):
+            self.live[chunk.job].add_scores(chunk, scores, packed.labels.numel())
 
     def optim_step(self, complete: Sequence[LiveJob]) -> dict[str, StepOutcome | JobDiverged]:
         """One optimizer step of each, by all ranks together. The device answers once for all of them; while it still
@@ -288,7 +303,7 @@ class TrainEngine:
 
     def _stepped(self, live: LiveJob, loss_sum: float, tokens: float, norm: float) -> StepOutcome | JobDiverged:
         job, progress = live.job, live.progress
-        outcome = live.optimizer.outcome(loss_sum, tokens, norm)
+        outcome = live.outcome(loss_sum, tokens, norm)
         if not outcome.is_finite:
             return JobDiverged(job.name, progress.step + 1)
         indices = job.examples_of(progress.step)
@@ -296,16 +311,19 @@ class TrainEngine:
         progress.stepped(outcome, sum(len(job.examples[index].ids) for index in indices), vocabulary)
         return outcome if progress.diverged is None else JobDiverged(job.name, progress.step, progress.diverged)
 
+    def _score(self, live: LiveJob) -> None:
+        """The end of scoring a step's pairs, by all ranks together."""
+        if self._all_reduce is not None:
+            self._all_reduce(live.shares)
+        live.score_step(count=self._rank == 0)
+
     def _evaluated(self, live: LiveJob) -> StepOutcome | JobDiverged | None:
         """The end of an evaluation, by all ranks together: the outcome of the step before it, if there was one."""
         if self._all_reduce is not None:
-            self._all_reduce(live.scores)
-        loss, correct, tokens = live.scores.tolist()
-        live.scores.zero_()
-        progress, train = live.progress, live.job.train
-        if not math.isfinite(loss):
+            self._all_reduce(live.shares)
+        progress, train, evaluation = live.progress, live.job.train, live.evaluation()
+        if not math.isfinite(evaluation.loss):
             return JobDiverged(live.job.name, progress.step, VALIDATION_NOT_FINITE)
-        evaluation = Evaluation(progress.step, loss / tokens, correct / tokens, int(tokens))
         patience = train.early_stopping_patience if progress.step < live.job.steps else None
         if progress.evaluated(evaluation, patience) and train.keeps_best:
             live.optimizer.keep_best()

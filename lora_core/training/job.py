@@ -30,7 +30,7 @@ GRADIENT_CHECK_TOKENS = 16
 class EngineJob:
     """What to train: a name that is unique in the engine, the adapter, how, and the examples to train and to validate
     on (all of them, on every rank). With `init_adapter` training starts from what that adapter computes (see
-    `continued_adapter`).
+    `continued_adapter`). Where training is of preferences, two examples side by side are a pair, the preferred first.
     """
 
     name: str
@@ -45,25 +45,39 @@ class EngineJob:
         """The last step of an epoch takes what is left; its loss is divided by its own tokens, so it is no special
         case.
         """
-        return math.ceil(len(self.examples) / self.train.batch_size)
+        return math.ceil(len(self.examples) / self.documents_of_step)
 
     @property
     def steps(self) -> int:
         return self.steps_per_epoch * self.train.epochs
+
+    @property
+    def documents_of_step(self) -> int:
+        """How many examples, or both of each pair, an optimizer step has."""
+        return self.train.batch_size * (2 if self.train.is_preference else 1)
 
     def examples_of(self, step: int) -> list[int]:
         """Indices of the examples of one optimizer step: a fresh permutation every epoch, known from (seed, epoch)
         alone.
         """
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = _order(len(self.examples), self.train.seed, epoch)
-        indices: list[int] = order[within * self.train.batch_size : (within + 1) * self.train.batch_size].tolist()
+        together = 2 if self.train.is_preference else 1
+        order = _order(len(self.examples) // together, self.train.seed, epoch)
+        part = order[within * self.train.batch_size : (within + 1) * self.train.batch_size]
+        indices: list[int] = (part[:, None] * together + torch.arange(together)).flatten().tolist()
         return indices
 
     @property
+    def has_reference_adapter(self) -> bool:
+        """Whether its pairs are scored with the adapter that it starts from, rather than with the base alone."""
+        return self.train.is_preference and self.init_adapter is not None
+
+    @property
     def chunk_limit(self) -> int:
-        """Tokens of a chunk. It depends on the job alone, whatever fits into a micro-batch (see `packing.py`)."""
-        return max(CHUNK_TOKENS, self.train.max_seq_len)
+        """Tokens of a chunk. It depends on the job alone, whatever fits into a micro-batch (see `packing.py`). Of pairs
+        each document has a weight of its own, and so is a chunk by itself.
+        """
+        return 0 if self.train.is_preference else max(CHUNK_TOKENS, self.train.max_seq_len)
 
     @cached_property
     def longest(self) -> int:
@@ -74,7 +88,7 @@ class EngineJob:
     def largest_chunk(self) -> int:
         """Tokens that no chunk of any step or evaluation exceeds."""
         largest = 0
-        for examples, count in ((self.examples, self.train.batch_size), (self.validation, len(self.validation))):
+        for examples, count in ((self.examples, self.documents_of_step), (self.validation, len(self.validation))):
             lengths = sorted((len(example.ids) for example in examples), reverse=True)
             if lengths:
                 largest = max(largest, lengths[0], min(self.chunk_limit, sum(lengths[:count])))
@@ -106,6 +120,8 @@ class EngineJob:
         problems = []
         if not self.examples:
             problems.append(f"{self.name} has no examples to train on")
+        if self.train.is_preference and (len(self.examples) % 2 or len(self.validation) % 2):
+            problems.append(f"{self.name} has an example without another one, and method dpo learns from pairs")
         if self.train.needs_validation and not self.validation:
             options = " and ".join(self.train.needs_validation)
             problems.append(f"{self.name} has no validation examples, which {options} would judge by: give some")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -47,25 +47,30 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 @dataclass(frozen=True)
 class Evaluation:
     """The validation examples after `step` steps: mean loss of their supervised tokens, and the share of these that the
-    model would have written (its most probable token is the label).
+    model would have written (its most probable token is the label). Of pairs they are the figures of `PairFigures`,
+    with `margin`.
     """
 
     step: int
     loss: float
     accuracy: float
     tokens: int
+    margin: float | None = None
 
 
 @dataclass(frozen=True)
 class StepOutcome:
     """One optimizer step: mean loss per supervised token, their count over all ranks, and the gradient's norm before
-    clipping; with the evaluation after it, where one was due.
+    clipping; with the evaluation after it, where one was due. Of pairs the loss is the mean over these, with `accuracy`
+    and `margin` as `PairFigures` has them.
     """
 
     loss: float
     tokens: int
     grad_norm: float
     evaluation: Evaluation | None = None
+    accuracy: float | None = None
+    margin: float | None = None
 
     @property
     def is_finite(self) -> bool:
@@ -190,13 +195,14 @@ class FlatAdamW:
         return sum(weight.numel() for weight in self.adapter.trained)
 
     def add_loss(self, loss_sum: Tensor, tokens: int) -> None:
-        """Count a micro-batch: its summed loss (detached) and its supervised tokens."""
+        """Count a micro-batch: its summed loss (detached) and its supervised tokens, or pairs."""
         self._message[-2] += loss_sum
         self._message[-1] += tokens
 
     def queue_step(self, rate: float, all_reduce: AllReduce | None, check_gradients: bool = False) -> Tensor:
-        """Reduce, divide by the step's supervised tokens, clip, update, and clear the gradient, without waiting for
-        the device unless it is to `check_gradients` (see `EngineJob.gradient_check_step`): `[3]`, what `outcome` reads.
+        """Reduce, divide by the step's supervised tokens (or pairs), clip, update, and clear the gradient, without
+        waiting for the device unless it is to `check_gradients` (see `EngineJob.gradient_check_step`): `[3]`, what
+        `outcome` reads.
 
         A loss or gradient that is not finite changes nothing: A, B and the moments stay as they were, and the outcome
         shows it. Neither does a step whose examples were all prompt.
@@ -277,11 +283,11 @@ class FlatAdamW:
             self.flat.copy_(self._best)
         self._refresh(self._trained)
 
-    def snapshot(self, counters: dict[str, float | int | str]) -> Snapshot:
-        """All that `HostState.restore` needs to continue bit for bit, copied to host memory: steps may go on while it
-        arrives there and is written.
+    def snapshot(self, counters: dict[str, float | int | str], beside: Mapping[str, Tensor] | None = None) -> Snapshot:
+        """All that `HostState.restore` needs to continue bit for bit, and what the caller has `beside` it, copied to
+        host memory: steps may go on while it arrives there and is written.
         """
-        copies = {name: to_host(tensor) for name, tensor in self._state().items()}
+        copies = {name: to_host(tensor) for name, tensor in (self._state() | dict(beside or {})).items()}
         if self._best is not None:
             copies["best"] = self._best  # replaced by the next one, never written into
         return Snapshot(copies, {**counters, "adam_steps": self.steps}, arrival(self.flat.device))

@@ -241,7 +241,7 @@ def test_the_format_is_what_most_rows_are() -> None:
     )
     unknown = (
         "no known format; use `messages`, or `conversations`, or `prompt` and `completion`, or `instruction` and"
-        " `output`, or `text`"
+        " `output`, or `text`, or `chosen` and `rejected`, or `input`, `preferred_output` and `non_preferred_output`"
     )
     assert problems(numbered({"question": "a", "answer": "b"}, {})) == (
         f"line 1: column `question`, `answer`: {unknown}",

@@ -17,7 +17,7 @@ from lora_core.models.base import BaseModel, load_base
 from lora_core.models.probes import probe_losses
 from lora_core.training.engine import TrainEngine
 from lora_core.training.job import EngineJob, JobDiverged
-from tests.support.models import outcome_of
+from tests.support.models import outcome_of, random_adapter
 from tests.support.tiny_models import save_tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -74,6 +74,31 @@ def test_dora_and_an_adapted_head_on_the_gpu_follow_the_cpu(tmp_path: Path) -> N
     cpu, gpu, rounded = (losses(base_on(folder, *place), lora=lora) for place in places)
     assert gpu["one"] == pytest.approx(cpu["one"], rel=1e-4)
     assert rounded["one"] == pytest.approx(cpu["one"], rel=0.05)
+
+
+def test_preferences_on_the_gpu_follow_the_cpu(folder: Path) -> None:
+    """Learnt from the base, and from an adapter that lies there once more to score with, beside a supervised job."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+    def figures(device: str, precision: str = "fp32") -> list[float]:
+        engine = TrainEngine(base_on(folder, device, precision))
+        train = TrainConfig(method="dpo", beta=0.5, epochs=5, batch_size=2, learning_rate=1e-3)
+        start = random_adapter(engine.forward.modules, 5)
+        engine.add(EngineJob("supervised", LORA, TrainConfig(epochs=5, batch_size=4), EXAMPLES))
+        jobs = [EngineJob("base", LORA, train, EXAMPLES, EXAMPLES[:4])]
+        jobs.append(EngineJob("start", LoraConfig(r=4), train, EXAMPLES, init_adapter=start))
+        live = [engine.add(job) for job in jobs]
+        while engine.step():
+            pass
+        engine.forward.close()
+        outcomes = [one.progress.outcome for one in live if one.progress.outcome is not None]
+        evaluation = live[0].progress.evaluation
+        assert evaluation is not None and len(outcomes) == 2
+        return [evaluation.loss, *(figure or 0.0 for outcome in outcomes for figure in (outcome.loss, outcome.margin))]
+
+    cpu, gpu, rounded = figures("cpu"), figures("cuda"), figures("cuda", "bf16")
+    assert min(cpu[1], cpu[3]) < 0.6 and gpu == pytest.approx(cpu, rel=1e-3, abs=1e-4)
+    assert rounded == pytest.approx(cpu, rel=0.1, abs=0.05)
 
 
 @pytest.mark.parametrize("precision", ["fp8", "nf4"])

@@ -79,7 +79,7 @@ def test_resumed_jobs_end_bit_equal_beside_others(path: str, monkeypatch: pytest
     lambda: quantised_base("fp8", torch.bfloat16),
     lambda: quantised_base("nf4", torch.bfloat16),
 ], ids=["hooks", "llama", "fp8", "nf4"])  # fmt: skip
-@pytest.mark.parametrize("name", ["wide", "dora", "ranks"])
+@pytest.mark.parametrize("name", ["wide", "dora", "ranks", "pairs"])
 def test_resumed_alone_a_job_ends_bit_equal_in_every_precision(base_in: Callable[[], BaseModel], name: str) -> None:
     """Where what lies beside a row has a say in its rounding."""
     wanted, base = unlike_jobs("llama-even", "llama", STEPS)[name], base_in()

@@ -39,6 +39,8 @@ LORA_OPTIONS: dict[str, Any] = {
 }
 # Field -> (its value, what else is set with it and without it).
 TRAIN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "method": ("dpo", {}),
+    "beta": (0.5, {"method": "dpo"}),
     "epochs": (3, {}),
     "batch_size": (3, {}),
     "learning_rate": (1e-3, {}),
@@ -97,10 +99,9 @@ class Place:
 
     def rows(self, name: str, numbers: range) -> Path:
         path = self.folder / f"{name}.jsonl"
-        lines = [
-            json.dumps({"prompt": f"{n} + {n} = ", "completion": "it is " * (n % 3) + str(2 * n)}) for n in numbers
-        ]
-        path.write_text("\n".join(lines))
+        rows = [{"prompt": f"{n} + {n} = ", "completion": "it is " * (n % 3) + str(2 * n)} for n in numbers]
+        pairs = [{"chosen": row["completion"], "rejected": str(n)} for n, row in zip(numbers, rows, strict=True)]
+        path.write_text("\n".join(json.dumps(row | pair) for row, pair in zip(rows, pairs, strict=True)))
         return path
 
     def job(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import peft
@@ -97,6 +97,7 @@ def reference_training(
     wanted: EngineJob,
     steps: int,
     optimizer: torch.optim.Optimizer | None = None,
+    loss: Callable[[torch.nn.Module, EngineJob, int], Tensor] = step_loss,
 ) -> list[float]:
     """Losses of plain torch, which trains `weights` in place: padded batches, autograd, AdamW if not said."""
     config = wanted.train
@@ -104,15 +105,15 @@ def reference_training(
     rates = [group["lr"] for group in optimizer.param_groups]
     losses = []
     for step in range(steps):
-        loss = step_loss(model, wanted, step)
-        loss.backward()
+        of_step = loss(model, wanted, step)
+        of_step.backward()
         if config.max_grad_norm is not None:
             exact_clip(weights, config.max_grad_norm)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * (learning_rate(config, step, wanted.steps) / config.learning_rate)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss.detach()))
+        losses.append(float(of_step.detach()))
     return losses
 
 

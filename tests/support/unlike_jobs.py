@@ -32,10 +32,12 @@ def unlike_jobs(kind: str, path: str, steps: int) -> dict[str, EngineJob]:
         one("late", 4, {"r": 32, "lora_dropout": 0.05}, max_grad_norm=0.05),
         one("early", 5, {"r": 2}, weight_decay=0.1),
         one("idle", 0, {"r": 5}, epochs=2),
+        one("pairs", 8, few | {"lora_dropout": 0.2}, validation=documents(4, 52), method="dpo", batch_size=3),
+        one("pairs from start", 4, {"r": 4}, validation=documents(2, 53), method="dpo", batch_size=2, beta=0.5),
         one("poison", 3, few | {"use_dora": True}, validation=documents(3, 51), eval_steps=2),
     ]
     start = random_adapter(AdaptableModules(tiny_model(kind)), 5)
-    found = [replace(wanted, init_adapter=start) if wanted.name == "start" else wanted for wanted in found]
+    found = [replace(wanted, init_adapter=start) if "start" in wanted.name else wanted for wanted in found]
     if path == "hooks":
         found.append(one("pissa", 8, {"r": 6, "init_lora_weights": "pissa", "lora_dropout": 0.2}))
     if path == "hooks" and kind != "gpt2":

@@ -71,11 +71,13 @@ class HooksForward:
         of_chunks = zip(adapters, batch.chunks, dropout_keys, strict=True)
         return HooksBatch(batch, [Segment(adapter, chunk.padded_tokens, keys) for adapter, chunk, keys in of_chunks])
 
-    def forward_backward(self, ready: HooksBatch, checkpointing: Checkpointing) -> Tensor:
+    def forward_backward(
+        self, ready: HooksBatch, checkpointing: Checkpointing, weights: Tensor | None = None
+    ) -> Tensor:
         """Of a graph that autograd makes; "selective" recomputes nothing here."""
         model = self.base.model
         with recomputed_layers(model, self.modules) if checkpointing == "full" else nullcontext():
-            losses = batch_losses(self.base, self.modules, ready.segments, ready.packed)
+            losses = batch_losses(self.base, self.modules, ready.segments, ready.packed, weights=weights)
         losses.sum().backward()
         return losses.detach()
 

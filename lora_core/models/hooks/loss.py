@@ -4,7 +4,8 @@
 
 Only label rows go through the output head, a slice at a time, and each slice's gradient with respect to the hidden
 states is taken at once, so that nothing is needed from its logits later. A slice never spans two chunks. An adapter on
-the head gets its gradient in the same moment (`AdapterBank` adds it to `.grad`): that of the plain sum of all losses.
+the head gets its gradient in the same moment (`AdapterBank` adds it to `.grad`): that of the sum of all losses, each
+times the weight of its chunk where chunks have some.
 """
 
 from __future__ import annotations
@@ -31,15 +32,21 @@ Head = Callable[[Tensor, int, Tensor], Tensor]
 
 
 def batch_losses(
-    base: BaseModel, bank: AdapterBank, segments: Sequence[Segment], batch: PackedBatch, attend: Attend | None = None
+    base: BaseModel,
+    bank: AdapterBank,
+    segments: Sequence[Segment],
+    batch: PackedBatch,
+    attend: Attend | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """`[chunks]`: the summed token loss of each chunk of the batch, whose adapter and dropout keys its segment has.
 
-    `attend` is another attention than `PackedAttention`.
+    `attend` is another attention than `PackedAttention`; `weights` are those of `chunk_losses`.
     """
     with bank.routed(segments):
         hidden = base.hidden(batch.ids, batch.positions, attend or PackedAttention(batch.lengths))[0]
-    return chunk_losses(hidden, routed_head(base, bank, segments), batch.labels, bank.head_weights(segments))
+    head, trained = routed_head(base, bank, segments), bank.head_weights(segments)
+    return chunk_losses(hidden, head, batch.labels, trained, weights)
 
 
 def batch_scores(base: BaseModel, bank: AdapterBank, segments: Sequence[Segment], batch: PackedBatch) -> Tensor:
@@ -62,23 +69,38 @@ def routed_head(base: BaseModel, bank: AdapterBank, segments: Sequence[Segment])
     return head
 
 
-def chunk_losses(hidden: Tensor, head: Head, chunks: Sequence[LabelledRows], trained: Sequence[Tensor] = ()) -> Tensor:
-    """hidden `[tokens, h]` -> `[len(chunks)]`, each the sum of its token losses, in fp32 or wider.
+def chunk_losses(
+    hidden: Tensor,
+    head: Head,
+    chunks: Sequence[LabelledRows],
+    trained: Sequence[Tensor] = (),
+    weights: Tensor | None = None,
+) -> Tensor:
+    """hidden `[tokens, h]` -> `[len(chunks)]`, each the sum of its token losses, in fp32 or wider. What goes backward
+    from there is multiplied by `weights` `[len(chunks)]`.
 
     `trained` are the weights of the head's own adapters: they make a graph grow where the hidden states have none.
     """
-    losses: Tensor = _ChunkLosses.apply(hidden, head, chunks, *trained)  # type: ignore[no-untyped-call]
+    losses: Tensor = _ChunkLosses.apply(hidden, head, chunks, weights, *trained)  # type: ignore[no-untyped-call]
     return losses
 
 
 class _ChunkLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Head, chunks: Sequence[LabelledRows], *trained: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Head,
+        chunks: Sequence[LabelledRows],
+        weights: Tensor | None,
+        *trained: Tensor,
+    ) -> Tensor:
         ctx.hidden_shape, ctx.rows, ctx.trained = hidden.shape, [rows for rows, _ in chunks], len(trained)
         losses, gradients = [], []
         for number, (rows, labels) in enumerate(chunks):
             parts = zip(rows.split(SLICE_ROWS), labels.split(SLICE_ROWS), strict=True)
-            slices = [_slice_loss(hidden, head, number, *part) for part in parts]
+            weight = None if weights is None else weights[number]
+            slices = [_slice_loss(hidden, head, number, *part, weight) for part in parts]
             losses.append(torch.stack([loss for loss, _ in slices]).sum())
             gradients.append(torch.cat([gradient for _, gradient in slices]))
         ctx.save_for_backward(*gradients)
@@ -90,12 +112,14 @@ class _ChunkLosses(torch.autograd.Function):
         total = gradients[0].new_zeros(ctx.hidden_shape)
         for rows, gradient, scale in zip(ctx.rows, gradients, grads[0].to(total.dtype), strict=True):
             total[rows] = gradient * scale
-        return total, None, None, *[None] * ctx.trained
+        return total, None, None, None, *[None] * ctx.trained
 
 
-def _slice_loss(hidden: Tensor, head: Head, chunk: int, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed loss of a few rows, and its gradient with respect to them: `(softmax(logits) - one_hot(labels)) d logits /
-    d hidden`.
+def _slice_loss(
+    hidden: Tensor, head: Head, chunk: int, rows: Tensor, labels: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Summed loss of a few rows, and its gradient with respect to them: `weight (softmax(logits) - one_hot(labels)) d
+    logits / d hidden`.
     """
     part = hidden[rows].detach().requires_grad_()
     with torch.enable_grad():
@@ -105,6 +129,8 @@ def _slice_loss(hidden: Tensor, head: Head, chunk: int, rows: Tensor, labels: Te
     loss = -log_p.gather(1, labels[:, None]).sum()
     dlogits = log_p.exp_()
     dlogits[torch.arange(len(labels), device=labels.device), labels] -= 1.0
+    if weight is not None:
+        dlogits *= weight
     (gradient,) = torch.autograd.grad(logits, part, dlogits.to(logits.dtype))
     return loss, gradient
 

@@ -135,15 +135,23 @@ class Decoder(DecoderWeights):
         return float(self.head_size**-0.5)
 
     @torch.no_grad()
-    def forward_backward(self, batch: DecoderBatch, labels: Labels, checkpointing: Checkpointing = "none") -> Tensor:
-        """Add the gradients of every adapter; returns the summed token loss of each chunk of `labels`."""
+    def forward_backward(
+        self,
+        batch: DecoderBatch,
+        labels: Labels,
+        checkpointing: Checkpointing = "none",
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """Add the gradients of every adapter, those of each chunk times its weight where there are `weights`; returns
+        the summed token loss of each chunk of `labels`.
+        """
         batch.refresh_dora_scales()
         x, pending, saved = F.embedding(batch.ids, self.embedding), None, []
         for index in range(len(self.layers)):
             layer, x, pending = batch.forward(index, x, pending, checkpointing)
             saved.append(layer)
         x, normed, rstd = batch.add_and_norm(x, pending, self.final_norm)
-        losses, _, dn = head_losses(self.head, normed, labels, with_gradient=True)
+        losses, _, dn = head_losses(self.head, normed, labels, with_gradient=True, weights=weights)
         assert dn is not None
         below = batch.low_rank(len(self.groups) - 1)
         gradient: Gradient | None = norm_backward(

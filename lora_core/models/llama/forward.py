@@ -154,8 +154,10 @@ class LlamaForward:
         attention = DocumentAttention(batch.lengths, tokens, self.decoder.scaling, self.device)
         return LlamaBatch(self.decoder.batch(inputs, present, attention), batch.labels, adapters)
 
-    def forward_backward(self, ready: LlamaBatch, checkpointing: Checkpointing) -> Tensor:
-        return self.decoder.forward_backward(ready.batch, ready.labels, checkpointing)
+    def forward_backward(
+        self, ready: LlamaBatch, checkpointing: Checkpointing, weights: Tensor | None = None
+    ) -> Tensor:
+        return self.decoder.forward_backward(ready.batch, ready.labels, checkpointing, weights)
 
     def evaluate(self, ready: LlamaBatch) -> tuple[Tensor, Tensor]:
         if not any(map(self._adapts_head, ready.adapters)):

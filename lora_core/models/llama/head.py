@@ -21,11 +21,12 @@ Labels = Sequence[tuple[Tensor, Tensor]]
 
 
 def head_losses(
-    head: Tensor, normed: Tensor, labels: Labels, with_gradient: bool
+    head: Tensor, normed: Tensor, labels: Labels, with_gradient: bool, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Summed token loss of each chunk of `labels`; then, with the gradient, that of the normed rows `[T, H]`, else how
-    many labels are what the model would have written (the first token of those with the largest logit). Only labelled
-    rows go through the head `[vocabulary, H]`: chunk by chunk where bits are promised, else those of all together.
+    """Summed token loss of each chunk of `labels`; then, with the gradient, that of the normed rows `[T, H]`, times the
+    chunk's weight where there are `weights`; else how many labels are what the model would have written (the first
+    token of those with the largest logit). Only labelled rows go through the head `[vocabulary, H]`: chunk by chunk
+    where bits are promised, else those of all together.
     """
     on_gpu = device_type(normed.device) == "cuda"
     joined = on_gpu or normed.dtype not in EXACT_DTYPES
@@ -47,9 +48,18 @@ def head_losses(
     counts = torch.tensor([len(targets) for _, targets in labels])
     dn = torch.zeros_like(normed) if with_gradient else None
     if dn is not None:
-        for (rows, _), gradient in zip(parts, gradients, strict=True):
-            dn.index_copy_(0, rows, gradient)
+        for (rows, _), gradient, weight in zip(parts, gradients, _of_rows(weights, counts, parts), strict=True):
+            dn.index_copy_(0, rows, gradient if weight is None else gradient.mul_(weight))
     return _sums(losses, counts), _sums(correct, counts), dn
+
+
+def _of_rows(weights: Tensor | None, counts: Tensor, parts: Sequence[tuple[Tensor, ...]]) -> Sequence[Tensor | None]:
+    """The weights `[n, 1]` of each part's rows, of those of stretches of `counts` rows; None where there are none."""
+    if weights is None:
+        return [None] * len(parts)
+    repeats = counts.to(weights.device, non_blocking=True)
+    sizes = [len(part[0]) for part in parts]
+    return torch.split(weights.repeat_interleave(repeats, output_size=sum(sizes))[:, None], sizes)
 
 
 def _sums(parts: list[Tensor], counts: Tensor) -> Tensor:

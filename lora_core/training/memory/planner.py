@@ -58,7 +58,8 @@ class MemoryPlanner:
             return None
         longest, smallest = max(job.longest for job in jobs), max(job.largest_chunk for job in jobs)
         kept = [job.lora for job in jobs if job.train.keeps_best]
-        return self.predictor.fit(self.budget, [job.lora for job in jobs], longest, smallest, kept)
+        references = [job.lora for job in jobs if job.has_reference_adapter]
+        return self.predictor.fit(self.budget, [job.lora for job in jobs], longest, smallest, kept, references)
 
     def prefetch_plans(self, jobs: Sequence[EngineJob]) -> None:
         """Make the plans that `fit` will ask for if all of these jobs come together or one leaves, as their dry runs

@@ -1,6 +1,7 @@
 """How much memory training will take, before the base is loaded; and what fits into what there is.
 
-    predicted = context + weights + vectors of every adapter + the peak of one micro-batch
+    predicted = context + weights + vectors of every adapter + those that pairs are scored with beside their job's own
+                + the peak of one micro-batch
                 + on a CPU what is kept in host memory: best weights, and one checkpoint while it is written
 
 The peak is that of a run without numbers (`dry_run.py`).
@@ -94,19 +95,23 @@ class Predictor:
         longest: int,
         checkpointing: Checkpointing,
         kept: Sequence[LoraConfig] = (),
+        references: Sequence[LoraConfig] = (),
     ) -> int:
         """What training adds at its peak to what the process held before the base was loaded; `kept` are those of
-        `loras` whose best weights are kept.
+        `loras` whose best weights are kept, `references` those whose start is kept to score pairs with.
         """
         adapters, best = self._of(loras), self._of(kept)
         peak = self.activations.peak_bytes(adapters, capacity, longest, checkpointing)
-        return self._without_activations(adapters, best) + int(HOLES[self.device] * peak)
+        return self._without_activations(adapters, best, self._of(references)) + int(HOLES[self.device] * peak)
 
     def _of(self, loras: Sequence[LoraConfig]) -> list[AdapterShape]:
         return [self.shapes.of(lora) for lora in loras]
 
-    def _without_activations(self, adapters: Sequence[AdapterShape], kept: Sequence[AdapterShape]) -> int:
+    def _without_activations(
+        self, adapters: Sequence[AdapterShape], kept: Sequence[AdapterShape], references: Sequence[AdapterShape]
+    ) -> int:
         held = self.weights + sum(map(self._vector_bytes, adapters))
+        held += sum(self._state_bytes(shape)[0] for shape in references)
         if self.device == "cpu":
             parts = {shape: self._state_bytes(shape) for shape in adapters}
             best = {shape: parts[shape][0] for shape in kept}
@@ -132,6 +137,7 @@ class Predictor:
         longest: int,
         smallest: int,
         kept: Sequence[LoraConfig] = (),
+        references: Sequence[LoraConfig] = (),
     ) -> Plan:
         """The largest capacity from `smallest` on that fits, with as little computed twice as lets any fit.
 
@@ -140,7 +146,8 @@ class Predictor:
         """
         capacities = range(smallest, max(smallest, LARGEST_CAPACITY[self.device]) + 1)
         adapters = self._of(loras)
-        without, kinds = self._without_activations(adapters, self._of(kept)), list(dict.fromkeys(adapters))
+        without = self._without_activations(adapters, self._of(kept), self._of(references))
+        kinds = list(dict.fromkeys(adapters))
         ways: tuple[Checkpointing, ...] = ("none", "selective", "full")
         for checkpointing in ways:
 
