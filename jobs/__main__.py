@@ -24,7 +24,7 @@ from cluster.registry import AdapterNotFound
 from cluster.settings import Settings, SettingsError, load_settings
 from cluster.storage.base import StorageError
 from jobs.adapter_commands import add_adapter_commands
-from jobs.job import TERMINAL, EventKind, Job, JobError, JobStatus, RequestedAction, lease_name
+from jobs.job import TERMINAL, Job, JobError, JobStatus, RequestedAction, lease_name
 from jobs.job_report import progress_line, report
 from jobs.spec import SpecError, load_spec
 from jobs.store.database import check_database
@@ -235,8 +235,7 @@ def follow(queue: JobQueue, job_id: str, watch: Callable[[], None] | None = None
             job = queue.get(job_id)
             for event in queue.events(job_id, after=seen):
                 seen = event.id
-                if event.kind is not EventKind.METRICS:  # the line below has them
-                    _say(event.at, event.message, live)
+                _say(event.at, event.message, live)
             if job.status in TERMINAL:
                 return _outcome(job)
             if job.progress and (live or time.monotonic() - shown > 5):

@@ -109,6 +109,36 @@ class JobProgress(JobMetrics):
     base_bytes: int
 
 
+@dataclass(frozen=True)
+class StepMetrics:
+    """The figures of one optimizer step, by OpenAI's names where it has one, and when it ended (seconds since 1970).
+    `event_id` is the newest event of the job's history before it.
+    """
+
+    step: int
+    at: float
+    figures: dict[str, float]
+    event_id: int = 0
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where it stands in the history of its job: an event's is its id and 0."""
+        return self.event_id, self.step
+
+    def with_figures(self, figures: dict[str, float]) -> StepMetrics:
+        """Return it with more figures."""
+        return replace(self, figures=self.figures | figures)
+
+
+@dataclass(frozen=True)
+class JobSteps:
+    """What a job has come to, and the metrics of its newest steps, oldest first."""
+
+    job_id: str
+    progress: JobProgress
+    steps: tuple[StepMetrics, ...]
+
+
 class JobResult(TypedDict):
     """What a job has published."""
 
@@ -190,7 +220,8 @@ class ClientRequest:
 class Session:
     """One row of `sessions`. Writes of a driver that carry another `fence` than the row change nothing. Once its ranks
     have loaded the base, `resolved_precision` is what `auto` turned out to be, and `facts` say why it is that one, and
-    how exact training is there. `requested` is what it was asked to do: "stop"."""
+    how exact training is there. `tokens_per_second` is how fast all its jobs together train, by its last steps.
+    `requested` is what it was asked to do: "stop"."""
 
     id: str
     cluster: str
@@ -203,6 +234,7 @@ class Session:
     fence: int
     resolved_precision: str | None
     facts: dict[str, Any] | None
+    tokens_per_second: float | None
     lease_until: float | None
     requested: str | None
     reason: str | None
@@ -260,13 +292,12 @@ class LeaseInfo:
 
 
 class EventKind(StrEnum):
-    """What an event is, where more than people read it: `WAITS` says why a job waits, `METRICS` are figures of a step
-    of training, and `EVALUATION` those of its validation rows after one.
+    """What an event is, where more than people read it: `WAITS` says why a job waits, and `EVALUATION` has the figures
+    of its validation rows after a step.
     """
 
     NOTE = "note"
     WAITS = "waits"
-    METRICS = "metrics"
     EVALUATION = "evaluation"
 
 
@@ -281,6 +312,11 @@ class QueueEvent:
     kind: EventKind
     message: str
     data: dict[str, Any] | None
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where it stands in the history of its subject, beside `StepMetrics`."""
+        return self.id, 0
 
 
 class JobError(Exception):

@@ -43,8 +43,6 @@ def report(job: Job, session: Session | None, events: Sequence[QueueEvent], sett
     yield from (f"  {name:<10} {text}" for name, text in lines.items() if text)
     yield "  history"
     for event in events:
-        if event.kind is EventKind.METRICS:
-            continue
         yield f"    {_when(event.at)} {'' if event.level == 'info' else f'{event.level}: '}{event.message}"
 
 

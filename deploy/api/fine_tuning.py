@@ -22,13 +22,13 @@ from deploy.api.bodies import JobBody, body_of
 from deploy.api.errors import ApiError
 from deploy.api.file_store import FileStore
 from deploy.api.job_objects import (
-    EVENT,
     RESULT,
     FineTuningJob,
     JobEstimate,
     JobEvent,
     ResultFile,
     event_object,
+    event_place,
     job_object,
     result_csv,
 )
@@ -97,6 +97,7 @@ class FineTuning:
         router.add_api_route(f"{job}/pause", self.pause, methods=["POST"])
         router.add_api_route(f"{job}/resume", self.resume, methods=["POST"])
         router.add_api_route(f"{job}/events", self.events)
+        router.add_api_route(f"{job}/metrics", self.metrics)
         router.add_api_route(f"{job}/checkpoints", self.checkpoints)
         result = f"/v1/files/{RESULT}{{job_id}}"
         router.add_api_route(result, self.result_file)
@@ -172,13 +173,24 @@ class FineTuning:
     async def events(
         self, request: Request, job_id: str, after: str | None = None, limit: Limit = 20
     ) -> Page[JobEvent]:
-        """List what has happened to a job, the newest first; figures of steps have the type `metrics`."""
+        """List what has happened to a job, the newest first; the metrics of its steps have the type `metrics`."""
         job = await self._find(request, job_id)
-        before = None if after is None else after.removeprefix(EVENT)
-        if before is not None and not (before.isdecimal() and len(before) < 16):
-            raise ApiError(400, f"after must be the id of an event, {EVENT} and a number", "invalid_value", "after")
-        events, more = await self._read(self._queue.events_page, job.id, limit, before and int(before))
+        before = None if after is None else event_place(after)
+        if after is not None and before is None:
+            raise ApiError(400, f"after must be the id of an event, not {after[:60]!r}", "invalid_value", "after")
+        events, more = await self._read(self._queue.history_page, job.id, limit, before)
         return page([event_object(event) for event in events], more)
+
+    async def metrics(
+        self, request: Request, job_id: str, after_step: Annotated[int, Query(ge=0, lt=2**31)] = 0
+    ) -> Page[JobEvent]:
+        """List the metrics of a job's steps after that one, the oldest first: of the newest steps all, and of those
+        before them as many as make a curve of the whole.
+        """
+        job = await self._find(request, job_id)
+        return page(
+            [event_object(one) for one in await self._read(self._queue.step_metrics, job.id, after_step)], False
+        )
 
     async def checkpoints(self, request: Request, job_id: str) -> Page[JobEvent]:
         """There are none: what a job is continued from holds its optimizer and goes when the job ends."""
@@ -199,7 +211,7 @@ class FineTuning:
         }
 
     async def result_content(self, request: Request, job_id: str) -> Response:
-        """Read a job's figures: about 200 steps' losses, and every validation's."""
+        """Read a job's figures: the metrics of its steps, as many as make a curve, and all validations."""
         _, content = await self._result(request, job_id)
         return Response(content, media_type="text/csv")
 
@@ -207,7 +219,7 @@ class FineTuning:
         job = await self._find(request, job_id)
         if not job_object(job)["result_files"]:
             raise ApiError(404, f"{job_id} has no result file: it has not ended, or never trained", "file_not_found")
-        return job, result_csv(await self._read(self._queue.events, job.id))
+        return job, result_csv(await self._read(self._queue.step_metrics, job.id))
 
     async def _locating(self, caller: Caller, document: dict[str, Any]) -> Callable[[str, object], str]:
         """Return what finds the rows of a parameter, having looked for the uploaded files that a request names."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 import time
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from typing import Any, Literal
 from typing_extensions import TypedDict
 
 from deploy.api.job_requests import LEARNING_RATE
-from jobs.job import TERMINAL, EventKind, Job, JobStatus, QueueEvent
+from jobs.job import TERMINAL, Job, JobStatus, QueueEvent, StepMetrics
 
 EVENT, RESULT = "ftevent-", "result-"  # how the ids of events and of result files begin
 _LEVELS: dict[str, Literal["warn", "error"]] = {"warning": "warn", "error": "error"}
@@ -180,37 +181,38 @@ def estimated_finish(job: Job) -> int | None:
     return int(time.time() + left / progress["tokens_per_second"])
 
 
-def event_object(event: QueueEvent) -> JobEvent:
-    figures = event_figures(event)
+def event_object(event: QueueEvent | StepMetrics) -> JobEvent:
+    """Return a line of a job's history, or the metrics of one of its steps."""
+    level: Literal["info", "warn", "error"] = "info"
+    data: dict[str, Any] | None
+    if isinstance(event, QueueEvent):
+        level, message, data = _LEVELS.get(event.level, "info"), event.message, event.data
+    else:
+        data = {"step": event.step, **event.figures}
+        message = f"Step {event.step}: training loss={event.figures.get('train_loss', math.nan):.4f}"
     return {
-        "id": f"{EVENT}{event.id}",
+        "id": EVENT + "-".join(str(part) for part in event.place if part),
         "object": "fine_tuning.job.event",
         "created_at": int(event.at),
-        "level": _LEVELS.get(event.level, "info"),
-        "message": event.message,
-        "type": "metrics" if figures else "message",
-        "data": finite(figures or event.data),
+        "level": level,
+        "message": message,
+        "type": "message" if isinstance(event, QueueEvent) else "metrics",
+        "data": finite(data),
     }
 
 
-def event_figures(event: QueueEvent) -> dict[str, Any] | None:
-    """Return the figures of a step by OpenAI's names, where the event has some."""
-    data = event.data or {}
-    if event.kind is EventKind.METRICS:
-        return dict(data)
-    if event.kind is EventKind.EVALUATION:
-        return {"step": data["step"], "valid_loss": data["loss"], "valid_mean_token_accuracy": data["accuracy"]}
-    return None
+def event_place(event_id: str) -> tuple[int, int] | None:
+    """Return where an event stands in a job's history: the inverse of its id, or None where it is no event's."""
+    match = re.fullmatch(rf"{EVENT}(\d{{1,15}})(?:-(\d{{1,9}}))?", event_id, re.ASCII)
+    return None if match is None else (int(match[1]), int(match[2] or 0))
 
 
-def result_csv(events: Sequence[QueueEvent]) -> bytes:
-    """Write the figures that a job's history has, a step a line."""
-    steps: dict[int, dict[str, Any]] = {}
-    for figures in filter(None, map(event_figures, events)):
-        steps.setdefault(figures["step"], {}).update(figures)
-    columns = ["step", "train_loss", "valid_loss", "valid_mean_token_accuracy", "tokens_per_second"]
+def result_csv(steps: Sequence[StepMetrics]) -> bytes:
+    """Write the metrics of steps, one a line."""
+    columns = ["step", "train_loss", "valid_loss", "valid_mean_token_accuracy", "learning_rate", "grad_norm",
+               "tokens_per_second", "memory_bytes"]  # fmt: skip
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(steps[step] for step in sorted(steps))
+    writer.writerows({"step": one.step, **one.figures} for one in steps)
     return text.getvalue().encode()

@@ -25,7 +25,7 @@ from cluster.settings import Settings
 from cluster.storage.base import StorageError
 from cluster.storage.directory import open_storage
 from cluster.storage.keys import checkpoint_marker_key, checkpoints_prefix, committed_checkpoint, job_result_key
-from jobs.job import TERMINAL, EventKind, Job, JobProgress, JobResult, JobStatus, RequestedAction, SessionState
+from jobs.job import TERMINAL, EventKind, Job, JobResult, JobStatus, RequestedAction, SessionState
 from jobs.session.messages import (
     Assignment,
     CheckpointWritten,
@@ -33,11 +33,11 @@ from jobs.session.messages import (
     Evaluated,
     Expected,
     JobFailed,
+    Message,
     NoRoom,
-    Progressed,
     RankBroke,
     RanksStarted,
-    Report,
+    StepsDone,
     Trained,
     start_mailbox,
 )
@@ -48,7 +48,6 @@ log = logging.getLogger("lora.session")
 RECONCILE_SECONDS = 0.5
 SLOW_SECONDS = 60.0  # for the workers to start and load the base, after which whoever follows is told
 KEPT_CHECKPOINTS = 2
-METRICS_KEPT = 200  # steps of a job, or up to twice as many, whose figures its history has
 
 
 class SessionController:
@@ -61,11 +60,10 @@ class SessionController:
         self._registry = AdapterRegistry(self._storage, settings.tenant)
         self.mailbox: Any = start_mailbox()
         self._known: dict[str, Assignment] = {}
-        self._pending: list[Report | RankBroke | RanksStarted] = []
+        self._pending: list[Message] = []
         self._starts = 0
         self._began = time.monotonic()
         self._told: set[str] = set()
-        self._recorded: dict[str, int] = {}  # the step of each job whose figures its history has
         self._busy = time.monotonic()
         self._renewed = 0.0
         self._ended = threading.Event()
@@ -164,11 +162,10 @@ class SessionController:
         keys = self._storage.list(checkpoints_prefix(job_id))
         return sorted((index, key) for key in keys if (index := committed_checkpoint(key)) is not None)
 
-    def _record(self, report: Report | RankBroke | RanksStarted) -> None:
+    def _record(self, report: Message) -> None:
         match report:
-            case Progressed(job_id, progress):
-                self._queue.progress(job_id, self._session_id, self._fence, progress)
-                self._record_metrics(job_id, progress)
+            case StepsDone(jobs, tokens_per_second):
+                self._queue.record_steps(self._session_id, self._fence, jobs, tokens_per_second)
             case Expected(job_id, seconds):
                 self._queue.log(job_id, f"training takes about {max(1, round(seconds / 60))} min here, if it is alone")
             case Evaluated(job_id, evaluation, stopped):
@@ -189,18 +186,6 @@ class SessionController:
                 self._move(job_id, JobStatus.QUEUED, message, kind=EventKind.WAITS, max_colocated=others - 1)
             case RankBroke(rank, reason, active):
                 self._blame(active or tuple(self._known), f"rank {rank}: {reason}")
-
-    def _record_metrics(self, job_id: str, progress: JobProgress) -> None:
-        """Keep the figures of some steps, evenly over all, and of the last one."""
-        step, steps = progress["step"], progress["steps"]
-        apart = max(1, steps // METRICS_KEPT)
-        last = self._recorded.get(job_id, 0)
-        if step == last or (step // apart == last // apart and step < steps):
-            return
-        data = {"step": step, "train_loss": progress["loss"], "tokens_per_second": progress["tokens_per_second"]}
-        message = f"step {step}/{steps}: training loss={progress['loss']:.4f}"
-        self._queue.log(job_id, message, kind=EventKind.METRICS, data=data)
-        self._recorded[job_id] = step
 
     def _tell_of_evaluation(self, job_id: str, evaluation: dict[str, Any], stopped: str | None) -> None:
         message = f"step {evaluation['step']}: validation loss {evaluation['loss']:.4f}"
@@ -258,7 +243,6 @@ class SessionController:
         }
         self._storage.put(job_result_key(job.id), json.dumps(result).encode())
         self._queue.progress(job.id, self._session_id, self._fence, report.progress)
-        self._record_metrics(job.id, report.progress)
         self._move(job.id, JobStatus.SUCCEEDED, f"published {result['model']} version {version.version}", result=result)
 
     def _blame(self, suspects: Iterable[str], reason: str) -> None:
@@ -282,7 +266,6 @@ class SessionController:
         )
         log.info("job=%s event=%s moved=%s message=%s", job_id, to.value, moved, message)
         self._known.pop(job_id, None)
-        self._recorded.pop(job_id, None)
         if moved and to in TERMINAL:
             try:
                 for key in self._storage.list(checkpoints_prefix(job_id)):

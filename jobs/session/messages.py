@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from jobs.job import JobProgress
+from jobs.job import JobProgress, JobSteps
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,6 @@ class Report:
     """Base of what ranks report. `job_id` names the job it is about."""
 
     job_id: str
-
-
-@dataclass(frozen=True)
-class Progressed(Report):
-    """The numbers a user follows: step, steps, loss, tokens and so on."""
-
-    progress: JobProgress
 
 
 @dataclass(frozen=True)
@@ -126,6 +119,18 @@ class RanksStarted:
     exactness: str
 
 
+@dataclass(frozen=True)
+class StepsDone:
+    """The numbers a user follows: what jobs have come to, with the metrics of their newest steps; and how many tokens
+    all jobs together train on in a second of computing, by the last minutes (None: not known yet).
+    """
+
+    jobs: tuple[JobSteps, ...]
+    tokens_per_second: float | None
+
+
+Message = Report | StepsDone | RankBroke | RanksStarted
+
 _ENDS = (Trained, JobFailed, NoRoom)
 
 
@@ -136,7 +141,7 @@ class Mailbox:
         self._desired = DesiredJobs()
         self._active: frozenset[str] = frozenset()
         self._over: set[tuple[str, int]] = set()  # jobs and their attempts
-        self._reports: list[Report | RankBroke | RanksStarted] = []
+        self._reports: list[Message] = []
         self._end = threading.Event()
 
     def desired(self, active: tuple[str, ...]) -> DesiredJobs:
@@ -149,7 +154,7 @@ class Mailbox:
         wanted = tuple(job for job in self._desired.assignments if (job.job_id, job.attempt) not in self._over)
         return replace(self._desired, assignments=wanted)
 
-    def report(self, report: Report | RankBroke | RanksStarted) -> None:
+    def report(self, report: Message) -> None:
         """Any rank reports: this happened."""
         if isinstance(report, _ENDS):
             self._over |= {
@@ -164,7 +169,7 @@ class Mailbox:
         self._end.wait(seconds)
         self._end.clear()
 
-    def exchange(self, desired: DesiredJobs) -> tuple[frozenset[str], list[Report | RankBroke | RanksStarted]]:
+    def exchange(self, desired: DesiredJobs) -> tuple[frozenset[str], list[Message]]:
         """Post what the driver desires, and take what was reported since the last time and which jobs are active."""
         reports, self._reports = self._reports, []
         self._desired = desired
@@ -198,6 +203,6 @@ class RanksMailbox:
         """Report without waiting until it is there."""
         self._handle.report.remote(report)
 
-    def deliver(self, report: Report | RankBroke) -> None:
+    def deliver(self, report: Report | StepsDone | RankBroke) -> None:
         """Report, and return when it is there."""
         ray.get(self._handle.report.remote(report))

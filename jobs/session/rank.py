@@ -41,13 +41,13 @@ from jobs.session.messages import (
     Expected,
     JobFailed,
     NoRoom,
-    Progressed,
     RankBroke,
     RanksMailbox,
     RanksStarted,
     Trained,
 )
 from jobs.session.report import ActiveJob
+from jobs.session.step_reporter import StepReporter
 from lora_core.adapters.peft_format import adapter_files
 from lora_core.kernels.transfer import arrival
 from lora_core.models.base import BaseModel, Precision, load_base, resolve_precision
@@ -62,7 +62,6 @@ from lora_core.training.optimizer import Snapshot
 
 log = logging.getLogger("lora.rank")
 
-REPORT_SECONDS = 0.5
 IDLE_POLL_SECONDS = 0.2
 
 
@@ -98,21 +97,25 @@ class Rank:
         self._checkpoints = CheckpointWriter(settings.checkpoint_seconds, self._upload)
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._publishes: dict[str, Future[None]] = {}
-        self._reported = 0.0
+        self._reporter = StepReporter(mailbox)
         torch.set_num_threads(settings.threads or max(1, len(os.sched_getaffinity(0)) // collectives.local_ranks))
 
     def run(self) -> None:
         """Train until told to stop. What breaks it is told, with the jobs that it may be blamed on."""
+        self._reporter.start()
         try:
             self._train()
         except PeerLostError:
             self._finish_publishing()
             raise
         except Exception as error:
+            self._reporter.stop()
             reason = f"{type(error).__name__}: {error}"
             log.exception("rank=%d event=broke", self.rank)
             self.mailbox.deliver(RankBroke(self.rank, reason, (*self.active, *self._finish_publishing())))
             raise
+        finally:
+            self._reporter.stop()
 
     def _train(self) -> None:
         self.base = self._load_base()
@@ -247,24 +250,24 @@ class Rank:
         log.info("job=%s rank=%d event=left", job_id, self.rank)
 
     def _step(self) -> None:
+        began, trained = time.monotonic(), 0
         for job_id, outcome in self.engine.micro_batch().items():
             active = self.active[job_id]
-            active.step_seconds, active.stepped = time.monotonic() - active.stepped, time.monotonic()
+            trained += (tokens := active.end_step())
             if isinstance(outcome, JobDiverged):
                 self._leave(job_id)
                 self._fail(job_id, str(outcome))
                 continue
-            if self.rank == 0 and outcome.evaluation is not None:
-                self.mailbox.send(Evaluated(job_id, asdict(outcome.evaluation), active.live.progress.stopped))
+            if self.rank == 0:
+                self._reporter.stepped(job_id, active.progress(self.base), active.step_metrics(outcome, tokens))
+                if outcome.evaluation is not None:
+                    self.mailbox.send(Evaluated(job_id, asdict(outcome.evaluation), active.live.progress.stopped))
+        self._reporter.computed(trained, time.monotonic() - began)
         done = next((active for active in self.active.values() if active.live.done), None)
         if done is not None:
             self._finish(done)
         if self.rank == 0:
             self._checkpoints.write_oldest({active.assignment: active.live for active in self.active.values()})
-        if self.rank == 0 and time.monotonic() - self._reported >= REPORT_SECONDS:
-            self._reported = time.monotonic()
-            for active in self.active.values():
-                self.mailbox.send(Progressed(active.assignment.job_id, active.progress(self.base)))
 
     def _upload(self, assignment: Assignment, step: int, snapshot: Snapshot) -> None:
         key = checkpoint_state_key(assignment.job_id, assignment.attempt, step)
@@ -273,6 +276,7 @@ class Rank:
             with path.open("rb") as written:
                 sha256 = hashlib.file_digest(written, "sha256").hexdigest()
             self.storage.put(key, path)
+        self._reporter.flush()
         # There before a job that is paused counts as gone.
         self.mailbox.deliver(CheckpointWritten(assignment.job_id, step, key, sha256))
 
@@ -287,6 +291,7 @@ class Rank:
 
             def publish() -> None:
                 arrived()
+                self._reporter.flush()
                 files = adapter_files(adapter, self.engine.forward.modules, self._base_model)
                 self.mailbox.deliver(Trained(job, files, manifest, progress))
 
@@ -309,4 +314,5 @@ class Rank:
 
     def _fail(self, job_id: str, reason: str) -> None:
         if self.rank == 0:
+            self._reporter.flush()
             self.mailbox.deliver(JobFailed(job_id, reason))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jobs.job import JobMetrics, JobProgress
+from jobs.job import JobMetrics, JobProgress, StepMetrics
 from jobs.session.messages import Assignment
 from jobs.spec import JobSpec
 from lora_core.data.dataset import Example
@@ -15,7 +15,7 @@ from lora_core.models.base import BaseModel
 from lora_core.training.active_job import LiveJob
 from lora_core.training.engine import TrainEngine
 from lora_core.training.job import Progress
-from lora_core.training.optimizer import Evaluation
+from lora_core.training.optimizer import Evaluation, StepOutcome, learning_rate
 
 PROBES = 4
 PROBE_CONTEXT, PROBE_LABELS = 16, 16
@@ -39,6 +39,7 @@ class ActiveJob:
     started_tokens: int = 0
     stepped: float = field(default_factory=time.monotonic)
     step_seconds: float = 0.0
+    stepped_tokens: int = 0
 
     @property
     def probes(self) -> list[Example]:
@@ -51,8 +52,28 @@ class ActiveJob:
         tokens = sum(len(example.ids) for example in job.examples) * job.train.epochs * (1 - progress.step / job.steps)
         return 4 * base.parameters * tokens / (flop_per_second * ranks * OF_PRODUCTS)
 
+    def end_step(self) -> int:
+        """Note how long its last step took; returns how many tokens that trained on."""
+        now, tokens = time.monotonic(), self.live.progress.tokens
+        self.step_seconds, self.stepped = now - self.stepped, now
+        of_step, self.stepped_tokens = tokens - max(self.stepped_tokens, self.started_tokens), tokens
+        return of_step
+
+    def step_metrics(self, outcome: StepOutcome, tokens: int) -> StepMetrics:
+        """Return the figures of the step that has just ended, over `tokens` tokens."""
+        job, step = self.live.job, self.live.progress.step
+        figures = {
+            "train_loss": outcome.loss,
+            "learning_rate": learning_rate(job.train, step - 1, job.steps),
+            "grad_norm": outcome.grad_norm,
+            "tokens_per_second": tokens / max(self.step_seconds, 1e-9),
+        }
+        if (evaluation := outcome.evaluation) is not None:
+            figures |= {"valid_loss": evaluation.loss, "valid_mean_token_accuracy": evaluation.accuracy}
+        return StepMetrics(step, time.time(), figures)
+
     def progress(self, base: BaseModel) -> JobProgress:
-        """Its figures up to now, as `Progressed` and `Trained` carry them."""
+        """Its figures up to now, as `StepsDone` and `Trained` carry them."""
         progress, elapsed = self.live.progress, time.monotonic() - self.started
         figures: JobProgress = {
             **_metrics(progress, progress.evaluation),

@@ -34,9 +34,9 @@ from jobs.job import (
     TooManyJobsError,
 )
 from jobs.spec import JobSpec
-from jobs.store.pages import JobPages, event_of, job_of
+from jobs.store.pages import JobPages, job_of
 from jobs.store.schema import events, jobs
-from jobs.store.sessions import Fence, fence_holds, lease_holds, locked_session
+from jobs.store.sessions import Fence, event_of, fence_holds, lease_holds, locked_session
 from jobs.store.webhooks import add_deliveries
 
 SUBMIT_LOCK = 0x4C6F5242  # any number that no other user of the same PostgreSQL database takes for advisory locks

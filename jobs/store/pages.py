@@ -7,12 +7,12 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from jobs.job import EventKind, Job, JobNotFoundError, JobStatus, QueueEvent, RequestedAction
-from jobs.store.schema import events, jobs
-from jobs.store.sessions import SessionTable
+from jobs.job import Job, JobNotFoundError, JobStatus, RequestedAction
+from jobs.store.schema import jobs
+from jobs.store.step_metrics import StepMetricsTable
 
 
-class JobPages(SessionTable):
+class JobPages(StepMetricsTable):
     """The part of the queue that only reads, for one tenant."""
 
     def find(self, tenant: str, job_id: str) -> Job:
@@ -50,15 +50,6 @@ class JobPages(SessionTable):
             found = [job_of(row) for row in conn.execute(query)]
         return found[:limit], len(found) > limit
 
-    def events_page(self, job_id: str, limit: int, before: int | None = None) -> tuple[Sequence[QueueEvent], bool]:
-        """Return a job's events from before that one on, the newest first, and whether there are more."""
-        query = sa.select(events).where(events.c.subject == job_id)
-        if before is not None:
-            query = query.where(events.c.id < before)
-        with self._db.read() as conn:
-            found = [event_of(row) for row in conn.execute(query.order_by(events.c.id.desc()).limit(limit + 1))]
-        return found[:limit], len(found) > limit
-
 
 def _has(key: str, value: str, dialect: str) -> sa.ColumnElement[bool]:
     """Whether a job's metadata have this pair. Not by SQLite's path into JSON, which misses keys that JSON escapes."""
@@ -73,8 +64,3 @@ def job_of(row: sa.Row[Any]) -> Job:
     del values["copy"]
     requested = None if values["requested"] is None else RequestedAction(values["requested"])
     return Job(**values | {"status": JobStatus(values["status"]), "requested": requested})
-
-
-def event_of(row: sa.Row[Any]) -> QueueEvent:
-    """Return a row of `events`."""
-    return QueueEvent(**dict(row._mapping) | {"kind": EventKind(row.kind)})

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from jobs.job import TERMINAL, DatabaseSettingError, EventKind, JobStatus, SessionState
 
-REVISION = "webhooks"
+REVISION = "step_metrics"
 """The newest migration's."""
 MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -122,6 +122,18 @@ events = sa.Table(
 )
 sa.Index("events_by_subject", events.c.subject, events.c.id)
 
+# `event_id` is the newest event of the job before the step, so that both make one history.
+step_metrics = sa.Table(
+    "step_metrics",
+    metadata,
+    sa.Column("job_id", sa.Text, primary_key=True),
+    sa.Column("step", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("event_id", sa.Integer, nullable=False),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Column("validated", sa.Boolean, nullable=False),
+    sa.Column("figures", _Json, nullable=False),
+)
+
 sessions = sa.Table(
     "sessions",
     metadata,
@@ -136,6 +148,7 @@ sessions = sa.Table(
     sa.Column("fence", sa.Integer, nullable=False),
     sa.Column("resolved_precision", sa.Text),
     sa.Column("facts", _Json),
+    sa.Column("tokens_per_second", sa.Double),
     sa.Column("lease_until", sa.Double),
     sa.Column("requested", sa.Text),
     sa.Column("reason", _Text),

@@ -28,6 +28,7 @@ from jobs.job import (
     JobStatus,
     Lease,
     LeaseInfo,
+    QueueEvent,
     Session,
     SessionKey,
     SessionState,
@@ -231,3 +232,8 @@ def _runs_in(session_id: str) -> sa.ColumnElement[bool]:
 def _session(row: sa.Row[Any]) -> Session:
     values = dict(row._mapping)
     return Session(**values | {"state": SessionState(values["state"])})
+
+
+def event_of(row: sa.Row[Any]) -> QueueEvent:
+    """Return a row of `events`."""
+    return QueueEvent(**dict(row._mapping) | {"kind": EventKind(row.kind)})

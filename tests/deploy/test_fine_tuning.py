@@ -60,12 +60,18 @@ def test_a_job_from_its_creation_to_an_answer_of_its_model(site: Site) -> None:
     events = list(site.client.fine_tuning.jobs.list_events(job.id, limit=2))
     for event in events:
         FineTuningJobEvent.model_validate(event.to_dict(), strict=True)
-    assert [event.id for event in events] == [f"ftevent-{event.id}" for event in site.queue.events(job.id)[::-1]]
+    submitted, assigned, odd, published = [f"ftevent-{event.id}" for event in site.queue.events(job.id)]
+    assert [event.id for event in events] == [
+        published, f"{odd}-6", odd, f"{assigned}-4", f"{assigned}-2", assigned, submitted
+    ]  # fmt: skip
     assert events[0].message == "published"
-    assert events[1].type == "metrics" and events[1].data == {
-        "step": 6, "valid_loss": 0.75, "valid_mean_token_accuracy": 0.5
-    }  # fmt: skip
+    last = {"step": 6, "train_loss": 0.5, "valid_loss": 0.75, "valid_mean_token_accuracy": 0.5}
+    assert (events[1].type, events[1].message, events[1].data) == ("metrics", "Step 6: training loss=0.5000", last)
     assert events[2].data == {"figures": [None, 1]}, "JSON has no infinity"
+    curve = site.client.get(f"/fine_tuning/jobs/{job.id}/metrics?after_step=2", cast_to=object)["data"]  # type: ignore[index]
+    assert curve == [event.to_dict() for event in (events[3], events[1])]
+    with pytest.raises(openai.BadRequestError, match="after must be the id of an event"):
+        site.client.fine_tuning.jobs.list_events(job.id, after="ftevent-1-x")
     assert list(site.client.fine_tuning.jobs.checkpoints.list(job.id)) == []
     (file,) = done.result_files
     FileObject.model_validate(site.client.files.retrieve(file).to_dict(), strict=True)

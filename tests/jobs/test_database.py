@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
+import math
 import multiprocessing
 import pickle
 import random
@@ -18,6 +20,8 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
 from alembic.script import ScriptDirectory
 
 from jobs.job import (
@@ -188,6 +192,30 @@ def test_an_upgraded_database_has_the_tables_of_a_new_one(old_url: str) -> None:
             columns = {column["name"]: column["nullable"] for column in sa.inspect(connection).get_columns(table.name)}
             assert columns == {column.name: column.nullable for column in table.columns}, table.name
     assert ScriptDirectory(str(MIGRATIONS)).get_heads() == [REVISION]
+
+
+def test_metrics_that_were_events_are_rows_of_steps(old_url: str) -> None:
+    with connected(old_url) as connection:
+        config = Config()
+        config.set_main_option("script_location", str(MIGRATIONS))
+        config.attributes |= {"connection": connection, "version_table": schema_version.name}
+        command.upgrade(config, "webhooks")
+        told = sa.table("events", *map(sa.column, ("subject", "at", "level", "message", "kind", "data")))
+        for kind, data in (
+            ("metrics", {"step": 2, "train_loss": math.nan, "tokens_per_second": 7.0}),
+            ("evaluation", {"step": 2, "loss": 0.5, "accuracy": 0.25, "tokens": 9}),
+            ("metrics", {"step": 4, "train_loss": 1.0, "tokens_per_second": 7.0}),
+        ):
+            row = {"subject": DONE, "at": 5.0, "level": "info", "message": "m", "kind": kind, "data": json.dumps(data)}
+            connection.execute(sa.insert(told).values(row))
+    with contextlib.closing(JobQueue(old_url)) as queue:
+        two, four = queue.step_metrics(DONE)
+        told_of, last = queue.events(DONE)[-1], queue.history_page(DONE, 1)[0]
+        assert told_of.kind is EventKind.EVALUATION and last == [four]
+        assert (two.step, two.at, two.event_id) == (2, 5.0, told_of.id)
+        validated = {"tokens_per_second": 7.0, "valid_loss": 0.5, "valid_mean_token_accuracy": 0.25}
+        assert math.isnan(two.figures.pop("train_loss")) and two.figures == validated
+        assert four.figures == {"train_loss": 1.0, "tokens_per_second": 7.0}
 
 
 def test_columns_that_a_still_older_database_lacks_are_added(old_url: str) -> None:

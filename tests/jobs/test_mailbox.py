@@ -13,9 +13,9 @@ from jobs.session.messages import (
     JobFailed,
     Mailbox,
     NoRoom,
-    Progressed,
     RankBroke,
     Report,
+    StepsDone,
     Trained,
 )
 from jobs.session.report import probe_of
@@ -32,7 +32,7 @@ def test_each_side_sees_what_the_other_said_last() -> None:
     mailbox = Mailbox()
     assert mailbox.exchange(DesiredJobs((FIRST,))) == (frozenset(), [])
     assert mailbox.desired(("x",)) == DesiredJobs((FIRST,))
-    report = Progressed("a", {"step": 1})
+    report = StepsDone((), 1.0)
     mailbox.report(report)
     assert mailbox.exchange(DesiredJobs((FIRST, SECOND), stop=True)) == (frozenset({"x"}), [report])
     assert mailbox.exchange(DesiredJobs()) == (frozenset({"x"}), [])
@@ -65,7 +65,7 @@ def test_a_broken_rank_does_not_end_its_jobs() -> None:
 
 def test_the_end_of_a_job_is_not_waited_for() -> None:
     mailbox = Mailbox()
-    threading.Timer(0.02, mailbox.report, [Progressed("a", {"step": 1})]).start()
+    threading.Timer(0.02, mailbox.report, [StepsDone((), 1.0)]).start()
     threading.Timer(0.2, mailbox.report, [Trained("a", {}, {}, {})]).start()
     began = time.monotonic()
     mailbox.wait_for_end(10.0)

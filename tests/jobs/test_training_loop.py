@@ -19,7 +19,16 @@ from cluster.storage.keys import examples_key
 from jobs.session import loader as job_reader
 from jobs.session import rank as training_loop
 from jobs.session.loader import JobReader
-from jobs.session.messages import Assignment, CheckpointWritten, DesiredJobs, JobFailed, NoRoom, RankBroke, Trained
+from jobs.session.messages import (
+    Assignment,
+    CheckpointWritten,
+    DesiredJobs,
+    JobFailed,
+    NoRoom,
+    RankBroke,
+    StepsDone,
+    Trained,
+)
 from jobs.session.rank import Rank
 from jobs.session.report import OF_PRODUCTS, ActiveJob, probe_of
 from lora_core.adapters.peft_format import read_adapter
@@ -267,6 +276,19 @@ def test_a_paused_job_leaves_once_it_is_written_and_goes_on_from_there(
     session.run(mailbox, storage)
     first, second = mailbox.of(CheckpointWritten)
     assert first.job_id == second.job_id == "long" and 0 < first.step <= second.step
+    # Of every step there are metrics, before what comes after it; a job that goes on tells of the steps after those.
+    cut = [0, *(mailbox.reports.index(one) for one in (first, second))]
+    parts = [mailbox.reports[start:end] for start, end in itertools.pairwise(cut)]
+    steps = [
+        [one for report in part if isinstance(report, StepsDone) for job in report.jobs if job.job_id == "long"
+         for one in job.steps] for part in parts
+    ]  # fmt: skip
+    assert [one.step for one in steps[0]] == [*range(1, first.step + 1)]
+    assert [one.step for one in steps[1]] == [*range(first.step + 1, second.step + 1)]
+    figures = steps[0][0].figures
+    assert set(figures) == {"train_loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_bytes"}
+    assert figures["learning_rate"] == 5e-3 and all(value > 0 for value in figures.values())
+    assert mailbox.of(StepsDone)[-1].tokens_per_second > 0
 
 
 def assert_set(event: threading.Event) -> None:

@@ -15,7 +15,7 @@ from openai.types.fine_tuning import FineTuningJob
 from cluster.registry import AdapterRegistry
 from cluster.settings import Settings
 from cluster.storage.directory import open_storage
-from jobs.job import EventKind, JobStatus, SessionKey, SessionState
+from jobs.job import JobStatus, JobSteps, SessionKey, SessionState, StepMetrics
 from jobs.store.api_keys import KeyTable, Scope
 from jobs.store.database import Database
 from jobs.store.jobs import JobQueue
@@ -62,12 +62,11 @@ class Site:
         pace: Any = {"steps": 8, "tokens_per_second": 100.0, "step_seconds": 1.0}
         assert self.queue.progress(job_id, *fence, FIGURES | pace)
         assert self.client.fine_tuning.jobs.retrieve(job_id).estimated_finish
-        for step in (2, 4, 6):
-            data = {"step": step, "train_loss": 3.0 / step}
-            self.queue.log(job_id, f"step {step}", kind=EventKind.METRICS, data=data)
+        steps = [StepMetrics(step, 1000.0 + step, {"train_loss": 3.0 / step}) for step in (2, 4)]
+        self.queue.record_steps(*fence, [JobSteps(job_id, FIGURES | pace, tuple(steps))])
         self.queue.log(job_id, "odd", data={"figures": [math.inf, 1]})
-        evaluation = {"step": 6, "loss": 0.75, "accuracy": 0.5, "tokens": 60}
-        self.queue.log(job_id, "validated", kind=EventKind.EVALUATION, data=evaluation)
+        validated = {"train_loss": 0.5, "valid_loss": 0.75, "valid_mean_token_accuracy": 0.5}
+        self.queue.record_steps(*fence, [JobSteps(job_id, FIGURES | pace, (StepMetrics(6, 1006.0, validated),))])
         job = self.queue.get(job_id)
         manifest = {"job": job_id, "dataset_sha256": job.dataset_sha, "base_fingerprint": "f", "metrics": FIGURES}
         version = self.registry.publish("tiny", job.spec.adapter, {"weights": job_id.encode()}, manifest)
