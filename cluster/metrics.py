@@ -40,7 +40,16 @@ JOBS = MetricSpec("lora_jobs", "gauge", "scheduler", "Jobs in the queue's table,
 QUEUE_OLDEST_SECONDS = MetricSpec(
     "lora_queue_oldest_seconds", "gauge", "scheduler", "Age of the oldest job that waits to run; 0 when none waits."
 )
+SCHEDULER_LEADER = MetricSpec(
+    "lora_scheduler_leader", "gauge", "scheduler", "1 while some scheduler of the cluster holds its lease, else 0."
+)
 SESSIONS = MetricSpec("lora_sessions", "gauge", "scheduler", "Training sessions, by state.", ("state",))
+SESSION_LAUNCH_OLDEST_SECONDS = MetricSpec(
+    "lora_session_launch_oldest_seconds",
+    "gauge",
+    "scheduler",
+    "Age of the oldest session of which the driver is not up; 0 when there is none.",
+)
 JOB_TOKENS = MetricSpec(
     "lora_job_tokens_total", "counter", "scheduler", "Tokens trained on, padding not counted.", ("job", "adapter")
 )
@@ -69,7 +78,30 @@ JOB_STEP = MetricSpec("lora_job_step", "gauge", "scheduler", "Optimizer steps do
 JOB_STEP_SECONDS = MetricSpec(
     "lora_job_step_seconds", "gauge", "scheduler", "Duration of a running job's last optimizer step.", ("job",)
 )
+JOB_CHECKPOINT_AGE_SECONDS = MetricSpec(
+    "lora_job_checkpoint_age_seconds",
+    "gauge",
+    "ray",
+    "Since a running job's last committed checkpoint, or since its session took it: what a lost rank would cost.",
+    ("job",),
+)
+SESSION_FAILED_ROUNDS = MetricSpec(
+    "lora_session_failed_rounds_total",
+    "counter",
+    "ray",
+    "Rounds of a session's driver that failed because database or storage did not answer; it tries again.",
+)
 
+API_REQUESTS = MetricSpec(
+    "lora_api_requests_total", "counter", "ray", "HTTP requests that the gateway answered.", ("route", "status")
+)
+API_ERRORS = MetricSpec(
+    "lora_api_errors_total",
+    "counter",
+    "ray",
+    "Requests that failed through no fault of the client's, by code.",
+    ("code",),
+)
 REQUESTS = MetricSpec(
     "lora_requests_total", "counter", "ray", "Requests answered.", ("base", "adapter", "finish_reason")
 )
@@ -101,7 +133,7 @@ ADAPTER_LOAD_SECONDS = MetricSpec(
     "lora_adapter_load_seconds",
     "histogram",
     "ray",
-    "Time to make an adapter servable, by stage.",
+    "Time until an adapter is servable, by stage.",
     ("stage",),
     LOAD_BUCKETS,
 )
@@ -120,3 +152,28 @@ ADAPTER_CACHE = MetricSpec(
     "Adapters looked for in a tier of memory (hit, miss), and given up to make room there (eviction).",
     ("tier", "result"),
 )
+ADAPTER_LOAD_FAILURES = MetricSpec(
+    "lora_adapter_load_failures_total",
+    "counter",
+    "ray",
+    "Adapters that a replica does not serve: refused (another base, or other probes), damaged or unavailable.",
+    ("base", "reason"),
+)
+
+
+def all_metrics() -> list[MetricSpec]:
+    """Return the table, in the order of this file."""
+    return [value for value in globals().values() if isinstance(value, MetricSpec)]
+
+
+def table() -> str:
+    """Return the table for people, as k8s/README.md has it."""
+    rows = ["| metric | kind | labels | what |", "|---|---|---|---|"]
+    rows += [
+        f"| `{spec.exported}` | {spec.kind} | {', '.join(spec.labels) or '-'} | {spec.help} |" for spec in all_metrics()
+    ]
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table())

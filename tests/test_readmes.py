@@ -40,7 +40,8 @@ def test_links_lead_somewhere(readme: Path) -> None:
 @every_readme
 def test_commands_and_settings_exist(readme: Path) -> None:
     text, makefile = readme.read_text(), (ROOT / "Makefile").read_text()
-    for target in re.findall(r"\bmake (\.?[a-z/]+)\b", " ".join(re.findall(r"`[^`]+`|^make .*$", text, re.MULTILINE))):
+    code = re.findall(r"`[^`]+`", FENCED.sub("", text)) + re.findall(r"^make .*$", text, re.MULTILINE)
+    for target in re.findall(r"\bmake (\.?[a-z/]+)\b", " ".join(code)):
         assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE), target
     for module in re.findall(r"python -m ([\w.]+)", text):
         path = ROOT / module.replace(".", "/")

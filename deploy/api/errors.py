@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from cluster.requirements import requirement
 from cluster.storage.base import StorageError
+from deploy.api.metrics import count_error
 from jobs.job import DatabaseUnavailableError, UnstorableValueError
 
 log = logging.getLogger("ray.serve.lora")
@@ -50,6 +51,8 @@ class ApiError(Exception):
         return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
     def response(self) -> Response:
+        if self.status >= 500:
+            count_error(self.code)
         headers = {"x-should-retry": "true" if self.retry else "false"}
         if self.retry and self.status in (429, 503):
             headers["retry-after"] = str(_RETRY_SECONDS)

@@ -28,6 +28,7 @@ from deploy.api.file_store import FileStore
 from deploy.api.files import FileRoutes
 from deploy.api.fine_tuning import FineTuning
 from deploy.api.keys import Caller, KeyCheck, KeyRing, caller_of, needs
+from deploy.api.metrics import CountRequests
 from deploy.api.models import Models
 from deploy.api.responses import (
     ChatResponse,
@@ -77,6 +78,7 @@ def make_api(keys: KeyRing, *routers: APIRouter) -> FastAPI:
         responses={"default": {"model": ErrorBody, "description": "what is wrong, and what to change"}},
     )
     api.add_middleware(KeyCheck, keys=keys)
+    api.add_middleware(CountRequests)  # last, so that it is around all others
     answer_errors(api)
     for router in routers:
         api.include_router(router)

@@ -16,6 +16,7 @@ import torch
 
 from cluster.registry import AdapterRegistry, AdapterVersion, version_of
 from cluster.settings import Settings
+from cluster.storage.base import StorageCorrupt, StorageError
 from cluster.storage.directory import DirectoryStorage
 from cluster.storage.disk_cache import DiskCache
 from deploy.serving.decode_loop import DecodeLoop
@@ -114,7 +115,11 @@ class AdapterCache:
                 bound, nbytes = await self._to_device(digest, host, partial(self._replay_probes, what, version))
         except (AdapterRefusedError, AdapterFormatError) as error:
             self._refused[tenant, adapter, digest] = str(error)
+            self._metrics.load_failed("refused")
             log.error("event=adapter_refused adapter=%s reason=%s", what, error)
+            raise
+        except StorageError as error:
+            self._metrics.load_failed("damaged" if isinstance(error, StorageCorrupt) else "unavailable")
             raise
         self._host.offer(digest, host, 1 << (nbytes - 1).bit_length())  # as torch rounds pinned memory up
         log.info("event=adapter_loaded adapter=%s bytes=%d seconds=%.3f", what, nbytes, time.monotonic() - began)

@@ -54,6 +54,7 @@ class ServingMetrics:
         self._load = histogram(metrics.ADAPTER_LOAD_SECONDS)
         self._cache = counter(metrics.ADAPTER_CACHE)
         self._freshness = histogram(metrics.ADAPTER_FRESHNESS_SECONDS)
+        self._failures = counter(metrics.ADAPTER_LOAD_FAILURES)
 
     def first_token(self, seconds: float) -> None:
         self._first_token.observe(seconds, tags={"base": self._base})
@@ -76,3 +77,7 @@ class ServingMetrics:
     def adapter_cache(self, tier: str, result: str) -> None:
         """Count a `hit`, `miss` or `eviction`."""
         self._cache.inc(1, tags={"tier": tier, "result": result})
+
+    def load_failed(self, reason: str) -> None:
+        """Count an adapter that is `refused`, `damaged` or `unavailable`."""
+        self._failures.inc(1, tags={"base": self._base, "reason": reason})

@@ -19,10 +19,12 @@ from cluster.metrics import (
     JOB_VALIDATION_LOSS,
     JOBS,
     QUEUE_OLDEST_SECONDS,
+    SCHEDULER_LEADER,
+    SESSION_LAUNCH_OLDEST_SECONDS,
     SESSIONS,
     MetricSpec,
 )
-from jobs.job import JobStatus, SessionState
+from jobs.job import JobStatus, SessionState, lease_name
 from jobs.store.jobs import JobQueue
 
 RECENT_SECONDS = 600.0
@@ -50,13 +52,23 @@ class QueueCollector(Collector):
         oldest = _gauge(QUEUE_OLDEST_SECONDS)
         oldest.add_metric([], now - min(waiting) if waiting else 0.0)
         yield oldest
-        sessions = _gauge(SESSIONS)
-        states = [session.state for session in self._queue.sessions(self._cluster)]
+        lease = self._queue.lease(lease_name(self._cluster))
+        leader = _gauge(SCHEDULER_LEADER)
+        leader.add_metric([], float(lease is not None and lease.valid))
+        yield leader
+        yield from self._sessions(now)
+        yield from self._figures(now)
+
+    def _sessions(self, now: float) -> Iterator[Metric]:
+        alive = self._queue.sessions(self._cluster)
+        sessions, launching = _gauge(SESSIONS), _gauge(SESSION_LAUNCH_OLDEST_SECONDS)
+        states = [session.state for session in alive]
         for state in SessionState:
             if state is not SessionState.ENDED:
                 sessions.add_metric([state], states.count(state))
+        launching.add_metric([], max((now - session.created_at for session in alive if session.launching), default=0.0))
         yield sessions
-        yield from self._figures(now)
+        yield launching
 
     def _figures(self, now: float) -> Iterator[Metric]:
         tokens = CounterMetricFamily(JOB_TOKENS.name, JOB_TOKENS.help, labels=JOB_TOKENS.labels)

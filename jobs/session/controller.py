@@ -41,6 +41,7 @@ from jobs.session.messages import (
     Trained,
     start_mailbox,
 )
+from jobs.session.metrics import SessionMetrics
 from jobs.store.jobs import JobQueue
 
 log = logging.getLogger("lora.session")
@@ -59,6 +60,7 @@ class SessionController:
         self._storage = open_storage(settings.storage_url)
         self._registry = AdapterRegistry(self._storage, settings.tenant)
         self.mailbox: Any = start_mailbox()
+        self._metrics = SessionMetrics()
         self._known: dict[str, Assignment] = {}
         self._pending: list[Message] = []
         self._starts = 0
@@ -85,6 +87,7 @@ class SessionController:
                 stop = self._reconcile(stop)
             except Exception:  # SQL or storage may be away for a while; training goes on meanwhile
                 log.exception("session=%s event=reconcile_failed", self._session_id)
+                self._metrics.round_failed()
             if ended:
                 return
             self._pause()
@@ -100,6 +103,7 @@ class SessionController:
         """Make one round; returns whether the ranks should end."""
         self._renew()
         jobs = {job.id: job for job in self._queue.assigned(self._session_id)}
+        self._metrics.show(jobs)
         wanted = tuple(self._assignment(job) for job in jobs.values() if job.requested is None)
         pausing = tuple(job.id for job in jobs.values() if job.requested is RequestedAction.PAUSE)
         active, reports = ray.get(self.mailbox.exchange.remote(DesiredJobs(wanted, stop, pausing)))
@@ -217,6 +221,7 @@ class SessionController:
         marker = checkpoint_marker_key(report.job_id, known.attempt, report.step)
         self._storage.put(marker, json.dumps({"key": report.key, "sha256": report.sha256}).encode())
         self._known[report.job_id] = replace(known, checkpoint_key=report.key, checkpoint_sha256=report.sha256)
+        self._metrics.committed(report.job_id)
         log.info("job=%s event=checkpoint step=%d", report.job_id, report.step)
         self._drop_old_checkpoints(report.job_id)
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import Metric
 
-from cluster import metrics
-from cluster.metrics import MetricSpec
+from cluster.metrics import MetricSpec, all_metrics
 
-METRICS = [value for value in vars(metrics).values() if isinstance(value, MetricSpec)]
+METRICS = all_metrics()
 
 
 def exported(spec: MetricSpec) -> Metric:

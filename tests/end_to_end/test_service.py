@@ -21,7 +21,10 @@ from pathlib import Path
 import openai
 import psutil
 import pytest
+import requests
 
+from cluster import metrics
+from cluster.embedded_ray import find_embedded
 from cluster.settings import Settings
 from cluster.storage.directory import open_storage
 from cluster.storage.keys import checkpoints_prefix, examples_key
@@ -31,8 +34,11 @@ from jobs.demo import served
 from jobs.job import Job, JobStatus, RequestedAction
 from jobs.spec import load_spec
 from jobs.store.jobs import JobQueue
+from tests.k8s.objects import render
+from tests.k8s.queries import NODE_METRICS, labels_read, panels, queries
 from tests.support.another_ray import another_ray
 from tests.support.machine import clean_environment, free_port
+from tests.support.prometheus_server import running_prometheus
 from tests.support.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.alone
@@ -54,7 +60,7 @@ class Laptop:
             "LORA_METRICS_PORT": str(self.metrics_port),
             "HF_HUB_OFFLINE": "1",
         }
-        self.settings = Settings(home=home)
+        self.settings = Settings(home=home, serve_port=free_port())
         self.queue = JobQueue(self.settings.database_url)
 
     def spec(self, name: str, *, steps: int = 20, rows: int = 16, **options: object) -> Path:
@@ -358,7 +364,7 @@ def test_openais_client_trains_an_adapter_and_asks_it(laptop: Laptop) -> None:
     """Through a service on the laptop's own Ray, whose scheduler finds what the API has put into the queue."""
     laptop.submit(laptop.spec("rows"))
     with laptop.here():
-        url = served(laptop.settings.model_copy(update={"serve_port": free_port()}))
+        url = served(laptop.settings)
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120)
     file = client.files.create(file=laptop.home / "rows.jsonl", purpose="fine-tune")
     job = client.fine_tuning.jobs.create(
@@ -380,6 +386,47 @@ def test_openais_client_trains_an_adapter_and_asks_it(laptop: Laptop) -> None:
         model=str(job.fine_tuned_model), messages=[{"role": "user", "content": "item"}], max_tokens=4
     )
     assert answer.system_fingerprint == model["digest"] and model["job"] == job.id
+
+
+def test_prometheus_has_what_alerts_and_dashboards_ask_for(laptop: Laptop, tmp_path: Path) -> None:
+    """Scraped as the PodMonitors say, during a job and some answers: every metric is there with the labels that are
+    read, and every query of a dashboard that needs no GPU has data.
+    """
+    with laptop.here():
+        url = served(laptop.settings)
+    (monitor,) = [one for one in render("gpu") if one["kind"] == "PodMonitor" and "scheduler" in str(one["spec"])]
+    honours = [endpoint["honorLabels"] for endpoint in monitor["spec"]["podMetricsEndpoints"]]
+    embedded = find_embedded(laptop.settings)
+    assert embedded is not None
+    bearer = {"authorization": f"Bearer {Path(embedded.token_path).read_text()}"}
+    found = requests.get(f"{embedded.api_url}/api/prometheus/sd", headers=bearer, timeout=10)
+    targets = [target for group in found.json() for target in group["targets"]]
+    targets.append(f"127.0.0.1:{laptop.metrics_port}")
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120)
+    with running_prometheus(tmp_path / "prometheus", targets, all(honours)) as prometheus:
+        train = {"epochs": 10_000, "batch_size": 4, "eval_steps": 10}
+        job_id = laptop.submit(laptop.spec("watched", validation=0.25, train=train))
+        laptop.wait(job_id, lambda job: bool(job.progress and job.progress["step"] >= 10))
+        waiting = {name: queries for name, queries in panels().items() if not name.startswith("sessions: GPU")}
+        deadline = time.monotonic() + 60
+        while waiting and time.monotonic() < deadline:
+            client.chat.completions.create(
+                model="tiny:asked", messages=[{"role": "user", "content": "item"}], max_tokens=4
+            )
+            time.sleep(1)
+            waiting = {name: queries for name, queries in waiting.items() if not all(map(prometheus.query, queries))}
+        assert waiting == {}
+        assert prometheus.query(f'lora_job_step{{job="{job_id}"}}')  # and not the scrape's own job
+        unseen = {name for name in NODE_METRICS if "gpu" in name or "gram" in name}
+        unseen |= {metrics.ADAPTER_LOAD_FAILURES.exported, metrics.API_ERRORS.exported}  # nothing has failed
+        unseen |= {metrics.SESSION_FAILED_ROUNDS.exported}
+        for query in queries():
+            for metric, labels in labels_read(query).items():
+                if metric not in unseen and not metric.startswith("lora:"):
+                    kept = set().union(*prometheus.series(metric))
+                    assert labels <= kept, (metric, query)
+    laptop.queue.request(job_id, RequestedAction.CANCEL)
+    laptop.finished(job_id)
 
 
 def test_stop_leaves_nothing_running(laptop: Laptop) -> None:
