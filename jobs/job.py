@@ -219,9 +219,9 @@ class ClientRequest:
 @dataclass(frozen=True, kw_only=True)
 class Session:
     """One row of `sessions`. Writes of a driver that carry another `fence` than the row change nothing. Once its ranks
-    have loaded the base, `resolved_precision` is what `auto` turned out to be, and `facts` say why it is that one, and
-    how exact training is there. `tokens_per_second` is how fast all its jobs together train, by its last steps.
-    `requested` is what it was asked to do: "stop"."""
+    have loaded the base, `resolved_precision` is what `auto` turned out to be, and `facts` say why it is that one, how
+    exact training is there, and on which devices it runs. `tokens_per_second` is how fast all its jobs together train,
+    by its last steps. `requested` is what it was asked to do: "stop"."""
 
     id: str
     cluster: str

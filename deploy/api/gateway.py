@@ -22,6 +22,7 @@ from cluster.registry import AdapterRegistry, Publication
 from cluster.settings import Settings
 from cluster.storage.directory import open_storage
 from deploy.api.bodies import ErrorBody, body_of
+from deploy.api.capacity import Capacity
 from deploy.api.completion_objects import ChatCompletion, TextCompletion
 from deploy.api.errors import ApiError, answer_errors
 from deploy.api.file_store import FileStore
@@ -115,6 +116,7 @@ class Gateway:
         self._fine_tuning = FineTuning(settings, queue, self._files, admission)
         sender = WebhookSender(webhooks := WebhookTable(database), settings.webhook_networks)
         self._webhooks = WebhookRoutes(webhooks, sender)
+        self._capacity = Capacity(servers, queue, settings.jobs_per_session)
         running = asyncio.get_running_loop()
         running.set_default_executor(ThreadPoolExecutor(_THREADS, "gateway"))
         self._always = [running.create_task(self._keys.follow(settings.key_seconds))]
@@ -140,7 +142,8 @@ class Gateway:
             )
         routers = self._models.router(), self._fine_tuning.router()  # whose result files come before other files
         files = FileRoutes(self._files).router, UploadRoutes(self._files).router
-        return make_api(self._keys, router, *routers, *files, self._webhooks.router)
+        rest = self._webhooks.router, self._capacity.router()
+        return make_api(self._keys, router, *routers, *files, *rest)
 
     async def healthz(self) -> dict[str, str]:
         """Tell that the gateway is up."""

@@ -89,6 +89,11 @@ class AdapterCache:
             bound = self._device.get(digest)
             yield await self._loaded(tenant, adapter, digest) if bound is None else bound
 
+    @property
+    def memory(self) -> MemoryTier[Bound]:
+        """Where adapters lie that answer."""
+        return self._device
+
     async def load(self, tenant: str, adapter: str, digest: str) -> None:
         """Have it in memory before somebody uses it. Raises what `use` does."""
         if digest not in self._device:

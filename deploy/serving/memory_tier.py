@@ -27,7 +27,7 @@ class MemoryTier(Generic[T]):
     """One kind of memory, called `name` in metrics. It lives on one event loop."""
 
     def __init__(self, name: str, capacity: int, metrics: ServingMetrics) -> None:
-        self._name, self._capacity, self._metrics = name, capacity, metrics
+        self._name, self.capacity, self._metrics = name, capacity, metrics
         self._entries: OrderedDict[str, tuple[T, int]] = OrderedDict()  # value and bytes, used longest ago first
         self._bytes = 0  # of entries, and of what is reserved
         self._users: Counter[str] = Counter()
@@ -35,6 +35,14 @@ class MemoryTier(Generic[T]):
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is there, or has a place reserved."""
+        return self._bytes
 
     def get(self, digest: str) -> T | None:
         """Return what is there, which is now the one used last."""
@@ -89,7 +97,7 @@ class MemoryTier(Generic[T]):
 
     def offer(self, digest: str, value: T, nbytes: int) -> None:
         """Keep it where there is room at once."""
-        if digest not in self._entries and nbytes <= self._capacity and self._has_room(nbytes):
+        if digest not in self._entries and nbytes <= self.capacity and self._has_room(nbytes):
             self._bytes += nbytes
             self._entries[digest] = (value, nbytes)
 
@@ -113,4 +121,4 @@ class MemoryTier(Generic[T]):
         return not self._is_full(nbytes) or self._bytes == 0
 
     def _is_full(self, nbytes: int) -> bool:
-        return self._bytes + nbytes > self._capacity
+        return self._bytes + nbytes > self.capacity

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Callable
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
@@ -10,6 +12,7 @@ from cluster import metrics
 from cluster.metrics import MetricSpec
 
 _GAUGE_SECONDS = 5.0  # Ray drops a gauge that was not set for 20 s
+_RATE_SECONDS = 10
 
 
 def counter(spec: MetricSpec) -> Counter:
@@ -32,6 +35,11 @@ class QueueGauges:
         self._shown: tuple[int, int] | None = None
         self._at = 0.0
 
+    @property
+    def shown(self) -> tuple[int, int]:
+        """Requests running and waiting, of at most a few seconds ago."""
+        return self._shown or (0, 0)
+
     def show(self, running: int, waiting: int) -> None:
         """Set both, where they changed or a few seconds have passed."""
         now = time.monotonic()
@@ -41,11 +49,31 @@ class QueueGauges:
                 gauge.set(value, tags=self._tags)
 
 
+class TokenRate:
+    """Tokens a second, over the last ten seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._counts: deque[list[int]] = deque(maxlen=_RATE_SECONDS)  # [second, tokens], where there were any
+
+    def add(self, tokens: int) -> None:
+        second = int(self._clock())
+        if not self._counts or self._counts[-1][0] != second:
+            self._counts.append([second, 0])
+        self._counts[-1][1] += tokens
+
+    @property
+    def per_second(self) -> float:
+        since = int(self._clock()) - _RATE_SECONDS
+        return sum(tokens for second, tokens in self._counts if second > since) / _RATE_SECONDS
+
+
 class ServingMetrics:
     """What an adapter server counts and times."""
 
     def __init__(self, base: str) -> None:
         self._base = base
+        self.rate = TokenRate()
         self._requests = counter(metrics.REQUESTS)
         self._prompt_tokens = counter(metrics.PROMPT_TOKENS)
         self._generation_tokens = counter(metrics.GENERATION_TOKENS)

@@ -51,6 +51,25 @@ class GenerateRequest:
 
 
 @dataclass(frozen=True)
+class ReplicaLoad:
+    """What a replica holds and does. `running` and `waiting` are requests, of which it answers `slots` at a time.
+    Adapters take `adapter_bytes` of `adapter_capacity`; one of rank 16 on every linear takes `slot_bytes`.
+    """
+
+    place: str
+    precision: str
+    base_bytes: int
+    running: int
+    waiting: int
+    slots: int
+    adapters: int
+    adapter_bytes: int
+    adapter_capacity: int
+    slot_bytes: int
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
 class StreamStart:
     """The request is taken. `digest` is that of the adapter's content, or the base's fingerprint."""
 

@@ -31,6 +31,7 @@ from deploy.serving.protocol import (
     ErrorResponse,
     FinishReason,
     GenerateRequest,
+    ReplicaLoad,
     StreamStart,
     TokenIds,
 )
@@ -41,8 +42,12 @@ if TYPE_CHECKING:  # torch takes seconds to import, and the driver that deploys 
     from lora_core.inference.generation import GenerationRequest
     from lora_core.inference.grammar import Grammar
     from lora_core.inference.tool_calls import CallFormat
+    from lora_core.models.base import BaseModel
+    from lora_core.models.forward import Forward
 
 log = logging.getLogger("ray.serve.lora")
+
+_SLOT_RANK = 16  # of the adapters by which free memory is counted
 
 
 class AdapterServer:
@@ -62,6 +67,7 @@ class AdapterServer:
         from lora_core.inference.warmup import warm_up
         from lora_core.models.base import load_base, token_rows
         from lora_core.models.forward import open_forward
+        from lora_core.models.places import place_of
 
         began = time.monotonic()
         source = local_source(settings.resolve_base(name), settings.cache_dir)
@@ -69,15 +75,17 @@ class AdapterServer:
         self._tokenizer = copy.deepcopy(self._base.tokenizer)  # the decode loop uses the other in its thread
         self._texts = TokenTexts(self._tokenizer)
         forward = open_forward(self._base)
-        self._metrics = ServingMetrics(name)
+        self._metrics, self._gauges = ServingMetrics(name), QueueGauges(name)
         generator = Generator(self._base, forward)
         self._grammars = GrammarCompiler(self._tokenizer, token_rows(self._base.model), generator.end_tokens)
         self._loop = DecodeLoop(
             generator,
             threads=settings.threads or len(os.sched_getaffinity(0)),
-            observe=QueueGauges(name).show,
+            observe=self._gauges.show,
             patience=settings.engine_iteration_timeout_seconds,
         )
+        self._slots, self._slot_bytes = generator.slots, _slot_bytes(self._base, forward)
+        self._place = place_of(self._base.device)
         self._loop.submit(partial(warm_up, generator)).result()
         registry = AdapterRegistry(open_storage(settings.storage_url), settings.tenant)
         self._adapters = AdapterCache(registry, name, self._base, forward, self._loop, self._metrics, settings)
@@ -136,6 +144,24 @@ class AdapterServer:
         except (LookupError, ValueError, StorageError) as error:
             log.warning("event=load_failed adapter=%s:%s error=%r", published.base, published.name, error)
 
+    async def load_report(self) -> ReplicaLoad:
+        """Return what this replica holds and does."""
+        running, waiting = self._gauges.shown
+        memory = self._adapters.memory
+        return ReplicaLoad(
+            place=self._place,
+            precision=self._base.precision,
+            base_bytes=self._base.nbytes,
+            running=running,
+            waiting=waiting,
+            slots=self._slots,
+            adapters=len(memory),
+            adapter_bytes=memory.nbytes,
+            adapter_capacity=memory.capacity,
+            slot_bytes=self._slot_bytes,
+            tokens_per_second=self._metrics.rate.per_second,
+        )
+
     async def _request(self, asked: GenerateRequest, stack: AsyncExitStack) -> tuple[str, GenerationRequest]:
         """Return digest and request; the adapter stays in memory as long as the stack is open."""
         from lora_core.inference.generation import GenerationRequest
@@ -193,6 +219,7 @@ class _Account:
         self.failed = False
 
     def took(self, batch: list[ChoiceToken]) -> None:
+        self._metrics.rate.add(len(batch))
         if not self._tokens:
             self._metrics.first_token(time.monotonic() - self._arrived)
         self._tokens |= {index: token.completion_tokens for index, token in batch}
@@ -210,6 +237,11 @@ class _Account:
             "event=answered adapter=%s reason=%s prompt_tokens=%d tokens=%d seconds=%.3f",
             self._adapter or "-", reason, prompt_tokens, tokens, seconds,
         )  # fmt: skip
+
+
+def _slot_bytes(base: BaseModel, forward: Forward) -> int:
+    modules = forward.modules
+    return sum(_SLOT_RANK * sum(modules.shapes[name]) for name in modules.linears) * base.model.dtype.itemsize
 
 
 def _refusal(error: Exception) -> ErrorResponse:

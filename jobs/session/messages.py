@@ -110,13 +110,14 @@ class RankBroke:
 @dataclass(frozen=True)
 class RanksStarted:
     """The ranks are up, with nothing in memory: at the start of a session, and after one of them died. What they
-    compute in, why it is that, by which path (`lora_core.models.forward`), and how exact training is.
+    compute in, why it is that, by which path (`lora_core.models.forward`), how exact training is, and on which devices.
     """
 
     precision: str
     why: str
     forward_path: str
     exactness: str
+    places: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ from lora_core.kernels.transfer import arrival
 from lora_core.models.base import BaseModel, Precision, load_base, resolve_precision
 from lora_core.models.exactness import Exactness
 from lora_core.models.forward import ForwardPath, open_forward
+from lora_core.models.places import place_of
 from lora_core.models.probes import probe_losses
 from lora_core.training.checkpoints import CheckpointWriter
 from lora_core.training.engine import TrainEngine
@@ -126,8 +127,10 @@ class Rank:
         forward = open_forward(self.base, self._forward_path or ("llama" if self.base.is_quantised else "hooks"))
         answers = self.collectives.gather(json.dumps(asdict(forward.exactness())))
         exactness = Exactness.of_all([Exactness(**json.loads(answer or "{}")) for answer in answers])
+        places = self.collectives.gather(place_of(self.base.device))
         if self.rank == 0:
-            self.mailbox.send(RanksStarted(self.base.precision, self.base.why, forward.name, str(exactness)))
+            why = self.base.precision, self.base.why, forward.name, str(exactness)
+            self.mailbox.send(RanksStarted(*why, tuple(str(place) for place in places)))
         # NCCL takes its buffers at the first collective: before what is left is counted.
         self.collectives.all_reduce(torch.zeros(1, device=self.base.device))
         self.engine = TrainEngine(

@@ -7,13 +7,13 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from jobs.job import Job, JobNotFoundError, JobStatus, RequestedAction
+from jobs.job import TERMINAL, Job, JobNotFoundError, JobStatus, RequestedAction
 from jobs.store.schema import jobs
 from jobs.store.step_metrics import StepMetricsTable
 
 
 class JobPages(StepMetricsTable):
-    """The part of the queue that only reads, for one tenant."""
+    """The part of the queue that only reads."""
 
     def find(self, tenant: str, job_id: str) -> Job:
         """Return a tenant's job. Raises JobNotFoundError."""
@@ -49,6 +49,13 @@ class JobPages(StepMetricsTable):
                 query = query.where(_has(*pair, conn.dialect.name))
             found = [job_of(row) for row in conn.execute(query)]
         return found[:limit], len(found) > limit
+
+    def unfinished(self) -> Mapping[tuple[str, str, JobStatus], int]:
+        """Return how many jobs have not ended, by tenant, base and state: those of all tenants."""
+        columns = jobs.c.tenant, jobs.c.base, jobs.c.status
+        query = sa.select(*columns, sa.func.count()).where(jobs.c.status.not_in(sorted(TERMINAL))).group_by(*columns)
+        with self._db.read() as conn:
+            return {(tenant, base, JobStatus(status)): n for tenant, base, status, n in conn.execute(query)}
 
 
 def _has(key: str, value: str, dialect: str) -> sa.ColumnElement[bool]:

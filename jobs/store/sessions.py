@@ -78,9 +78,11 @@ class SessionTable:
             row = conn.execute(sa.select(sessions).where(sessions.c.id == session_id)).one_or_none()
         return None if row is None else _session(row)
 
-    def sessions(self, cluster: str) -> Sequence[Session]:
-        """List the sessions of a cluster that have not ended, oldest first."""
-        query = sa.select(sessions).where(sessions.c.cluster == cluster, sessions.c.state.in_(sorted(ALIVE)))
+    def sessions(self, cluster: str | None = None) -> Sequence[Session]:
+        """List the sessions of a cluster, or of all, that have not ended, oldest first."""
+        query = sa.select(sessions).where(sessions.c.state.in_(sorted(ALIVE)))
+        if cluster is not None:
+            query = query.where(sessions.c.cluster == cluster)
         with self._db.read() as conn:
             return [_session(row) for row in conn.execute(query.order_by(sessions.c.created_at, sessions.c.id))]
 

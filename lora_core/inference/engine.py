@@ -134,6 +134,11 @@ class Generator:
         self._next_id = 1
 
     @property
+    def slots(self) -> int:
+        """Requests that are answered at a time, at most."""
+        return self._cache.slots
+
+    @property
     def running(self) -> int:
         """Requests that hold a slot, or whose end has not been told."""
         return self._scheduler.running + (0 if self._queued is None else len(self._queued.ended))

@@ -67,6 +67,11 @@ class _Slot:
 class KVCache(Protocol):
     """Slots of sequences, and attention over what is in them."""
 
+    @property
+    def slots(self) -> int:
+        """How many sequences there may be at a time."""
+        ...
+
     def take(
         self, prompt: Sequence[int], owner: str | None, most_tokens: int, *, share: bool = True
     ) -> tuple[int, int] | None:
@@ -127,6 +132,11 @@ class SlotKVCache:
         self.values = [torch.empty(slots, v[0], length, v[1], dtype=d, device=device) for _, v, d, _ in shapes]
         self._slots = [_Slot() for _ in range(slots)]
         self._clock = itertools.count(1)
+
+    @property
+    def slots(self) -> int:
+        """See `KVCache`."""
+        return len(self._slots)
 
     def take(
         self, prompt: Sequence[int], owner: str | None, most_tokens: int, *, share: bool = True

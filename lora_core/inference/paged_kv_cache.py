@@ -45,6 +45,11 @@ class PagedKVCache:
         self._numbers = itertools.count()
 
     @property
+    def slots(self) -> int:
+        """See `KVCache`."""
+        return len(self._kv.table)
+
+    @property
     def free_pages(self) -> int:
         """Those that a new sequence can have."""
         return len(self._free) + len(self._idle)

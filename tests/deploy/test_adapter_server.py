@@ -21,6 +21,7 @@ from deploy.serving.server import AdapterServer
 from lora_core.inference.engine import Generator
 from lora_core.inference.generation import GeneratedToken, GenerationRequest
 from lora_core.inference.sampling_params import SamplingParams
+from lora_core.models.places import place_of
 from tests.support.adapter_service import ENDLESS, QUESTION, Service, about, run, until
 from tests.support.tiny_models import save_tiny_model, with_more_tokens
 
@@ -186,6 +187,29 @@ def test_more_questions_than_slots_are_all_answered(service: Service) -> None:
     answers = run(crowd())
     assert len(answers) == 20 and {answer.choices[0].completion_tokens for answer in answers} == {12}
     assert len({answer.start.digest for answer in answers}) == 4
+
+
+def test_a_replica_says_what_it_holds_and_does(service: Service) -> None:
+    version = service.publish("held", 80)
+    before = run(service.server.load_report())
+    run(service.server.answer(about(version)))
+    load = run(service.server.load_report())
+    base = service.server._base
+    assert (load.place, load.precision, load.slots) == (place_of(base.device), base.precision, 32)
+    assert (load.adapters, load.adapter_capacity) == (before.adapters + 1, 2 * 2**30)
+    shapes = [service.bank.shapes[name] for name in service.bank.linears]
+    assert load.slot_bytes == 16 * base.model.dtype.itemsize * sum(takes + gives for takes, gives in shapes)
+    assert 0 < load.adapter_bytes - before.adapter_bytes < load.slot_bytes, "this one is of lower rank"
+    assert (load.running, load.waiting) == (0, 0) and load.tokens_per_second >= 1.2 and load.base_bytes > 0
+
+
+def test_the_rate_is_of_the_last_ten_seconds() -> None:
+    now = [0.2]
+    rate = ray_metrics.TokenRate(lambda: now[0])
+    rate.add(5)
+    for now[0], tokens, per_second in ((0.9, 5, 1.0), (9.9, 20, 3.0), (10.0, 0, 2.0), (30.0, 0, 0.0)):
+        rate.add(tokens)
+        assert rate.per_second == per_second
 
 
 def test_gauges_are_set_again_before_ray_forgets_them(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

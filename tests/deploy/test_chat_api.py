@@ -228,6 +228,10 @@ def test_models_are_listed_and_found(app: App) -> None:
             app.client.models.retrieve(unknown)
     with urllib.request.urlopen(f"{app.url}/healthz") as answer:
         assert answer.status == 200
+    capacity: Any = app.client.get("/capacity", cast_to=object)
+    (base,) = capacity["bases"]
+    (replica,) = base["replicas"]
+    assert base["resident"] and replica["adapters"] >= 1 and replica["free_adapter_slots"] > 0, capacity
 
 
 def test_a_job_is_checked_beside_the_answers_and_goes_into_the_queue(app: App, tmp_path: Path) -> None:

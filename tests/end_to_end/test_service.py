@@ -17,6 +17,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import psutil
@@ -386,6 +387,9 @@ def test_openais_client_trains_an_adapter_and_asks_it(laptop: Laptop) -> None:
         model=str(job.fine_tuned_model), messages=[{"role": "user", "content": "item"}], max_tokens=4
     )
     assert answer.system_fingerprint == model["digest"] and model["job"] == job.id
+    capacity: Any = client.get("/capacity", cast_to=object)
+    (replica,) = capacity["bases"][0]["replicas"]
+    assert [replica["place"]] * 2 in [session["places"] for session in capacity["sessions"]], "by one name for both"
 
 
 def test_prometheus_has_what_alerts_and_dashboards_ask_for(laptop: Laptop, tmp_path: Path) -> None:

@@ -56,9 +56,9 @@ class Site:
         assert self.queue.session_move(session.id, *up, reason="up", fence=1) and self.queue.assign(job_id, session.id)
         return session.id, 1
 
-    def train(self, job_id: str) -> str:
-        """Bring a job to its end, as a session does; returns the version's digest."""
-        fence = self.start(job_id)
+    def train(self, job_id: str, fence: tuple[str, int] | None = None) -> str:
+        """Bring a job to its end, as a session does, this one if it has begun; returns the version's digest."""
+        fence = fence or self.start(job_id)
         pace: Any = {"steps": 8, "tokens_per_second": 100.0, "step_seconds": 1.0}
         assert self.queue.progress(job_id, *fence, FIGURES | pace)
         assert self.client.fine_tuning.jobs.retrieve(job_id).estimated_finish
