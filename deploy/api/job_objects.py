@@ -41,8 +41,8 @@ class JobFailure(TypedDict):
 
 
 class FineTuningJob(TypedDict):
-    """OpenAI's FineTuningJob; `step`, `steps`, `loss` and `suffix` are more than that has, and `validation_file` may
-    be the fraction of rows that is validated on.
+    """OpenAI's FineTuningJob, whose `validation_file` may be the fraction of rows that is validated on. What comes from
+    `step` on is more than that has: how far it is, what it is asked to do, and a job's own options.
     """
 
     id: str
@@ -68,10 +68,17 @@ class FineTuningJob(TypedDict):
     steps: int | None
     loss: float | None
     suffix: str
+    tokens_per_second: float | None
+    requested: Literal["cancel", "pause"] | None
+    lora: dict[str, Any]
+    train: dict[str, Any]
+    precision: str
+    num_workers: int
+    priority: int
 
 
 class JobEvent(TypedDict):
-    """OpenAI's FineTuningJobEvent."""
+    """OpenAI's FineTuningJobEvent; of the kind `waits` is why a job is not training."""
 
     id: str
     object: Literal["fine_tuning.job.event"]
@@ -79,6 +86,7 @@ class JobEvent(TypedDict):
     level: Literal["info", "warn", "error"]
     message: str
     type: Literal["message", "metrics"]
+    kind: Literal["note", "waits", "metrics", "evaluation"]
     data: dict[str, Any] | None
 
 
@@ -151,6 +159,13 @@ def job_object(job: Job) -> FineTuningJob:
         "steps": progress["steps"] if progress else None,
         "loss": finite(progress["loss"]) if progress else None,
         "suffix": spec.adapter,
+        "tokens_per_second": finite(progress["tokens_per_second"]) if progress else None,
+        "requested": None if job.requested is None else job.requested.value,
+        "lora": spec.lora.model_dump(mode="json"),
+        "train": spec.train.model_dump(mode="json"),
+        "precision": spec.precision,
+        "num_workers": spec.num_workers,
+        "priority": spec.priority,
     }
 
 
@@ -197,6 +212,7 @@ def event_object(event: QueueEvent | StepMetrics) -> JobEvent:
         "level": level,
         "message": message,
         "type": "message" if isinstance(event, QueueEvent) else "metrics",
+        "kind": event.kind.value if isinstance(event, QueueEvent) else "metrics",
         "data": finite(data),
     }
 

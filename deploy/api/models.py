@@ -62,6 +62,7 @@ class Models:
         router, model = APIRouter(tags=["Models"]), "/v1/models/{model:path}"
         reading, changing = [Depends(needs(Scope.INFER, Scope.TRAIN))], [Depends(needs(Scope.TRAIN))]
         router.add_api_route("/v1/models", self.list, dependencies=reading)
+        router.add_api_route(f"{model}/versions", self.versions, dependencies=reading)
         router.add_api_route(model, self.retrieve, dependencies=reading)
         router.add_api_route(model, self.delete, methods=["DELETE"], dependencies=changing)
         body = body_of(Promotion)
@@ -115,6 +116,24 @@ class Models:
         of_this = [alias for alias, found in sorted(aliases.items()) if found.meaning.version == version.version]
         described = model_object(model, name.base, version.manifest["created_at"], version.digest)
         return {**described, "version": number, "aliases": of_this, **_lineage(version)}
+
+    async def versions(self, request: Request, model: str) -> ModelList:
+        """List the versions of an adapter, the newest first, each with the aliases that mean it."""
+        caller, base, adapter, _ = await self._adapter(request, model)
+        owner, _ = await self.digest(caller, model, ModelName(base, adapter, LATEST))
+        registry = self._registry.of(owner)
+        aliases = await asyncio.to_thread(registry.aliases, base, adapter)
+        found = await self._ask(caller, model, registry.list_versions, base, adapter)
+        listed: Sequence[Model] = [
+            {
+                **model_object(str(one), base, one.manifest["created_at"], one.digest),
+                "version": one.number,
+                "aliases": [alias for alias, of in sorted(aliases.items()) if of.meaning.version == one.version],
+                **_lineage(one),
+            }
+            for one in reversed(found)
+        ]
+        return {"object": "list", "data": listed}
 
     async def delete(self, request: Request, model: str) -> DeletedModel:
         """Delete an adapter with all versions, a version, or an alias; refused while something needs it."""

@@ -50,6 +50,9 @@ def test_a_job_from_its_creation_to_an_answer_of_its_model(site: Site) -> None:
     assert (spec.lora.r, spec.train.max_seq_len, spec.adapter, spec.base_model) == (4, 64, "triage", "tiny")
     assert (job.status, job.model, job.seed) == ("queued", "tiny", 7)
     assert job.hyperparameters.learning_rate_multiplier == 0.5 and job.metadata == {"team": "a b", "Größe": "ü"}
+    own: Any = job.to_dict()
+    assert (own["lora"], own["train"]) == (spec.lora.model_dump(mode="json"), spec.train.model_dump(mode="json"))
+    assert (own["precision"], own["num_workers"], own["priority"], own["requested"]) == ("auto", 1, 0, None)
     assert job.fine_tuned_model is None and job.result_files == [] and job.organization_id == "acme"
 
     digest = site.train(job.id)
@@ -111,7 +114,8 @@ def test_a_job_is_paused_resumed_and_cancelled(site: Site) -> None:
     jobs, job = site.client.fine_tuning.jobs, site.create("moves")
     assert [jobs.pause(job.id).status, jobs.resume(job.id).status] == ["paused", "queued"]
     site.start(job.id)
-    assert jobs.pause(job.id).status == "running" and site.queue.get(job.id).requested == "pause"
+    asked: Any = jobs.pause(job.id).to_dict()
+    assert (asked["status"], asked["requested"], site.queue.get(job.id).requested) == ("running", "pause", "pause")
     assert jobs.resume(job.id).status == "running" and site.queue.get(job.id).requested is None
     waiting = site.create("waits")
     assert [jobs.cancel(waiting.id).status, jobs.cancel(waiting.id).status] == ["cancelled", "cancelled"]
@@ -202,6 +206,10 @@ def test_models_are_promoted_rolled_back_and_deleted(site: Site) -> None:
         "id": "tiny:moving@prod", "object": "model.alias", "version": 1,
         "digest": site.registry.digest("tiny", "moving", "1"),
     }  # fmt: skip
+    versions: Any = site.client.get("/models/tiny:moving/versions", cast_to=object)
+    assert [(one["id"], one["version"], one["aliases"], one["metrics"]["loss"]) for one in versions["data"]] == [
+        ("tiny:moving@2", 2, ["latest"], 0.7), ("tiny:moving@1", 1, ["prod"], 0.5)
+    ]  # fmt: skip
     (listed,) = [model.to_dict() for model in site.client.models.list() if model.id == "tiny:moving"]
     assert (listed["version"], listed["aliases"], listed["metrics"]) == (2, {"prod": 1}, {"loss": 0.7, "worst": None})
     for model, reason in (("tiny:moving@1", "it is prod"), ("tiny:moving@latest", "cannot be deleted"),

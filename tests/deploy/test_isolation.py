@@ -95,6 +95,7 @@ NAMED = {
     "POST /v1/chat/completions": Row(adapter, chat),
     "POST /v1/completions": Row(adapter, lambda _, model: {"model": model, "prompt": "Hi"}),
     f"GET {MODEL}": Row(adapter),
+    f"GET {MODEL}/versions": Row(adapter),
     f"DELETE {MODEL}": Row(adapter),
     f"POST {MODEL}/promote": Row(adapter, lambda *_: {"alias": "good"}),
     f"POST {MODEL}/rollback": Row(adapter),
