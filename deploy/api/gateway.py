@@ -40,6 +40,7 @@ from deploy.api.responses import (
 from deploy.api.schemas import ChatRequest, CompletionRequest, TextRequest, read_request
 from deploy.api.tenant_names import TenantNames
 from deploy.api.uploads import UploadRoutes
+from deploy.api.web_page import WebPage
 from deploy.api.webhook_sender import WebhookSender
 from deploy.api.webhooks import WebhookRoutes
 from deploy.serving.protocol import Delta, ErrorResponse, GenerateRequest, StreamStart
@@ -142,7 +143,7 @@ class Gateway:
             )
         routers = self._models.router(), self._fine_tuning.router()  # whose result files come before other files
         files = FileRoutes(self._files).router, UploadRoutes(self._files).router
-        rest = self._webhooks.router, self._capacity.router()
+        rest = self._webhooks.router, self._capacity.router(), WebPage().router()
         return make_api(self._keys, router, *routers, *files, *rest)
 
     async def healthz(self) -> dict[str, str]:

@@ -33,7 +33,7 @@ from jobs.store.api_keys import ApiKey, KeyTable, Scope, hash_of
 
 log = logging.getLogger("ray.serve.lora")
 
-_PUBLIC_PATHS = re.compile(r"/healthz|/openapi\.json|/docs(/[^/]*)?")
+_PUBLIC_PATHS = re.compile(r"/(healthz|openapi\.json|docs(/[^/]*)?|web/.*)?")
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
 _BEHIND_HAPROXY = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"  # Serve's own, which says nothing of who asks
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")

@@ -186,7 +186,8 @@ def test_the_health_check_needs_no_key_and_any_other_path_does(site: Site) -> No
     root = client.with_options(base_url=site.url)
     assert root.get("/healthz", cast_to=dict[str, str]) == {"status": "ok"}
     assert "swagger" in root.get("/docs", cast_to=str)
-    for path in ("/", "/docs/a/b", "/v1/nothing"):
+    assert "/web/app.js" in root.get("/", cast_to=str)
+    for path in ("/web", "/docs/a/b", "/v1/nothing"):
         with pytest.raises(openai.AuthenticationError):
             root.get(path, cast_to=object)
     with pytest.raises(openai.BadRequestError, match="x-request-id must be") as caught:
