@@ -134,13 +134,13 @@ def drop_old_versions(registry: AdapterRegistry, seconds: float, kept: Collectio
     means now, and digests in `kept`. Returns what it deleted.
     """
     dropped, before = [], time.time() - seconds
-    for entry in registry.list_adapters():
-        aliases = registry.aliases(entry.base, entry.name).values()
+    for base, name in sorted(registry.with_versions()):
+        aliases = registry.aliases(base, name).values()
         recent = {alias.meaning.version for alias in aliases}
         recent |= {one.version for alias in aliases for one in alias.former if (one.until or 0) > before}
-        for version_id in set(registry.versions(entry.base, entry.name)) - recent:
+        for version_id in set(registry.versions(base, name)) - recent:
             try:
-                version = registry.resolve(entry.base, entry.name, version_id)
+                version = registry.resolve(base, name, version_id)
                 if version.manifest["created_at"] < before and version.digest not in kept:
                     delete_version(registry, version)
                     dropped.append(version)

@@ -41,9 +41,11 @@ from cluster.storage.disk_cache import DiskCache
 from cluster.storage.keys import (
     adapter_prefix,
     adapter_versions_prefix,
+    adapters_prefix,
     number_key,
     number_of_key,
     numbers_prefix,
+    owner_of_version,
 )
 
 __all__ = ["LATEST", "AdapterEntry", "AdapterNotFound", "AdapterRegistry", "AdapterVersion", "Publication"]
@@ -99,16 +101,7 @@ class AdapterRegistry(AdapterAliases):
             ValueError: no files, a file name with a slash, or a manifest key that is the registry's own.
             StorageUnavailable: somebody deletes it whenever it is there.
         """
-        reserved = sorted(set(RESERVED) & manifest.keys())
-        if reserved:
-            raise ValueError(f"the manifest's keys {', '.join(reserved)} are written by the registry; leave them out")
-        entries = {file: _entry(file, content) for file, content in sorted(files.items())}
-        if not entries:
-            raise ValueError(f"{base}:{name} has no files to publish")
-        digest = content_digest(entries)
-        version = version_of(digest)
-        own = (entries, digest, version, base, name, self.tenant, time.time())
-        document = _json({**manifest, **dict(zip(RESERVED, own, strict=True))})
+        version, document = self._document(base, name, files, manifest)
         prefix, number = adapter_prefix(self.tenant, base, name, version), None
         whole = {*files, MANIFEST, NUMBER}
         for _ in range(ATTEMPTS):
@@ -133,6 +126,17 @@ class AdapterRegistry(AdapterAliases):
             if self._files(prefix) >= whole:
                 return published
         raise StorageUnavailable(f"{base}:{name}@{version} was deleted while it was published; publish it again")
+
+    def keep(self, base: str, name: str, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> AdapterVersion:
+        """Publish files as a version that has no number and that no alias means: it is found by its id, until it is
+        old. Published once more, by `publish`, it has both. Raises ValueError as that does.
+        """
+        version, document = self._document(base, name, files, manifest)
+        prefix = adapter_prefix(self.tenant, base, name, version)
+        for file, content in files.items():
+            self.storage.put(prefix + file, content)
+        self.storage.put(prefix + MANIFEST, document, if_absent=True)
+        return self._read(base, name, version)
 
     def move(self, alias: str, version: AdapterVersion) -> Alias:
         """Let an alias mean this version, and say so to those who serve. Returns what it is now."""
@@ -216,6 +220,10 @@ class AdapterRegistry(AdapterAliases):
             found = [version for version in readers.map(read, ids) if version is not None]
         return sorted(found, key=lambda version: (version.number or 0, version.manifest["created_at"]))
 
+    def with_versions(self) -> set[tuple[str, str]]:
+        """Return base and name of every adapter that has versions, be it without any alias."""
+        return {owner_of_version(key)[1:] for key in self.storage.list(adapters_prefix(self.tenant))}
+
     def number(self, version: AdapterVersion) -> int | None:
         """Return a version's number; None where it has none."""
         return version.number or self._number(self.prefix(version))
@@ -227,6 +235,21 @@ class AdapterRegistry(AdapterAliases):
     def has(self, version: AdapterVersion) -> bool:
         """Return whether a version still exists."""
         return self.storage.exists(self.prefix(version) + MANIFEST)
+
+    def _document(
+        self, base: str, name: str, files: Mapping[str, bytes], manifest: Mapping[str, Any]
+    ) -> tuple[str, bytes]:
+        """Return the id of the version with this content, and its manifest as it is stored. Raises ValueError."""
+        reserved = sorted(set(RESERVED) & manifest.keys())
+        if reserved:
+            raise ValueError(f"the manifest's keys {', '.join(reserved)} are written by the registry; leave them out")
+        entries = {file: _entry(file, content) for file, content in sorted(files.items())}
+        if not entries:
+            raise ValueError(f"{base}:{name} has no files to publish")
+        digest = content_digest(entries)
+        version = version_of(digest)
+        own = (entries, digest, version, base, name, self.tenant, time.time())
+        return version, _json({**manifest, **dict(zip(RESERVED, own, strict=True))})
 
     def _files(self, prefix: str) -> set[str]:
         return {key.removeprefix(prefix) for key in self.storage.list(prefix)}

@@ -292,13 +292,14 @@ class LeaseInfo:
 
 
 class EventKind(StrEnum):
-    """What an event is, where more than people read it: `WAITS` says why a job waits, and `EVALUATION` has the figures
-    of its validation rows after a step.
+    """What an event is, where more than people read it: `WAITS` says why a job waits, `EVALUATION` has the figures of
+    its validation rows after a step, and `CHECKPOINT` names a model of what the adapter was after one.
     """
 
     NOTE = "note"
     WAITS = "waits"
     EVALUATION = "evaluation"
+    CHECKPOINT = "checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from cluster.registry import MANIFEST, RESERVED, AdapterRegistry, AdapterVersion
 from cluster.settings import Settings
 from cluster.sources import local_source
 from cluster.storage.base import Storage
-from cluster.storage.keys import all_aliases_prefix, all_jobs_prefix, job_of_checkpoint, tenant_of_alias
+from cluster.storage.keys import all_adapters_prefix, all_jobs_prefix, job_of_checkpoint, owner_of_version
 from jobs.job import TERMINAL, Job, JobNotFoundError, JobStatus
 from jobs.spec import SpecError
 from jobs.store.jobs import JobQueue
@@ -68,7 +68,7 @@ def unfinished(queue: JobQueue, tenant: str | None = None) -> list[Job]:
 
 def sweep(settings: Settings, queue: JobQueue, storage: Storage) -> None:
     """Delete old versions of every tenant's adapters, and checkpoints that jobs left when they ended."""
-    tenants = {tenant_of_alias(key) for key in storage.list(all_aliases_prefix())}
+    tenants = {owner_of_version(key)[0] for key in storage.list(all_adapters_prefix())}
     needed = {job.init_adapter_sha for job in unfinished(queue)} - {None}
     for tenant in sorted(tenants):
         registry, seconds = AdapterRegistry(storage, tenant), settings.version_ttl_days * DAY

@@ -86,8 +86,23 @@ def job_of_checkpoint(key: str) -> str | None:
     return match[1] if match else None
 
 
+def all_adapters_prefix() -> str:
+    """Below it are the versions of every tenant: see `owner_of_version`."""
+    return "adapters/"
+
+
+def adapters_prefix(tenant: str) -> str:
+    return f"{all_adapters_prefix()}{_part(tenant)}/"
+
+
+def owner_of_version(key: str) -> tuple[str, str, str]:
+    """Return (tenant, base, name) of a file of a version."""
+    tenant, base, name = map(_name, key.split("/")[1:4])
+    return tenant, base, name
+
+
 def adapter_versions_prefix(tenant: str, base: str, name: str) -> str:
-    return f"adapters/{_part(tenant)}/{_part(base)}/{_part(name)}/"
+    return f"{adapters_prefix(tenant)}{_part(base)}/{_part(name)}/"
 
 
 def adapter_prefix(tenant: str, base: str, name: str, version: str) -> str:
@@ -118,15 +133,6 @@ def adapter_aliases_prefix(tenant: str, base: str, name: str) -> str:
 
 def alias_key(tenant: str, base: str, name: str, alias: str) -> str:
     return f"{adapter_aliases_prefix(tenant, base, name)}{_part(alias)}.json"
-
-
-def all_aliases_prefix() -> str:
-    """Below it are the aliases of every tenant: see `tenant_of_alias`."""
-    return "aliases/"
-
-
-def tenant_of_alias(key: str) -> str:
-    return _name(key.split("/")[1])
 
 
 def last_published_key(tenant: str) -> str:

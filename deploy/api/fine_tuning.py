@@ -22,11 +22,14 @@ from deploy.api.bodies import JobBody, body_of
 from deploy.api.errors import ApiError
 from deploy.api.file_store import FileStore
 from deploy.api.job_objects import (
+    CHECKPOINT,
     RESULT,
     FineTuningJob,
+    JobCheckpoint,
     JobEstimate,
     JobEvent,
     ResultFile,
+    checkpoint_object,
     event_object,
     event_place,
     job_object,
@@ -192,10 +195,16 @@ class FineTuning:
             [event_object(one) for one in await self._read(self._queue.step_metrics, job.id, after_step)], False
         )
 
-    async def checkpoints(self, request: Request, job_id: str) -> Page[JobEvent]:
-        """There are none: what a job is continued from holds its optimizer and goes when the job ends."""
-        await self._find(request, job_id)
-        return page([], False)
+    async def checkpoints(
+        self, request: Request, job_id: str, after: str | None = None, limit: Limit = 10
+    ) -> Page[JobCheckpoint]:
+        """List the models of what a job's adapter was after some of its epochs, the newest first."""
+        job = await self._find(request, job_id)
+        before = None if after is None else after.removeprefix(CHECKPOINT)
+        if before is not None and not (before.isdecimal() and len(before) < 16):
+            raise ApiError(400, f"after must be the id of a checkpoint, not {after!r:.60}", "invalid_value", "after")
+        found, more = await self._read(self._queue.checkpoints_page, job.id, limit, before and int(before))
+        return page([checkpoint_object(event) for event in found], more)
 
     async def result_file(self, request: Request, job_id: str) -> ResultFile:
         """Describe the file of a job's figures."""

@@ -15,7 +15,8 @@ from typing_extensions import TypedDict
 from deploy.api.job_requests import LEARNING_RATE
 from jobs.job import TERMINAL, Job, JobStatus, QueueEvent, StepMetrics
 
-EVENT, RESULT = "ftevent-", "result-"  # how the ids of events and of result files begin
+EVENT, CHECKPOINT, RESULT = "ftevent-", "ftckpt-", "result-"
+"""How the ids of events, of checkpoints and of result files begin."""
 _LEVELS: dict[str, Literal["warn", "error"]] = {"warning": "warn", "error": "error"}
 
 
@@ -86,8 +87,27 @@ class JobEvent(TypedDict):
     level: Literal["info", "warn", "error"]
     message: str
     type: Literal["message", "metrics"]
-    kind: Literal["note", "waits", "metrics", "evaluation"]
+    kind: Literal["note", "waits", "metrics", "evaluation", "checkpoint"]
     data: dict[str, Any] | None
+
+
+class CheckpointMetrics(TypedDict):
+    step: int
+    train_loss: float | None
+    valid_loss: float | None
+    valid_mean_token_accuracy: float | None
+
+
+class JobCheckpoint(TypedDict):
+    """OpenAI's FineTuningJobCheckpoint: a model, until it is as old as old versions may be."""
+
+    id: str
+    object: Literal["fine_tuning.job.checkpoint"]
+    created_at: int
+    fine_tuning_job_id: str
+    fine_tuned_model_checkpoint: str
+    step_number: int
+    metrics: CheckpointMetrics
 
 
 class EstimatedMemory(TypedDict):
@@ -221,6 +241,25 @@ def event_place(event_id: str) -> tuple[int, int] | None:
     """Return where an event stands in a job's history: the inverse of its id, or None where it is no event's."""
     match = re.fullmatch(rf"{EVENT}(\d{{1,15}})(?:-(\d{{1,9}}))?", event_id, re.ASCII)
     return None if match is None else (int(match[1]), int(match[2] or 0))
+
+
+def checkpoint_object(event: QueueEvent) -> JobCheckpoint:
+    data = event.data or {}
+    metrics = finite(data["metrics"])
+    return {
+        "id": f"{CHECKPOINT}{event.id}",
+        "object": "fine_tuning.job.checkpoint",
+        "created_at": int(event.at),
+        "fine_tuning_job_id": event.subject,
+        "fine_tuned_model_checkpoint": data["model"],
+        "step_number": metrics["step"],
+        "metrics": {
+            "step": metrics["step"],
+            "train_loss": metrics["loss"],
+            "valid_loss": metrics.get("validation_loss"),
+            "valid_mean_token_accuracy": metrics.get("validation_accuracy"),
+        },
+    }
 
 
 def result_csv(steps: Sequence[StepMetrics]) -> bytes:

@@ -27,6 +27,7 @@ from cluster.storage.directory import open_storage
 from cluster.storage.keys import checkpoint_marker_key, checkpoints_prefix, committed_checkpoint, job_result_key
 from jobs.job import TERMINAL, EventKind, Job, JobResult, JobStatus, RequestedAction, SessionState
 from jobs.session.messages import (
+    AdapterKept,
     Assignment,
     CheckpointWritten,
     DesiredJobs,
@@ -181,6 +182,8 @@ class SessionController:
                     self._tell_of_restart()
             case CheckpointWritten():
                 self._commit(report)
+            case AdapterKept():
+                self._keep(report)
             case Trained():
                 self._publish(report)
             case JobFailed(job_id, reason):
@@ -230,6 +233,18 @@ class SessionController:
             commit = json.loads(self._storage.get(marker))
             self._storage.delete(marker)
             self._storage.delete(commit["key"])
+
+    def _keep(self, report: AdapterKept) -> None:
+        """Write a version that no alias means, and tell of it once: of a step that is made again it comes again."""
+        if not self._runs_here(report.job_id):
+            return
+        job, metrics = self._queue.get(report.job_id), report.manifest["metrics"]
+        manifest = {**report.manifest, "dataset_sha256": job.dataset_sha}
+        version = self._registry.of(job.tenant).keep(job.base, job.spec.adapter, report.files, manifest)
+        told, _ = self._queue.checkpoints_page(job.id, 1)
+        if not told or (told[0].data or {})["metrics"]["step"] < metrics["step"]:
+            data = {"model": str(version), "metrics": metrics}
+            self._queue.log(job.id, f"checkpoint {version}", kind=EventKind.CHECKPOINT, data=data)
 
     def _publish(self, report: Trained) -> None:
         """Write adapter, result and row; after a crash in between, the last checkpoint leads to the same."""

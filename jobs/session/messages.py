@@ -76,6 +76,14 @@ class CheckpointWritten(Report):
 
 
 @dataclass(frozen=True)
+class AdapterKept(Report):
+    """What an adapter is after one of its epochs, as `Trained` has the last: a version that can be asked, too."""
+
+    files: dict[str, bytes]
+    manifest: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Trained(Report):
     """A finished adapter: its files and what the manifest says of it."""
 

@@ -18,6 +18,7 @@ import logging
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from cluster.storage.keys import checkpoint_state_key
 from jobs.session.collectives import Collectives, PeerLostError
 from jobs.session.loader import JobReader, Read
 from jobs.session.messages import (
+    AdapterKept,
     Assignment,
     CheckpointWritten,
     DesiredJobs,
@@ -235,6 +237,7 @@ class Rank:
             return
         live.optimizer.synchronise(self.collectives.broadcast)
         active = ActiveJob(assignment, spec, live, tokenizer, started_tokens=live.progress.tokens)
+        active.kept_step = max(0, live.progress.step - 1)  # that of a rank that was lost may not have arrived
         self.active[assignment.job_id] = active
         if self.rank == 0 and self._flop_per_second is not None:
             seconds = active.expected_seconds(self.base, self._flop_per_second, self.ranks)
@@ -269,6 +272,9 @@ class Rank:
         done = next((active for active in self.active.values() if active.live.done), None)
         if done is not None:
             self._finish(done)
+        for active in self.active.values():
+            if self.rank == 0 and active.ends_kept_epoch:
+                self._keep(active)
         if self.rank == 0:
             self._checkpoints.write_oldest({active.assignment: active.live for active in self.active.values()})
 
@@ -284,23 +290,46 @@ class Rank:
         self.mailbox.deliver(CheckpointWritten(assignment.job_id, step, key, sha256))
 
     def _finish(self, active: ActiveJob) -> None:
-        """Publish the adapter beside the next steps, with the probes that a server replays; all ranks let it go."""
-        job, live = active.assignment.job_id, active.live
+        """Publish the adapter beside the next steps; all ranks let it go."""
+        job = active.assignment.job_id
         if self.rank == 0:
             progress = active.progress(self.base)
-            losses = probe_losses(self.engine.forward, live.bound, active.probes)
-            manifest = active.manifest(self.base, self.engine, losses)
-            adapter, arrived = live.optimizer.on_host(), arrival(self.base.device)
+            files, manifest = self._published(active)
 
             def publish() -> None:
-                arrived()
+                content = files()
                 self._reporter.flush()
-                files = adapter_files(adapter, self.engine.forward.modules, self._base_model)
-                self.mailbox.deliver(Trained(job, files, manifest, progress))
+                self.mailbox.deliver(Trained(job, content, manifest, progress))
 
             self._publishes[job] = self._publisher.submit(publish)
         self.publishing[job] = active.assignment
         self._leave(job)
+
+    def _keep(self, active: ActiveJob) -> None:
+        """Publish what an adapter is after an epoch, beside the next steps."""
+        job, active.kept_step = active.assignment.job_id, active.live.progress.step
+        files, manifest = self._published(active)
+
+        def publish() -> None:
+            try:
+                self.mailbox.deliver(AdapterKept(job, files(), manifest))
+            except Exception:  # training goes on without it
+                log.exception("job=%s event=not_kept", job)
+
+        self._publisher.submit(publish)
+
+    def _published(self, active: ActiveJob) -> tuple[Callable[[], dict[str, bytes]], dict[str, Any]]:
+        """Return what makes the files of an adapter as it is now, and its manifest with the probes that a server
+        replays.
+        """
+        losses = probe_losses(self.engine.forward, active.live.bound, active.probes)
+        adapter, arrived = active.live.optimizer.on_host(), arrival(self.base.device)
+
+        def files() -> dict[str, bytes]:
+            arrived()
+            return adapter_files(adapter, self.engine.forward.modules, self._base_model)
+
+        return files, active.manifest(self.base, self.engine, losses)
 
     def _let_go(self, desired: DesiredJobs) -> None:
         """Forget what is published: it is not desired any more, or another attempt of it is."""

@@ -23,6 +23,9 @@ PROBE_CONTEXT, PROBE_LABELS = 16, 16
 short prompt, which is what an answer of a new adapter waits for twice, here and in the server that replays them.
 """
 
+CHECKPOINTS = 4
+"""Of a job's epochs about so many, evenly apart, leave a version; the last of them is what the job publishes."""
+
 OF_PRODUCTS = 0.5
 """What a CPU's training reaches of the rate that its products have by themselves: 0.37 to 0.6 were seen."""
 
@@ -40,6 +43,16 @@ class ActiveJob:
     stepped: float = field(default_factory=time.monotonic)
     step_seconds: float = 0.0
     stepped_tokens: int = 0
+    kept_step: int = 0
+    """The last step after which a version was kept, or before which it is not known whether one was."""
+
+    @property
+    def ends_kept_epoch(self) -> bool:
+        """Whether a version of what it is now is to be kept, with the figures of the evaluation after its epoch."""
+        job, step = self.live.job, self.live.progress.step
+        apart = job.steps_per_epoch * max(1, job.train.epochs // CHECKPOINTS)
+        between = step % apart or step <= self.kept_step
+        return not (between or self.live.evaluation_due or self.live.done)
 
     @property
     def probes(self) -> list[Example]:
@@ -92,8 +105,8 @@ class ActiveJob:
         """Return what is published beside the files of the adapter; `losses` are those of its probes. `trained_at` is
         the end of its last step (seconds since 1970).
         """
-        progress, train = self.live.progress, self.live.job.train
-        metrics = _metrics(progress, progress.best if train.keeps_best else progress.evaluation)
+        progress, best = self.live.progress, self.live.job.train.keeps_best and self.live.done
+        metrics = _metrics(progress, progress.best if best else progress.evaluation)
         if progress.stopped is not None:
             metrics["stopped"] = progress.stopped
         return {

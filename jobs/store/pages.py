@@ -7,8 +7,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from jobs.job import TERMINAL, Job, JobNotFoundError, JobStatus, RequestedAction
-from jobs.store.schema import jobs
+from jobs.job import TERMINAL, EventKind, Job, JobNotFoundError, JobStatus, QueueEvent, RequestedAction
+from jobs.store.schema import events, jobs
+from jobs.store.sessions import event_of
 from jobs.store.step_metrics import StepMetricsTable
 
 
@@ -56,6 +57,17 @@ class JobPages(StepMetricsTable):
         query = sa.select(*columns, sa.func.count()).where(jobs.c.status.not_in(sorted(TERMINAL))).group_by(*columns)
         with self._db.read() as conn:
             return {(tenant, base, JobStatus(status)): n for tenant, base, status, n in conn.execute(query)}
+
+    def checkpoints_page(self, job_id: str, limit: int, before: int | None = None) -> tuple[Sequence[QueueEvent], bool]:
+        """Return the events of a job's checkpoints from before that one on, the newest first, and whether there are
+        more.
+        """
+        query = sa.select(events).where(events.c.subject == job_id, events.c.kind == EventKind.CHECKPOINT)
+        if before is not None:
+            query = query.where(events.c.id < before)
+        with self._db.read() as conn:
+            found = [event_of(row) for row in conn.execute(query.order_by(events.c.id.desc()).limit(limit + 1))]
+        return found[:limit], len(found) > limit
 
 
 def _has(key: str, value: str, dialect: str) -> sa.ColumnElement[bool]:

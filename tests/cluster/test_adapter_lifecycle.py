@@ -211,6 +211,30 @@ def test_old_versions_go_and_what_may_be_wanted_stays(storage: Storage, monkeypa
     assert {version.number for version in registry.list_versions(BASE, NAME)} == {3, 5}
 
 
+def test_a_version_without_a_name_is_found_by_its_id_until_it_is_old(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = AdapterRegistry(storage)
+    now = 1000.0
+    monkeypatch.setattr("time.time", lambda: now)
+    kept = [registry.keep(BASE, NAME, {"weights": str(content).encode()}, {"step": content}) for content in (1, 2)]
+    assert registry.resolve(BASE, NAME, kept[0].version).manifest["step"] == 1 and kept[0].number is None
+    assert str(kept[0]) == f"{BASE}:{NAME}@{kept[0].version}" and registry.list_adapters() == []
+    with pytest.raises(AdapterNotFound):
+        registry.resolve(BASE, NAME)
+    assert registry.contents(kept[1]) == {"weights": b"2"}
+    published = registry.publish(BASE, NAME, {"weights": b"2"}, {"step": 3})
+    assert (published.version, published.number, published.manifest["step"]) == (kept[1].version, 1, 2)
+    never = registry.keep(BASE, "never", {"weights": b"3"}, {})
+    promote(registry, registry.keep(BASE, "good", {"weights": b"4"}, {}), "prod")
+    now = 1100.0
+    assert drop_old_versions(registry, 200.0) == []
+    now = 2000.0
+    assert sorted((one.name, one.version) for one in drop_old_versions(registry, 200.0)) == [
+        (NAME, kept[0].version), ("never", never.version)
+    ]  # fmt: skip
+
+
 def test_who_serves_notices_within_a_second(tmp_path: Path) -> None:
     registry = AdapterRegistry(open_storage(tmp_path.as_uri()))
     old, new = publish(registry, 1), publish(registry, 2)

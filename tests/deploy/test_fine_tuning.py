@@ -12,6 +12,7 @@ import openai
 import pytest
 from openai.types import FileObject, Model
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
+from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 
 from cluster.adapter_lifecycle import delete_adapter
 from deploy.api.job_requests import WINDOW_SECONDS
@@ -63,19 +64,28 @@ def test_a_job_from_its_creation_to_an_answer_of_its_model(site: Site) -> None:
     events = list(site.client.fine_tuning.jobs.list_events(job.id, limit=2))
     for event in events:
         FineTuningJobEvent.model_validate(event.to_dict(), strict=True)
-    submitted, assigned, odd, published = [f"ftevent-{event.id}" for event in site.queue.events(job.id)]
+    submitted, assigned, early, late, odd, published = [f"ftevent-{event.id}" for event in site.queue.events(job.id)]
     assert [event.id for event in events] == [
-        published, f"{odd}-6", odd, f"{assigned}-4", f"{assigned}-2", assigned, submitted
+        published, f"{odd}-6", odd, late, early, f"{assigned}-4", f"{assigned}-2", assigned, submitted
     ]  # fmt: skip
     assert events[0].message == "published"
     last = {"step": 6, "train_loss": 0.5, "valid_loss": 0.75, "valid_mean_token_accuracy": 0.5}
     assert (events[1].type, events[1].message, events[1].data) == ("metrics", "Step 6: training loss=0.5000", last)
     assert events[2].data == {"figures": [None, 1]}, "JSON has no infinity"
     curve = site.client.get(f"/fine_tuning/jobs/{job.id}/metrics?after_step=2", cast_to=object)["data"]  # type: ignore[index]
-    assert curve == [event.to_dict() for event in (events[3], events[1])]
+    assert curve == [event.to_dict() for event in (events[5], events[1])]
     with pytest.raises(openai.BadRequestError, match="after must be the id of an event"):
         site.client.fine_tuning.jobs.list_events(job.id, after="ftevent-1-x")
-    assert list(site.client.fine_tuning.jobs.checkpoints.list(job.id)) == []
+    checkpoints = list(site.client.fine_tuning.jobs.checkpoints.list(job.id, limit=1))
+    for checkpoint in checkpoints:
+        FineTuningJobCheckpoint.model_validate(checkpoint.to_dict(), strict=True)
+        name = checkpoint.fine_tuned_model_checkpoint
+        site.client.chat.completions.create(model=name, messages=[{"role": "user", "content": "Hi"}])
+        kept = site.client.models.retrieve(name).to_dict()
+        assert site.base.asked is not None and kept["digest"] == site.base.asked.digest and kept["version"] is None
+    assert [(one.step_number, one.metrics.train_loss, one.metrics.valid_loss) for one in checkpoints] == [
+        (4, 0.5, None), (2, 0.5, None)
+    ]  # fmt: skip
     (file,) = done.result_files
     FileObject.model_validate(site.client.files.retrieve(file).to_dict(), strict=True)
     rows = list(csv.DictReader(site.client.files.content(file).text.splitlines()))

@@ -378,6 +378,11 @@ def test_openais_client_trains_an_adapter_and_asks_it(laptop: Laptop) -> None:
     laptop.finished(job.id)
     job = client.fine_tuning.jobs.retrieve(job.id)
     assert (job.status, job.fine_tuned_model) == ("succeeded", "tiny:asked@1"), job.error
+    checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id))
+    assert [checkpoint.step_number for checkpoint in checkpoints] == [16, 12, 8, 4]
+    early = checkpoints[-1].fine_tuned_model_checkpoint
+    answer = client.chat.completions.create(model=early, messages=[{"role": "user", "content": "item"}], max_tokens=4)
+    assert answer.system_fingerprint == client.models.retrieve(early).to_dict()["digest"]
     events = list(client.fine_tuning.jobs.list_events(job.id))
     steps = [event.data["step"] for event in events if event.type == "metrics" and isinstance(event.data, dict)]
     assert steps == sorted(steps, reverse=True) and steps[0] == 20

@@ -20,6 +20,7 @@ from jobs.session import loader as job_reader
 from jobs.session import rank as training_loop
 from jobs.session.loader import JobReader
 from jobs.session.messages import (
+    AdapterKept,
     Assignment,
     CheckpointWritten,
     DesiredJobs,
@@ -368,3 +369,33 @@ def test_publishing_that_fails_is_no_secret(session: Session, storage: ObservedS
     with pytest.raises(ConnectionError, match="no mailbox"):
         session.run(mailbox, storage)
     assert mailbox.reports[-1] == RankBroke(0, "ConnectionError: no mailbox", ("long", "short"))
+
+
+def test_epochs_leave_what_a_job_that_ends_there_publishes(session: Session, storage: ObservedStorage) -> None:
+    """Two steps an epoch, and an evaluation after each: of eight epochs the second, fourth and sixth, and of three all
+    but the last, which is published.
+    """
+    constant = {"lr_scheduler": "constant", "batch_size": 5}
+    jobs = [
+        assignment(storage, f"of-{epochs}", documents(10, 0), validation=documents(3, 5), epochs=epochs, **constant)
+        for epochs in (1, 2, 3, 4, 8)
+    ]
+
+    def script(mailbox: ScriptedMailbox) -> Script:
+        while len(mailbox.of(Trained)) < len(jobs):
+            ended = {report.job_id for report in mailbox.of(Trained)}
+            yield DesiredJobs(tuple(job for job in jobs if job.job_id not in ended))
+
+    mailbox = ScriptedMailbox(script)
+    session.run(mailbox, storage)
+    published = {report.job_id: report for report in mailbox.of(Trained)}
+    kept: dict[str, list[int]] = {}
+    for report in mailbox.of(AdapterKept):
+        step = report.manifest["metrics"]["step"]
+        kept.setdefault(report.job_id, []).append(step)
+        whole = published.get(f"of-{step // 2}")
+        if whole is not None:
+            assert report.files == whole.files
+            assert report.manifest["metrics"] == whole.manifest["metrics"]
+            assert report.manifest["metrics"]["validation_step"] == step and len(report.manifest["probes"]) == 4
+    assert kept == {"of-2": [2], "of-3": [2, 4], "of-4": [2, 4, 6], "of-8": [4, 8, 12]}

@@ -15,11 +15,11 @@ from openai.types.fine_tuning import FineTuningJob
 from cluster.registry import AdapterRegistry
 from cluster.settings import Settings
 from cluster.storage.directory import open_storage
-from jobs.job import JobStatus, JobSteps, SessionKey, SessionState, StepMetrics
+from jobs.job import EventKind, JobStatus, JobSteps, SessionKey, SessionState, StepMetrics
 from jobs.store.api_keys import KeyTable, Scope
 from jobs.store.database import Database
 from jobs.store.jobs import JobQueue
-from tests.support.api_server import running_gateway
+from tests.support.api_server import Hello, running_gateway
 from tests.support.tiny_models import save_tiny_model
 
 ROWS = [{"prompt": f"item {i}: ", "completion": f"code {i}"} for i in range(10)]
@@ -29,8 +29,8 @@ FIGURES: Any = {"step": 6, "loss": 0.5, "first_loss": 2.0, "tokens": 600, "super
 class Site:
     """A running gateway, the queue and registry behind it, and a client for each tenant."""
 
-    def __init__(self, home: Path, url: str, settings: Settings, gateway: Any) -> None:
-        self.url, self.gateway = url, gateway
+    def __init__(self, home: Path, url: str, settings: Settings, base: Hello, gateway: Any) -> None:
+        self.url, self.base, self.gateway = url, base, gateway
         self.database = Database(settings.database_url)
         self.queue = JobQueue(self.database)
         self.rows = home / "rows.jsonl"
@@ -64,6 +64,11 @@ class Site:
         assert self.client.fine_tuning.jobs.retrieve(job_id).estimated_finish
         steps = [StepMetrics(step, 1000.0 + step, {"train_loss": 3.0 / step}) for step in (2, 4)]
         self.queue.record_steps(*fence, [JobSteps(job_id, FIGURES | pace, tuple(steps))])
+        for step in (2, 4):
+            files, figures = {"weights": f"{job_id} {step}".encode()}, FIGURES | {"step": step}
+            kept = self.registry.keep("tiny", self.queue.get(job_id).spec.adapter, files, {"metrics": figures})
+            data = {"model": str(kept), "metrics": figures | {"validation_loss": math.inf}}
+            self.queue.log(job_id, f"checkpoint {kept}", kind=EventKind.CHECKPOINT, data=data)
         self.queue.log(job_id, "odd", data={"figures": [math.inf, 1]})
         validated = {"train_loss": 0.5, "valid_loss": 0.75, "valid_mean_token_accuracy": 0.5}
         self.queue.record_steps(*fence, [JobSteps(job_id, FIGURES | pace, (StepMetrics(6, 1006.0, validated),))])
@@ -85,5 +90,5 @@ def running_site(home: Path) -> Iterator[Site]:
         home=home, base_models=models, cluster="c", max_workers=2, key_seconds=0.02, notice_seconds=0.02,
         webhook_networks=["127.0.0.0/8"],
     )  # fmt: skip
-    with running_gateway(settings) as (url, _, gateway):
-        yield Site(home, url, settings, gateway)
+    with running_gateway(settings) as (url, base, gateway):
+        yield Site(home, url, settings, base, gateway)

@@ -115,15 +115,23 @@ class ObservedStorage(DirectoryStorage):
             raise failure
 
 
-def assignment(storage: DirectoryStorage, name: str, examples: list[Example], **train: Any) -> Assignment:
+def assignment(
+    storage: DirectoryStorage, name: str, examples: list[Example], validation: list[Example] | None = None, **train: Any
+) -> Assignment:
     """A job of these examples, which lie in storage as admission puts them there."""
-    lengths = tuple(len(example.ids) for example in examples)
-    supervised = sum(sum(example.labels_mask) for example in examples)
-    report = DatasetReport("text", len(examples), lengths, supervised, max(lengths), 32, 0, "truncate", (), ())
-    sha = store_examples(storage, (Dataset(examples, report), None), byte_tokenizer())
+    sha = store_examples(storage, (dataset(examples), validation and dataset(validation)), byte_tokenizer())
     options = {"batch_size": 4, "learning_rate": 5e-3, "max_seq_len": 32, "warmup_ratio": 0.0}
     spec = JobSpec.model_validate(
         {"base_model": "tiny", "dataset": "/rows.jsonl", "adapter": name}
+        | ({"validation": "/others.jsonl"} if validation else {})
         | {"lora": {"r": 4, "lora_alpha": 8}, "train": options | train}
     )
     return Assignment(name, 1, spec.model_dump_json(), sha)
+
+
+def dataset(examples: list[Example]) -> Dataset:
+    """These examples, as reading rows gives them."""
+    lengths = tuple(len(example.ids) for example in examples)
+    supervised = sum(sum(example.labels_mask) for example in examples)
+    report = DatasetReport("text", len(examples), lengths, supervised, max(lengths), 32, 0, "truncate", (), ())
+    return Dataset(examples, report)
