@@ -27,6 +27,9 @@ from lora_core.kernels.dispatch import launch
 from lora_core.kernels.operands import TILE_ROWS, FusedLinearAdapter, LinearGroup, LowRank, Norm
 
 FIELDS = 32
+SCALES = 3
+ADDRESSES = [0, 4, 8, 12]
+"""Fields with the addresses of weights."""
 MAGNITUDE = tl.constexpr(20)
 
 # The fastest of a sweep on one H100 at 8,192 tokens of the 8B shape, r 16 (microseconds; in brackets the floor,

@@ -1,10 +1,16 @@
-"""An adapter as the decoder's kernels take it: views of its memory, group by group, and a table of their addresses."""
+"""An adapter as the decoder's kernels take it: views of its memory, group by group, and a table of their addresses.
+
+One that is only served is one piece of memory, and on a GPU its table is that of another of its kind moved to there:
+views of hundreds of matrices are milliseconds of the process that queues a step every few.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +18,7 @@ from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.dora import RowNorms
 from lora_core.kernels.dispatch import device_type
 from lora_core.kernels.operands import FusedLinearAdapter, LinearAdapter, LinearGroup, Magnitude
+from lora_core.kernels.transfer import to_device
 
 
 class KernelArgs:
@@ -29,10 +36,16 @@ class KernelArgs:
         self.dora = [group is not None and group.dora for group in self.groups]
         self.table: Tensor | None = None
         if device_type(device) == "cuda":
-            from lora_core.kernels.low_rank_triton import table_row
+            self.table = torch.from_numpy(_table(self.groups, groups)).to(device)
 
-            rows = [table_row(adapter, group) for adapter, group in zip(self.groups, groups, strict=True)]
-            self.table = torch.tensor([number for row in rows for number in row], dtype=torch.int64, device=device)
+    @property
+    def args(self) -> KernelArgs:
+        return self
+
+    @property
+    def modules(self) -> Collection[str]:
+        """Names of those that are adapted."""
+        return self.adapter.a.keys()
 
     @property
     def address(self) -> int:
@@ -78,55 +91,111 @@ class KernelArgs:
             torch.div(magnitude.m, magnitude.norm, out=magnitude.scale)
 
 
-def staged(adapter: Adapter, dtype: torch.dtype, *, pinned: bool) -> Adapter:
-    """A copy in host memory and this dtype, which goes to a device in one piece: A of all modules, then B of all,
-    transposed as kernels read it fastest, end to end.
+@dataclass(kw_only=True)
+class StagedAdapter(Adapter):
+    """One in host memory that goes to a device in one piece: `memory` has A of all modules, then B of all, transposed
+    as kernels read it fastest, end to end.
     """
+
+    memory: Tensor
+
+    @cached_property
+    def kind(self) -> tuple[object, ...]:
+        """What those have in common whose tables differ in addresses alone."""
+        return tuple((name, len(a), self.scale[name]) for name, a in self.a.items())
+
+
+class ServedAdapter:
+    """An adapter on a GPU as graphs take it, by address; all others take `args`."""
+
+    dirty = False  # it has no DoRA
+
+    def __init__(self, layout: AdapterLayout, memory: Tensor, table: Tensor) -> None:
+        self._layout, self.memory, self.address = layout, [memory, table], table.data_ptr()
+        self.by_kind, self.modules = layout.by_kind, layout.modules
+
+    @cached_property
+    def args(self) -> KernelArgs:
+        return self._layout.args_at(self.memory[0])
+
+
+ServableAdapter = KernelArgs | ServedAdapter
+
+
+class AdapterLayout:
+    """Where kernels find what in the memory of all adapters that are of a kind with this one, which has no DoRA."""
+
+    def __init__(self, like: StagedAdapter, groups: Sequence[LinearGroup], device: torch.device) -> None:
+        from lora_core.kernels.low_rank_triton import ADDRESSES, FIELDS, SCALES
+
+        host = torch.device("cpu")
+        here = KernelArgs(on_device(like, like.memory, host), groups, host)
+        self.by_kind, self.modules = here.by_kind, like.a.keys()
+        self._groups, self._device = groups, device
+        self._like = Adapter(like.scale, _on_meta(like.a), _on_meta(like.b))
+        self._scales = _scales(like, groups, device)
+        table = _table(here.groups, groups).reshape(-1, FIELDS)
+        addresses = np.zeros_like(table)
+        addresses[:, ADDRESSES] = table[:, ADDRESSES] != 0
+        for row, scales in zip(table, self._scales, strict=True):
+            row[SCALES] = scales.data_ptr() if len(scales) else 0
+        self._table, self._is_address = table - addresses * like.memory.data_ptr(), addresses
+
+    def table_at(self, memory: Tensor) -> np.ndarray:
+        """That of one with this memory, int64 `[groups, FIELDS]`."""
+        moved: np.ndarray = self._table + self._is_address * memory.data_ptr()
+        return moved
+
+    def adapter_at(self, memory: Tensor) -> ServedAdapter:
+        """The one with this memory on the device."""
+        return ServedAdapter(self, memory, to_device(torch.from_numpy(self.table_at(memory)), self._device))
+
+    def args_at(self, memory: Tensor) -> KernelArgs:
+        return KernelArgs(on_device(self._like, memory, self._device), self._groups, self._device)
+
+
+def staged(adapter: Adapter, dtype: torch.dtype, *, pinned: bool) -> StagedAdapter:
+    """A copy in host memory and this dtype."""
     assert adapter.residual is None
     weights = _in_order(adapter)
     memory = torch.empty(sum(weight.numel() for weight in weights), dtype=dtype, pin_memory=pinned)
-    copy = _with_weights(adapter, memory)
+    copy = StagedAdapter(adapter.scale, *_views(adapter, memory), magnitude=adapter.magnitude, memory=memory)
+    copy.norm.update(adapter.norm)
     for part, weight in zip(_in_order(copy), weights, strict=True):
         part.copy_(weight)
     return copy
 
 
-def memory_of(adapter: Adapter, dtype: torch.dtype) -> Tensor | None:
-    """That of the weights of a `staged` one in this dtype; None of any other."""
-    weights = _in_order(adapter)
-    first, end = weights[0], weights[0].data_ptr()
-    storage = first.untyped_storage().data_ptr()
-    for weight in weights:
-        in_line = weight.data_ptr() == end and weight.untyped_storage().data_ptr() == storage
-        if not in_line or not weight.is_contiguous() or weight.dtype != dtype:
-            return None
-        end += weight.nbytes
-    return first.as_strided((sum(weight.numel() for weight in weights),), (1,))
-
-
 def on_device(adapter: Adapter, memory: Tensor, device: torch.device) -> Adapter:
     """An adapter with this memory where the base computes, as `KernelArgs` wants it; without norms."""
-    there = _with_weights(adapter, memory.to(device, non_blocking=True))
-    there.norm.clear()
-    there.cast = {name: (there.a[name], there.b[name]) for name in there.a}
-    there.magnitude = {name: m.to(device) for name, m in adapter.magnitude.items()}
-    return there
+    a, b = _views(adapter, memory.to(device, non_blocking=True))
+    magnitude = {name: m.to(device) for name, m in adapter.magnitude.items()}
+    return Adapter(adapter.scale, a, b, cast={name: (a[name], b[name]) for name in a}, magnitude=magnitude)
 
 
 def _in_order(adapter: Adapter) -> list[Tensor]:
     return [weight.detach() for weight in (*adapter.a.values(), *(b.t() for b in adapter.b.values()))]
 
 
-def _with_weights(like: Adapter, memory: Tensor) -> Adapter:
-    """Those of `like` in this memory."""
+def _views(like: Adapter, memory: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The A and B of one of these shapes in this memory."""
     weights = _in_order(like)
     parts = memory.split([weight.numel() for weight in weights])
     views = iter([part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)])
-    a = {name: next(views) for name in like.a}
-    b = {name: next(views).t() for name in like.b}
-    adapter = Adapter(like.scale, a, b, magnitude=like.magnitude)
-    adapter.norm.update(like.norm)
-    return adapter
+    return {name: next(views) for name in like.a}, {name: next(views).t() for name in like.b}
+
+
+def _on_meta(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Their shapes."""
+    return {name: weight.detach().to("meta") for name, weight in weights.items()}
+
+
+def _table(adapters: Sequence[FusedLinearAdapter | None], groups: Sequence[LinearGroup]) -> np.ndarray:
+    """int64 `[groups * FIELDS]` of one adapter's parts."""
+    from lora_core.kernels.low_rank_triton import table_row
+
+    rows = [table_row(adapter, group) for adapter, group in zip(adapters, groups, strict=True)]
+    return np.array(rows, dtype=np.int64).reshape(-1)
 
 
 def _magnitudes(adapter: Adapter, groups: Sequence[LinearGroup]) -> dict[str, Magnitude]:

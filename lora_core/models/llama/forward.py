@@ -27,7 +27,14 @@ from lora_core.models.exactness import (
     exactness_of,
     served_rows_are_alike,
 )
-from lora_core.models.llama.adapters import KernelArgs, memory_of, on_device, staged
+from lora_core.models.llama.adapters import (
+    AdapterLayout,
+    KernelArgs,
+    ServableAdapter,
+    StagedAdapter,
+    on_device,
+    staged,
+)
 from lora_core.models.llama.decode import ROWS, DecodeGraphs
 from lora_core.models.llama.decoder import Checkpointing, Decoder, DecoderBatch, DecoderInput
 from lora_core.models.llama.head import Labels
@@ -47,7 +54,7 @@ class LlamaBatch:
 
     batch: DecoderBatch
     labels: Labels
-    adapters: Sequence[KernelArgs | None]
+    adapters: Sequence[ServableAdapter | None]
 
 
 class LlamaForward:
@@ -68,6 +75,7 @@ class LlamaForward:
         self._dense.append(self._head_weight)
         self._serving_problems: dict[int, str | None] = {}
         self._graphs: DecodeGraphs | None = None
+        self._layouts: dict[tuple[object, ...], AdapterLayout] = {}
         self._warmup = KernelWarmup(decoder) if self.device.type == "cuda" else None
 
     def exactness(self) -> Exactness:
@@ -130,22 +138,29 @@ class LlamaForward:
         dtype = self.decoder.embedding.dtype
         return staged(adapter, dtype, pinned=True) if self.device.type == "cuda" else adapter.to(dtype)
 
-    def load(self, adapter: Adapter) -> KernelArgs:
+    def load(self, adapter: Adapter) -> ServableAdapter:
         """On the device, in the dtype of the base, as kernels read it fastest; beside what is computed meanwhile."""
         dtype, on_gpu = self.decoder.embedding.dtype, self.device.type == "cuda"
-        memory = memory_of(adapter, dtype) if on_gpu else None
-        if memory is None:
+        if not isinstance(adapter, StagedAdapter) or adapter.memory.dtype != dtype:
             adapter = staged(adapter, dtype, pinned=on_gpu)
-            memory = memory_of(adapter, dtype)
-        assert memory is not None
         with beside_kernels(self.device):
-            bound = self.bind(on_device(adapter, memory, self.device))
-            bound.take_norms(adapter.norm)
+            bound: ServableAdapter
+            if on_gpu and not adapter.magnitude:
+                bound = self._layout(adapter).adapter_at(adapter.memory.to(self.device, non_blocking=True))
+            else:
+                bound = args = self.bind(on_device(adapter, adapter.memory, self.device))
+                args.take_norms(adapter.norm)
         kernels_read(bound.memory)
         return bound
 
+    def _layout(self, adapter: StagedAdapter) -> AdapterLayout:
+        kind = adapter.kind
+        if kind not in self._layouts:
+            self._layouts[kind] = AdapterLayout(adapter, self.decoder.groups, self.device)
+        return self._layouts[kind]
+
     def ready(
-        self, batch: PackedBatch, adapters: Sequence[KernelArgs | None], dropout_keys: Sequence[Tensor | None]
+        self, batch: PackedBatch, adapters: Sequence[ServableAdapter | None], dropout_keys: Sequence[Tensor | None]
     ) -> LlamaBatch:
         present, indices = _indexed(adapters)
         segments = [(index, chunk.padded_tokens) for index, chunk in zip(indices, batch.chunks, strict=True)]
@@ -170,10 +185,10 @@ class LlamaForward:
         losses, correct = torch.stack(scores, dim=1)
         return losses, correct
 
-    def order(self, runs: Sequence[tuple[KernelArgs | None, int]]) -> list[int]:
+    def order(self, runs: Sequence[tuple[ServableAdapter | None, int]]) -> list[int]:
         """As kernels take them in the fewest products."""
         if self._stacks is not None:
-            return self._stacks.order(runs)
+            return self._stacks.order([(None if of is None else of.args, tokens) for of, tokens in runs])
         return sorted(range(len(runs)), key=lambda index: id(runs[index][0]))
 
     def step(self, step: Step) -> Tensor:
@@ -198,16 +213,16 @@ class LlamaForward:
         hidden, logits = self._graphs.step(step, attend)
         return self._with_head_adapters(logits, hidden, step.adapters())
 
-    def _logits(self, hidden: Tensor, adapters: Sequence[KernelArgs | None]) -> Tensor:
+    def _logits(self, hidden: Tensor, adapters: Sequence[ServableAdapter | None]) -> Tensor:
         """`[n, vocabulary]` of hidden states `[n, H]`."""
         return self._with_head_adapters(self._head_weight.serve(hidden), hidden, adapters)
 
-    def _with_head_adapters(self, logits: Tensor, hidden: Tensor, adapters: Sequence[KernelArgs | None]) -> Tensor:
+    def _with_head_adapters(self, logits: Tensor, hidden: Tensor, adapters: Sequence[ServableAdapter | None]) -> Tensor:
         """Add to each row what its adapter has on the head: here it is served, and not trained."""
         for row, bound in enumerate(adapters):
             if bound is None or not self._adapts_head(bound):
                 continue
-            adapter, name = bound.adapter, self._head
+            adapter, name = bound.args.adapter, self._head
             a, b = adapter.weights(name, hidden.dtype)
             logits[row] += (hidden[row] @ a.t()) @ b.t() * adapter.scale[name]
             if name in adapter.magnitude:
@@ -215,8 +230,8 @@ class LlamaForward:
                 logits[row] *= adapter.dora_scale(name).to(logits.dtype)
         return logits
 
-    def _adapts_head(self, bound: KernelArgs | None) -> bool:
-        return bound is not None and self._head in bound.adapter.a
+    def _adapts_head(self, bound: ServableAdapter | None) -> bool:
+        return bound is not None and self._head in bound.modules
 
     def warm_up(self, newcomer: Adapter, others: Sequence[Adapter], checkpointing: Checkpointing) -> None:
         """Compile the kernels of a newcomer's batches, alone and beside the others', before they are needed."""
@@ -241,11 +256,11 @@ def problems_on_llama(modules: AdaptableModules, lora: LoraConfig, precision: st
     return [f"{name} needs the path of hooks: train it apart from jobs of the llama path" for name in names]
 
 
-def _indexed(adapters: Sequence[KernelArgs | None]) -> tuple[list[KernelArgs], list[int]]:
+def _indexed(adapters: Sequence[ServableAdapter | None]) -> tuple[list[KernelArgs], list[int]]:
     """Those that are there, once each, and each one's index among them."""
-    present = list({id(adapter): adapter for adapter in adapters if adapter is not None}.values())
-    index = {id(adapter): index for index, adapter in enumerate(present)} | {id(None): NO_ADAPTER}
-    return present, [index[id(adapter)] for adapter in adapters]
+    present = {id(adapter): adapter.args for adapter in adapters if adapter is not None}
+    index = {key: index for index, key in enumerate(present)} | {id(None): NO_ADAPTER}
+    return list(present.values()), [index[id(adapter)] for adapter in adapters]
 
 
 def _joined(batch: PackedBatch, dropout_keys: Sequence[Tensor | None]) -> Tensor | None:
