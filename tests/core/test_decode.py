@@ -6,14 +6,18 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lora_core.adapters.init import init_adapter
+from lora_core.config import LoraConfig
 from lora_core.inference import engine
 from lora_core.inference.engine import Generator
 from lora_core.inference.generation import GenerationRequest
@@ -26,7 +30,7 @@ from lora_core.inference.warmup import warm_up
 from lora_core.models.attention import Attend
 from lora_core.models.base import BaseModel, placed
 from lora_core.models.forward import open_forward
-from lora_core.models.llama.adapters import KernelArgs, memory_of, on_device, staged
+from lora_core.models.llama.adapters import AdapterLayout, KernelArgs, on_device, staged
 from lora_core.models.llama.decode import DecodeGraphs
 from lora_core.models.llama.decoder import Decoder
 from lora_core.models.llama.forward import LlamaForward
@@ -193,25 +197,52 @@ def forced(base: BaseModel, adapters: int, monkeypatch: pytest.MonkeyPatch, **se
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_an_adapter_in_one_piece_is_the_one_that_it_was(dora: bool) -> None:
-    """What is copied to a GPU as one is told from others, and has the bits of one that is loaded as it comes."""
+    """What is copied to a GPU as one has the bits of what it was made of, and memory of its own."""
     forward = open_forward(decoder_base("llama", torch.float32))
     adapter = random_adapter(forward.modules, 1, r=6, dora=dora)
     piece = staged(adapter, torch.float32, pinned=False)
-    memory = memory_of(piece, torch.float32)
-    assert memory is not None and memory.numel() == sum(
-        map(torch.Tensor.numel, (*adapter.a.values(), *adapter.b.values()))
-    )
-    turned = dataclasses.replace(piece, a=dict(reversed(piece.a.items())))
-    others = ((piece, torch.bfloat16), (adapter, torch.float32), (turned, torch.float32))
-    assert [memory_of(other, dtype) for other, dtype in others] == [None] * 3
-    for found in (on_device(piece, memory, forward.device), forward.load(adapter).adapter):
+    assert piece.memory.numel() == sum(map(torch.Tensor.numel, (*adapter.a.values(), *adapter.b.values())))
+    for loaded in (forward.load(piece), forward.load(adapter)):
+        found = loaded.args.adapter
         assert found.cast is not None and all(b.t().is_contiguous() for _, b in found.cast.values())
         for name, (a, b) in found.cast.items():
             assert torch.equal(a, adapter.a[name]) and torch.equal(b, adapter.b[name])
-        assert found.magnitude.keys() == adapter.magnitude.keys()
+        assert found.magnitude.keys() == adapter.magnitude.keys() and loaded.modules == adapter.a.keys()
     before = adapter.a[next(iter(adapter.a))].clone()
-    memory.zero_()
+    piece.memory.zero_()
     assert torch.equal(adapter.a[next(iter(adapter.a))], before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton has no build for this system")
+def test_the_table_of_an_adapter_is_that_of_another_moved() -> None:
+    """All of a kind have one layout; what they have in common with none of another kind is their own."""
+    from lora_core.kernels.low_rank_triton import FIELDS, SCALES, table_row
+
+    forward = open_forward(decoder_base("llama", torch.float32))
+    groups, cpu = forward.decoder.groups, torch.device("cpu")
+    some = LoraConfig(r=6, target_modules=["q_proj", "v_proj", "down_proj"], rank_pattern={"v_proj": 3})
+    for lora in (some, LoraConfig(r=16)):
+        one, other = (
+            staged(init_adapter(forward.modules, lora, seed=seed), torch.float32, pinned=False) for seed in (1, 2)
+        )
+        assert one.kind == other.kind
+        layout, args = AdapterLayout(one, groups, cpu), KernelArgs(on_device(other, other.memory, cpu), groups, cpu)
+        rows = [table_row(adapter, group) for adapter, group in zip(args.groups, groups, strict=True)]
+        expected, found = np.array(rows), layout.table_at(other.memory).reshape(-1, FIELDS)
+        scales = [column.copy() for column in (expected[:, SCALES], found[:, SCALES])]
+        assert ((scales[0] == 0) == (scales[1] == 0)).all()
+        expected[:, SCALES] = found[:, SCALES] = 0
+        assert (expected == found).all() and layout.by_kind == args.by_kind
+        served = layout.args_at(other.memory)
+        for ours, theirs in zip(served.groups, args.groups, strict=True):
+            assert (ours is None) == (theirs is None)
+            if ours is not None and theirs is not None:
+                assert torch.equal(ours.a, theirs.a) and torch.equal(ours.scales, theirs.scales)
+    kinds = {
+        staged(init_adapter(forward.modules, lora, seed=0), torch.float32, pinned=False).kind
+        for lora in (some, LoraConfig(r=8), LoraConfig(r=16), LoraConfig(r=16, lora_alpha=7))
+    }
+    assert len(kinds) == 4
 
 
 @pytest.mark.gpu
@@ -228,10 +259,10 @@ def test_an_upload_waits_for_no_kernel() -> None:
     bound = forward.load(piece)
     assert not busy.query()
     busy.synchronize()
-    for name, (a, b) in bound.adapter.cast.items():
+    for name, (a, b) in bound.args.adapter.cast.items():
         assert torch.equal(a.cpu(), piece.a[name]) and torch.equal(b.cpu(), piece.b[name])
     torch.cuda._sleep(1_000_000_000)
-    read = {name: a.clone() for name, a in bound.adapter.a.items()}  # queued, when its memory is let go
+    read = {name: a.clone() for name, a in bound.args.adapter.a.items()}  # queued, when its memory is let go
     del bound, a, b
     later = [forward.load(forward.stage(random_adapter(forward.modules, seed))) for seed in range(2, 6)]
     assert len(later) == 4 and all(torch.equal(a.cpu(), piece.a[name]) for name, a in read.items())
@@ -263,7 +294,7 @@ def test_a_warm_generator_captures_no_graph_for_what_it_knows(monkeypatch: pytes
     model = tiny_model("llama", 3, dtype=torch.bfloat16, intermediate_size=176)
     base = placed(BaseModel(model, NoText(), "tiny", "0" * 64, "bf16", model.device), torch.device("cuda"))
     forward = open_forward(base, "llama")
-    generator = Generator(base, forward, slots=64)
+    generator = Generator(base, forward, slots=256)
     warm_up(generator)
     monkeypatch.setattr(DecodeGraphs, "_capture", None)
     adapters = [forward.load(random_adapter(forward.modules, seed, r=16)) for seed in range(8)]
@@ -272,6 +303,14 @@ def test_a_warm_generator_captures_no_graph_for_what_it_knows(monkeypatch: pytes
             request = GenerationRequest(prompt=[index], adapter=of[index % len(of)], max_tokens=4)
             generator.add(request)
         while generator.running or generator.waiting:
+            generator.step()
+    for number in range(300):  # prompts of any length, beside any number of answers
+        generator.add(
+            GenerationRequest(
+                prompt=[(number + place) % 90 for place in range(1 + 37 * number % 250)], max_tokens=1 + 7 * number % 90
+            )
+        )
+        for _ in range(number % 3):
             generator.step()
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lora_core.kernels.operands import NARROW_ROWS, Rope, UnscaledProduct
 from lora_core.models.attention import StepAttention
-from lora_core.models.llama.adapters import KernelArgs
+from lora_core.models.llama.adapters import ServableAdapter
 from lora_core.models.llama.decoder import Decoder, DecoderInput
 from lora_core.models.llama.weights import DOWN, GATE_UP, QKV, O
 from lora_core.models.paged_kv import PagedAttention, PagedKV
@@ -39,6 +39,12 @@ log = logging.getLogger("lora.engine")
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512)
 """Numbers of tokens that there are graphs for; steps of more are bound by their products, and not by launches."""
+
+MIXED_ROWS = (8, 16, 32, 64, 128, 192, 256, 320, 384, 512)
+"""The same for steps that read prompts, which are longer than their launches: fewer, as they differ in more."""
+
+MIXED_WANTED = (8, 64)
+"""Of their tokens, those whose logits are made: so many, or all."""
 
 LONG_CONTEXT = 2048
 """Tokens of the longest sequence from which on several programs read one."""
@@ -99,10 +105,10 @@ class DecodeGraphs:
         """
         self._refresh({id(adapter): adapter for adapter, _ in step.runs if adapter is not None and adapter.dirty})
         tiles = _tiles([(id(adapter), tokens) for adapter, tokens in step.runs], NARROW_ROWS)
-        attending = []
-        if len(step.ids) > len(step.runs):
+        attending, reads_prompts = [], len(step.ids) > min(len(step.runs), len(step.logits_of))
+        if reads_prompts:
             attending = _tiles([(index, tokens) for index, (_, tokens) in enumerate(step.runs)], TILE_TOKENS)
-        shape = self._shape(step, attend, len(tiles), len(attending))
+        shape = self._shape(step, attend, len(tiles), reads_prompts)
         self._fill(shape, step, attend, tiles, attending)
         self.last_shape = shape
         hidden, logits = self._run(shape)
@@ -115,30 +121,33 @@ class DecodeGraphs:
         captured.graph.replay()
         return captured.hidden, captured.logits
 
-    def _refresh(self, dirty: Mapping[int, KernelArgs]) -> None:
+    def _refresh(self, dirty: Mapping[int, ServableAdapter]) -> None:
         """Make the DoRA scales of adapters that have none yet."""
         if dirty:
             segments = [(index, 1) for index in range(len(dirty))]
             zeros = torch.zeros(len(dirty), dtype=torch.int64, device=self.kv.device)
             inputs = DecoderInput(zeros, zeros, segments)
             attention = StepAttention(PagedAttention(self.kv, []), self._decoder.scaling)  # nobody attends
-            self._decoder.batch(inputs, list(dirty.values()), attention, serving=True).refresh_dora_scales()
+            self._decoder.batch(
+                inputs, [adapter.args for adapter in dirty.values()], attention, serving=True
+            ).refresh_dora_scales()
 
-    def _shape(self, step: Step, attend: PagedAttention, tiles: int, attending: int) -> _Shape:
-        rows = _row_bucket(len(step.ids))
-        longest = max(stretch.end for stretch in attend.stretches)
-        splits = 1
-        if not attending and (longest > LONG_CONTEXT or rows * self._decoder.kv_heads < BUSY_PROGRAMS // 4):
-            splits = min(16, max(2, BUSY_PROGRAMS // (rows * self._decoder.kv_heads)))
-            splits = 1 << splits.bit_length() - 1
+    def _shape(self, step: Step, attend: PagedAttention, tiles: int, reads_prompts: bool) -> _Shape:
         kinds = [adapter.by_kind for adapter in {id(a): a for a, _ in step.runs}.values() if adapter is not None]
         kinds = kinds or [[(0, 0, False)] * 4]
         widths, ranks, dora = ([max(of[kind][size] for of in kinds) for kind in range(4)] for size in range(3))
-        return _Shape(
-            rows, 0 if len(step.logits_of) == len(step.ids) else _row_bucket(max(1, len(step.logits_of))),
-            attending and _row_bucket(attending), rows if tiles > rows // 4 else max(1, rows // 4),
-            splits, _rounded(widths), _rounded(ranks), tuple(map(bool, dora)),
-        )  # fmt: skip
+        of_adapters = _rounded(widths), _rounded(ranks), tuple(map(bool, dora))
+        if reads_prompts:
+            rows = _bucket(len(step.ids), MIXED_ROWS)
+            wanted = _bucket(len(step.logits_of), (*MIXED_WANTED, rows))
+            return _Shape(rows, min(wanted, rows), rows, rows if tiles > rows // 2 else rows // 2, 1, *of_adapters)
+        rows = _bucket(len(step.ids), ROWS)
+        longest = max(stretch.end for stretch in attend.stretches)
+        splits = 1
+        if longest > LONG_CONTEXT or rows * self._decoder.kv_heads < BUSY_PROGRAMS // 4:
+            splits = min(16, max(2, BUSY_PROGRAMS // (rows * self._decoder.kv_heads)))
+            splits = 1 << splits.bit_length() - 1
+        return _Shape(rows, 0, 0, rows if tiles > rows // 4 else max(1, rows // 4), splits, *of_adapters)
 
     def _fill(
         self,
@@ -280,8 +289,8 @@ def _products_by(library: str) -> Iterator[None]:
         torch.backends.cuda.preferred_blas_library(usual)
 
 
-def _row_bucket(rows: int) -> int:
-    return next(most for most in ROWS if most >= rows)
+def _bucket(number: int, buckets: Sequence[int]) -> int:
+    return next(most for most in buckets if most >= number)
 
 
 def _rounded(sizes: Sequence[int]) -> tuple[int, ...]:
