@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -35,6 +36,8 @@ from lora_core.data.format import (
 
 WHOLE_BYTES = 512 * 2**20
 """The most of a file that has no lines: Parquet, CSV and arrays are read as a whole, and take several times as much."""
+MEMORY_BYTES = 8 * WHOLE_BYTES
+"""The most that each process of this command takes: of equal strings, a Parquet file of KB may hold any number."""
 LINE_BYTES = 16 * 2**20
 PART_BYTES = 8 * 2**20  # less is not worth a process
 
@@ -227,6 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("file", type=Path, help="of .jsonl, .json, .csv or .parquet")
     parser.add_argument("--name", help="what the file is called in what is said of it; its path")
     chosen = parser.parse_args(arguments)
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
     check = check_file(chosen.file, chosen.name or str(chosen.file), len(os.sched_getaffinity(0)))
     print(json.dumps(asdict(check)))
     return 1 if check.problems else 0

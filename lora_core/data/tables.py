@@ -117,12 +117,15 @@ def read_parquet(path: Path, formats: Formats) -> Read:
 
     Raises:
         DatasetError: no Parquet file, damaged pages of these columns, no format's columns, or too many values in them.
+        MemoryError: equal strings, which the file has once, take more than there is.
     """
     try:
         try:
             table, columns = _used_table(path, path, formats)
         except pyarrow.ArrowInvalid:
             table, columns = _used_table(path, _without_dictionaries(path), formats)
+    except MemoryError:  # Arrow's is one of its exceptions, too
+        raise
     except _UNREADABLE as error:
         raise DatasetError([f"dataset {path}: it cannot be read as Parquet ({error}); write it again"]) from error
     rows = FileRows(unread=(name for name in columns if name not in table.column_names))
@@ -131,6 +134,8 @@ def read_parquet(path: Path, formats: Formats) -> Read:
     for batch in table.to_batches():
         try:
             values = batch.to_pylist(maps_as_pydicts="strict")
+        except MemoryError:
+            raise
         except _UNCONVERTIBLE:
             _collect_one_by_one(number, batch, rows, problems)
         else:
@@ -171,6 +176,8 @@ def _columns_of_format(path: Path, file: pyarrow.parquet.ParquetFile, formats: F
         _refuse_twice(path, names, used)
         try:
             table = file.read(columns=used)
+        except MemoryError:
+            raise
         except _UNREADABLE:
             if not found:
                 raise

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from lora_core.data import check
@@ -16,6 +19,7 @@ from lora_core.data.check import FileCheck, check_file
 from lora_core.data.files import read_rows
 from lora_core.data.format import DatasetError, check_rows
 
+ROOT = Path(__file__).parents[2]
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 GOOD: list[Any] = [
     {"messages": CHAT},
@@ -158,3 +162,21 @@ def test_a_large_file_takes_no_more_memory_than_a_small_one(tmp_path: Path) -> N
         assert found == {"format": "messages", "rows": 1000 * thousands, "problems": [], "more": 0}
         kilobytes.append(peak)
     assert kilobytes[1] < kilobytes[0] + 10 * 1024, "74 MB, most of it pyarrow"
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_equal_strings_of_a_small_file_take_no_more_than_may_be_taken(tmp_path: Path, nested: bool) -> None:
+    """600 MB of them, which the file has in KB, where a process may have 512 MiB."""
+    text = "x" * 2_000_000
+    rows = [[{"role": "user", "content": text}, {"role": "assistant", "content": text}]] * 15 if nested else [text] * 30
+    table = pyarrow.table({"messages" if nested else "text": rows})
+    with pyarrow.parquet.ParquetWriter(tmp_path / "rows.parquet", table.schema, compression="zstd") as writer:
+        for _ in range(10):
+            writer.write_table(table)
+    assert (tmp_path / "rows.parquet").stat().st_size < 100_000
+    code = "import lora_core.data.check as check; check.MEMORY_BYTES = 2**29; check.main(['rows.parquet'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True
+    )
+    (problem,) = json.loads(done.stdout)["problems"]
+    assert problem == "dataset rows.parquet: it takes too much memory to check; convert it to .jsonl"
