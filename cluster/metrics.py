@@ -17,7 +17,8 @@ LOAD_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.
 
 @dataclass(frozen=True)
 class MetricSpec:
-    """One metric. `source` says who exports it: the scheduler, from SQL, or a Ray process through `ray.util.metrics`.
+    """One metric. `source` says who exports it: the scheduler, from SQL, or through `ray.util.metrics` the drivers of
+    sessions or the processes of serving.
 
     Counters end in `_total`, as both libraries export them. Histograms observe seconds; `buckets` are ascending upper
     bounds.
@@ -25,7 +26,7 @@ class MetricSpec:
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
-    source: Literal["scheduler", "ray"]
+    source: Literal["scheduler", "session", "serving"]
     help: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
@@ -33,7 +34,7 @@ class MetricSpec:
     @property
     def exported(self) -> str:
         """The name in Prometheus: Ray puts `ray_` in front. Histograms add `_bucket`, `_sum` and `_count`."""
-        return f"ray_{self.name}" if self.source == "ray" else self.name
+        return self.name if self.source == "scheduler" else f"ray_{self.name}"
 
 
 JOBS = MetricSpec("lora_jobs", "gauge", "scheduler", "Jobs in the queue's table, by status.", ("status",))
@@ -81,38 +82,38 @@ JOB_STEP_SECONDS = MetricSpec(
 JOB_CHECKPOINT_AGE_SECONDS = MetricSpec(
     "lora_job_checkpoint_age_seconds",
     "gauge",
-    "ray",
+    "session",
     "Since a running job's last committed checkpoint, or since its session took it: what a lost rank would cost.",
     ("job",),
 )
 SESSION_FAILED_ROUNDS = MetricSpec(
     "lora_session_failed_rounds_total",
     "counter",
-    "ray",
+    "session",
     "Rounds of a session's driver that failed because database or storage did not answer; it tries again.",
 )
 
 API_REQUESTS = MetricSpec(
-    "lora_api_requests_total", "counter", "ray", "HTTP requests that the gateway answered.", ("route", "status")
+    "lora_api_requests_total", "counter", "serving", "HTTP requests that the gateway answered.", ("route", "status")
 )
 API_ERRORS = MetricSpec(
     "lora_api_errors_total",
     "counter",
-    "ray",
+    "serving",
     "Requests that failed through no fault of the client's, by code.",
     ("code",),
 )
 REQUESTS = MetricSpec(
-    "lora_requests_total", "counter", "ray", "Requests answered.", ("base", "adapter", "finish_reason")
+    "lora_requests_total", "counter", "serving", "Requests answered.", ("base", "adapter", "finish_reason")
 )
-PROMPT_TOKENS = MetricSpec("lora_prompt_tokens_total", "counter", "ray", "Tokens of prompts.", ("base", "adapter"))
+PROMPT_TOKENS = MetricSpec("lora_prompt_tokens_total", "counter", "serving", "Tokens of prompts.", ("base", "adapter"))
 GENERATION_TOKENS = MetricSpec(
-    "lora_generation_tokens_total", "counter", "ray", "Tokens generated.", ("base", "adapter")
+    "lora_generation_tokens_total", "counter", "serving", "Tokens generated.", ("base", "adapter")
 )
 TIME_TO_FIRST_TOKEN_SECONDS = MetricSpec(
     "lora_time_to_first_token_seconds",
     "histogram",
-    "ray",
+    "serving",
     "From a request's arrival to its first token, the wait and the adapter's load included.",
     ("base",),
     FIRST_TOKEN_BUCKETS,
@@ -120,19 +121,21 @@ TIME_TO_FIRST_TOKEN_SECONDS = MetricSpec(
 E2E_REQUEST_LATENCY_SECONDS = MetricSpec(
     "lora_e2e_request_latency_seconds",
     "histogram",
-    "ray",
+    "serving",
     "From a request's arrival to its last token.",
     ("base",),
     REQUEST_BUCKETS,
 )
-NUM_REQUESTS_RUNNING = MetricSpec("lora_num_requests_running", "gauge", "ray", "Requests that generate now.", ("base",))
+NUM_REQUESTS_RUNNING = MetricSpec(
+    "lora_num_requests_running", "gauge", "serving", "Requests that generate now.", ("base",)
+)
 NUM_REQUESTS_WAITING = MetricSpec(
-    "lora_num_requests_waiting", "gauge", "ray", "Requests that wait for a place in the batch.", ("base",)
+    "lora_num_requests_waiting", "gauge", "serving", "Requests that wait for a place in the batch.", ("base",)
 )
 ADAPTER_LOAD_SECONDS = MetricSpec(
     "lora_adapter_load_seconds",
     "histogram",
-    "ray",
+    "serving",
     "Time until an adapter is servable, by stage.",
     ("stage",),
     LOAD_BUCKETS,
@@ -140,7 +143,7 @@ ADAPTER_LOAD_SECONDS = MetricSpec(
 ADAPTER_FRESHNESS_SECONDS = MetricSpec(
     "lora_adapter_freshness_seconds",
     "histogram",
-    "ray",
+    "serving",
     "From an adapter's publication until it is loaded.",
     ("base",),
     LOAD_BUCKETS,
@@ -148,14 +151,14 @@ ADAPTER_FRESHNESS_SECONDS = MetricSpec(
 ADAPTER_CACHE = MetricSpec(
     "lora_adapter_cache_total",
     "counter",
-    "ray",
+    "serving",
     "Adapters looked for in a tier of memory (hit, miss), and given up to make room there (eviction).",
     ("tier", "result"),
 )
 ADAPTER_LOAD_FAILURES = MetricSpec(
     "lora_adapter_load_failures_total",
     "counter",
-    "ray",
+    "serving",
     "Adapters that a replica does not serve: refused (another base, or other probes), damaged or unavailable.",
     ("base", "reason"),
 )

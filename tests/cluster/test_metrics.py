@@ -33,7 +33,7 @@ def test_names_are_what_prometheus_gets() -> None:
         suffix = "_total" if spec.kind == "counter" else ""
         assert exported(spec).name + suffix == spec.exported
         assert spec.name.startswith("lora_")
-        assert spec.exported.startswith("ray_lora_") == (spec.source == "ray")
+        assert spec.exported.startswith("ray_lora_") == (spec.source != "scheduler")
         assert spec.name.endswith("_total") == (spec.kind == "counter")
 
 
