@@ -58,21 +58,22 @@ JOB_LOSS = MetricSpec(
     "lora_job_loss",
     "gauge",
     "scheduler",
-    "Loss of a running job's last optimizer step, per supervised token.",
+    "Loss of a running job's last optimizer step, per supervised token or pair of answers.",
     ("job",),
 )
 JOB_VALIDATION_LOSS = MetricSpec(
     "lora_job_validation_loss",
     "gauge",
     "scheduler",
-    "Loss of a running job's validation rows at their last evaluation, per supervised token.",
+    "Loss of a running job's validation rows at their last evaluation, per supervised token or pair of answers.",
     ("job",),
 )
 JOB_VALIDATION_ACCURACY = MetricSpec(
     "lora_job_validation_accuracy",
     "gauge",
     "scheduler",
-    "Share of a running job's supervised validation tokens that the model would have written, from 0 to 1.",
+    "Share of a running job's supervised validation tokens that the model would have written, or of pairs whose chosen"
+    " answer has the larger reward, from 0 to 1.",
     ("job",),
 )
 JOB_STEP = MetricSpec("lora_job_step", "gauge", "scheduler", "Optimizer steps done by a running job.", ("job",))

@@ -25,7 +25,7 @@ from cluster.settings import Settings, SettingsError, load_settings
 from cluster.storage.base import StorageError
 from jobs.adapter_commands import add_adapter_commands
 from jobs.job import TERMINAL, Job, JobError, JobStatus, RequestedAction, lease_name
-from jobs.job_report import progress_line, report
+from jobs.job_report import accuracy_line, progress_line, report
 from jobs.spec import SpecError, load_spec
 from jobs.store.database import check_database
 from jobs.store.jobs import JobQueue
@@ -309,7 +309,8 @@ def _outcome(job: Job) -> int:
     if "validation_loss" in metrics:
         print(
             f"validation loss {metrics['validation_loss_before']:.4f} before, {metrics['validation_loss']:.4f} after"
-            f" step {metrics['validation_step']}, token accuracy {metrics['validation_accuracy']:.1%}"
+            f" step {metrics['validation_step']},"
+            f" {accuracy_line(metrics['validation_accuracy'], metrics.get('validation_reward_margin'))}"
         )
     print(f"adapter {result['adapter_bytes'] / 1e6:.1f} MB, base {progress['base_bytes'] / 1e6:.1f} MB")
     print(f'model="{result["model"]}" version {result["version"]}')

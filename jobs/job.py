@@ -81,7 +81,8 @@ class SessionKey:
 
 class JobMetrics(TypedDict):
     """What training has come to, as the manifest of an adapter has it too. The figures of validation are those of the
-    adapter as it is, or is published; where there are no validation rows there are none.
+    adapter as it is, or is published; where there are no validation rows there are none. Of pairs the accuracy of
+    either is how often the chosen answer has the larger reward, and the margin by how much.
     """
 
     step: int
@@ -89,9 +90,12 @@ class JobMetrics(TypedDict):
     first_loss: float
     tokens: int
     supervised_tokens: int
+    reward_accuracy: NotRequired[float]
+    reward_margin: NotRequired[float]
     validation_loss_before: NotRequired[float]
     validation_loss: NotRequired[float]
     validation_accuracy: NotRequired[float]
+    validation_reward_margin: NotRequired[float]
     validation_step: NotRequired[int]
     best_validation_loss: NotRequired[float]
     best_step: NotRequired[int]

@@ -18,11 +18,19 @@ def progress_line(progress: JobProgress) -> str:
     """Draw `[#######-------] step 35/76  loss 0.0312  512 tokens/s  0:42 left`"""
     step, steps = progress["step"], progress["steps"]
     filled = 24 * step // steps
+    margin = f"  margin {progress['reward_margin']:.4f}" if "reward_margin" in progress else ""
     validation = f"  validation {progress['validation_loss']:.4f}" if "validation_loss" in progress else ""
     return (
-        f"[{'#' * filled}{'-' * (24 - filled)}] step {step}/{steps}  loss {progress['loss']:.4f}{validation}"
+        f"[{'#' * filled}{'-' * (24 - filled)}] step {step}/{steps}  loss {progress['loss']:.4f}{margin}{validation}"
         f"  {progress['tokens_per_second']:.0f} tokens/s  {_left(progress)} left"
     )
+
+
+def accuracy_line(accuracy: float, margin: float | None) -> str:
+    """Say how good validation is: of tokens, or of pairs, which have a margin."""
+    if margin is None:
+        return f"token accuracy {accuracy:.1%}"
+    return f"reward accuracy {accuracy:.1%}, reward margin {margin:.4f}"
 
 
 def report(job: Job, session: Session | None, events: Sequence[QueueEvent], settings: Settings) -> Iterator[str]:
@@ -75,9 +83,10 @@ def _result(job: Job) -> str | None:
     if figures is None or "validation_loss" not in figures:
         return None
     before = figures.get("validation_loss_before")
+    accuracy = accuracy_line(figures["validation_accuracy"], figures.get("validation_reward_margin"))
     return (
         f"validation loss {figures['validation_loss']:.4f} after step {figures['validation_step']}"
-        f"{'' if before is None else f' ({before:.4f} before)'}, token accuracy {figures['validation_accuracy']:.1%}"
+        f"{'' if before is None else f' ({before:.4f} before)'}, {accuracy}"
     )
 
 

@@ -35,13 +35,28 @@ class Hyperparameters(BaseModel):
     learning_rate_multiplier: _Auto | Annotated[float, Field(gt=0)] = "auto"
 
 
+class DpoHyperparameters(Hyperparameters):
+    """`auto` is 3, 8, 1 and 0.1; the multiplier is of 2.0e-5."""
+
+    beta: _Auto | Annotated[float, Field(gt=0)] = "auto"
+
+
 class Supervised(BaseModel):
     hyperparameters: Hyperparameters | None = None
 
 
+class Dpo(BaseModel):
+    hyperparameters: DpoHyperparameters | None = None
+
+
 class Method(BaseModel):
-    type: Literal["supervised"] = "supervised"
+    """With the hyperparameters of the type that it has."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["supervised", "dpo"] = "supervised"
     supervised: Supervised | None = None
+    dpo: Dpo | None = None
 
 
 class JobBody(BaseModel):
@@ -56,7 +71,7 @@ class JobBody(BaseModel):
         default=None, description="the adapter's name", pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$"
     )  # fmt: skip
     method: Method | None = None
-    hyperparameters: Hyperparameters | None = None
+    hyperparameters: Hyperparameters | DpoHyperparameters | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     metadata: dict[Annotated[str, Field(min_length=1, max_length=64)], Annotated[str, Field(max_length=512)]] | None = (
         Field(default=None, max_length=16)

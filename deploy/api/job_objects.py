@@ -8,15 +8,18 @@ import math
 import re
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from deploy.api.job_requests import LEARNING_RATE
+from deploy.api.job_requests import LEARNING_RATES
 from jobs.job import TERMINAL, Job, JobStatus, QueueEvent, StepMetrics
+from lora_core.config import DPO_BETA, TrainConfig
 
 EVENT, CHECKPOINT, RESULT = "ftevent-", "ftckpt-", "result-"
 """How the ids of events, of checkpoints and of result files begin."""
+
+_REWARDS = ("train_reward_accuracy", "train_reward_margin", "valid_reward_accuracy", "valid_reward_margin")
 _LEVELS: dict[str, Literal["warn", "error"]] = {"warning": "warn", "error": "error"}
 
 
@@ -30,9 +33,18 @@ class UsedSupervised(TypedDict):
     hyperparameters: UsedHyperparameters
 
 
+class UsedDpoHyperparameters(UsedHyperparameters):
+    beta: float
+
+
+class UsedDpo(TypedDict):
+    hyperparameters: UsedDpoHyperparameters
+
+
 class UsedMethod(TypedDict):
-    type: Literal["supervised"]
-    supervised: UsedSupervised
+    type: Literal["supervised", "dpo"]
+    supervised: NotRequired[UsedSupervised]
+    dpo: NotRequired[UsedDpo]
 
 
 class JobFailure(TypedDict):
@@ -95,7 +107,9 @@ class CheckpointMetrics(TypedDict):
     step: int
     train_loss: float | None
     valid_loss: float | None
-    valid_mean_token_accuracy: float | None
+    valid_mean_token_accuracy: NotRequired[float | None]
+    valid_reward_accuracy: NotRequired[float | None]
+    valid_reward_margin: NotRequired[float | None]
 
 
 class JobCheckpoint(TypedDict):
@@ -152,7 +166,7 @@ def job_object(job: Job) -> FineTuningJob:
     hyperparameters: UsedHyperparameters = {
         "n_epochs": spec.train.epochs,
         "batch_size": spec.train.batch_size,
-        "learning_rate_multiplier": spec.train.learning_rate / LEARNING_RATE,
+        "learning_rate_multiplier": spec.train.learning_rate / LEARNING_RATES[spec.train.method],
     }
     succeeded = job.status is JobStatus.SUCCEEDED and job.result is not None
     return {
@@ -165,7 +179,7 @@ def job_object(job: Job) -> FineTuningJob:
         "status": job.status.value,
         "training_file": sent.get("training_file") or spec.dataset,
         "validation_file": sent.get("validation_file") or spec.validation,
-        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "method": _method(spec.train, hyperparameters),
         "hyperparameters": hyperparameters,
         "seed": spec.train.seed,
         "metadata": job.metadata,
@@ -187,6 +201,12 @@ def job_object(job: Job) -> FineTuningJob:
         "num_workers": spec.num_workers,
         "priority": spec.priority,
     }
+
+
+def _method(train: TrainConfig, hyperparameters: UsedHyperparameters) -> UsedMethod:
+    if train.method == "supervised":
+        return {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
+    return {"type": "dpo", "dpo": {"hyperparameters": {**hyperparameters, "beta": train.beta or DPO_BETA}}}
 
 
 def finite(value: Any) -> Any:
@@ -246,6 +266,16 @@ def event_place(event_id: str) -> tuple[int, int] | None:
 def checkpoint_object(event: QueueEvent) -> JobCheckpoint:
     data = event.data or {}
     metrics = finite(data["metrics"])
+    figures: CheckpointMetrics = {
+        "step": metrics["step"],
+        "train_loss": metrics["loss"],
+        "valid_loss": metrics.get("validation_loss"),
+    }
+    if "reward_margin" in metrics:
+        figures["valid_reward_accuracy"] = metrics.get("validation_accuracy")
+        figures["valid_reward_margin"] = metrics.get("validation_reward_margin")
+    else:
+        figures["valid_mean_token_accuracy"] = metrics.get("validation_accuracy")
     return {
         "id": f"{CHECKPOINT}{event.id}",
         "object": "fine_tuning.job.checkpoint",
@@ -253,19 +283,16 @@ def checkpoint_object(event: QueueEvent) -> JobCheckpoint:
         "fine_tuning_job_id": event.subject,
         "fine_tuned_model_checkpoint": data["model"],
         "step_number": metrics["step"],
-        "metrics": {
-            "step": metrics["step"],
-            "train_loss": metrics["loss"],
-            "valid_loss": metrics.get("validation_loss"),
-            "valid_mean_token_accuracy": metrics.get("validation_accuracy"),
-        },
+        "metrics": figures,
     }
 
 
 def result_csv(steps: Sequence[StepMetrics]) -> bytes:
     """Write the metrics of steps, one a line."""
-    columns = ["step", "train_loss", "valid_loss", "valid_mean_token_accuracy", "learning_rate", "grad_norm",
-               "tokens_per_second", "memory_bytes"]  # fmt: skip
+    given = {name for one in steps for name in one.figures}
+    accuracy = [name for name in _REWARDS if name in given] or ["valid_mean_token_accuracy"]
+    columns = ["step", "train_loss", "valid_loss", *accuracy, "learning_rate", "grad_norm", "tokens_per_second",
+               "memory_bytes"]  # fmt: skip
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

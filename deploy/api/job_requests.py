@@ -15,17 +15,17 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
+from typing import Any, get_args
 
 from deploy.api.schemas import Problem, refused
 from jobs.spec import JobSpec, SpecError, check_spec, is_published_adapter
-from lora_core.config import TrainConfig
+from lora_core.config import Method, TrainConfig
 from lora_core.data.json_values import shown
 
 WINDOW_SECONDS = 600.0
 """In which the same request without an Idempotency-Key is the same job: longer than clients go on trying."""
 
-LEARNING_RATE = TrainConfig().learning_rate
+LEARNING_RATES: Mapping[str, float] = {method: TrainConfig(method=method).learning_rate for method in get_args(Method)}
 """What `learning_rate_multiplier` multiplies: about ten times what suits training all weights (LoRA Without Regret)."""
 
 OWN = ("lora", "train", "precision", "num_workers", "priority")  # options that have no other name here
@@ -39,6 +39,7 @@ _NAMES = {
     "validation": "validation_file",
     "adapter": "suffix",
     "train.seed": "seed",
+    "train.method": "method.type",
     "train.epochs": "hyperparameters.n_epochs",
     "train.batch_size": "hyperparameters.batch_size",
     "train.learning_rate": "hyperparameters.learning_rate_multiplier",
@@ -91,12 +92,13 @@ def parse_job_request(
     if isinstance(lora := given.get("lora"), dict):
         values["lora"] = _with_quick_expressions(lora, problems)
     train = _block(values.get("train"), "train", problems)
-    named = dict(_NAMES)
+    kind = _kind(given, train)
+    named = _NAMES | ({"train.beta": "hyperparameters.beta"} if kind == "dpo" else {})
     if ":" in str(given.get("model")):
         named["init_adapter"] = "model"
     if "hyperparameters" not in given:
-        named |= {o: n.replace("hyper", "method.supervised.hyper") for o, n in named.items() if n.startswith("hyper")}
-    for option, value in _of_openai(given, problems).items():
+        named |= {o: n.replace("hyper", f"method.{kind}.hyper") for o, n in named.items() if n.startswith("hyper")}
+    for option, value in _of_openai(given, kind, problems).items():
         own = option.removeprefix("train.")
         if own != option and own in train:
             problems.append((named[option], "invalid_value", f"{named[option]} and {option} are both given; give one"))
@@ -207,33 +209,46 @@ def _block(value: object, name: str, problems: list[Problem]) -> dict[str, Any]:
     return {}
 
 
-def _of_openai(given: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:
+def _kind(given: Mapping[str, Any], train: Mapping[str, Any]) -> str:
+    """Return the method that is asked for, supervised where it is none that there is."""
+    method = given.get("method")
+    kind = method.get("type", "supervised") if isinstance(method, dict) else train.get("method")
+    return str(kind) if kind in get_args(Method) else "supervised"
+
+
+def _of_openai(given: Mapping[str, Any], kind: str, problems: list[Problem]) -> dict[str, Any]:
     """Return options of training by what OpenAI calls them; `auto` is what they are where nobody says anything."""
-    method = _block(given.get("method"), "method", problems)
-    kind = method.get("type", "supervised")
-    if kind != "supervised":
-        sentence = f"method.type must be supervised, not {shown(str(kind))}; other methods are not supported here"
-        problems.append(("method.type", "unsupported_parameter", sentence))
-    supervised = _block(method.get("supervised"), "method.supervised", problems)
-    inner = _block(supervised.get("hyperparameters"), "method.supervised.hyperparameters", problems)
+    method = {
+        name: value for name, value in _block(given.get("method"), "method", problems).items() if value is not None
+    }
+    options: dict[str, Any] = {"train.seed": given["seed"]} if "seed" in given else {}
+    if method.get("type", kind) != kind:
+        sentence = f"method.type must be {' or '.join(get_args(Method))}, not {shown(str(method['type']))}"
+        problems.append(("method.type", "unsupported_parameter", f"{sentence}; other methods are not supported here"))
+    elif "type" in method:
+        options["train.method"] = kind
+    for name in method.keys() - {"type", kind}:
+        sentence = f"method.{shown(name)} does not go with the type {kind}; leave it out, or set method.type"
+        problems.append((f"method.{shown(name)}", "unknown_parameter", sentence))
+    of_kind = _block(method.get(kind), f"method.{kind}", problems)
+    inner = _block(of_kind.get("hyperparameters"), f"method.{kind}.hyperparameters", problems)
     outer = _block(given.get("hyperparameters"), "hyperparameters", problems)
     if inner and outer and inner != outer:
-        sentence = "hyperparameters and method.supervised.hyperparameters differ; give one of them"
+        sentence = f"hyperparameters and method.{kind}.hyperparameters differ; give one of them"
         problems.append(("hyperparameters", "invalid_value", sentence))
     hyperparameters = outer or inner
     known = {
         "n_epochs": "train.epochs",
         "batch_size": "train.batch_size",
         "learning_rate_multiplier": "train.learning_rate",
-    }
-    options: dict[str, Any] = {"train.seed": given["seed"]} if "seed" in given else {}
+    } | ({"beta": "train.beta"} if kind == "dpo" else {})
     for name, value in hyperparameters.items():
         if name not in known:
             sentence = f"hyperparameters.{shown(name)} is no parameter here; there are: {', '.join(known)}"
             problems.append((f"hyperparameters.{shown(name)}", "unknown_parameter", sentence))
         elif value not in ("auto", None):
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            options[known[name]] = value * LEARNING_RATE if name.startswith("learning") and number else value
+            options[known[name]] = value * LEARNING_RATES[kind] if name.startswith("learning") and number else value
     return options
 
 

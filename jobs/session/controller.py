@@ -26,6 +26,7 @@ from cluster.storage.base import StorageError
 from cluster.storage.directory import open_storage
 from cluster.storage.keys import checkpoint_marker_key, checkpoints_prefix, committed_checkpoint, job_result_key
 from jobs.job import TERMINAL, EventKind, Job, JobResult, JobStatus, RequestedAction, SessionState
+from jobs.job_report import accuracy_line
 from jobs.session.messages import (
     AdapterKept,
     Assignment,
@@ -196,7 +197,7 @@ class SessionController:
 
     def _tell_of_evaluation(self, job_id: str, evaluation: dict[str, Any], stopped: str | None) -> None:
         message = f"step {evaluation['step']}: validation loss {evaluation['loss']:.4f}"
-        message += f", token accuracy {evaluation['accuracy']:.1%}{f'; {stopped}' if stopped else ''}"
+        message += f", {accuracy_line(evaluation['accuracy'], evaluation['margin'])}{f'; {stopped}' if stopped else ''}"
         if job_id in self._known:
             self._queue.log(job_id, message, kind=EventKind.EVALUATION, data=evaluation)
 

@@ -60,10 +60,13 @@ class ActiveJob:
         return [probe_of(example) for example in self.live.job.examples[:PROBES]]
 
     def expected_seconds(self, base: BaseModel, flop_per_second: float, ranks: int) -> float:
-        """Return what is left of its training, by the rate of each rank's products."""
+        """Return what is left of its training, by the rate of each rank's products: two passes over each token, and of
+        pairs one more, or in the first epoch two.
+        """
         job, progress = self.live.job, self.live.progress
         tokens = sum(len(example.ids) for example in job.examples) * job.train.epochs * (1 - progress.step / job.steps)
-        return 4 * base.parameters * tokens / (flop_per_second * ranks * OF_PRODUCTS)
+        passes = 3 + 1 / job.train.epochs if job.train.is_preference else 2
+        return 2 * passes * base.parameters * tokens / (flop_per_second * ranks * OF_PRODUCTS)
 
     def end_step(self) -> int:
         """Note how long its last step took; returns how many tokens that trained on."""
@@ -81,8 +84,14 @@ class ActiveJob:
             "grad_norm": outcome.grad_norm,
             "tokens_per_second": tokens / max(self.step_seconds, 1e-9),
         }
+        if outcome.accuracy is not None and outcome.margin is not None:
+            figures |= {"train_reward_accuracy": outcome.accuracy, "train_reward_margin": outcome.margin}
         if (evaluation := outcome.evaluation) is not None:
-            figures |= {"valid_loss": evaluation.loss, "valid_mean_token_accuracy": evaluation.accuracy}
+            figures["valid_loss"] = evaluation.loss
+            if evaluation.margin is None:
+                figures["valid_mean_token_accuracy"] = evaluation.accuracy
+            else:
+                figures |= {"valid_reward_accuracy": evaluation.accuracy, "valid_reward_margin": evaluation.margin}
         return StepMetrics(step, time.time(), figures)
 
     def progress(self, base: BaseModel) -> JobProgress:
@@ -144,6 +153,9 @@ def _metrics(progress: Progress, evaluation: Evaluation | None) -> JobMetrics:
         "tokens": progress.tokens,
         "supervised_tokens": progress.supervised_tokens,
     }
+    outcome = progress.outcome
+    if outcome is not None and outcome.accuracy is not None and outcome.margin is not None:
+        metrics |= {"reward_accuracy": outcome.accuracy, "reward_margin": outcome.margin}
     if progress.before is not None:
         metrics["validation_loss_before"] = progress.before.loss
     if evaluation is not None and evaluation is not progress.before:
@@ -152,4 +164,6 @@ def _metrics(progress: Progress, evaluation: Evaluation | None) -> JobMetrics:
             "validation_accuracy": evaluation.accuracy,
             "validation_step": evaluation.step,
         }
+        if evaluation.margin is not None:
+            metrics["validation_reward_margin"] = evaluation.margin
     return metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 
 from cluster.adapter_lifecycle import delete_adapter
 from deploy.api.job_requests import WINDOW_SECONDS
+from jobs.job import EventKind, JobSteps, StepMetrics
 from jobs.store.api_keys import Scope
 from tests.support.api_site import FIGURES, Site, running_site
 
@@ -120,6 +122,57 @@ def test_the_same_request_is_the_same_job(site: Site, monkeypatch: pytest.Monkey
     assert later.id not in (first.id, keyed.id) and site.create("once").id == later.id
 
 
+def test_a_job_learns_from_preferences(site: Site) -> None:
+    """In OpenAI's format, by its hyperparameters; rows of another kind are refused."""
+    messages = [{"role": "user", "content": "Hi"}]
+    sides = [[{"role": "assistant", "content": text}] for text in ("Hello!", "What?")]
+    row = {"input": {"messages": messages}, "preferred_output": sides[0], "non_preferred_output": sides[1]}
+    content = "\n".join([json.dumps(row)] * 4).encode()
+    file = site.client.files.create(file=("pairs.jsonl", content), purpose="fine-tune")
+    dpo: Any = {
+        "type": "dpo",
+        "dpo": {"hyperparameters": {"beta": 0.3, "batch_size": 2, "learning_rate_multiplier": 0.5}},
+    }
+    job = site.create("liked", training_file=file.id, method=dpo)
+    FineTuningJob.model_validate(job.to_dict(), strict=True)
+    train = site.queue.get(job.id).spec.train
+    assert (train.method, train.beta, train.batch_size, train.learning_rate) == ("dpo", 0.3, 2, 1e-5)
+    assert job.method is not None and job.method.dpo is not None and job.method.dpo.hyperparameters is not None
+    assert job.method.dpo.hyperparameters.to_dict() == {"n_epochs": 3, **dpo["dpo"]["hyperparameters"]}
+    auto = site.create(
+        "auto", training_file=file.id, method={"type": "dpo", "dpo": {"hyperparameters": {"beta": "auto"}}}
+    )
+    assert auto.method is not None and auto.method.dpo is not None and auto.method.dpo.hyperparameters is not None
+    assert auto.method.dpo.hyperparameters.beta == 0.1 and site.queue.get(auto.id).spec.train.learning_rate == 2e-5
+    estimate = site.create("dry", training_file=file.id, method=dpo, extra_body={"dry_run": True}).to_dict()
+    assert (estimate["steps"], estimate["examples"]) == (6, 4)
+
+    fence = site.start(job.id)
+    figures = {"train_loss": 0.69, "train_reward_accuracy": 0.5, "train_reward_margin": 0.1, "valid_loss": 0.6,
+               "valid_reward_accuracy": 0.75, "valid_reward_margin": 0.25}  # fmt: skip
+    progress: Any = FIGURES | {"steps": 8, "tokens_per_second": 100.0}
+    site.queue.record_steps(*fence, [JobSteps(job.id, progress, (StepMetrics(1, 1001.0, figures),))])
+    kept = {"model": "tiny:liked@0", "metrics": FIGURES | {"reward_margin": 0.1, "validation_accuracy": 0.75}}
+    site.queue.log(job.id, "kept", kind=EventKind.CHECKPOINT, data=kept)
+    (checkpoint,) = site.client.fine_tuning.jobs.checkpoints.list(job.id)
+    FineTuningJobCheckpoint.model_validate(checkpoint.to_dict(), strict=True)
+    told = checkpoint.metrics.to_dict()
+    assert told["valid_reward_accuracy"] == 0.75 and "valid_mean_token_accuracy" not in told
+    site.train(job.id, fence)
+    (result,) = site.client.fine_tuning.jobs.retrieve(job.id).result_files
+    first = next(csv.DictReader(site.client.files.content(result).text.splitlines()))
+    assert {name: float(text) for name, text in first.items() if text} == {"step": 1} | figures
+
+    error = refused(site, method=dpo, extra_body={"train": {"method": "dpo", "beta": 1.0}})
+    assert "method.type and train.method are both given; give one" in error.message
+    assert "method.dpo.hyperparameters.beta and train.beta are both given" in error.message
+    error = refused(site, method={"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}})
+    assert error.param == "method.dpo.hyperparameters.beta" and "beta must be more than 0" in error.message
+    error = refused(site, method={"type": "dpo"})
+    assert "training_file: line 1: column `prompt`, `completion`: prompt/completion is what method" in error.message
+    assert "learns from; set train.method to it" in refused(site, training_file=file.id).message
+
+
 def test_a_job_is_paused_resumed_and_cancelled(site: Site) -> None:
     jobs, job = site.client.fine_tuning.jobs, site.create("moves")
     assert [jobs.pause(job.id).status, jobs.resume(job.id).status] == ["paused", "queued"]
@@ -160,14 +213,15 @@ def test_everything_wrong_is_said_at_once(site: Site) -> None:
     error = refused(
         site, model="huge", suffix="No Spaces", training_file="rows.jsonl", validation_file=3, seed="x",
         hyperparameters={"n_epochs": 0, "batch_sizes": 3}, metadata={"a": 1}, integrations=[{"type": "wandb"}],
-        method={"type": "dpo"},
+        method={"type": "reinforcement", "dpo": {}},
         extra_body={"num_workers": 0, "lora": {"rank": 3} | slow, "prioritty": 1, "validation": "x"},
     )  # fmt: skip
     for part in (
         "the model 'huge' cannot be trained; there are: tiny", "suffix must be 1 to 64 lower-case",
         "training_file: give the id of an uploaded file", "validation_file: give the id", "seed must be a whole number",
         "hyperparameters.n_epochs must be at least 1", "hyperparameters.batch_sizes is no parameter",
-        "metadata must be at most 16 pairs", "integrations is not supported", "method.type must be supervised, not dpo",
+        "metadata must be at most 16 pairs", "integrations is not supported", "method.type must be supervised or dpo,",
+        "method.dpo does not go with the type supervised; leave it out, or set method.type",
         "num_workers must be at least 1", "unknown key 'lora.rank'", "did you mean priority?",
         "validation must be a fraction", r"lora.target_modules has '.*.*': write names, '.', '|' and '\d' or '\d+',",
         "lora.rank_pattern has '(q|k)_proj': write", "lora.alpha_pattern has 'layers.0': write", "at most 128 of them",

@@ -7,8 +7,10 @@ published version is the digest of its adapter, so "the same adapter" is "the sa
 from __future__ import annotations
 
 import contextlib
+import csv
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -368,6 +370,7 @@ def test_openais_client_trains_an_adapter_and_asks_it(laptop: Laptop) -> None:
         url = served(laptop.settings)
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120)
     file = client.files.create(file=laptop.home / "rows.jsonl", purpose="fine-tune")
+    pairs = preferences(client, laptop.home)
     job = client.fine_tuning.jobs.create(
         model="tiny",
         training_file=file.id,
@@ -395,6 +398,40 @@ def test_openais_client_trains_an_adapter_and_asks_it(laptop: Laptop) -> None:
     capacity: Any = client.get("/capacity", cast_to=object)
     (replica,) = capacity["bases"][0]["replicas"]
     assert [replica["place"]] * 2 in [session["places"] for session in capacity["sessions"]], "by one name for both"
+    check_preferences(client, laptop.finished(pairs).id)
+
+
+def preferences(client: openai.OpenAI, home: Path) -> str:
+    """A job that learns from some, with the other one in a session."""
+    answers = [[{"role": "assistant", "content": text}] for text in ("Yes, it is.", "No way!")]
+    rows = [
+        {"input": {"messages": [{"role": "user", "content": f"Is {number} a number?"}]},
+         "preferred_output": answers[0], "non_preferred_output": answers[1]} for number in range(12)
+    ]  # fmt: skip
+    (home / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    file = client.files.create(file=home / "pairs.jsonl", purpose="fine-tune")
+    assert client.files.wait_for_processing(file.id).status == "processed"
+    job = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=file.id,
+        suffix="polite",
+        method={"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": 4, "batch_size": 4, "beta": 0.5}}},
+        extra_body={"lora": {"r": 4}, "train": {"learning_rate": 0.005}, "precision": "fp32", "num_workers": 2,
+                    "validation": 0.25},
+    )  # fmt: skip
+    return job.id
+
+
+def check_preferences(client: openai.OpenAI, job_id: str) -> None:
+    """Its loss began at that of a coin, and pairs that it never saw are told apart."""
+    job = client.fine_tuning.jobs.retrieve(job_id)
+    assert (job.status, job.fine_tuned_model) == ("succeeded", "tiny:polite@1"), job.error
+    metrics: Any = client.models.retrieve("tiny:polite").to_dict()["metrics"]
+    assert metrics["first_loss"] == pytest.approx(math.log(2), rel=1e-3) and metrics["loss"] < metrics["first_loss"]
+    assert metrics["validation_loss"] < metrics["validation_loss_before"] == pytest.approx(math.log(2), rel=1e-3)
+    assert metrics["validation_accuracy"] == 1.0 and metrics["validation_reward_margin"] > 0
+    *_, last = csv.DictReader(client.files.content(job.result_files[0]).text.splitlines())
+    assert float(last["train_reward_margin"]) == metrics["reward_margin"] and last["valid_reward_accuracy"] == "1.0"
 
 
 def test_prometheus_has_what_alerts_and_dashboards_ask_for(laptop: Laptop, tmp_path: Path) -> None:

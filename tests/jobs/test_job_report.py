@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jobs.__main__ import main
 from jobs.job import EventKind, JobStatus, RequestedAction, SessionKey, SessionState
+from jobs.job_report import progress_line
 from jobs.spec import JobSpec
 from jobs.store.jobs import JobQueue
 
@@ -95,6 +97,20 @@ def test_a_job_that_runs(queue: JobQueue, capsys: pytest.CaptureFixture[str]) ->
     assert shown(job_id, capsys)[3].endswith("attempt 1; it is fp32, as asked for; path: llama; exact: bit for bit")
     queue.request(job_id, RequestedAction.CANCEL)
     assert shown(job_id, capsys)[1] == "  why        it is asked to cancel, after its current step"
+
+
+def test_a_job_that_learns_from_pairs_is_told_by_its_rewards(
+    queue: JobQueue, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job_id = submitted(queue)
+    session_id = started(queue, job_id)
+    progress: Any = PROGRESS | {"reward_accuracy": 0.75, "reward_margin": 0.5, "validation_reward_margin": 0.25}
+    assert queue.progress(job_id, session_id, 1, progress)
+    result = (
+        "  result     validation loss 0.3000 after step 20 (2.0000 before), reward accuracy 90.0%, reward margin 0.2500"
+    )
+    assert shown(job_id, capsys)[2] == result
+    assert "loss 0.2142  margin 0.5000  validation 0.3000" in progress_line(progress)
 
 
 @pytest.mark.parametrize("base", ["tiny", "other"])

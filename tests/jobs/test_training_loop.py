@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -166,6 +167,9 @@ def test_how_long_a_job_takes_is_told_from_what_is_left_of_it() -> None:
     assert active.expected_seconds(engine.base, 1e6, ranks=2) == alone / 2
     live.progress.step = live.job.steps // 2
     assert active.expected_seconds(engine.base, 1e6, ranks=1) == pytest.approx(alone / 2)
+    pairs = engine.add(job("b", examples=documents(10, 0, 8, 8), epochs=2, batch_size=2, method="dpo"))
+    active = ActiveJob(Assignment("b", 1, "{}", ""), None, pairs, "")  # type: ignore[arg-type]
+    assert active.expected_seconds(engine.base, 1e6, ranks=1) == pytest.approx(alone * 3.5 / 2)
 
 
 class SlowMailbox(ScriptedMailbox):
@@ -355,6 +359,35 @@ def test_a_job_is_published_beside_the_steps_of_the_others(
     adapter, probes = read_adapter(tmp_path, engine.forward.modules), [*map(probe_of, documents(3, 1))]
     assert losses == pytest.approx(probe_losses(engine.forward, engine.forward.load(adapter), probes), rel=1e-4)
     assert losses != pytest.approx(probe_losses(engine.forward, None, probes), rel=1e-4)
+
+
+def test_a_job_of_preferences_trains_beside_another_and_tells_its_rewards(
+    session: Session, storage: ObservedStorage
+) -> None:
+    _, long = short_and_long(storage)
+    rows = documents(8, 3)
+    pairs = assignment(storage, "pairs", rows, rows[:4], method="dpo", beta=0.5, batch_size=2, epochs=4)
+
+    def script(mailbox: ScriptedMailbox) -> Script:
+        while not mailbox.of(Trained):
+            yield DesiredJobs((long, pairs))
+
+    mailbox = ScriptedMailbox(script)
+    session.run(mailbox, storage)
+    (trained,) = mailbox.of(Trained)
+    metrics = trained.manifest["metrics"]
+    assert (trained.job_id, metrics["step"], len(trained.manifest["probes"])) == ("pairs", 8, 4)
+    assert metrics["first_loss"] == pytest.approx(math.log(2), rel=1e-3) and metrics["loss"] < 0.6
+    assert metrics["reward_accuracy"] == 1.0 and metrics["reward_margin"] > 0.2
+    assert metrics["validation_accuracy"] == 1.0 and metrics["validation_reward_margin"] > 0.2
+    assert trained.progress.items() >= metrics.items()
+    steps = [
+        step for report in mailbox.of(StepsDone) for one in report.jobs if one.job_id == "pairs" for step in one.steps
+    ]
+    figures, names = steps[-1].figures, ("reward_accuracy", "reward_margin", "validation_accuracy")
+    told = [figures[name] for name in ("train_reward_accuracy", "train_reward_margin", "valid_reward_accuracy")]
+    assert told == [metrics[name] for name in names]
+    assert figures["valid_reward_margin"] == metrics["validation_reward_margin"]
 
 
 def test_publishing_that_fails_is_no_secret(session: Session, storage: ObservedStorage) -> None:
