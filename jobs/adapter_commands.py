@@ -12,7 +12,7 @@ from cluster.aliases import LATEST, Gate
 from cluster.registry import AdapterRegistry
 from cluster.settings import ALIAS, Settings
 from cluster.storage.directory import open_storage
-from jobs.published_adapters import delete_model, export_merged, export_tar, import_adapter
+from jobs.published_adapters import delete_model, export_gguf, export_merged, export_tar, import_adapter
 from jobs.spec import ADAPTER_NAME, SpecError
 from jobs.store.jobs import JobQueue
 
@@ -41,9 +41,11 @@ def add_adapter_commands(commands: Any) -> None:
     verb("rollback", _rollback, "let an alias mean again what it meant before", "<base>:<adapter>@<alias>")
     text = "delete an adapter, with @ one of its versions or aliases; not while something needs it"
     verb("delete", _delete, text, "<base>:<adapter>, <base>:<adapter>@<number, version or alias>")
-    out = verb("export", _export, "write a version as a tar file, or merged into its base", of_version)
+    out = verb("export", _export, "write a version as a tar file, for llama.cpp, or merged into its base", of_version)
     out.add_argument("path", type=Path, help="the file, or with --merged the directory, to write")
-    out.add_argument("--merged", choices=("fp32", "bf16"), help="a model directory in this precision")
+    form = out.add_mutually_exclusive_group()
+    form.add_argument("--merged", choices=("fp32", "bf16"), help="a model directory in this precision")
+    form.add_argument("--gguf", action="store_true", help="a LoRA adapter for llama.cpp, beside the base in GGUF")
     came = verb("import", _import, "publish a PEFT adapter from elsewhere", "<base>:<adapter>")
     came.add_argument("source", help="its directory or s3:// prefix")
 
@@ -121,6 +123,8 @@ def _export(settings: Settings, arguments: argparse.Namespace) -> int:
     found = registry.resolve(base, name, version or LATEST)
     if arguments.merged:
         export_merged(registry, settings, found, arguments.path, arguments.merged)
+    elif arguments.gguf:
+        export_gguf(registry, settings, found, arguments.path)
     else:
         export_tar(registry, found, arguments.path)
     print(f"wrote {found} to {arguments.path}")

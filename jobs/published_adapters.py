@@ -152,15 +152,43 @@ def export_merged(
     try:
         source = local_source(settings.resolve_base(version.base), settings.cache_dir)
         base = load_base(source, precision=precision, cache_dir=settings.cache_dir)  # type: ignore[arg-type]
-        if (trained_on := version.manifest.get("base_fingerprint")) not in (None, base.fingerprint):
-            raise ValueError(
-                f"it was trained on other weights ({str(trained_on)[:12]}) than {version.base} has here"
-                f" ({base.fingerprint[:12]}); name those in LORA_BASE_MODELS"
-            )
+        _refuse_other_weights(version, base.fingerprint)
         with tempfile.TemporaryDirectory() as scratch:
             write_merged(base, registry.fetch(version, Path(scratch)), folder)
     except ValueError as error:
         raise SpecError([str(error)], str(version)) from error
+
+
+def export_gguf(registry: AdapterRegistry, settings: Settings, version: AdapterVersion, path: Path) -> None:
+    """Write a version as llama.cpp loads it beside its base.
+
+    Raises:
+        SpecError: it does not belong to the base as it is here, or llama.cpp could not add it.
+    """
+    from lora_core.adapters.peft_format import read_adapter
+    from lora_core.adapters.targets import AdaptableModules
+    from lora_core.models.base import describe_base
+    from lora_core.models.files import fingerprint_of, local_folder
+    from lora_core.models.gguf_adapter import write_gguf_adapter
+
+    try:
+        source = local_source(settings.resolve_base(version.base), settings.cache_dir)
+        folder = local_folder(source, settings.cache_dir)
+        _refuse_other_weights(version, fingerprint_of(folder, settings.cache_dir))
+        model, _ = describe_base(str(folder), settings.cache_dir)
+        with tempfile.TemporaryDirectory() as scratch:
+            adapter = read_adapter(registry.fetch(version, Path(scratch)), AdaptableModules(model))
+        write_gguf_adapter(model.config, adapter, path)
+    except ValueError as error:
+        raise SpecError([str(error)], str(version)) from error
+
+
+def _refuse_other_weights(version: AdapterVersion, fingerprint: str) -> None:
+    if (trained_on := version.manifest.get("base_fingerprint")) not in (None, fingerprint):
+        raise ValueError(
+            f"it was trained on other weights ({str(trained_on)[:12]}) than {version.base} has here"
+            f" ({fingerprint[:12]}); name those in LORA_BASE_MODELS"
+        )
 
 
 def _refuse_needed(queue: JobQueue, tenant: str, version: AdapterVersion) -> None:

@@ -76,6 +76,8 @@ def test_adapters_come_in_are_promoted_and_go_out(settings: Settings, command: C
     registry = AdapterRegistry(open_storage(settings.storage_url))
     original, copy = registry.resolve("tiny", "a", "1"), registry.resolve("tiny", "b")
     assert copy.digest == original.digest and copy.manifest["base_fingerprint"]
+    assert command("export", "tiny:a@1", tmp_path / "a.gguf", "--gguf")[0] == 0
+    assert (tmp_path / "a.gguf").read_bytes().startswith(b"GGUF")
     assert command("export", "tiny:a@1", tmp_path / "merged", "--merged", "fp32")[0] == 0
     name = "model.layers.0.mlp.up_proj"
     merged, base = (load_file(tmp_path / folder / "model.safetensors") for folder in ("merged", "tiny"))
@@ -103,7 +105,8 @@ def test_an_adapter_of_other_weights_does_not_come_in(settings: Settings, comman
     save_tiny_model("llama", tmp_path / "tiny", seed=9)
     code, said = command("import", "tiny:a", tmp_path / "out" / "a")
     assert code == 2 and "it was trained on other weights" in said
-    assert "it was trained on other weights" in command("export", "tiny:a", tmp_path / "m", "--merged", "fp32")[1]
+    for form in (("--merged", "fp32"), ("--gguf",)):
+        assert "it was trained on other weights" in command("export", "tiny:a", tmp_path / "m", *form)[1]
     weights = tmp_path / "1" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x00\xc0\x7f")
     assert "has numbers that are not finite" in command("import", "tiny:a", tmp_path / "1")[1]
