@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from cluster.log_format import LogFormat, formatter
 from cluster.settings import Settings
 
 LOCAL_CLUSTER = "local"
@@ -34,11 +35,11 @@ class NoClusterError(RuntimeError):
     """Ray is not there, or does not answer; the sentence says what to do."""
 
 
-def log_to_stderr() -> None:
+def log_to_stderr(form: LogFormat) -> None:
     """Write one line an event from this project's loggers, also in Ray's workers, which set up the root logger."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logger = logging.getLogger("lora")
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter(form))
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False

@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from cluster.log_format import LogFormat
 from cluster.requirements import requirement
 
 PREFIX = "LORA_"
@@ -90,6 +91,9 @@ class Settings(BaseSettings):
 
     metrics_port: int = Field(default=0, ge=0, le=65535)
     """The scheduler's Prometheus port; 0 is off."""
+
+    log_format: LogFormat = "text"
+    """What a log line is: `text`, or `json` with job, session, tenant and request as fields of their own."""
 
     serve_port: int = Field(default=8000, ge=1, le=65535)
     """The HTTP port on which `make demo` serves; elsewhere it is `serve start --http-port` that says."""

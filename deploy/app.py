@@ -10,6 +10,7 @@ import ray
 from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.schema import LoggingConfig
 
 from cluster.ray_runtime import SERVE_TRANSPORT
 from cluster.settings import Settings, load_settings
@@ -34,6 +35,7 @@ def build_app(settings: Settings) -> Application:
         ),
         ray_actor_options=_actor_options(_resources(settings)),
         graceful_shutdown_timeout_s=_DRAIN_SECONDS,
+        logging_config=_logging(settings),
         **_replicas(settings),
     )(AdapterServer)
     without_database = settings.model_copy(update={"database_url": ""})  # which is no business of a replica
@@ -47,6 +49,7 @@ def build_app(settings: Settings) -> Application:
         max_ongoing_requests=1024 + 2 * of_a_base * len(servers),
         ray_actor_options=_actor_options({"label_selector": settings.gateway_labels}),
         graceful_shutdown_timeout_s=_DRAIN_SECONDS,
+        logging_config=_logging(settings),
     )(Gateway)
     admission: Deployment = serve.deployment(
         max_ongoing_requests=1,  # a job's rows may take much of a node's memory
@@ -57,6 +60,11 @@ def build_app(settings: Settings) -> Application:
         ),
     )(AdmissionServer)
     return gateway.bind(settings, servers, admission.bind(without_database))
+
+
+def _logging(settings: Settings) -> LoggingConfig:
+    """Return how Serve writes logs: as the other processes do."""
+    return LoggingConfig(encoding="JSON" if settings.log_format == "json" else "TEXT")
 
 
 def _replicas(settings: Settings) -> dict[str, Any]:

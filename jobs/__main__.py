@@ -41,14 +41,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code. A user's mistake is printed in words, without a traceback."""
     parser = _parser()
     chosen = parser.parse_args(arguments)
-    log_to_stderr()
     reach_this_machine_directly()
     use_own_ray()
     for bars in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # transformers', between our own lines
         os.environ.setdefault(bars, "1")
     try:
         command: Callable[[Settings, argparse.Namespace], int] = chosen.command
-        return command(load_settings(), chosen)
+        settings = load_settings()
+        log_to_stderr(settings.log_format)
+        return command(settings, chosen)
     except (SpecError, SettingsError, JobError, StorageError, AdapterNotFound, AdapterConflict) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

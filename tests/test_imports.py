@@ -17,8 +17,8 @@ ROOT = Path(__file__).parent.parent
 # files are free to import each other, but not in a circle; no list says how they stand.
 ORDER = {
     "lora_core": ["config", "lora", "adapters", "kernels", "data", "models", "training", "inference", "library"],
-    "cluster": ["requirements", "settings", "metrics", "proxies", "storage", "sources", "aliases", "registry",
-     "adapter_lifecycle", "ray_runtime", "embedded_ray"],
+    "cluster": ["requirements", "log_format", "tracing", "settings", "metrics", "proxies", "storage", "sources",
+     "aliases", "registry", "adapter_lifecycle", "ray_runtime", "embedded_ray"],
     "jobs": ["spec_text", "spec", "job", "admitted", "initial_adapter", "stored_examples", "admission", "store",
      "submission", "job_report", "published_adapters", "scheduling", "session", "demo", "adapter_commands", "__main__"],
     "deploy": ["serving", "vllm_plugin", "proxy", "api", "app", "__main__"],

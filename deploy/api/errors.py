@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from cluster.requirements import requirement
 from cluster.storage.base import StorageError
-from deploy.api.metrics import count_error
+from deploy.api.observation import count_error
 from jobs.job import DatabaseUnavailableError, UnstorableValueError
 
 log = logging.getLogger("ray.serve.lora")

@@ -18,6 +18,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from cluster.log_format import NamedFields
 from cluster.registry import AdapterRegistry, Publication
 from cluster.settings import Settings
 from cluster.storage.directory import open_storage
@@ -29,8 +30,8 @@ from deploy.api.file_store import FileStore
 from deploy.api.files import FileRoutes
 from deploy.api.fine_tuning import FineTuning
 from deploy.api.keys import Caller, KeyCheck, KeyRing, caller_of, needs
-from deploy.api.metrics import CountRequests
 from deploy.api.models import Models
+from deploy.api.observation import ObserveRequests
 from deploy.api.responses import (
     ChatResponse,
     CompletionResponse,
@@ -80,7 +81,7 @@ def make_api(keys: KeyRing, *routers: APIRouter) -> FastAPI:
         responses={"default": {"model": ErrorBody, "description": "what is wrong, and what to change"}},
     )
     api.add_middleware(KeyCheck, keys=keys)
-    api.add_middleware(CountRequests)  # last, so that it is around all others
+    api.add_middleware(ObserveRequests)  # last, so that it is around all others
     answer_errors(api)
     for router in routers:
         api.include_router(router)
@@ -99,6 +100,8 @@ class Gateway:
         servers: Mapping[str, DeploymentHandle[Any]],
         admission: DeploymentHandle[Any],
     ) -> None:
+        if settings.log_format == "json":
+            log.addFilter(NamedFields())
         self._servers = servers
         # Deltas are plain values, which pickle writes in a tenth of cloudpickle's time.
         self._streams = {
@@ -153,19 +156,20 @@ class Gateway:
     async def chat_completions(self, request: Request) -> Response:
         """Answer a conversation, whole or as a stream of server-sent events that ends with `[DONE]`."""
         chat = await read_request(await request.body(), ChatRequest)
-        return await self._completed(caller_of(request), chat, ChatResponse(chat))
+        return await self._completed(request, chat, ChatResponse(chat))
 
     async def completions(self, request: Request) -> Response:
         """Go on with a text or the ids of tokens, whole or as a stream; with `echo` and `logprobs`, score it."""
         text = await read_request(await request.body(), TextRequest)
-        return await self._completed(caller_of(request), text, TextResponse(text))
+        return await self._completed(request, text, TextResponse(text))
 
-    async def _completed(self, caller: Caller, request: CompletionRequest, response: CompletionResponse) -> Response:
-        name = self._models.parse(request.model)
+    async def _completed(self, http: Request, request: CompletionRequest, response: CompletionResponse) -> Response:
+        caller, name = caller_of(http), self._models.parse(request.model)
         if name is None:
             raise await self._models.unknown(caller, request.model)
         owner, digest = await self._models.digest(caller, request.model, name)
-        asked = replace(request.generate_request(name.adapter, digest), tenant=owner)
+        trace: str | None = http.state.traceparent
+        asked = replace(request.generate_request(name.adapter, digest), tenant=owner, traceparent=trace)
         if request.stream:
             return await self._streamed(caller, request.model, response, name.base, asked)
         answer = await _asked(self._servers[name.base].answer.remote(asked))

@@ -32,6 +32,7 @@ class GenerateRequest:
     likeliest beside each. `echo` puts the prompt before the answers, with its log-probabilities where they are asked
     for. The answers are JSON that `json_schema` describes, where it is given. The model may call `tools` (as OpenAI has
     them), several of them where they are `parallel`, and calls one of `forced_tools` where there are some.
+    `traceparent` is the trace that it is a part of.
     """
 
     prompt: str | TokenIds | tuple[dict[str, Any], ...]
@@ -48,6 +49,7 @@ class GenerateRequest:
     tools: tuple[dict[str, Any], ...] = ()
     forced_tools: tuple[str, ...] = ()
     parallel_tool_calls: bool = True
+    traceparent: str | None = None
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,13 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from cluster.log_format import NamedFields
 from cluster.registry import AdapterNotFound, AdapterRegistry, Publication
 from cluster.settings import Settings
 from cluster.sources import local_source
 from cluster.storage.base import StorageCorrupt, StorageError
 from cluster.storage.directory import open_storage
+from cluster.tracing import span, traceparent
 from deploy.serving.protocol import (
     Completion,
     Delta,
@@ -69,6 +71,8 @@ class AdapterServer:
         from lora_core.models.forward import open_forward
         from lora_core.models.places import place_of
 
+        if settings.log_format == "json":
+            log.addFilter(NamedFields())
         began = time.monotonic()
         source = local_source(settings.resolve_base(name), settings.cache_dir)
         self._base = load_base(source, precision=settings.serve_precision, cache_dir=settings.cache_dir)
@@ -119,10 +123,14 @@ class AdapterServer:
 
         account = _Account(self._metrics, asked)
         async with AsyncExitStack() as stack:
+            answering = stack.enter_context(span("answer", asked.traceparent, tenant=asked.tenant, choices=asked.n))
+            asked = replace(asked, traceparent=traceparent(answering))
             try:
                 digest, request = await self._request(asked, stack)
                 requests = [replace(request, sampling=request.sampling.of_choice(index)) for index in range(asked.n)]
                 requests[1:] = [replace(other, prompt_logprobs=None) for other in requests[1:]]
+                prompt_tokens = len(request.prompt)
+                stack.enter_context(span("generate", asked.traceparent, digest=digest, prompt_tokens=prompt_tokens))
                 batches = await stack.enter_async_context(self._loop.answering(requests))
                 stack.callback(account.close, len(request.prompt))
                 yield StreamStart(digest, len(request.prompt))
@@ -170,7 +178,8 @@ class AdapterServer:
         if asked.adapter is not None:
             assert asked.digest is not None
             digest = asked.digest
-            adapter = await stack.enter_async_context(self._adapters.use(asked.tenant, asked.adapter, digest))
+            with span("adapter", asked.traceparent, adapter=asked.adapter):
+                adapter = await stack.enter_async_context(self._adapters.use(asked.tenant, asked.adapter, digest))
         return digest, GenerationRequest(
             prompt=prompt,
             adapter=adapter,
@@ -213,6 +222,7 @@ class _Account:
 
     def __init__(self, metrics: ServingMetrics, asked: GenerateRequest) -> None:
         self._metrics, self._adapter, self._arrived = metrics, asked.adapter or "", time.monotonic()
+        self._tenant = asked.tenant
         self._tokens: dict[int, int] = {}  # of each choice
         self._unfinished = asked.n
         self._finish_reason: FinishReason | None = None
@@ -234,8 +244,8 @@ class _Account:
         seconds = time.monotonic() - self._arrived
         self._metrics.answered(self._adapter, reason, seconds, prompt_tokens, tokens)
         log.info(
-            "event=answered adapter=%s reason=%s prompt_tokens=%d tokens=%d seconds=%.3f",
-            self._adapter or "-", reason, prompt_tokens, tokens, seconds,
+            "event=answered tenant=%s adapter=%s reason=%s prompt_tokens=%d tokens=%d seconds=%.3f",
+            self._tenant, self._adapter or "-", reason, prompt_tokens, tokens, seconds,
         )  # fmt: skip
 
 

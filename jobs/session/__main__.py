@@ -22,13 +22,14 @@ def main() -> None:
     parser.add_argument("--id", required=True)
     parser.add_argument("--fence", type=int, required=True)
     arguments = parser.parse_args()
-    log_to_stderr()
+    settings = load_settings()
+    log_to_stderr(settings.log_format)
     reach_this_machine_directly()
     use_own_ray()
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a dead rank is noticed in half a second
     # For actors too: Train's clean-up asks for the address anew, and gives up where it finds two Rays.
     ray.init(log_to_driver=True, runtime_env={"env_vars": {"RAY_ADDRESS": os.environ["RAY_ADDRESS"]}})
-    raise SystemExit(run_session(load_settings(), arguments.id, arguments.fence))
+    raise SystemExit(run_session(settings, arguments.id, arguments.fence))
 
 
 if __name__ == "__main__":

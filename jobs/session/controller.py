@@ -27,6 +27,7 @@ from cluster.storage.directory import open_storage
 from cluster.storage.keys import checkpoint_marker_key, checkpoints_prefix, committed_checkpoint, job_result_key
 from jobs.job import TERMINAL, EventKind, Job, JobResult, JobStatus, RequestedAction, SessionState
 from jobs.job_report import accuracy_line
+from jobs.session.job_trace import trace_job
 from jobs.session.messages import (
     AdapterKept,
     Assignment,
@@ -251,6 +252,7 @@ class SessionController:
         """Write adapter, result and row; after a crash in between, the last checkpoint leads to the same."""
         if not self._runs_here(report.job_id):
             return
+        began = time.time()
         job = self._queue.get(report.job_id)
         manifest = {**report.manifest, "dataset_sha256": job.dataset_sha}
         version = self._registry.of(job.tenant).publish(job.base, job.spec.adapter, report.files, manifest)
@@ -264,7 +266,9 @@ class SessionController:
         }
         self._storage.put(job_result_key(job.id), json.dumps(result).encode())
         self._queue.progress(job.id, self._session_id, self._fence, report.progress)
-        self._move(job.id, JobStatus.SUCCEEDED, f"published {result['model']} version {version.version}", result=result)
+        self._move(
+            job.id, JobStatus.SUCCEEDED, f"published {result['model']} version {version.version}", began, result=result
+        )
 
     def _blame(self, suspects: Iterable[str], reason: str) -> None:
         """Of those whose rank raised, fail the only one, or requeue several, each to be tried by itself."""
@@ -281,13 +285,16 @@ class SessionController:
         holds = self._queue.renew_session(self._session_id, self._fence, self._settings.lease_seconds)
         return holds and any(job.id == job_id for job in self._queue.assigned(self._session_id))
 
-    def _move(self, job_id: str, to: JobStatus, message: str, **columns: Any) -> None:
+    def _move(
+        self, job_id: str, to: JobStatus, message: str, published_from: float | None = None, **columns: Any
+    ) -> None:
         moved = self._queue.move(
             job_id, JobStatus.RUNNING, to, message=message, fence=(self._session_id, self._fence), **columns
         )
         log.info("job=%s event=%s moved=%s message=%s", job_id, to.value, moved, message)
         self._known.pop(job_id, None)
         if moved and to in TERMINAL:
+            trace_job(self._queue.get(job_id), published_from)
             try:
                 for key in self._storage.list(checkpoints_prefix(job_id)):
                     self._storage.delete(key)

@@ -70,8 +70,8 @@ IDLE_POLL_SECONDS = 0.2
 
 def train_loop(config: dict[str, Any]) -> None:
     """Run one rank, as Ray Train does on each; see `Rank.run`."""
-    log_to_stderr()
     settings: Settings = config["settings"]
+    log_to_stderr(settings.log_format)
     mailbox, storage = RanksMailbox(config["mailbox"]), open_storage(settings.storage_url)
     of_base = config["base_model"], config["precision"], config["forward_path"]
     Rank(settings, mailbox, storage, Collectives(), *of_base).run()

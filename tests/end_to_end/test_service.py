@@ -109,7 +109,7 @@ class Laptop:
         """
         output = io.StringIO()
         with self.here() as patched, contextlib.redirect_stdout(output):
-            patched.setattr("jobs.__main__.log_to_stderr", lambda: None)
+            patched.setattr("jobs.__main__.log_to_stderr", lambda _: None)
             assert main(["submit", str(spec), "--no-follow", *options]) == 0, output.getvalue()
         return next(word for word in output.getvalue().split() if word.startswith("job-"))
 

@@ -27,7 +27,7 @@ PROGRESS = {
 def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobQueue:
     monkeypatch.setenv("LORA_HOME", str(tmp_path))
     monkeypatch.setenv("LORA_BASE_MODELS", '{"tiny": "/models/tiny"}')
-    monkeypatch.setattr("jobs.__main__.log_to_stderr", lambda: None)
+    monkeypatch.setattr("jobs.__main__.log_to_stderr", lambda _: None)
     return JobQueue(f"sqlite:///{tmp_path / 'lora.db'}")
 
 

@@ -39,7 +39,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
 @pytest.fixture
 def command(settings: Settings, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
     """Runs `python -m jobs adapters ...`; returns its exit code and what it said."""
-    monkeypatch.setattr("jobs.__main__.log_to_stderr", lambda: None)
+    monkeypatch.setattr("jobs.__main__.log_to_stderr", lambda _: None)
 
     def run(*arguments: object) -> tuple[int, str]:
         code = main(["adapters", *map(str, arguments)])
