@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -27,6 +27,7 @@ PREFIX = "LORA_"
 DEMO_MODEL = "smollm2-135m"
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+EVERYBODY_ELSE = "*"
 
 
 class SettingsError(ValueError):
@@ -43,6 +44,19 @@ def _demo_model() -> str:
     folders = [Path(folder) for folder in (spec.submodule_search_locations or [] if spec else [])]
     files = [file for folder in folders for file in sorted(folder.glob("*.gguf"))]
     return str(files[0]) if files else "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+class Quota(BaseModel):
+    """What a tenant may have at a time on a cluster. None: any number. Where all want more than there is, each gets a
+    part in proportion to its `weight`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    running_jobs: int | None = Field(default=None, ge=1)
+    workers: int | None = Field(default=None, ge=1)
+    queued_jobs: int | None = Field(default=None, ge=1)
 
 
 class Settings(BaseSettings):
@@ -79,6 +93,15 @@ class Settings(BaseSettings):
 
     jobs_per_session: int = Field(default=64, ge=1)
     """How many jobs train together on one base at most, where memory allows it; 1: each by itself."""
+
+    quotas: Annotated[dict[str, Quota], NoDecode] = Field(default_factory=dict)
+    """What tenants may have, as JSON: tenant -> `weight`, `running_jobs`, `workers`, `queued_jobs`; `*`: all others."""
+
+    usage_half_life_seconds: float = Field(default=86_400.0, gt=0, allow_inf_nan=False)
+    """After this long, what a tenant's jobs had of the cluster counts half against its next ones."""
+
+    aging_seconds: float = Field(default=3600.0, gt=0)
+    """A job whose line was not served for this long goes before those of the next higher priority; `inf`: never."""
 
     session_idle_seconds: float = Field(default=30.0, ge=0, allow_inf_nan=False)
     """How long a session without a job keeps its workers."""
@@ -163,7 +186,7 @@ class Settings(BaseSettings):
         except RuntimeError:
             raise ValueError("this user is not known here; give a path without ~") from None
 
-    @field_validator("base_models", "driver_labels", "gateway_labels", "webhook_networks", mode="before")
+    @field_validator("base_models", "driver_labels", "gateway_labels", "quotas", "webhook_networks", mode="before")
     @classmethod
     def _parsed(cls, value: Any) -> Any:
         if not isinstance(value, str):
@@ -188,6 +211,10 @@ class Settings(BaseSettings):
         if most < info.data.get("min_replicas", 0):
             raise ValueError(f"must be at least {PREFIX}MIN_REPLICAS ({info.data['min_replicas']})")
         return most
+
+    def quota(self, tenant: str) -> Quota:
+        """Return what a tenant may have."""
+        return self.quotas.get(tenant) or self.quotas.get(EVERYBODY_ELSE) or Quota()
 
     @property
     def cache_dir(self) -> Path:

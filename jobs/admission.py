@@ -7,6 +7,7 @@ cluster. All mistakes come together, each in one sentence.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,6 +50,11 @@ def admit(spec: JobSpec, settings: Settings, max_workers: int | None) -> Admitte
             f"num_workers is {spec.num_workers}, but this cluster has room for {max_workers}; lower it"
             " (or raise LORA_MAX_WORKERS if it can grow)"
         )
+    if (quota := settings.quota(settings.tenant).workers) is not None and spec.num_workers > quota:
+        problems.append(
+            f"num_workers is {spec.num_workers}, but {settings.tenant} may have {quota} workers; lower it"
+            " (or raise LORA_QUOTAS)"
+        )
     if ALIAS.fullmatch(name := settings.base_name(spec.base_model)) is None:
         alias = json.dumps({"my-base": spec.base_model})
         problems.append(
@@ -86,8 +92,15 @@ def admit(spec: JobSpec, settings: Settings, max_workers: int | None) -> Admitte
         examples_sha = store_examples(storage, examples, described[1])
         init_adapter_sha = None if spec.init_adapter is None else store_initial(storage, adapter)
         report, batch = examples[0].report, spec.train.batch_size
-        steps = spec.train.epochs * -(-report.examples // batch)
-        rows = Rows(report.examples, report.tokens, report.supervised_tokens, max(lengths), steps)
+        steps, epochs = -(-report.examples // batch), spec.train.epochs
+        rows = Rows(
+            report.examples,
+            report.tokens,
+            report.supervised_tokens,
+            max(lengths),
+            epochs * steps,
+            math.ceil(report.tokens / steps),
+        )
     return Admitted(storage, dataset_sha, validation_sha, examples_sha, init_adapter_sha, path, rows, summary)
 
 

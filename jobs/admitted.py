@@ -11,13 +11,16 @@ from jobs.job import Job
 
 @dataclass(frozen=True)
 class Rows:
-    """What the rows to train on come to: `tokens` of one epoch, and optimizer `steps` of all."""
+    """What the rows to train on come to: `tokens` of one epoch, optimizer `steps` of all, and the tokens of one step,
+    on average.
+    """
 
     examples: int
     tokens: int
     supervised_tokens: int
     longest: int
     steps: int
+    step_tokens: int
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ A move that is not listed here cannot be made by any method of the queue, and a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, NotRequired, TypedDict
@@ -40,15 +40,24 @@ TERMINAL = frozenset(status for status, moves in TRANSITIONS.items() if not move
 
 
 class RequestedAction(StrEnum):
-    """What a user asks of a job. A running one reads it between two steps; any other is moved at once."""
+    """What is asked of a job: to cancel or pause it by a user, to go back to the queue by the scheduler, where another
+    job needs its workers more. A running one reads it between two steps; any other is moved at once."""
 
     CANCEL = "cancel"
     PAUSE = "pause"
+    REQUEUE = "requeue"
 
     @property
     def status(self) -> JobStatus:
         """The state that the job is in once it is done."""
-        return JobStatus.CANCELLED if self is RequestedAction.CANCEL else JobStatus.PAUSED
+        return _REQUESTED[self]
+
+
+_REQUESTED = {
+    RequestedAction.CANCEL: JobStatus.CANCELLED,
+    RequestedAction.PAUSE: JobStatus.PAUSED,
+    RequestedAction.REQUEUE: JobStatus.QUEUED,
+}
 
 
 class SessionState(StrEnum):
@@ -159,7 +168,8 @@ class Job:
     """One row of `jobs`, as it was read. Times are seconds since 1970. `attempt` counts how often the job was started,
     `lost_attempts` how often its session or a rank ended under it, `failed_launches` how often no session could be
     started for it. `max_colocated` is the most other jobs that it may train beside: None is any number; 0 is none, as
-    it may be what ended a session."""
+    it may be what ended a session. `step_tokens` are about those of one optimizer step: None is not known. `level` is
+    that with which it was started last: its priority, raised by how long it had waited."""
 
     id: str
     tenant: str
@@ -172,6 +182,8 @@ class Job:
     precision: str
     forward_path: str | None
     num_workers: int
+    step_tokens: int | None
+    level: int | None
     content_key: str
     code_version: str
     dataset_sha: str
@@ -272,6 +284,58 @@ class Session:
         return f"{self.id}-a{self.attempt}"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QueuedJob:
+    """What a plan needs to know of a job that waits. `step_tokens` are 0 where they are not known."""
+
+    id: str
+    tenant: str
+    priority: int
+    session_key: SessionKey
+    max_colocated: int | None
+    step_tokens: int
+    created_at: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunningJobs:
+    """The jobs of one tenant and priority that run in one session: how many, the highest `level` with which one was
+    started (its priority, raised by how long it had waited), the least `max_colocated`, and the sum of `step_tokens`.
+    """
+
+    session_id: str
+    tenant: str
+    priority: int
+    level: int
+    number: int
+    max_colocated: int | None
+    step_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """What the jobs of one tenant and priority had: `mean_workers` on average until `at` (see
+    `jobs/scheduling/fair_order.py`), and when the oldest of those that waited was last given to a session.
+    """
+
+    tenant: str
+    priority: int
+    mean_workers: float
+    at: float
+    served_at: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueueSnapshot:
+    """What a plan is made from, as it was at one moment: of the waiting jobs the oldest of each line."""
+
+    at: float
+    queued: Sequence[QueuedJob] = ()
+    running: Sequence[RunningJobs] = ()
+    sessions: Sequence[Session] = ()
+    lines: Sequence[Line] = ()
+
+
 def lease_name(cluster: str) -> str:
     """Return the lease row of a cluster's scheduler."""
     return f"scheduler:{cluster}"
@@ -342,14 +406,14 @@ class JobNotFoundError(JobError):
 
 
 class TooManyJobsError(JobError):
-    """A tenant has as many unfinished jobs as whoever submits another one may have."""
+    """A tenant has as many unfinished or waiting jobs as whoever submits another one may have."""
 
-    def __init__(self, most: int) -> None:
-        super().__init__(most)
-        self.most = most
+    def __init__(self, most: int, what: str = "unfinished") -> None:
+        super().__init__(most, what)
+        self.most, self.what = most, what
 
     def __str__(self) -> str:
-        return f"there may be {self.most} unfinished jobs; wait for one, or cancel one"
+        return f"there may be {self.most} {self.what} jobs; wait for one, or cancel one"
 
 
 class IllegalTransitionError(JobError):

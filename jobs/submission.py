@@ -34,11 +34,13 @@ def enqueue(
         examples_sha=admitted.examples_sha,
         init_adapter_sha=admitted.init_adapter_sha,
         forward_path=admitted.forward_path,
+        step_tokens=admitted.rows.step_tokens,
         code_version=code_version(),
         tenant=tenant,
         again=again,
         request=request,
         most_unfinished=most_unfinished,
+        most_queued=settings.quota(tenant).queued_jobs,
     )
     admitted.record(job)
     return job, new

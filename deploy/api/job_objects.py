@@ -82,7 +82,7 @@ class FineTuningJob(TypedDict):
     loss: float | None
     suffix: str
     tokens_per_second: float | None
-    requested: Literal["cancel", "pause"] | None
+    requested: Literal["cancel", "pause", "requeue"] | None
     lora: dict[str, Any]
     train: dict[str, Any]
     precision: str

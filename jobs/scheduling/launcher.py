@@ -59,10 +59,13 @@ class SubmissionStatus:
 
 @dataclass(frozen=True)
 class ClusterSize:
-    """Ranks that the nodes alive now can hold, one a GPU (or a CPU where there is no GPU), and the nodes' number."""
+    """Ranks that the nodes alive now can hold, one a GPU, or a CPU where there is no GPU (not `on_gpus`); and how many
+    nodes these are.
+    """
 
     workers: int
     nodes: int
+    on_gpus: bool = False
 
 
 class RayUnreachableError(JobError, RuntimeError):
@@ -111,7 +114,7 @@ class Launcher:
             nodes = [node for node in list_nodes(client.get_address(), detail=True) if node.state == "ALIVE"]
         gpus = int(sum((node.resources_total or {}).get("GPU", 0) for node in nodes))
         cpus = int(sum((node.resources_total or {}).get("CPU", 0) for node in nodes))
-        return ClusterSize(workers=gpus or cpus, nodes=len(nodes))
+        return ClusterSize(workers=gpus or cpus, nodes=len(nodes), on_gpus=gpus > 0)
 
     def others_running(self) -> bool:
         """Return whether anything but schedulers uses this cluster: a session, a Serve application, somebody's driver.

@@ -24,7 +24,7 @@ from cluster.metrics import (
     SESSIONS,
     MetricSpec,
 )
-from jobs.job import JobStatus, SessionState, lease_name
+from jobs.job import SessionState, lease_name
 from jobs.store.jobs import JobQueue
 
 RECENT_SECONDS = 600.0
@@ -48,9 +48,9 @@ class QueueCollector(Collector):
             counts.add_metric([status], number)
         yield counts
         now = time.time()
-        waiting = [job.created_at for job in self._queue.list(self._cluster, {JobStatus.QUEUED})]
+        since = self._queue.oldest_queued(self._cluster)
         oldest = _gauge(QUEUE_OLDEST_SECONDS)
-        oldest.add_metric([], now - min(waiting) if waiting else 0.0)
+        oldest.add_metric([], 0.0 if since is None else now - since)
         yield oldest
         lease = self._queue.lease(lease_name(self._cluster))
         leader = _gauge(SCHEDULER_LEADER)

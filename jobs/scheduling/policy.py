@@ -1,31 +1,29 @@
 """Which session to launch, which job goes where, which session has to make room: pure, from rows to actions.
 
-Waiting jobs are served strictly in order: higher priority first, then whoever came first. A job goes to an idle session
-of its key (same base, precision, number of ranks), or waits for one that is being launched; else gets one launched
-where workers are free; else trains beside the jobs of the emptiest session of its key, on the base that lies there.
-Where none has room, idle sessions of other keys are stopped, but only if that makes enough room, and nothing behind
-it is served until it is: whatever overtakes the first job in line could delay it.
+Waiting jobs are served in a fair order (`fair_order.py`). Each goes to an idle session of its key (same base,
+precision, path, number of ranks), else has one launched where all its workers are free, else trains beside the jobs of
+the emptiest session of its key that has room, on the base that lies there. Where somebody in line has no session of its
+key at all, the workers for one are left to it, and who can share does.
+
+For a job that finds no place all the workers that it needs are set aside, or none (`room.py`). If free ones are not
+enough, idle sessions stop; else sessions whose jobs were all started with a lower priority give way, and their jobs go
+on elsewhere or later from where they were; else, where no session of its key may have room one day, or its line has
+waited for too long, the sessions that have the fewest jobs take no more until it can start. Others are served from what
+is left: whatever overtakes a job in line cannot delay it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-from jobs.job import Job, Session, SessionKey
+from jobs.job import QueuedJob, QueueSnapshot, SessionKey
+from jobs.scheduling.fair_order import FairOrder, Rules
+from jobs.scheduling.room import Cluster, Place, Room
 
 MOST_TOLD = 10
 """A place in line beyond this one is not told of, so that a long queue is not written anew with each job that ends."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """`workers`: how many ranks fit at once, on the nodes that are there and those that can be added;
-    `jobs_per_session`: how many jobs train together at most.
-    """
-
-    workers: int
-    jobs_per_session: int
+ROUNDING = 1e-6  # of workers that are split
 
 
 @dataclass(frozen=True)
@@ -38,10 +36,11 @@ class Launch:
 
 @dataclass(frozen=True)
 class Assign:
-    """Give a job to a running session, which may have others."""
+    """Give a job to a running session, which may have others; `level`: its priority, raised by how long it waited."""
 
     job_id: str
     session_id: str
+    level: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -52,122 +51,128 @@ class Stop:
     reason: str
 
 
-Action = Launch | Assign | Stop
+@dataclass(frozen=True)
+class Preempt:
+    """Ask a session to put its jobs back into the queue, once where they are is written, and to stop."""
+
+    session_id: str
+    reason: str
 
 
-def plan(
-    queued: Sequence[Job], running: Sequence[Job], sessions: Sequence[Session], cluster: Cluster
-) -> tuple[list[Action], dict[str, str]]:
+Action = Launch | Assign | Stop | Preempt
+
+
+def plan(snapshot: QueueSnapshot, cluster: Cluster, rules: Rules) -> tuple[list[Action], dict[str, str]]:
     """Return the next actions, and why each job that still waits once they are carried out does, in a sentence for
     whoever follows it.
 
-    Both depend on nothing but the arguments (the jobs that wait, those that run and the sessions that have not ended),
-    and not on the order in which those are listed. A job that needs more workers than the cluster will ever have is
-    left out (`submit` refuses it; the cluster may have shrunk).
+    Both depend on nothing but the arguments, and not on the order in which rows are listed. A job that needs more
+    workers than the cluster will ever have is left out (`submit` refuses it; the cluster may have shrunk).
     """
-    targets = _Targets(running, sessions, cluster.jobs_per_session)
-    free = cluster.workers - sum(session.num_workers for session in sessions)
-    coming = sum(session.num_workers for session in sessions if session.leaving)
-    actions: list[Action] = []
-    why = {
-        job.id: f"waits: it needs {job.num_workers} workers, and the cluster has room for {cluster.workers}; add nodes,"
-        " or cancel it and submit it with a lower num_workers"
-        for job in queued
-        if job.num_workers > cluster.workers
-    }
-    fitting = [job for job in queued if job.id not in why]
-    in_order = sorted(fitting, key=lambda job: (-job.priority, job.created_at, job.id))
-    for number, job in enumerate(in_order):
-        target = targets.idle_for(job)
-        if target is None and job.num_workers <= free:
-            free -= job.num_workers
-            actions.append(Launch(job.session_key, job.id))
-            target = targets.launched(job)
-        target = target or targets.beside_others(job)
-        if target is None:
-            missing = job.num_workers - free - coming
-            reason = f"its workers are needed by {job.id}"
-            actions += [Stop(session.id, reason) for session in _to_stop(targets.idle(), missing)]
-            return actions, why | _in_line(in_order[number:], cluster)
-        target.colocated.append(job.max_colocated)
-        if target.session is not None and not target.session.launching:
-            actions.append(Assign(job.id, target.session.id))
-        else:
-            why[job.id] = "waits: its session is being started"
-    return actions, why
+    return _Planner(snapshot, cluster, rules).plan()
 
 
-def _in_line(waiting: Sequence[Job], cluster: Cluster) -> dict[str, str]:
-    """Tell jobs for which there is no room why, in order. No number grows without end: each is recorded."""
-    first, *others = waiting
-    why = {
-        first.id: f"waits: others have the workers of which it needs {first.num_workers}; the cluster has"
-        f" {cluster.workers}"
-    }
-    for before, job in enumerate(others, start=1):
-        number = str(before) if before <= MOST_TOLD else f"more than {MOST_TOLD}"
-        why[job.id] = f"waits: {number} job{'s' * (before > 1)} before it in line"
-    return why
+class _Planner:
+    """One plan while it is made."""
 
+    def __init__(self, snapshot: QueueSnapshot, cluster: Cluster, rules: Rules) -> None:
+        self._cluster, self._rules = cluster, rules
+        self._order, self._room = FairOrder(snapshot, rules), Room(snapshot, cluster)
+        self._running_jobs: dict[str, int] = {}
+        for jobs in snapshot.running:
+            self._running_jobs[jobs.tenant] = self._running_jobs.get(jobs.tenant, 0) + jobs.number
+        self._placed: list[tuple[QueuedJob, Place, int]] = []
+        self._without = self._room.keys_without_a_place(snapshot.queued)
+        self._in_vain: set[tuple[SessionKey, int | None]] = set()
+        self._making_room: list[Action] = []
+        self._why: dict[str, str] = {}
+        self._in_line = 0
 
-@dataclass
-class _Target:
-    """A session that stays, or is to be launched (None), for jobs of these keys; `max_colocated` of each job in it."""
+    def plan(self) -> tuple[list[Action], dict[str, str]]:
+        while (job := self._order.next()) is not None:
+            reason = self._serve(job)
+            if reason is not None:
+                self._order.pass_over(job)
+                self._why[job.id] = f"waits: {reason}"
+        return [*self._actions(), *self._making_room], self._why
 
-    keys: tuple[SessionKey, ...]
-    session: Session | None
-    colocated: list[int | None]
-
-    @property
-    def comes_later(self) -> bool:
-        """Whether it does not run yet."""
-        return self.session is None or self.session.launching
-
-
-class _Targets:
-    """Where jobs can go, as one after the other is assigned."""
-
-    def __init__(self, running: Sequence[Job], sessions: Sequence[Session], jobs_per_session: int) -> None:
-        self._most = jobs_per_session - 1  # others
-        oldest_first = sorted(sessions, key=lambda session: (session.created_at, session.id))
-        self._targets = [
-            _Target(
-                session.session_keys, session, [job.max_colocated for job in running if job.session_id == session.id]
+    def _serve(self, job: QueuedJob) -> str | None:
+        """Find a place for a job; or return why there is none."""
+        quota, workers = self._rules.quota(job.tenant), job.session_key.num_workers
+        if workers > self._cluster.workers:
+            return (
+                f"it needs {workers} workers, and the cluster has room for {self._cluster.workers}; add nodes,"
+                " or cancel it and submit it with a lower num_workers"
             )
-            for session in oldest_first
-            if not session.leaving
-        ]
+        if quota.running_jobs is not None and self._running_jobs.get(job.tenant, 0) >= quota.running_jobs:
+            return f"{job.tenant} may have {quota.running_jobs} running jobs at a time"
+        if (job.session_key, job.max_colocated) in self._in_vain:
+            return self._behind_others()
+        for place in self._choices(job):
+            if self._allowed(job, place):
+                self._put(job, place)
+                return None
+        if not self._allowed(job, Place((job.session_key,), None)):
+            return f"{job.tenant} may have {quota.workers} workers at a time"
+        self._in_vain.add((job.session_key, job.max_colocated))
+        self._make_room(job)
+        if self._in_line:
+            return self._behind_others()
+        self._in_line = 1
+        return f"others have the workers of which it needs {workers}; the cluster has {self._cluster.workers}"
 
-    def idle(self) -> list[Session]:
-        """Return the sessions without a job."""
-        return [target.session for target in self._targets if target.session is not None and not target.colocated]
+    def _choices(self, job: QueuedJob) -> Iterator[Place]:
+        """Yield places for a job, the best first."""
+        if (idle := self._room.idle_for(job)) is not None:
+            yield idle
+        own, shared = Place((job.session_key,), None), self._room.beside_others(job)
+        others = sum(key.num_workers for key in self._without - {job.session_key})
+        if self._room.free >= job.session_key.num_workers + (0 if shared is None else others):
+            yield own
+        if shared is not None:
+            yield shared
 
-    def idle_for(self, job: Job) -> _Target | None:
-        """Find one without a job, and one that runs before one that is still being launched."""
-        same = [target for target in self._targets if job.session_key in target.keys and not target.colocated]
-        return min(same, key=lambda target: target.comes_later, default=None)
+    def _allowed(self, job: QueuedJob, place: Place) -> bool:
+        most = self._rules.quota(job.tenant).workers
+        more = place.held_with(job.tenant)[job.tenant]
+        return most is None or self._order.held(job.tenant) + more <= most + ROUNDING
 
-    def launched(self, job: Job) -> _Target:
-        """Return a session that is to be launched for it."""
-        self._targets.append(_Target((job.session_key,), None, []))
-        return self._targets[-1]
+    def _put(self, job: QueuedJob, place: Place) -> None:
+        level = self._order.level(job)
+        self._order.serve(job, place.held_with(job.tenant))
+        self._running_jobs[job.tenant] = self._running_jobs.get(job.tenant, 0) + 1
+        if place.session is None and not place.number:
+            self._room.launch(place)
+        self._without.discard(job.session_key)
+        place.take(job)
+        self._placed.append((job, place, level))
 
-    def beside_others(self, job: Job) -> _Target | None:
-        """Find the one with the fewest jobs where everybody agrees to one more, and one that runs before others."""
-        room = [target for target in self._targets if job.session_key in target.keys and self._has_room(target, job)]
-        return min(room, key=lambda target: (target.comes_later, len(target.colocated)), default=None)
+    def _make_room(self, job: QueuedJob) -> None:
+        """Set aside what a job needs that has no place, if that is possible."""
+        too_long = self._order.level(job) > job.priority
+        stopping = self._room.reserve(job, wait_for_jobs=too_long or not self._room.can_come(job))
+        for place in stopping or []:
+            assert place.session is not None
+            if place.number:
+                reason = f"its workers are needed by {job.id}, of priority {job.priority}"
+                self._making_room.append(Preempt(place.session.id, reason))
+            else:
+                self._making_room.append(Stop(place.session.id, f"its workers are needed by {job.id}"))
 
-    def _has_room(self, target: _Target, job: Job) -> bool:
-        limits = [most for most in (*target.colocated, job.max_colocated) if most is not None]
-        return len(target.colocated) <= min([self._most, *limits])
+    def _behind_others(self) -> str:
+        """Count a job in line. No number grows without end: each is recorded."""
+        before = str(self._in_line) if self._in_line <= MOST_TOLD else f"more than {MOST_TOLD}"
+        plural = "s" * (self._in_line > 1)
+        self._in_line += 1
+        return f"{before} job{plural} before it in line"
 
-
-def _to_stop(idle: Sequence[Session], missing: int) -> list[Session]:
-    """Choose sessions that together hold `missing` workers, none more than needed; none where all are not enough."""
-    if sum(session.num_workers for session in idle) < missing:
-        return []
-    chosen = list(idle)
-    for session in sorted(idle, key=lambda session: session.num_workers):
-        if sum(other.num_workers for other in chosen) - session.num_workers >= missing:
-            chosen.remove(session)
-    return chosen
+    def _actions(self) -> Iterator[Action]:
+        launched: list[Place] = []
+        for job, place, level in self._placed:
+            if place.session is not None and not place.session.launching:
+                yield Assign(job.id, place.session.id, level)
+                continue
+            self._why[job.id] = "waits: its session is being started"
+            if place.session is None and place not in launched:
+                launched.append(place)
+                yield Launch(job.session_key, job.id)

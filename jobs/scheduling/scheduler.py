@@ -1,6 +1,7 @@
 """The scheduler: a loop over SQL and Ray that anyone may kill at any moment.
 
     reconcile()     what the rows say against what Ray runs: end sessions that are gone, requeue their jobs
+    account()       what each tenant had since the last time, now and then
     plan(...)       pure: which session to launch, which job goes where, which session has to make room (policy.py)
     act(...)        one guarded statement each; a launch is recorded before Ray is asked
 
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -29,11 +31,13 @@ from cluster.embedded_ray import OwnerLock, has_owner, start_embedded, stop_embe
 from cluster.ray_runtime import cluster_name, on_a_cluster
 from cluster.settings import Settings
 from cluster.storage.directory import open_storage
-from jobs.job import EventKind, Job, JobError, JobStatus, Lease, Session, SessionState, lease_name
+from jobs.job import Job, JobError, JobStatus, Lease, QueueSnapshot, Session, SessionState, lease_name
 from jobs.published_adapters import sweep
+from jobs.scheduling.fair_order import Rules, lines_to_write
 from jobs.scheduling.launcher import Launcher, RayUnreachableError, SubmissionState, scheduler_id
 from jobs.scheduling.metrics import QueueCollector
-from jobs.scheduling.policy import Assign, Cluster, Launch, Stop, plan
+from jobs.scheduling.policy import Action, Assign, Launch, Preempt, Stop, plan
+from jobs.scheduling.room import Cluster
 from jobs.store.jobs import JobQueue
 
 log = logging.getLogger("lora.scheduler")
@@ -42,6 +46,13 @@ STEP_SECONDS = 0.5
 QUIET_SECONDS = 2.0
 """Between two rounds while no job waits: each asks Ray over HTTP, at twice a second a twentieth of a core."""
 MAX_ATTEMPTS = 3  # at starting sessions for a job, or at training it in one
+ACCOUNT_SECONDS = 5.0
+"""Between two times that what tenants hold is written to what they had."""
+FORGOTTEN_HALF_LIVES = 40
+STEP_TOKENS = {True: 8192, False: 2048}
+"""In the steps of its jobs with which a rank on a GPU, or on CPUs, is busy: the most that it computes at once
+(`lora_core/training/memory/predictor.py`).
+"""
 SWEEP_SECONDS = 6 * 3600.0
 """Between two looks for what is old, which list all versions; the first is when a scheduler begins."""
 SLOW_SECONDS = 30.0
@@ -62,31 +73,42 @@ class Scheduler:
 
     def step(self) -> bool:
         """Make one round; returns whether there is anything to do, now or soon."""
-        self._reconcile()
-        queued = self.queue.list(self.cluster, {JobStatus.QUEUED})
-        running = self.queue.list(self.cluster, {JobStatus.RUNNING})
-        sessions = self.queue.sessions(self.cluster)
+        snapshot = self.queue.snapshot(self.cluster)
+        if self._reconcile(snapshot.sessions):
+            snapshot = self.queue.snapshot(self.cluster)
+        self._account(snapshot)
         why: dict[str, str] = {}
-        if queued:
-            size = self.launcher.size()
-            workers = max(size.workers, self.settings.max_workers or 0)
-            cluster = Cluster(workers=workers, jobs_per_session=self.settings.jobs_per_session)
-            actions, why = plan(queued, running, sessions, cluster)
+        if snapshot.queued:
+            actions, why = plan(snapshot, self._size(), Rules.of(self.settings))
             for action in actions:
                 self._act(action)
-            slow = {session.session_key: reason for session in sessions if (reason := self._slow_start(session))}
-            why |= {job.id: slow[job.session_key] for job in queued if job.id in why and job.session_key in slow}
+            slow = {one.session_key: reason for one in snapshot.sessions if (reason := self._slow_start(one))}
+            late = [job for job in snapshot.queued if job.id in why and job.session_key in slow]
+            why |= {job.id: slow[job.session_key] for job in late}
         self._tell(why)
-        return bool(queued or running or sessions)
+        return bool(snapshot.queued or snapshot.running or snapshot.sessions)
 
     def tell_of_trouble(self, reason: str) -> None:
         """Let whoever follows a waiting job know what keeps it from being started."""
-        self._tell({job.id: f"waits: {reason}" for job in self.queue.list(self.cluster, {JobStatus.QUEUED})})
+        self._tell({job.id: f"waits: {reason}" for job in self.queue.snapshot(self.cluster).queued})
+
+    def _size(self) -> Cluster:
+        size = self.launcher.size()
+        return Cluster(
+            workers=max(size.workers, self.settings.max_workers or 0),
+            jobs_per_session=self.settings.jobs_per_session,
+            step_tokens=STEP_TOKENS[size.on_gpus],
+        )
+
+    def _account(self, snapshot: QueueSnapshot) -> None:
+        half_life = self.settings.usage_half_life_seconds
+        if lines := lines_to_write(snapshot, half_life, ACCOUNT_SECONDS):
+            forgotten = snapshot.at - FORGOTTEN_HALF_LIVES * half_life
+            self.queue.write_lines(self.cluster, lines, forgotten, lease=self.lease)
 
     def _tell(self, why: dict[str, str]) -> None:
-        for job_id, reason in why.items():
-            if self.told.get(job_id) != reason:
-                self.queue.log(job_id, reason, kind=EventKind.WAITS, lease=self.lease)
+        if new := {job_id: reason for job_id, reason in why.items() if self.told.get(job_id) != reason}:
+            self.queue.tell(new, lease=self.lease)
         self.told.clear()
         self.told.update(why)
 
@@ -97,8 +119,10 @@ class Scheduler:
         said = self.launcher.state(session.ray_submission_id).message
         return f"waits: Ray has not started its session for {SLOW_SECONDS:.0f} s{f' ({_brief(said)})' if said else ''}"
 
-    def _reconcile(self) -> None:
-        for session in self.queue.sessions(self.cluster):
+    def _reconcile(self, sessions: Sequence[Session]) -> bool:
+        """Hold the rows against what Ray runs; returns whether any was changed."""
+        changed = False
+        for session in sessions:
             run = self.launcher.state(session.ray_submission_id)
             if run.state is SubmissionState.ABSENT and session.state is SessionState.LAUNCHING:
                 self._launch(session)  # the row was written, then somebody died before Ray was asked
@@ -108,10 +132,11 @@ class Scheduler:
                 # Ray's message ends with the driver's log; its last line is the error, the rest stays in Ray's log.
                 last = [line for line in run.message.splitlines() if line.strip()][-1:]
                 self._mark_ended(session, last[0].strip() if last else "Ray does not know it any more")
-        alive = {session.id for session in self.queue.sessions(self.cluster)}
-        for job in self.queue.list(self.cluster, {JobStatus.RUNNING}):
-            if job.session_id not in alive:
-                self._requeue(job)
+                changed = True
+        for job in self.queue.without_session(self.cluster):
+            self._requeue(job)
+            changed = True
+        return changed
 
     @staticmethod
     def _lease_ran_out(session: Session) -> bool:
@@ -124,14 +149,12 @@ class Scheduler:
         ended = self.queue.session_move(session.id, session.state, SessionState.ENDED, reason=reason, lease=self.lease)
         if not ended or session.state is not SessionState.LAUNCHING:
             return
-        for job in self.queue.list(self.cluster, {JobStatus.QUEUED}):
-            if job.session_key != session.session_key:
-                continue
-            count = self.queue.launch_failed(job.id, f"its session could not start: {reason}", lease=self.lease)
+        for job_id in self.queue.waiting_for(self.cluster, session.session_key):
+            count = self.queue.launch_failed(job_id, f"its session could not start: {reason}", lease=self.lease)
             if count >= MAX_ATTEMPTS:
                 message = f"its session could not start, {count} times: {reason}"
                 self.queue.move(
-                    job.id, JobStatus.QUEUED, JobStatus.FAILED, message=message, error=message, lease=self.lease
+                    job_id, JobStatus.QUEUED, JobStatus.FAILED, message=message, error=message, lease=self.lease
                 )
 
     def _requeue(self, job: Job) -> None:
@@ -158,18 +181,21 @@ class Scheduler:
             )
         log.warning("job=%s event=requeued lost_attempts=%d moved=%s reason=%s", job.id, lost, moved, reason)
 
-    def _act(self, action: Launch | Assign | Stop) -> None:
+    def _act(self, action: Action) -> None:
         match action:
             case Launch(session_key):
                 session = self.queue.create_session(session_key, self.cluster, lease=self.lease)
                 if session is not None:
                     self._launch(session)
-            case Assign(job_id, session_id):
-                assigned = self.queue.assign(job_id, session_id, lease=self.lease)
+            case Assign(job_id, session_id, level):
+                assigned = self.queue.assign(job_id, session_id, level=level, lease=self.lease)
                 log.info("job=%s event=assigned session=%s done=%s", job_id, session_id, assigned)
             case Stop(session_id, reason):
                 self.queue.stop_session(session_id, reason, lease=self.lease)
                 log.info("session=%s event=asked_to_stop reason=%s", session_id, reason)
+            case Preempt(session_id, reason):
+                self.queue.preempt_session(session_id, reason, lease=self.lease)
+                log.info("session=%s event=asked_to_give_way reason=%s", session_id, reason)
 
     def _launch(self, session: Session) -> None:
         log.info("session=%s event=launch key=%s", session.id, session.session_key)
@@ -216,7 +242,7 @@ def _schedule(settings: Settings, cluster: str, owner: OwnerLock | None, stopped
     quiet = min(QUIET_SECONDS, settings.lease_seconds / 3)
     while not stopped.wait(STEP_SECONDS):
         try:
-            if time.monotonic() - looked < quiet and not queue.list(cluster, {JobStatus.QUEUED}):
+            if time.monotonic() - looked < quiet and not queue.has_jobs(cluster, JobStatus.QUEUED):
                 continue
             looked = time.monotonic()
             lease = queue.acquire_lease(lease_name(cluster), holder, settings.lease_seconds)
@@ -235,7 +261,8 @@ def _schedule(settings: Settings, cluster: str, owner: OwnerLock | None, stopped
                 queue.release_lease(lease)
                 if owner is not None:
                     owner.release()
-                if not queue.list(cluster, {JobStatus.QUEUED, JobStatus.RUNNING}) or (owner and not owner.acquire()):
+                unfinished = queue.has_jobs(cluster, JobStatus.QUEUED, JobStatus.RUNNING)
+                if not unfinished or (owner and not owner.acquire()):
                     return
                 busy = time.monotonic()
         except RayUnreachableError as error:

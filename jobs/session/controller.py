@@ -108,7 +108,8 @@ class SessionController:
         jobs = {job.id: job for job in self._queue.assigned(self._session_id)}
         self._metrics.show(jobs)
         wanted = tuple(self._assignment(job) for job in jobs.values() if job.requested is None)
-        pausing = tuple(job.id for job in jobs.values() if job.requested is RequestedAction.PAUSE)
+        leaving = (RequestedAction.PAUSE, RequestedAction.REQUEUE)
+        pausing = tuple(job.id for job in jobs.values() if job.requested in leaving)
         active, reports = ray.get(self.mailbox.exchange.remote(DesiredJobs(wanted, stop, pausing)))
         self._pending += reports
         while self._pending:  # one that cannot be recorded now, since SQL or storage is away, is tried again next time

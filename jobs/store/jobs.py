@@ -11,12 +11,14 @@ Rules that hold for all of them:
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import sqlalchemy as sa
 
 from jobs.job import (
+    ALIVE,
     TERMINAL,
     TRANSITIONS,
     ClientRequest,
@@ -30,19 +32,21 @@ from jobs.job import (
     Lease,
     QueueEvent,
     RequestedAction,
+    SessionKey,
     SessionState,
     TooManyJobsError,
 )
 from jobs.spec import JobSpec
+from jobs.store.lines import LineTable, mark_served
 from jobs.store.pages import JobPages, job_of
-from jobs.store.schema import events, jobs
+from jobs.store.schema import events, jobs, sessions
 from jobs.store.sessions import Fence, event_of, fence_holds, lease_holds, locked_session
 from jobs.store.webhooks import add_deliveries
 
 SUBMIT_LOCK = 0x4C6F5242  # any number that no other user of the same PostgreSQL database takes for advisory locks
 
 
-class JobQueue(JobPages):
+class JobQueue(JobPages, LineTable):
     """The queue in one database. Any number of processes and threads may use it at once; each process opens its own.
 
     Methods that write raise DatabaseUnavailableError when the outcome is unknown. Where they answer with a bool,
@@ -62,18 +66,21 @@ class JobQueue(JobPages):
         examples_sha: str | None = None,
         init_adapter_sha: str | None = None,
         forward_path: str | None = None,
+        step_tokens: int | None = None,
         tenant: str = "default",
         status: JobStatus = JobStatus.QUEUED,
         again: bool = False,
         request: ClientRequest | None = None,
         most_unfinished: int | None = None,
+        most_queued: int | None = None,
     ) -> tuple[Job, bool]:
         """Return a job for `spec`, and whether it is new. The same content gives the same job, however often and from
         however many processes it is sent, unless that job failed or was cancelled, or `again` asks for another one. A
         waiting job takes the priority of its newest submission. `base` is the short name in "<base>:<adapter>".
         What a client of the API sends is the same job only as its `request` says.
 
-        Raises TooManyJobsError where a new job would be one more unfinished job of the tenant than `most_unfinished`.
+        Raises TooManyJobsError where a new job would be one more unfinished job of the tenant than `most_unfinished`,
+        or one more that waits on this cluster than `most_queued`.
         """
         assert status in (JobStatus.QUEUED, JobStatus.VALIDATING_FILES)
         now, job_id = self._clock(), f"job-{secrets.token_hex(6)}"
@@ -89,6 +96,7 @@ class JobQueue(JobPages):
             "precision": spec.precision,
             "forward_path": forward_path,
             "num_workers": spec.num_workers,
+            "step_tokens": step_tokens,
             "content_key": spec.content_key(dataset_sha, validation_sha, init_adapter_sha),
             "copy": self._copy(job_id, now, again, request),
             "code_version": code_version,
@@ -103,11 +111,12 @@ class JobQueue(JobPages):
         if request is not None:
             row |= {"client_request": request.document, "metadata": request.metadata}
             row |= {"idempotency_key": request.idempotency_key}
+        limits = most_unfinished, most_queued
         try:
-            return self._insert_or_find(row, spec, again, request, most_unfinished)
+            return self._insert_or_find(row, spec, again, request, limits)
         except sa.exc.IntegrityError:
             # Another process inserted the same content after our look: now it is there to be seen.
-            return self._insert_or_find(row, spec, again, request, most_unfinished)
+            return self._insert_or_find(row, spec, again, request, limits)
 
     @staticmethod
     def _copy(job_id: str, now: float, again: bool, request: ClientRequest | None) -> str:
@@ -168,6 +177,16 @@ class JobQueue(JobPages):
                 self._locked_job(conn, job_id)
                 self._event(conn, job_id, message, level, kind, data)
 
+    def tell(self, why: Mapping[str, str], *, lease: Lease | None = None) -> None:
+        """Add why they wait to the histories of jobs."""
+        rows = [
+            {"subject": job_id, "at": self._clock(), "level": "info", "kind": EventKind.WAITS, "message": reason}
+            for job_id, reason in why.items()
+        ]
+        with self._db.write() as conn:
+            if rows and lease_holds(conn, lease):
+                conn.execute(sa.insert(events), rows)
+
     def launch_failed(self, job_id: str, message: str, *, lease: Lease | None = None) -> int:
         """Count that a session for this job could not start; returns how many could not."""
         with self._db.write() as conn:
@@ -179,18 +198,42 @@ class JobQueue(JobPages):
             self._event(conn, job_id, message, "warning")
             return count
 
-    def assign(self, job_id: str, session_id: str, *, lease: Lease | None = None) -> bool:
-        """Begin a queued job's next attempt in a session that is running and not asked to stop."""
+    def assign(self, job_id: str, session_id: str, *, level: int | None = None, lease: Lease | None = None) -> bool:
+        """Begin a queued job's next attempt in a session that is running and not asked to stop. `level`: see `Job`."""
         with self._db.write() as conn:
             if not lease_holds(conn, lease):
                 return False
             session = locked_session(conn, session_id)
             if session is None or session.state is not SessionState.RUNNING or session.requested is not None:
                 return False
-            values = {"session_id": session_id}
+            values: dict[str, Any] = {"session_id": session_id, "level": level}
             if session.resolved_precision is not None:
                 values["precision"] = session.resolved_precision
-            return self._move(conn, job_id, JobStatus.QUEUED, JobStatus.RUNNING, f"assigned to {session_id}", values)
+            of_line = (jobs.c.cluster, jobs.c.tenant, jobs.c.priority, jobs.c.created_at)
+            job = conn.execute(sa.select(*of_line).where(jobs.c.id == job_id)).one_or_none()
+            message = f"assigned to {session_id}"
+            if job is None or not self._move(conn, job_id, JobStatus.QUEUED, JobStatus.RUNNING, message, values):
+                return False
+            mark_served(conn, job.tuple(), self._clock())
+            return True
+
+    def preempt_session(self, session_id: str, reason: str, *, lease: Lease | None = None) -> bool:
+        """Ask a running session to stop, and its jobs to go back to the queue, once where they are is written; what a
+        user asks of them counts more.
+        """
+        with self._db.write() as conn:
+            if not lease_holds(conn, lease):
+                return False
+            session = locked_session(conn, session_id)
+            if session is None or session.state is not SessionState.RUNNING or session.requested is not None:
+                return False
+            self._change_session(conn, session, reason, {"requested": "stop"}, "asked to give way")
+            inside = (jobs.c.session_id == session_id, jobs.c.status == JobStatus.RUNNING, jobs.c.requested.is_(None))
+            for job_id in conn.execute(sa.select(jobs.c.id).where(*inside).with_for_update()).scalars().all():
+                values = {"requested": RequestedAction.REQUEUE, "updated_at": self._clock()}
+                conn.execute(sa.update(jobs).where(jobs.c.id == job_id).values(values))
+                self._event(conn, job_id, f"asked to give way: {reason}")
+            return True
 
     def move(
         self,
@@ -245,7 +288,7 @@ class JobQueue(JobPages):
             if job.status is not JobStatus.RUNNING:
                 if job.status is not action.status:
                     self._move(conn, job_id, job.status, action.status, f"{action.status} on request", {})
-            elif job.requested is None or action is RequestedAction.CANCEL:
+            elif job.requested in (None, RequestedAction.REQUEUE) or action is RequestedAction.CANCEL:
                 values = {"requested": action, "updated_at": self._clock()}
                 conn.execute(sa.update(jobs).where(jobs.c.id == job_id).values(values))
                 self._event(conn, job_id, f"asked to {action}")
@@ -262,6 +305,34 @@ class JobQueue(JobPages):
                 conn.execute(sa.update(jobs).where(jobs.c.id == job_id).values(requested=None))
                 self._event(conn, job_id, "asked to go on")
             return self._locked_job(conn, job_id)
+
+    def without_session(self, cluster: str) -> Sequence[Job]:
+        """Return the running jobs of a cluster whose sessions have ended."""
+        ended = sa.select(sessions.c.id).where(sessions.c.id == jobs.c.session_id, sessions.c.state.in_(sorted(ALIVE)))
+        query = sa.select(jobs).where(jobs.c.cluster == cluster, jobs.c.status == JobStatus.RUNNING, ~ended.exists())
+        with self._db.read() as conn:
+            return [job_of(row) for row in conn.execute(query.order_by(jobs.c.created_at, jobs.c.id))]
+
+    def waiting_for(self, cluster: str, key: SessionKey) -> Sequence[str]:
+        """Return the ids of the jobs that wait for a session of this key, oldest first."""
+        same = [jobs.c[name].is_not_distinct_from(value) for name, value in asdict(key).items()]
+        query = sa.select(jobs.c.id).where(jobs.c.cluster == cluster, jobs.c.status == JobStatus.QUEUED, *same)
+        with self._db.read() as conn:
+            return conn.execute(query.order_by(jobs.c.created_at, jobs.c.id)).scalars().all()
+
+    def has_jobs(self, cluster: str, *statuses: JobStatus) -> bool:
+        """Whether there is a job in one of these states."""
+        query = sa.select(jobs.c.id).where(jobs.c.cluster == cluster, jobs.c.status.in_(statuses))
+        with self._db.read() as conn:
+            return conn.execute(query.limit(1)).first() is not None
+
+    def oldest_queued(self, cluster: str) -> float | None:
+        """Return when the oldest waiting job was submitted."""
+        query = sa.select(sa.func.min(jobs.c.created_at))
+        with self._db.read() as conn:
+            waiting = query.where(jobs.c.cluster == cluster, jobs.c.status == JobStatus.QUEUED)
+            found: float | None = conn.execute(waiting).scalar_one()
+        return found
 
     def assigned(self, session_id: str) -> Sequence[Job]:
         """Return the jobs that run in a session, in the order of their submission."""
@@ -315,7 +386,7 @@ class JobQueue(JobPages):
         spec: JobSpec,
         again: bool,
         request: ClientRequest | None,
-        most_unfinished: int | None,
+        limits: tuple[int | None, int | None],
     ) -> tuple[Job, bool]:
         """Return the newest job with the content of `row` that has not failed or been cancelled, else a new one; what
         counts of a client's request is its key, or what it was and when.
@@ -329,7 +400,7 @@ class JobQueue(JobPages):
             same.append(jobs.c.copy.endswith(f"-{request.digest}"))
         twins = sa.select(jobs).where(*same)
         with self._db.write() as conn:
-            if most_unfinished is not None and conn.dialect.name == "postgresql":
+            if limits != (None, None) and conn.dialect.name == "postgresql":
                 # Before the look for a twin: until this transaction ends nobody else adds to what is counted below.
                 own = sa.func.pg_advisory_xact_lock(SUBMIT_LOCK, sa.func.hashtext(row["tenant"]))
                 conn.execute(sa.select(own))
@@ -338,10 +409,7 @@ class JobQueue(JobPages):
                 return job_of(twin), False
             if twin is not None and not again:
                 return self._with_priority(conn, job_of(twin), spec), False
-            if most_unfinished is not None:
-                of_tenant = (jobs.c.tenant == row["tenant"], jobs.c.status.not_in(sorted(TERMINAL)))
-                if conn.execute(sa.select(sa.func.count()).where(*of_tenant)).scalar_one() >= most_unfinished:
-                    raise TooManyJobsError(most_unfinished)
+            _check_limits(conn, row, *limits)
             conn.execute(sa.insert(jobs).values(row))
             self._event(conn, row["id"], "submitted", data={"adapter": f"{row['base']}:{spec.adapter}"})
             return self._locked_job(conn, row["id"]), True
@@ -353,3 +421,17 @@ class JobQueue(JobPages):
         conn.execute(sa.update(jobs).where(jobs.c.id == job.id).values(values))
         self._event(conn, job.id, f"priority {job.priority} -> {spec.priority}")
         return self._locked_job(conn, job.id)
+
+
+def _check_limits(conn: sa.Connection, row: Mapping[str, Any], most_unfinished: int | None, most: int | None) -> None:
+    """See whether a tenant may have the job of `row` too, counting no further than its limits. Raises
+    TooManyJobsError.
+    """
+    mine = jobs.c.tenant == row["tenant"]
+    unfinished = mine, jobs.c.status.not_in(sorted(TERMINAL))
+    queued = mine, jobs.c.cluster == row["cluster"], jobs.c.status == JobStatus.QUEUED
+    for limit, those, what in ((most_unfinished, unfinished, "unfinished"), (most, queued, "waiting")):
+        if limit is not None:
+            found = sa.select(jobs.c.id).where(*those).limit(limit).subquery()
+            if conn.execute(sa.select(sa.func.count()).select_from(found)).scalar_one() >= limit:
+                raise TooManyJobsError(limit, what)

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from jobs.job import TERMINAL, DatabaseSettingError, EventKind, JobStatus, SessionState
 
-REVISION = "step_metrics"
+REVISION = "fair_lines"
 """The newest migration's."""
 MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -65,6 +65,8 @@ jobs = sa.Table(
     sa.Column("precision", sa.Text, nullable=False, server_default="auto"),
     sa.Column("forward_path", sa.Text),
     sa.Column("num_workers", sa.Integer, nullable=False),
+    sa.Column("step_tokens", sa.Integer),
+    sa.Column("level", sa.Integer),
     sa.Column("content_key", sa.Text, nullable=False),
     sa.Column("copy", sa.Text, nullable=False),
     sa.Column("code_version", sa.Text, nullable=False),
@@ -95,6 +97,17 @@ sa.Index("jobs_by_status", jobs.c.cluster, jobs.c.status)
 sa.Index("jobs_by_session", jobs.c.session_id)
 sa.Index("jobs_by_tenant", jobs.c.tenant, jobs.c.created_at)
 sa.Index("jobs_by_idempotency_key", jobs.c.tenant, jobs.c.idempotency_key, unique=True)
+_waits = jobs.c.status == JobStatus.QUEUED.value
+sa.Index(
+    "jobs_in_line",
+    jobs.c.cluster,
+    jobs.c.tenant,
+    jobs.c.priority,
+    jobs.c.created_at,
+    jobs.c.id,
+    sqlite_where=_waits,
+    postgresql_where=_waits,
+)
 # Two processes that submit the same content at once cannot both insert it. `copy` is empty, but for a job that was
 # wanted again.
 _unwanted = sorted(TERMINAL - {JobStatus.SUCCEEDED})
@@ -157,6 +170,17 @@ sessions = sa.Table(
     _one_of("state", SessionState),
 )
 sa.Index("sessions_by_state", sessions.c.cluster, sessions.c.state)
+
+lines = sa.Table(
+    "lines",
+    metadata,
+    sa.Column("cluster", sa.Text, primary_key=True),
+    sa.Column("tenant", sa.Text, primary_key=True),
+    sa.Column("priority", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("mean_workers", sa.Double, nullable=False),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Column("served_at", sa.Double),
+)
 
 leases = sa.Table(
     "leases",

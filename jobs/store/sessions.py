@@ -80,11 +80,8 @@ class SessionTable:
 
     def sessions(self, cluster: str | None = None) -> Sequence[Session]:
         """List the sessions of a cluster, or of all, that have not ended, oldest first."""
-        query = sa.select(sessions).where(sessions.c.state.in_(sorted(ALIVE)))
-        if cluster is not None:
-            query = query.where(sessions.c.cluster == cluster)
         with self._db.read() as conn:
-            return [_session(row) for row in conn.execute(query.order_by(sessions.c.created_at, sessions.c.id))]
+            return alive_sessions(conn, cluster)
 
     def session_move(
         self,
@@ -202,6 +199,13 @@ class SessionTable:
             return False
         self._event(conn, session.id, f"{message}: {reason}", data={"from": session.state})
         return True
+
+
+def alive_sessions(conn: sa.Connection, cluster: str | None) -> list[Session]:
+    query = sa.select(sessions).where(sessions.c.state.in_(sorted(ALIVE)))
+    if cluster is not None:
+        query = query.where(sessions.c.cluster == cluster)
+    return [_session(row) for row in conn.execute(query.order_by(sessions.c.created_at, sessions.c.id))]
 
 
 def lease_holds(conn: sa.Connection, lease: Lease | None) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from cluster.settings import DEMO_MODEL, Settings, SettingsError, load_settings
+from cluster.settings import DEMO_MODEL, Quota, Settings, SettingsError, load_settings
 from cluster.storage.directory import DirectoryStorage, open_storage
 
 
@@ -68,6 +68,9 @@ def test_variables_are_read_and_empty_ones_are_not_set(tmp_path: Path, monkeypat
         "max_workers": ("64", 64),
         "checkpoint_seconds": ("0", 0.0),
         "jobs_per_session": ("8", 8),
+        "quotas": ('{"acme": {"weight": 2, "workers": 4}}', {"acme": Quota(weight=2.0, workers=4)}),
+        "usage_half_life_seconds": ("60", 60.0),
+        "aging_seconds": ("inf", float("inf")),
         "session_idle_seconds": ("1.5", 1.5),
         "scheduler_idle_seconds": ("inf", float("inf")),
         "lease_seconds": ("3", 3.0),
@@ -102,6 +105,8 @@ def test_variables_are_read_and_empty_ones_are_not_set(tmp_path: Path, monkeypat
         ("LORA_BASE_MODELS", '{"a": 1}', "LORA_BASE_MODELS at 'a' is 1, but must be text"),
         ("LORA_BASE_MODELS", '{"a:b": "x"}', "only (not ['a:b'])"),
         ("LORA_BASE_MODELS", '{"": "x"}', "only (not [''])"),
+        ("LORA_QUOTAS", '{"a": {"jobs": 1}}', "LORA_QUOTAS at 'a' is"),
+        ("LORA_QUOTAS", '{"a": {"workers": 0}}', "LORA_QUOTAS at 'a' is 0, but must be at least 1"),
         ("LORA_HOME", "~nobody-of-this-name/x", "give a path without ~"),
         ("LORA_STORAGE_ULR", "x", "LORA_STORAGE_ULR is no setting; did you mean LORA_STORAGE_URL?"),
         ("LORA_BASE_MODEL", "x", "LORA_BASE_MODEL is no setting; did you mean LORA_BASE_MODELS?"),

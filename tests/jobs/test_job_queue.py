@@ -6,11 +6,12 @@ import random
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import sqlalchemy as sa
 
+from cluster.settings import Settings
 from jobs.job import (
     SESSION_TRANSITIONS,
     TERMINAL,
@@ -21,13 +22,17 @@ from jobs.job import (
     Job,
     JobNotFoundError,
     JobStatus,
+    Line,
     RequestedAction,
     SessionKey,
     SessionState,
     TooManyJobsError,
 )
-from jobs.scheduling.policy import Action, Assign, Cluster, Launch, Stop, plan
+from jobs.scheduling.fair_order import Rules
+from jobs.scheduling.policy import Action, Assign, Launch, Preempt, Stop, plan
+from jobs.scheduling.room import Cluster
 from jobs.store.jobs import JobQueue
+from jobs.store.lines import HEADS
 from jobs.store.schema import jobs, sessions
 from tests.support.queue_kit import (
     CANCELLED,
@@ -40,6 +45,8 @@ from tests.support.queue_kit import (
     Clock,
     assert_legal_history,
     bring_to,
+    queued_job,
+    running_jobs,
     running_session,
     spec,
     submit,
@@ -481,13 +488,83 @@ def test_a_random_life_leaves_a_legal_history(queue: JobQueue) -> None:
     assert {job.status for job in final.values()} >= {FAILED, CANCELLED}, "lives of several kinds ended"
 
 
+def test_a_plan_is_made_from_the_oldest_jobs_of_each_line(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(name: str, tenant: str = "t", **options: int) -> Job:
+        known = {"cluster": "c", "base": "base", "dataset_sha": "d", "code_version": "v", "tenant": tenant}
+        return queue.submit(spec(name, **options), **known, step_tokens=7)[0]  # type: ignore[arg-type]
+
+    jobs_of = [made(f"a{n}") for n in range(HEADS + 2)]
+    urgent, other = made("b", priority=1), made("c", "u")
+    queue.submit(spec("d"), cluster="c2", base="base", dataset_sha="d", code_version="v")
+    session = running_session(queue)
+    assert queue.assign(jobs_of[1].id, session.id), "one that is not the oldest"
+    assert queue.snapshot("c").lines == []
+    assert queue.assign(jobs_of[0].id, session.id, level=4) and queue.assign(other.id, session.id)
+    found = queue.snapshot("c")
+    assert {job.id for job in found.queued} == {urgent.id} | {job.id for job in jobs_of[2:]}
+    assert [job for job in found.queued if job.id == urgent.id] == [
+        queued_job(urgent.id, KEY, priority=1, step_tokens=7, created_at=urgent.created_at)
+    ]
+    assert sorted(found.running, key=lambda one: one.tenant) == [
+        running_jobs(session.id, 2, level=4, step_tokens=14),
+        running_jobs(session.id, tenant="u", step_tokens=7),
+    ]
+    assert found.sessions == queue.sessions("c")
+    assert {(line.tenant, line.priority, line.mean_workers) for line in found.lines} == {("t", 0, 0.0), ("u", 0, 0.0)}
+    held = [replace(line, mean_workers=2.0, at=found.at) for line in found.lines]
+    assert queue.write_lines(
+        "c", [held[0], Line(tenant="v", priority=3, mean_workers=1.0, at=0.0, served_at=None)], -1.0
+    )
+    assert {line.mean_workers for line in queue.snapshot("c").lines} == {2.0, 0.0, 1.0}
+    assert queue.write_lines("c", held, 1.0) and len(queue.snapshot("c").lines) == 2
+    assert queue.oldest_queued("c") == jobs_of[2].created_at and queue.oldest_queued("none") is None
+    assert queue.has_jobs("c", QUEUED, FAILED) and not queue.has_jobs("c", FAILED)
+    assert list(queue.waiting_for("c", KEY))[:2] == [jobs_of[2].id, jobs_of[3].id]
+    assert queue.waiting_for("c", replace(KEY, forward_path="llama")) == []
+    assert queue.without_session("c") == []
+    queue.session_move(session.id, SessionState.RUNNING, SessionState.ENDED, reason="gone")
+    assert {job.id for job in queue.without_session("c")} == {jobs_of[0].id, jobs_of[1].id, other.id}
+
+
+def test_a_session_that_gives_way_puts_its_jobs_back_into_the_queue(queue: JobQueue) -> None:
+    """What a user asks of one counts more, and no attempt of theirs is lost."""
+    first, second, third = (submit(queue, name)[0] for name in ("a", "b", "c"))
+    session = running_session(queue)
+    for job in (first, second, third):
+        assert queue.assign(job.id, session.id)
+    queue.request(first.id, RequestedAction.CANCEL)
+    assert queue.preempt_session(session.id, "room") and not queue.preempt_session(session.id, "room")
+    assert queue.snapshot("c").sessions[0].leaving
+    requested = [queue.get(job.id).requested for job in (first, second, third)]
+    assert requested == [RequestedAction.CANCEL, RequestedAction.REQUEUE, RequestedAction.REQUEUE]
+    assert queue.request(second.id, RequestedAction.PAUSE).requested is RequestedAction.PAUSE
+    assert queue.resume(third.id).requested is RequestedAction.REQUEUE
+    for job in (first, second, third):
+        assert queue.move(job.id, RUNNING, QUEUED, message="left", fence=(session.id, 1))
+    after = [queue.get(job.id) for job in (first, second, third)]
+    assert [job.status for job in after] == [CANCELLED, PAUSED, QUEUED]
+    assert {job.lost_attempts for job in after} == {0} and after[2].requested is None
+    assert queue.events(third.id)[2].message == "asked to give way: room"
+
+
+def test_a_tenant_may_have_so_many_jobs_that_wait(queue: JobQueue) -> None:
+    known = {"cluster": "c", "base": "base", "dataset_sha": "d", "code_version": "v"}
+    jobs_of = [queue.submit(spec(name), **known, most_queued=2)[0] for name in "ab"]
+    with pytest.raises(TooManyJobsError, match="there may be 2 waiting jobs; wait for one"):
+        queue.submit(spec("c"), **known, most_queued=2)
+    assert queue.submit(spec("a"), **known, most_queued=2) == (jobs_of[0], False)
+    assert queue.submit(spec("c"), **known, tenant="u", most_queued=2)[1]
+    queue.assign(jobs_of[0].id, running_session(queue).id)
+    assert queue.submit(spec("c"), **known, most_queued=2)[1]
+
+
 WIDE = SessionKey("base", "auto", 2)
 
 
 def test_the_policy_plans_from_rows(queue: JobQueue) -> None:
     def planned(workers: int) -> list[Action]:
-        rows = queue.list("c", {QUEUED}), queue.list("c", {RUNNING}), queue.sessions("c")
-        return plan(*rows, Cluster(workers=workers, jobs_per_session=1))[0]
+        cluster = Cluster(workers=workers, jobs_per_session=1, step_tokens=1)
+        return plan(queue.snapshot("c"), cluster, Rules.of(Settings()))[0]
 
     job, _ = submit(queue, priority=1)
     later, _ = submit(queue, "b", priority=2, num_workers=2)
@@ -499,7 +576,7 @@ def test_the_policy_plans_from_rows(queue: JobQueue) -> None:
     assert planned(2) == [Stop(session.id, f"its workers are needed by {later.id}")]
     assert planned(1) == [Assign(job.id, session.id)]
     queue.assign(job.id, session.id)
-    assert planned(2) == []
+    assert planned(2) == [Preempt(session.id, f"its workers are needed by {later.id}, of priority 2")]
     queue.move(job.id, RUNNING, QUEUED, message="back")
     other = running_session(queue)
     assert planned(1) == [Assign(job.id, session.id)]

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from cluster.settings import Settings
-from jobs.job import EventKind, JobStatus, Session, SessionState
+from jobs.job import EventKind, JobStatus, RequestedAction, Session, SessionState
 from jobs.scheduling import scheduler
 from jobs.scheduling.launcher import ClusterSize, Launcher, RayUnreachableError, SubmissionState, SubmissionStatus
 from jobs.scheduling.scheduler import MAX_ATTEMPTS, SLOW_SECONDS, Scheduler, run_step
@@ -176,6 +176,20 @@ def test_a_scheduler_that_was_replaced_changes_nothing(world: World) -> None:
     assert world.session == before
     assert world.status is JobStatus.QUEUED
     assert len(world.ray.launched) == 1
+
+
+def test_a_session_gives_way_to_a_job_of_higher_priority_and_what_tenants_hold_is_kept(world: World) -> None:
+    world.come_up()
+    assert [(line.tenant, line.served_at) for line in world.queue.snapshot("c").lines] == [("default", world.now)]
+    world.now += 60.0
+    world.scheduler.step()
+    (line,) = world.queue.snapshot("c").lines
+    assert line.at == world.now and line.mean_workers == pytest.approx(1 - 2 ** (-60 / 86_400))
+    urgent = JobSpec(base_model="base", dataset="/rows.jsonl", adapter="urgent", num_workers=2, priority=1)
+    world.queue.submit(urgent, cluster="c", base="base", dataset_sha="d", code_version="v")
+    world.scheduler.step()
+    assert world.session.requested == "stop"
+    assert world.queue.get(world.job_id).requested is RequestedAction.REQUEUE
 
 
 def test_why_a_job_waits_is_in_its_history_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

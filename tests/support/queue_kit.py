@@ -14,6 +14,8 @@ from jobs.job import (
     Job,
     JobStatus,
     Lease,
+    QueuedJob,
+    RunningJobs,
     Session,
     SessionKey,
     SessionState,
@@ -91,11 +93,17 @@ def bring_to(queue: JobQueue, status: JobStatus, adapter: str = "a") -> Job:
     return queue.get(job.id)
 
 
-def job_row(id_: str, key: SessionKey, **columns: Any) -> Job:
-    """A job as a row of the queue holds it; it waits, unless `columns` say otherwise."""
-    row: dict[str, Any] = dict.fromkeys(field.name for field in fields(Job))
-    row |= {"id": id_, "status": QUEUED, "priority": 0, "created_at": 0.0} | asdict(key)
-    return Job(**row | columns)
+def queued_job(id_: str, key: SessionKey, **columns: Any) -> QueuedJob:
+    """A job that waits, as a plan sees it."""
+    row: dict[str, Any] = {"tenant": "t", "priority": 0, "max_colocated": None, "step_tokens": 0, "created_at": 0.0}
+    return QueuedJob(**{"id": id_, "session_key": key} | row | columns)
+
+
+def running_jobs(session_id: str, number: int = 1, **columns: Any) -> RunningJobs:
+    """Jobs of one tenant and priority in a session, as a plan sees them."""
+    row: dict[str, Any] = {"tenant": "t", "priority": 0, "max_colocated": None, "step_tokens": 0}
+    row |= {"level": columns.get("priority", 0)}
+    return RunningJobs(**{"session_id": session_id, "number": number} | row | columns)
 
 
 def session_row(id_: str, key: SessionKey, **columns: Any) -> Session:

@@ -1,0 +1,134 @@
+"""What a plan is made from, read without what it does not need; and what lines have had."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import sqlalchemy as sa
+
+from jobs.job import JobStatus, Lease, Line, QueuedJob, QueueSnapshot, RunningJobs, SessionKey
+from jobs.store.schema import jobs, lines
+from jobs.store.sessions import SessionTable, alive_sessions, lease_holds
+
+HEADS = 32
+"""So many jobs of each line are looked at in a plan; those behind them wait until these are served."""
+
+
+class LineTable(SessionTable):
+    """The part of the queue that a scheduler plans from."""
+
+    def snapshot(self, cluster: str) -> QueueSnapshot:
+        """Return what a plan is made from."""
+        with self._db.read() as conn:
+            return QueueSnapshot(
+                at=self._clock(),
+                queued=[_queued(row.tuple()) for row in conn.execute(_HEADS[conn.dialect.name], {"cluster": cluster})],
+                running=[RunningJobs(**row) for row in conn.execute(_RUNNING, {"cluster": cluster}).mappings()],
+                sessions=alive_sessions(conn, cluster),
+                lines=_lines(conn, cluster),
+            )
+
+    def write_lines(
+        self, cluster: str, changed: Sequence[Line], forgotten: float, *, lease: Lease | None = None
+    ) -> bool:
+        """Record what lines have had until now; what was not written since `forgotten` is dropped."""
+        with self._db.write() as conn:
+            if not lease_holds(conn, lease):
+                return False
+            for line in changed:
+                _write(conn, cluster, line, {"mean_workers": line.mean_workers, "at": line.at})
+            conn.execute(sa.delete(lines).where(lines.c.cluster == cluster, lines.c.at < forgotten))
+            return True
+
+
+def _queued(row: Sequence[Any]) -> QueuedJob:
+    """Return a row of `_COLUMNS`, by its places: there are many."""
+    return QueuedJob(
+        id=row[0],
+        tenant=row[1],
+        priority=row[2],
+        session_key=SessionKey(row[3], row[4], row[5], row[6]),
+        max_colocated=row[7],
+        step_tokens=row[8] or 0,
+        created_at=row[9],
+    )
+
+
+def mark_served(conn: sa.Connection, job: Sequence[Any], at: float) -> None:
+    """Record that a job, of which this is its line and when it came, was given to a session, if none of its line has
+    waited for longer.
+    """
+    cluster, tenant, priority, created_at = job
+    older = _in_line(cluster).where(
+        jobs.c.tenant == tenant, jobs.c.priority == priority, jobs.c.created_at < created_at
+    )
+    if conn.execute(older.limit(1)).first() is not None:
+        return
+    line = Line(tenant=tenant, priority=priority, mean_workers=0.0, at=at, served_at=at)
+    _write(conn, cluster, line, {"served_at": at})
+
+
+def _write(conn: sa.Connection, cluster: str, line: Line, values: dict[str, float]) -> None:
+    """Change a line that is there, or insert it."""
+    mine = lines.c.cluster == cluster, lines.c.tenant == line.tenant, lines.c.priority == line.priority
+    if conn.execute(sa.update(lines).where(*mine).values(values)).rowcount == 0:
+        conn.execute(sa.insert(lines).values(cluster=cluster, **asdict(line)))
+
+
+def _in_line(cluster: str | sa.BindParameter[str]) -> sa.Select[tuple[str]]:
+    return sa.select(jobs.c.id).where(jobs.c.cluster == cluster, _waits(jobs))
+
+
+def _waits(table: sa.FromClause) -> sa.ColumnElement[bool]:
+    """Whether a job waits; spelled out, as the index `jobs_in_line` is only of such rows."""
+    return table.c.status == sa.literal_column(f"'{JobStatus.QUEUED}'")
+
+
+def _heads(dialect: str) -> sa.Select[Any]:
+    """Select the oldest `HEADS` jobs of each line: for each line a look into the index, however many wait."""
+    cluster, one = sa.bindparam("cluster", type_=sa.Text), jobs.alias("one")
+    line = (
+        sa.select(jobs.c.tenant, jobs.c.priority)
+        .where(jobs.c.cluster == cluster, _waits(jobs))
+        .group_by(jobs.c.tenant, jobs.c.priority)
+        .cte("line")
+    )
+    mine = one.c.cluster == cluster, _waits(one), one.c.tenant == line.c.tenant, one.c.priority == line.c.priority
+    if dialect == "postgresql":
+        oldest = sa.select(*(one.c[name] for name in _COLUMNS)).where(*mine).order_by(one.c.created_at, one.c.id)
+        heads = oldest.limit(HEADS).lateral("heads")
+        return sa.select(*(heads.c[name] for name in _COLUMNS)).select_from(line.join(heads, sa.true()))
+    ids = sa.select(one.c.id).where(*mine).order_by(one.c.created_at, one.c.id).limit(HEADS)
+    return sa.select(*(jobs.c[name] for name in _COLUMNS)).select_from(line.join(jobs, jobs.c.id.in_(ids)))
+
+
+_COLUMNS = (
+    "id", "tenant", "priority", "base_model", "precision", "num_workers", "forward_path", "max_colocated",
+    "step_tokens", "created_at",
+)  # fmt: skip
+_HEADS = {dialect: _heads(dialect) for dialect in ("sqlite", "postgresql")}
+_RUNNING = (
+    sa.select(
+        jobs.c.session_id,
+        jobs.c.tenant,
+        jobs.c.priority,
+        sa.func.max(sa.func.coalesce(jobs.c.level, jobs.c.priority)).label("level"),
+        sa.func.count().label("number"),
+        sa.func.min(jobs.c.max_colocated).label("max_colocated"),
+        sa.func.coalesce(sa.func.sum(jobs.c.step_tokens), 0).label("step_tokens"),
+    )
+    .where(jobs.c.cluster == sa.bindparam("cluster"), jobs.c.status == JobStatus.RUNNING)
+    .group_by(jobs.c.session_id, jobs.c.tenant, jobs.c.priority)
+)
+
+
+def _lines(conn: sa.Connection, cluster: str) -> list[Line]:
+    rows = conn.execute(_LINES, {"cluster": cluster}).mappings()
+    return [Line(**row) for row in rows]
+
+
+_LINES = sa.select(lines.c.tenant, lines.c.priority, lines.c.mean_workers, lines.c.at, lines.c.served_at).where(
+    lines.c.cluster == sa.bindparam("cluster")
+)
