@@ -5,6 +5,7 @@ A move that is not listed here cannot be made by any method of the queue, and a 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -211,6 +212,11 @@ class Job:
     def session_key(self) -> SessionKey:
         """The sessions that it may train in have this key."""
         return SessionKey(self.base_model, self.precision, self.num_workers, self.forward_path)
+
+    @property
+    def adapter(self) -> str:
+        """The name that it publishes under."""
+        return str(json.loads(self.spec_json)["adapter"])
 
     @property
     def spec(self) -> JobSpec:

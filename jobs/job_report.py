@@ -10,18 +10,20 @@ from typing import Any
 from pydantic import BaseModel
 
 from cluster.settings import Settings
-from jobs.job import TERMINAL, EventKind, Job, JobMetrics, JobProgress, JobStatus, QueueEvent, Session
+from jobs.job import TERMINAL, EventKind, Job, JobMetrics, JobProgress, JobStatus, QueueEvent, Session, StepMetrics
 from jobs.spec import JobSpec
+from lora_core.data.json_values import finite
+
+_INTERNAL = {"spec_json", "content_key", "code_version", "client_request", "idempotency_key", "forward_path"}
 
 
-def progress_line(progress: JobProgress) -> str:
-    """Draw `[#######-------] step 35/76  loss 0.0312  512 tokens/s  0:42 left`"""
+def progress_text(progress: JobProgress) -> str:
+    """Write `step 35/76  loss 0.0312  512 tokens/s  0:42 left`"""
     step, steps = progress["step"], progress["steps"]
-    filled = 24 * step // steps
     margin = f"  margin {progress['reward_margin']:.4f}" if "reward_margin" in progress else ""
     validation = f"  validation {progress['validation_loss']:.4f}" if "validation_loss" in progress else ""
     return (
-        f"[{'#' * filled}{'-' * (24 - filled)}] step {step}/{steps}  loss {progress['loss']:.4f}{margin}{validation}"
+        f"step {step}/{steps}  loss {progress['loss']:.4f}{margin}{validation}"
         f"  {progress['tokens_per_second']:.0f} tokens/s  {_left(progress)} left"
     )
 
@@ -33,19 +35,43 @@ def accuracy_line(accuracy: float, margin: float | None) -> str:
     return f"reward accuracy {accuracy:.1%}, reward margin {margin:.4f}"
 
 
-def report(job: Job, session: Session | None, events: Sequence[QueueEvent], settings: Settings) -> Iterator[str]:
-    """Describe a job with its session, if it has one, and its history; `settings` are those of whoever asks."""
+def job_document(
+    job: Job,
+    session: Session | None = None,
+    events: Sequence[QueueEvent] = (),
+    steps: Sequence[StepMetrics] = (),
+) -> dict[str, Any]:
+    """Return a job as JSON can hold it, without what only the queue needs; perhaps with its session, its history and
+    the metrics of its steps.
+    """
+    row = {name: value for name, value in vars(job).items() if name not in _INTERNAL}
+    row |= {"model": f"{job.base}:{job.adapter}", "spec": json.loads(job.spec_json)}
+    row |= {"session": vars(session)} if session else {}
+    row |= {"events": [vars(event) for event in events]} if events else {}
+    row |= {"steps": [{"step": one.step, "at": one.at, **one.figures} for one in steps]} if steps else {}
+    document: dict[str, Any] = finite(row)
+    return document
+
+
+def report(
+    job: Job, session: Session | None, events: Sequence[QueueEvent], settings: Settings, curve: str = ""
+) -> Iterator[str]:
+    """Describe a job with its session, if it has one, its history, and the `curve` of its loss; `settings` are those of
+    whoever asks.
+    """
     model = f"{job.base}:{job.spec.adapter}"
     moved = [event.at for event in events if (event.data or {}).get("to") == job.status]
     since = moved[-1] if moved else job.created_at
     lines = {
         "why": _why(job, events, since),
         "progress": _progress(job),
+        "loss": curve,
         "result": _result(job),
         "published": f"{model} version {job.result['version']}" if job.result else None,
         "chat": _chat(job, model, settings) if job.result else None,
         "session": _session(job, session),
         "settings": ", ".join(_settings(job.spec)),
+        "metadata": ", ".join(f"{key}={value}" for key, value in (job.metadata or {}).items()),
     }
     yield f"{job.id}  {job.status} since {_when(since)}  {model}"
     yield from (f"  {name:<10} {text}" for name, text in lines.items() if text)
@@ -114,7 +140,7 @@ def _settings(spec: JobSpec) -> Iterator[str]:
     yield f"dataset {spec.dataset}"
     for prefix, block in (("", spec), ("lora.", spec.lora), ("train.", spec.train)):
         for name, value in _differing(block):
-            if name not in ("base_model", "dataset", "adapter", "lora", "train"):
+            if name not in ("base_model", "dataset", "adapter", "lora", "train", "metadata"):
                 yield f"{prefix}{name} {value}"
 
 

@@ -26,6 +26,12 @@ from jobs.spec_text import parse
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.data.json_values import shown, unusable
 
+MOST_PAIRS, LONGEST_KEY, LONGEST_VALUE = 16, 64, 512
+METADATA = (
+    f"must be at most {MOST_PAIRS} pairs of text, keys of at most {LONGEST_KEY} characters and values of at most"
+    f" {LONGEST_VALUE}, without the character NUL"
+)
+
 ADAPTER_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -61,6 +67,14 @@ class JobSpec(BaseModel):
     precision: Literal["auto", "fp32", "bf16", "fp8", "nf4"] = "auto"
     num_workers: int = Field(default=1, ge=1)
     priority: int = Field(default=0, ge=-1000, le=1000)
+    metadata: dict[str, str] = Field(default_factory=dict)
+
+    @field_validator("metadata")
+    @classmethod
+    def _metadata_can_be_kept(cls, pairs: dict[str, str]) -> dict[str, str]:
+        if not is_metadata(pairs):
+            raise ValueError(METADATA)
+        return pairs
 
     @field_validator("adapter")
     @classmethod
@@ -102,15 +116,25 @@ class JobSpec(BaseModel):
         self, dataset_sha: str, validation_sha: str | None = None, init_adapter_sha: str | None = None
     ) -> str:
         """Return the sha256 of what would be trained: datasets and the first adapter count by their content, not by
-        where they lie, and `priority` does not count, since it changes when a job runs and not what comes out. Two
+        where they lie, and `priority` and `metadata` do not count, since they do not change what comes out. Two
         submissions with one key ask for the same adapter.
         """
         assert isinstance(self.validation, str) == (validation_sha is not None), "one sha256 for each dataset"
         assert (self.init_adapter is None) == (init_adapter_sha is None), "and one for the adapter to start from"
-        content = self.model_dump(mode="json", exclude={"priority"}) | {"dataset": dataset_sha}
+        content = self.model_dump(mode="json", exclude={"priority", "metadata"}) | {"dataset": dataset_sha}
         content |= {} if validation_sha is None else {"validation": validation_sha}
         content |= {} if init_adapter_sha is None else {"init_adapter": init_adapter_sha}
         return hashlib.sha256(_canonical(content).encode()).hexdigest()
+
+
+def is_metadata(value: object) -> bool:
+    """Return whether a job can have it as its metadata, by which it is found: see `METADATA`."""
+    return (
+        isinstance(value, dict)
+        and len(value) <= MOST_PAIRS
+        and all(isinstance(part, str) and "\0" not in part for pair in value.items() for part in pair)
+        and all(0 < len(key) <= LONGEST_KEY and len(text) <= LONGEST_VALUE for key, text in value.items())
+    )
 
 
 def load_spec(source: Path | str) -> JobSpec:

@@ -6,6 +6,7 @@ from cluster.ray_runtime import code_version
 from cluster.settings import Settings
 from jobs.admitted import Admitted
 from jobs.job import ClientRequest, Job
+from jobs.job_log import JobLogWriter
 from jobs.spec import JobSpec
 from jobs.store.jobs import JobQueue
 
@@ -43,4 +44,9 @@ def enqueue(
         most_queued=settings.quota(tenant).queued_jobs,
     )
     admitted.record(job)
+    if new:
+        found = JobLogWriter(admitted.storage, job.id, attempt=0)
+        for line in admitted.summary:
+            found.add(line)
+        found.write(queue.events(job.id))
     return job, new

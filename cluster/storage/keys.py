@@ -6,6 +6,7 @@
     examples/<sha256>                                      what they became
     init_adapters/<digest>/<file>                          adapters to start from
     jobs/<id>/spec.json, result.json                       the second record of a job
+    jobs/<id>/logs/<attempt>-<piece>.jsonl                 its log, in pieces
     jobs/<id>/checkpoints/<attempt>-<step>/state           one checkpoint, which counts once COMMITTED lies beside it
     adapters/<tenant>/<base>/<name>/<version>/<file>       published; the manifest is what makes it exist
     numbers/<tenant>/<base>/<name>/<number>.json           the version that a number means, for ever
@@ -54,6 +55,15 @@ def job_spec_key(job_id: str) -> str:
 
 def job_result_key(job_id: str) -> str:
     return f"jobs/{job_id}/result.json"
+
+
+def job_logs_prefix(job_id: str) -> str:
+    return f"jobs/{job_id}/logs/"
+
+
+def job_log_key(job_id: str, attempt: int, piece: int) -> str:
+    """Name a piece of a job's log; in the order of their names they are in the order of time."""
+    return f"{job_logs_prefix(job_id)}{attempt:06d}-{piece:06d}.jsonl"
 
 
 def all_jobs_prefix() -> str:

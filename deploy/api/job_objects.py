@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 from deploy.api.job_requests import LEARNING_RATES
 from jobs.job import TERMINAL, Job, JobStatus, QueueEvent, StepMetrics
 from lora_core.config import DPO_BETA, TrainConfig
+from lora_core.data.json_values import finite
 
 EVENT, CHECKPOINT, RESULT = "ftevent-", "ftckpt-", "result-"
 """How the ids of events, of checkpoints and of result files begin."""
@@ -207,17 +208,6 @@ def _method(train: TrainConfig, hyperparameters: UsedHyperparameters) -> UsedMet
     if train.method == "supervised":
         return {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
     return {"type": "dpo", "dpo": {"hyperparameters": {**hyperparameters, "beta": train.beta or DPO_BETA}}}
-
-
-def finite(value: Any) -> Any:
-    """Return figures as JSON can hold them: null in the place of what is no finite number, as of training that
-    diverged.
-    """
-    if isinstance(value, dict):
-        return {name: finite(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def fine_tuned_model(job: Job) -> str | None:

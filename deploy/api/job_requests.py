@@ -18,7 +18,7 @@ from pathlib import PurePath
 from typing import Any, get_args
 
 from deploy.api.schemas import Problem, refused
-from jobs.spec import JobSpec, SpecError, check_spec, is_published_adapter
+from jobs.spec import METADATA, JobSpec, SpecError, check_spec, is_metadata, is_published_adapter
 from lora_core.config import Method, TrainConfig
 from lora_core.data.json_values import shown
 
@@ -50,8 +50,6 @@ _EXPRESSIONS = ("target_modules", "rank_pattern", "alpha_pattern")
 _MOST_EXPRESSIONS, _LONGEST_EXPRESSION = 128, 256  # of a pattern; Python keeps 512 compiled
 _PLAIN = r"(?:[A-Za-z0-9_.|-]|\\\.|\\d\+?)*+"  # without what is tried again in many ways: groups and repeats
 _QUICK = re.compile(rf"{_PLAIN}(?:\*{_PLAIN})?")
-
-_MOST_PAIRS, _LONGEST_KEY, _LONGEST_VALUE = 16, 64, 512
 
 
 @dataclass(frozen=True)
@@ -184,22 +182,7 @@ def _unknown(given: Mapping[str, Any]) -> list[Problem]:
 
 
 def _metadata_problems(metadata: object) -> list[Problem]:
-    if metadata is None:
-        return []
-    sentence = (
-        f"metadata must be at most {_MOST_PAIRS} pairs of text, keys of at most {_LONGEST_KEY} characters and values of"
-        f" at most {_LONGEST_VALUE}, without the character NUL"
-    )
-    fits = (
-        isinstance(metadata, dict)
-        and len(metadata) <= _MOST_PAIRS
-        and all(
-            isinstance(value, str) and 0 < len(key) <= _LONGEST_KEY and len(value) <= _LONGEST_VALUE
-            for key, value in metadata.items()
-        )
-        and "\0" not in "".join([*metadata, *metadata.values()])
-    )
-    return [] if fits else [("metadata", "invalid_value", sentence)]
+    return [] if metadata is None or is_metadata(metadata) else [("metadata", "invalid_value", f"metadata {METADATA}")]
 
 
 def _block(value: object, name: str, problems: list[Problem]) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from cluster.registry import AdapterEntry, AdapterNotFound, AdapterRegistry, Ada
 from cluster.storage.base import StorageCorrupt
 from deploy.api.bodies import Promotion, body_of
 from deploy.api.errors import ApiError
-from deploy.api.job_objects import finite
 from deploy.api.keys import Caller, caller_of, needs
 from deploy.api.responses import Lineage, Model, ModelName, model_object, parse_model
 from deploy.api.schemas import Problem, read_document, refused
@@ -24,6 +23,7 @@ from deploy.api.tenant_names import TenantNames
 from jobs.published_adapters import delete_model
 from jobs.store.api_keys import Scope
 from jobs.store.jobs import JobQueue
+from lora_core.data.json_values import finite
 
 _NAMES_SHOWN = 30
 _LINEAGES = 20_000  # that are remembered

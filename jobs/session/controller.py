@@ -26,6 +26,7 @@ from cluster.storage.base import StorageError
 from cluster.storage.directory import open_storage
 from cluster.storage.keys import checkpoint_marker_key, checkpoints_prefix, committed_checkpoint, job_result_key
 from jobs.job import TERMINAL, EventKind, Job, JobResult, JobStatus, RequestedAction, SessionState
+from jobs.job_log import JobLogWriter
 from jobs.job_report import accuracy_line
 from jobs.session.job_trace import trace_job
 from jobs.session.messages import (
@@ -52,6 +53,7 @@ log = logging.getLogger("lora.session")
 RECONCILE_SECONDS = 0.5
 SLOW_SECONDS = 60.0  # for the workers to start and load the base, after which whoever follows is told
 KEPT_CHECKPOINTS = 2
+LOG_SECONDS = 2.0  # between two pieces of a job's log
 
 
 class SessionController:
@@ -69,6 +71,9 @@ class SessionController:
         self._starts = 0
         self._began = time.monotonic()
         self._told: set[str] = set()
+        self._logs: dict[tuple[str, int], JobLogWriter] = {}  # of a job and its attempt
+        self._left: set[tuple[str, int]] = set()  # of those, the attempts that are over
+        self._logged = 0.0
         self._busy = time.monotonic()
         self._renewed = 0.0
         self._ended = threading.Event()
@@ -120,6 +125,8 @@ class SessionController:
         for job in jobs.values():
             if job.requested is not None and job.id not in active:
                 self._move(job.id, job.requested.status, f"{job.requested.status} while running")
+        if self._left or time.monotonic() - self._logged > LOG_SECONDS:
+            self._write_logs()
         if jobs:
             self._busy = time.monotonic()
         elif not stop and (
@@ -154,6 +161,7 @@ class SessionController:
         if job.id not in self._known:
             commits = self._commits(job.id)
             newest: dict[str, str] = json.loads(self._storage.get(commits[-1][1])) if commits else {}
+            self._logs[job.id, job.attempt] = JobLogWriter(self._storage, job.id, job.attempt)
             self._known[job.id] = Assignment(
                 job.id,
                 job.attempt,
@@ -189,13 +197,30 @@ class SessionController:
                 self._keep(report)
             case Trained():
                 self._publish(report)
-            case JobFailed(job_id, reason):
+            case JobFailed(job_id, reason, trace):
+                self._add_to_log(job_id, trace)
                 self._move(job_id, JobStatus.FAILED, reason, error=reason)
             case NoRoom(job_id, others):
                 message = f"waits: it does not fit into memory beside {others} other{'s' * (others > 1)}"
                 self._move(job_id, JobStatus.QUEUED, message, kind=EventKind.WAITS, max_colocated=others - 1)
-            case RankBroke(rank, reason, active):
-                self._blame(active or tuple(self._known), f"rank {rank}: {reason}")
+            case RankBroke(rank, reason, active, trace):
+                suspects = active or tuple(self._known)
+                if len(suspects) == 1:  # else it may be a neighbour's
+                    self._add_to_log(suspects[0], trace)
+                self._blame(suspects, f"rank {rank}: {reason}")
+
+    def _write_logs(self) -> None:
+        """Copy what is new in the histories of the jobs that are here, or were, to their logs."""
+        self._logged = time.monotonic()
+        for (job_id, attempt), writer in list(self._logs.items()):
+            writer.write(self._queue.events(job_id, after=writer.copied))
+            if (job_id, attempt) in self._left:
+                self._left.discard((job_id, attempt))
+                del self._logs[job_id, attempt]
+
+    def _add_to_log(self, job_id: str, trace: str | None) -> None:
+        if trace is not None and (known := self._known.get(job_id)) is not None:
+            self._logs[job_id, known.attempt].add(trace.rstrip(), level="error")
 
     def _tell_of_evaluation(self, job_id: str, evaluation: dict[str, Any], stopped: str | None) -> None:
         message = f"step {evaluation['step']}: validation loss {evaluation['loss']:.4f}"
@@ -229,6 +254,7 @@ class SessionController:
         self._known[report.job_id] = replace(known, checkpoint_key=report.key, checkpoint_sha256=report.sha256)
         self._metrics.committed(report.job_id)
         log.info("job=%s event=checkpoint step=%d", report.job_id, report.step)
+        self._logs[report.job_id, known.attempt].add(f"checkpoint of step {report.step}")
         self._drop_old_checkpoints(report.job_id)
 
     def _drop_old_checkpoints(self, job_id: str) -> None:
@@ -293,7 +319,8 @@ class SessionController:
             job_id, JobStatus.RUNNING, to, message=message, fence=(self._session_id, self._fence), **columns
         )
         log.info("job=%s event=%s moved=%s message=%s", job_id, to.value, moved, message)
-        self._known.pop(job_id, None)
+        if (known := self._known.pop(job_id, None)) is not None:
+            self._left.add((job_id, known.attempt))
         if moved and to in TERMINAL:
             trace_job(self._queue.get(job_id), published_from)
             try:

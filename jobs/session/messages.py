@@ -94,9 +94,10 @@ class Trained(Report):
 
 @dataclass(frozen=True)
 class JobFailed(Report):
-    """A job cannot go on, for a reason of its own; its session can."""
+    """A job cannot go on, for a reason of its own; its session can. `traceback` is where that was raised, if it was."""
 
     reason: str
+    traceback: str | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ class RankBroke:
     rank: int
     reason: str
     active: tuple[str, ...]
+    traceback: str | None = None
 
 
 @dataclass(frozen=True)

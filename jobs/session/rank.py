@@ -18,6 +18,7 @@ import logging
 import os
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -115,7 +116,8 @@ class Rank:
             self._reporter.stop()
             reason = f"{type(error).__name__}: {error}"
             log.exception("rank=%d event=broke", self.rank)
-            self.mailbox.deliver(RankBroke(self.rank, reason, (*self.active, *self._finish_publishing())))
+            suspects, trace = (*self.active, *self._finish_publishing()), traceback.format_exc()
+            self.mailbox.deliver(RankBroke(self.rank, reason, suspects, trace))
             raise
         finally:
             self._reporter.stop()
@@ -212,7 +214,7 @@ class Rank:
 
     def _join(self, assignment: Assignment, work: Read) -> None:
         """Take a job in on all ranks, or on none: a rank that cannot is a reason for all to leave it."""
-        live, problem, no_room = None, None, False
+        live, problem, no_room, trace = None, None, False, None
         try:
             spec, prepared, tokenizer = work.result()
             live = self.engine.admit(prepared)
@@ -220,15 +222,15 @@ class Rank:
             problem, no_room = str(error), True
         except Exception as error:  # whatever it is, it is this job's, and the others go on
             log.exception("job=%s rank=%d event=join_failed", assignment.job_id, self.rank)
-            problem = f"rank {self.rank}: {type(error).__name__}: {error}"
-        answers = self.collectives.gather(problem if problem is None else json.dumps([no_room, problem]))
+            problem, trace = f"rank {self.rank}: {type(error).__name__}: {error}", traceback.format_exc()
+        answers = self.collectives.gather(problem if problem is None else json.dumps([no_room, problem, trace]))
         problems = [json.loads(answer) for answer in answers if answer is not None]
         if problems or live is None:
             if live is not None:
                 self.engine.remove(assignment.job_id)
-            hopeless = [text for only_beside, text in problems if not only_beside]
+            hopeless = [(text, trace) for only_beside, text, trace in problems if not only_beside]
             if hopeless:
-                self._fail(assignment.job_id, hopeless[0])
+                self._fail(assignment.job_id, *hopeless[0])
             elif self.rank == 0:
                 log.info(
                     "job=%s event=no_room beside=%d reason=%s", assignment.job_id, len(self.active), problems[0][1]
@@ -344,7 +346,7 @@ class Rank:
         self._publisher.shutdown()
         return [job for job, publish in self._publishes.items() if publish.exception() is not None]
 
-    def _fail(self, job_id: str, reason: str) -> None:
+    def _fail(self, job_id: str, reason: str, trace: str | None = None) -> None:
         if self.rank == 0:
             self._reporter.flush()
-            self.mailbox.deliver(JobFailed(job_id, reason))
+            self.mailbox.deliver(JobFailed(job_id, reason, trace))

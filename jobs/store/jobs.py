@@ -107,6 +107,7 @@ class JobQueue(JobPages, LineTable):
             "created_at": now,
             "updated_at": now,
             "attempt": 0,
+            "metadata": spec.metadata or None,
         }
         if request is not None:
             row |= {"client_request": request.document, "metadata": request.metadata}

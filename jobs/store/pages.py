@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -33,13 +33,24 @@ class JobPages(StepMetricsTable):
         return None if row is None else job_of(row)
 
     def page(
-        self, tenant: str, limit: int, after: str | None = None, metadata: Mapping[str, str] | None = None
+        self,
+        tenant: str | None,
+        limit: int,
+        after: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        statuses: Collection[JobStatus] | None = None,
     ) -> tuple[Sequence[Job], bool]:
-        """Return a tenant's jobs that follow the one `after`, and whether there are more; those that have all of
-        `metadata`, or for an empty mapping those that have none. Raises JobNotFoundError.
+        """Return a tenant's jobs (None: everybody's) that follow the one `after`, and whether there are more; those
+        that have all of `metadata`, or for an empty mapping those that have none, in one of `statuses`. Raises
+        JobNotFoundError.
         """
-        query = sa.select(jobs).where(jobs.c.tenant == tenant)
+        query = sa.select(jobs)
+        if tenant is not None:
+            query = query.where(jobs.c.tenant == tenant)
+        if statuses is not None:
+            query = query.where(jobs.c.status.in_(sorted(statuses)))
         if after is not None:
+            assert tenant is not None
             last = self.find(tenant, after)
             query = query.where(sa.tuple_(jobs.c.created_at, jobs.c.id) < sa.tuple_(last.created_at, last.id))
         if metadata is not None and not metadata:

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from jobs.job import TERMINAL, DatabaseSettingError, EventKind, JobStatus, SessionState
 
-REVISION = "fair_lines"
+REVISION = "jobs_by_age"
 """The newest migration's."""
 MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -96,6 +96,7 @@ jobs = sa.Table(
 sa.Index("jobs_by_status", jobs.c.cluster, jobs.c.status)
 sa.Index("jobs_by_session", jobs.c.session_id)
 sa.Index("jobs_by_tenant", jobs.c.tenant, jobs.c.created_at)
+sa.Index("jobs_by_age", jobs.c.created_at, jobs.c.id)
 sa.Index("jobs_by_idempotency_key", jobs.c.tenant, jobs.c.idempotency_key, unique=True)
 _waits = jobs.c.status == JobStatus.QUEUED.value
 sa.Index(

@@ -24,6 +24,17 @@ def whole_number(digits: str) -> int | float:
     return int(digits) if len(digits) < _DIGITS else float(digits)
 
 
+def finite(value: Any) -> Any:
+    """Return figures as JSON can hold them: null in the place of what is no finite number, as of training that
+    diverged.
+    """
+    if isinstance(value, Mapping):
+        return {name: finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def encodable(text: str) -> bool:
     """Return whether there is no half character in it."""
     try:

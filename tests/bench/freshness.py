@@ -62,7 +62,7 @@ class Service:
         train = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-3, "seed": seed}
         job = {"base_model": self.base, "dataset": str(dataset), "adapter": adapter, "train": train}
         spec.write_text(json.dumps(job | {"precision": "fp32", "lora": {"r": 16, "target_modules": "all-linear"}}))
-        return self.jobs("submit", str(spec), "--no-follow")
+        return self.jobs("submit", str(spec), "--detach")
 
     def first_answer(self, adapter: str, not_of: str | None) -> tuple[str, float]:
         """The digest that the adapter answers with and when it did, once that is another than `not_of`."""

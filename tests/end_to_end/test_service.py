@@ -30,7 +30,7 @@ from cluster import metrics
 from cluster.embedded_ray import find_embedded
 from cluster.settings import Settings
 from cluster.storage.directory import open_storage
-from cluster.storage.keys import checkpoints_prefix, examples_key
+from cluster.storage.keys import checkpoints_prefix, examples_key, job_logs_prefix
 from jobs.__main__ import main
 from jobs.admission import admit
 from jobs.demo import served
@@ -110,7 +110,7 @@ class Laptop:
         output = io.StringIO()
         with self.here() as patched, contextlib.redirect_stdout(output):
             patched.setattr("jobs.__main__.log_to_stderr", lambda _: None)
-            assert main(["submit", str(spec), "--no-follow", *options]) == 0, output.getvalue()
+            assert main(["submit", str(spec), "--detach", *options]) == 0, output.getvalue()
         return next(word for word in output.getvalue().split() if word.startswith("job-"))
 
     @contextlib.contextmanager
@@ -166,6 +166,14 @@ def test_submit_follows_a_job_and_exits_zero_when_it_succeeded(laptop: Laptop) -
     assert 'model="tiny:first"' in done.stdout
     assert "python -m jobs cancel job-" in done.stdout
     assert (laptop.home / "storage").is_dir()
+    # Of all steps there are metrics, and in storage a log, also of what is no event of its history.
+    (job,) = laptop.queue.list()
+    assert [one.step for one in laptop.queue.step_metrics(job.id)] == [*range(1, 21)]
+    storage = open_storage(laptop.settings.storage_url)
+    told = [json.loads(line) for key in storage.list(job_logs_prefix(job.id)) for line in storage.get(key).splitlines()]
+    messages = "\n".join(line["message"] for line in told)
+    for part in ("16 rows of prompt/completion", "computes in fp32", "published tiny:first version"):
+        assert part in messages, messages
 
 
 def test_a_job_goes_on_from_a_published_adapter(laptop: Laptop) -> None:

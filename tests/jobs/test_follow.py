@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.__main__ import PATIENCE_SECONDS, WATCH_SECONDS, follow, main
+from jobs.__main__ import main
+from jobs.follow import PATIENCE_SECONDS, WATCH_SECONDS, follow
 from jobs.job import JobStatus, RequestedAction, lease_name
 from jobs.scheduling.launcher import RayUnreachableError
 from jobs.spec import SpecError
@@ -23,8 +24,8 @@ class Follower:
     def __init__(self, queue: JobQueue, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self.queue, self.now, self._capsys = queue, 0.0, capsys
         self.job_id = submit(queue)[0].id
-        monkeypatch.setattr("jobs.__main__.time.monotonic", lambda: self.now)
-        monkeypatch.setattr("jobs.__main__.time.sleep", self._sleep)
+        monkeypatch.setattr("jobs.follow.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("jobs.follow.time.sleep", self._sleep)
         self.at: dict[float, object] = {}
 
     def _sleep(self, seconds: float) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from jobs.__main__ import main
 from jobs.job import EventKind, JobStatus, RequestedAction, SessionKey, SessionState
-from jobs.job_report import progress_line
+from jobs.job_report import progress_text
 from jobs.spec import JobSpec
 from jobs.store.jobs import JobQueue
 
@@ -110,7 +110,7 @@ def test_a_job_that_learns_from_pairs_is_told_by_its_rewards(
         "  result     validation loss 0.3000 after step 20 (2.0000 before), reward accuracy 90.0%, reward margin 0.2500"
     )
     assert shown(job_id, capsys)[2] == result
-    assert "loss 0.2142  margin 0.5000  validation 0.3000" in progress_line(progress)
+    assert "loss 0.2142  margin 0.5000  validation 0.3000" in progress_text(progress)
 
 
 @pytest.mark.parametrize("base", ["tiny", "other"])

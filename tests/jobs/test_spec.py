@@ -311,7 +311,9 @@ def test_paths_are_absolute_from_the_current_directory(tmp_path: Path, monkeypat
 def test_content_is_what_is_trained_and_not_where_it_lies_or_when_it_runs() -> None:
     spec = JobSpec.model_validate(GOOD)
     key = spec.content_key("d1")
-    assert key == spec.model_copy(update={"dataset": "/elsewhere", "priority": 7}).content_key("d1")
+    assert key == spec.model_copy(
+        update={"dataset": "/elsewhere", "priority": 7, "metadata": {"team": "x"}}
+    ).content_key("d1")
     assert key == JobSpec.model_validate(GOOD | {"lora": {"lora_alpha": 32}, "train": {"epochs": 3}}).content_key("d1")
     assert list(json.loads(spec.canonical_json())) == sorted(JobSpec.model_fields), "not in the order of the source"
     other = [
