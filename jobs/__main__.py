@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from cluster.adapter_lifecycle import AdapterConflict
@@ -20,6 +21,8 @@ from cluster.registry import AdapterNotFound
 from cluster.settings import Settings, SettingsError, load_settings
 from cluster.storage.base import StorageError
 from jobs.adapter_commands import add_adapter_commands
+from jobs.admitted import Admitted
+from jobs.estimate import Estimate, estimate, memory_of_a_rank
 from jobs.follow import follow, interrupted_later
 from jobs.job import JobError
 from jobs.job_commands import add_job_commands, print_json
@@ -61,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     until = submit.add_mutually_exclusive_group()
     until.add_argument("--follow", action="store_true", help="until it has ended, which it does if nothing is said")
     until.add_argument("--detach", action="store_true", help="return as soon as the job is queued")
-    submit.add_argument("--json", action="store_true", help="print the job as JSON, and nothing else; with --detach")
+    until.add_argument("--dry-run", action="store_true", help="say what the job comes to, and queue nothing")
+    json_help = "print the job, or what it comes to, as JSON; with --detach or --dry-run nothing else is printed"
+    submit.add_argument("--json", action="store_true", help=json_help)
     submit.add_argument("--again", action="store_true", help="train it again, although the same job is there already")
     submit.set_defaults(command=_submit)
 
@@ -77,20 +82,16 @@ def _submit(settings: Settings, arguments: argparse.Namespace) -> int:
     spec = spec.model_copy(update={"base_model": settings.locate_base(spec.base_model)})
     # Late: these import torch and Ray, which `list` and `show` can do without.
     from jobs.admission import admit
-    from jobs.scheduling.launcher import Launcher
     from jobs.scheduling.scheduler import ensure_scheduler
 
     queue = JobQueue(settings.database_url)
-    if on_a_cluster():
-        size = Launcher(settings.driver_labels).size()
-        check_database(settings.database_url, size.nodes)
-        workers = max(size.workers, settings.max_workers or 0)
-    else:
+    if not on_a_cluster() and not arguments.dry_run:
         ensure_scheduler(settings, queue)  # Ray comes up while the job is checked; with nothing to do it ends by itself
-        import torch
-
-        workers = torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    workers, on_gpus = _room(settings)
     admitted = admit(spec, settings, workers)
+    if arguments.dry_run:
+        memory = memory_of_a_rank(spec, settings, admitted, "cuda" if on_gpus else "cpu")
+        return _tell_estimate(estimate(queue, cluster_name(settings), spec, admitted, memory), admitted, arguments.json)
     quiet = arguments.json
     for line in () if quiet else admitted.summary:
         print(f"  {line}")
@@ -113,6 +114,29 @@ def _submit(settings: Settings, arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"\n{job.id} goes on without you: python -m jobs logs -f {job.id}", file=sys.stderr)
         return 130
+
+
+def _room(settings: Settings) -> tuple[int, bool]:
+    """Return how many ranks there may be at once, and whether they have GPUs."""
+    if on_a_cluster():
+        from jobs.scheduling.launcher import Launcher
+
+        size = Launcher(settings.driver_labels).size()
+        check_database(settings.database_url, size.nodes)
+        on_gpus = size.on_gpus or "gpus_per_rank" in settings.model_fields_set
+        return max(size.workers, settings.max_workers or 0), on_gpus
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return gpus or len(os.sched_getaffinity(0)), gpus > 0
+
+
+def _tell_estimate(found: Estimate, admitted: Admitted, as_json: bool) -> int:
+    if as_json:
+        print_json(asdict(found) | {"summary": admitted.summary})
+    else:
+        print("\n".join(f"  {line}" for line in (*admitted.summary, *found.lines())))
+    return 0
 
 
 def _scheduler(settings: Settings, _: argparse.Namespace) -> int:

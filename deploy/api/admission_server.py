@@ -17,18 +17,10 @@ from cluster.embedded_ray import find_embedded
 from cluster.ray_runtime import LOCAL_CLUSTER, cluster_name, use_own_ray
 from cluster.settings import Settings
 from jobs.admitted import Admitted
+from jobs.estimate import Memory, memory_of_a_rank
 from jobs.spec import JobSpec, SpecError
 
 log = logging.getLogger("ray.serve.lora")
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes that training takes on a rank of this kind of device: where there is room, and at least."""
-
-    device: str
-    roomy: int
-    least: int
 
 
 @dataclass(frozen=True)
@@ -61,7 +53,8 @@ class AdmissionServer:
             admitted = admit(spec, settings, self._workers())
         except SpecError as error:
             return Admission(tuple(error.problems), None, self._cluster())
-        memory = self._memory(spec, admitted) if dry_run else None
+        device = "cuda" if self._on_gpus() else "cpu"
+        memory = memory_of_a_rank(spec, settings, admitted, device) if dry_run else None
         return Admission((), admitted, self._cluster(), memory)
 
     def _cluster(self) -> str:
@@ -82,26 +75,3 @@ class AdmissionServer:
         """Return whether ranks get GPUs: of another cluster settings have to say."""
         here = self._settings.cluster is None and bool(ray.cluster_resources().get("GPU"))
         return here or "gpus_per_rank" in self._settings.model_fields_set
-
-    def _memory(self, spec: JobSpec, admitted: Admitted) -> Memory:
-        """Predict it as ranks do before they let a job in, from a run without numbers."""
-        import torch
-
-        from cluster.sources import local_source
-        from lora_core.models.base import describe_base
-        from lora_core.models.precision import QUANTISED
-        from lora_core.training.memory.predictor import predictor
-
-        settings = self._settings
-        source = local_source(settings.resolve_base(spec.base_model), settings.cache_dir, weights=False)
-        model, _ = describe_base(source, settings.cache_dir)
-        device = "cuda" if self._on_gpus() else "cpu"
-        in_fp32 = spec.precision == "fp32" or (spec.precision == "auto" and device == "cpu")
-        dtype = torch.float32 if in_fp32 else torch.bfloat16
-        quantised = spec.precision if spec.precision in QUANTISED else None
-        predicted = predictor(model.config, dtype, admitted.forward_path, device, quantised)  # type: ignore[arg-type]
-        longest, kept = admitted.rows.longest, [spec.lora] if spec.train.keeps_best else []
-        references = [spec.lora] if spec.train.is_preference and spec.init_adapter is not None else []
-        plan = predicted.fit(2**62, [spec.lora], longest, longest, kept, references)
-        least = predicted.predict([spec.lora], longest, longest, "full", kept, references)
-        return Memory(device, plan.predicted_bytes, least)

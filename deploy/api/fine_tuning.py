@@ -39,12 +39,12 @@ from deploy.api.job_requests import WINDOW_SECONDS, JobRequest, parse_job_reques
 from deploy.api.keys import Caller, caller_of, needs
 from deploy.api.pages import Page, page
 from deploy.api.schemas import read_document
+from jobs.estimate import Estimate, estimate
 from jobs.job import (
     ClientRequest,
     IllegalTransitionError,
     Job,
     JobNotFoundError,
-    JobStatus,
     RequestedAction,
     TooManyJobsError,
 )
@@ -285,18 +285,22 @@ class FineTuning:
     async def _estimate(self, spec: JobSpec, caller: Caller, found: Admission) -> JobEstimate:
         """Return what the job would come to."""
         assert found.admitted is not None and found.memory is not None
-        queued = await self._read(self._queue.list, found.cluster, {JobStatus.QUEUED})
-        rows = found.admitted.rows
+        asked = self._queue, found.cluster, spec, found.admitted, found.memory
+        wanted: Estimate = await self._read(estimate, *asked)
+        rows = wanted.rows
         return {
             "object": "fine_tuning.job.estimate",
             "model": spec.base_model,
             "examples": rows.examples,
-            "tokens": rows.tokens * spec.train.epochs,
+            "tokens": wanted.tokens,
+            "supervised_tokens": wanted.supervised_tokens,
             "tokens_per_epoch": rows.tokens,
             "supervised_tokens_per_epoch": rows.supervised_tokens,
             "steps": rows.steps,
             "memory": {"device": found.memory.device, "bytes": found.memory.roomy, "least_bytes": found.memory.least},
-            "queue": {"before": sum(job.priority >= spec.priority for job in queued)},
+            "seconds": wanted.seconds,
+            "tokens_per_second": wanted.tokens_per_second,
+            "queue": {"before": wanted.before},
             "summary": found.admitted.summary,
         }
 

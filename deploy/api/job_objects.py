@@ -136,15 +136,20 @@ class EstimatedQueue(TypedDict):
 
 
 class JobEstimate(TypedDict):
-    """What a job would come to: `tokens` of all epochs, bytes on a rank, and how many jobs stand before it."""
+    """What a job would come to: `tokens` of all epochs, bytes on a rank, how many jobs stand before it, and how many
+    `seconds` it takes, by itself, at the pace that was measured for its kind last (null: none was, on this cluster).
+    """
 
     object: Literal["fine_tuning.job.estimate"]
     model: str
     examples: int
     tokens: int
+    supervised_tokens: int
     tokens_per_epoch: int
     supervised_tokens_per_epoch: int
     steps: int
+    seconds: float | None
+    tokens_per_second: float | None
     memory: EstimatedMemory
     queue: EstimatedQueue
     summary: list[str]

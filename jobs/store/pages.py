@@ -32,6 +32,13 @@ class JobPages(StepMetricsTable):
             row = conn.execute(query).one_or_none()
         return None if row is None else job_of(row)
 
+    def waiting_before(self, cluster: str, priority: int) -> int:
+        """Return how many jobs wait on a cluster with this priority or a higher one."""
+        waiting = (jobs.c.cluster == cluster, jobs.c.status == JobStatus.QUEUED, jobs.c.priority >= priority)
+        with self._db.read() as conn:
+            found: int = conn.execute(sa.select(sa.func.count()).select_from(jobs).where(*waiting)).scalar_one()
+        return found
+
     def page(
         self,
         tenant: str | None,

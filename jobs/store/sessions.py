@@ -83,6 +83,18 @@ class SessionTable:
         with self._db.read() as conn:
             return alive_sessions(conn, cluster)
 
+    def measured_pace(self, cluster: str, key: SessionKey) -> float | None:
+        """Return the tokens/s of the last session of this key that was measured on a cluster; None: there is none."""
+        parts = asdict(key)
+        precision = parts.pop("precision")
+        same = [sessions.c[name].is_not_distinct_from(value) for name, value in parts.items()]
+        same.append(sa.or_(sessions.c.precision == precision, sessions.c.resolved_precision == precision))
+        known = sa.select(sessions.c.tokens_per_second).where(sessions.c.cluster == cluster, *same)
+        newest = known.where(sessions.c.tokens_per_second.is_not(None)).order_by(sessions.c.updated_at.desc()).limit(1)
+        with self._db.read() as conn:
+            found: float | None = conn.execute(newest).scalar_one_or_none()
+        return found
+
     def session_move(
         self,
         session_id: str,

@@ -247,6 +247,8 @@ def test_a_dry_run_says_what_a_job_comes_to(site: Site) -> None:
     estimate = site.create("dry", extra_body={"dry_run": True, "priority": 1000, "lora": plain}).to_dict()
     assert estimate["steps"] == 6 and estimate["examples"] == 10 and estimate["queue"] == {"before": 0}
     assert estimate["tokens"] == 3 * estimate["tokens_per_epoch"] > 0  # type: ignore[operator]
+    assert estimate["supervised_tokens"] == 3 * estimate["supervised_tokens_per_epoch"]  # type: ignore[operator]
+    assert estimate["seconds"] is estimate["tokens_per_second"] is None, "nothing was measured here"
     memory: Any = estimate["memory"]
     assert memory["device"] == "cpu" and 0 < memory["least_bytes"] <= memory["bytes"]
     assert len(site.queue.list()) == before

@@ -20,6 +20,7 @@ from jobs.screen import ProgressBar, sparkline
 from jobs.spec import METADATA, JobSpec, SpecError, check_spec
 from jobs.store.jobs import JobQueue
 from tests.jobs.test_job_report import PROGRESS
+from tests.support.tiny_models import save_tiny_model
 
 Run = Callable[..., tuple[int, str]]
 
@@ -127,6 +128,42 @@ def test_what_is_at_work_is_told(queue: JobQueue, run: Run) -> None:
     assert lines[0].split() == ["local", "1", "1,234", "1", "queued,", "1", "running"]
     assert lines[1].startswith(session_id) and lines[2].split() == [job_id, "tiny:a", "30/40", "-"]
     assert json.loads(run("cancel", "--json", waiting)[1])["status"] == "cancelled"
+
+
+def test_a_dry_run_says_what_a_job_comes_to_and_queues_nothing(
+    queue: JobQueue, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How long it takes only by a session of its kind: of the same base, precision, path and number of workers."""
+    monkeypatch.setenv("LORA_BASE_MODELS", json.dumps({"tiny": str(save_tiny_model("llama", tmp_path / "tiny"))}))
+    rows, spec = tmp_path / "rows.jsonl", tmp_path / "job.json"
+    rows.write_text("\n".join(json.dumps({"prompt": f"item {n}: ", "completion": f"code {n}"}) for n in range(10)))
+    values = {"base_model": "tiny", "dataset": str(rows), "adapter": "a", "precision": "fp32", "priority": 1}
+    spec.write_text(json.dumps(values))
+
+    def estimated() -> dict[str, Any]:
+        code, text = run("submit", str(spec), "--dry-run", "--json")
+        assert code == 0
+        found: dict[str, Any] = json.loads(text)
+        return found
+
+    found = estimated()
+    assert found["tokens"] == 3 * found["rows"]["tokens"] > 0 and found["rows"]["steps"] == 6
+    assert 0 < found["memory"]["least"] <= found["memory"]["roomy"] and found["before"] == 0
+    assert found["seconds"] is None and found["summary"]
+    submitted(queue, "lower")
+    for key, pace in (
+        (SessionKey("tiny", "fp32", 1, "llama"), 100.0),
+        (SessionKey("tiny", "fp32", 2, "llama"), 1.0),
+        (SessionKey("other", "fp32", 1, "llama"), 1.0),
+        (SessionKey("tiny", "bf16", 1, "llama"), 1.0),
+    ):
+        session = queue.create_session(key, "local")
+        assert session is not None and queue.record_steps(session.id, 1, [], pace)
+    again = estimated()
+    assert again["seconds"] == found["tokens"] / 100.0 and again["before"] == 0
+    text = run("submit", str(spec), "--dry-run")[1]
+    assert f"6 steps, {found['tokens']:,} tokens" in text and "at 100 tokens/s" in text and "no waiting jobs" in text
+    assert len(queue.list()) == 1
 
 
 def test_a_log_has_the_history_and_more_once_each(queue: JobQueue, settings: Settings, run: Run) -> None:
