@@ -142,8 +142,9 @@ class Capacity:
 
     async def _look(self) -> _Look:
         at = time.monotonic()
-        bases, rows = asyncio.gather(*map(self._replicas, self._servers)), asyncio.to_thread(self._rows)
-        return _Look(at, dict(zip(self._servers, await bases, strict=True)), *await rows)
+        asked = asyncio.gather(*map(self._replicas, self._servers))
+        replicas, rows = await asyncio.gather(asked, asyncio.to_thread(self._rows))
+        return _Look(at, dict(zip(self._servers, replicas, strict=True)), *rows)
 
     def _rows(self) -> tuple[Sequence[Session], Sequence[Job], Mapping[tuple[str, str, JobStatus], int]]:
         """Return the sessions that are alive, their jobs, and how many there are."""

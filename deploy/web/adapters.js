@@ -3,7 +3,7 @@
 import { html, useState } from "/web/vendor/htm-preact.module.js";
 import { get, modelPath, post } from "/web/api.js";
 import { ago, day, loss } from "/web/formats.js";
-import { Empty, Problem, tell, usePolled } from "/web/parts.js";
+import { Empty, Problem, chatWith, tell, usePolled } from "/web/parts.js";
 
 export function Adapters({ chosen }) {
   const { value, error, again } = usePolled(() => get("/v1/models"), 3);
@@ -24,6 +24,9 @@ export function Adapters({ chosen }) {
     </div>
   `;
 }
+
+// What was kept of a job on its way has no number.
+const named = ({ id, version }) => (version ? `Version ${version}` : `Checkpoint ${id.split("@")[1]}`);
 
 const Row = ({ adapter, chosen }) => html`
   <li>
@@ -61,7 +64,7 @@ function Adapter({ id, onChange }) {
       <header>
         <h2 id="adapter">${id}</h2>
         <div class="actions">
-          <a class="button" href="#/chat?models=${encodeURIComponent(`${id.split(":")[0]},${id}`)}">Chat with it</a>
+          <a class="button" href=${chatWith(id.split(":")[0], id)}>Chat with it</a>
         </div>
       </header>
       <${Problem} error=${refused ?? error} />
@@ -76,7 +79,7 @@ function Adapter({ id, onChange }) {
         ${versions.map((version) => html`
           <li class="card version" key=${version.id}>
             <div>
-              <h3>Version ${version.version ?? version.id.split("@")[1]} ${version.aliases.map((name) => html`<b class="tag" key=${name}>${name}</b> `)}</h3>
+              <h3>${named(version)} ${version.aliases.map((name) => html`<b class="tag" key=${name}>${name}</b> `)}</h3>
               <p class="muted">${day(version.created)} · <code>${version.digest.slice(0, 12)}</code></p>
             </div>
             <dl>
@@ -84,7 +87,7 @@ function Adapter({ id, onChange }) {
               ${version.metrics?.validation_loss !== undefined && html`<div><dt>Validation</dt><dd>${loss(version.metrics.validation_loss)}</dd></div>`}
               ${version.job && html`<div><dt>Job</dt><dd><a href="#/jobs/${version.job}">${version.job}</a></dd></div>`}
             </dl>
-            <button type="button" disabled=${!alias || version.aliases.includes(alias)} aria-label="Promote version ${version.version} to ${alias}" onClick=${() => promote(version)}>Promote to ${alias || "…"}</button>
+            <button type="button" disabled=${!alias || version.aliases.includes(alias)} aria-label="Promote ${named(version).toLowerCase()} to ${alias}" onClick=${() => promote(version)}>Promote to ${alias || "…"}</button>
           </li>
         `)}
       </ul>

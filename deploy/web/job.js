@@ -4,7 +4,7 @@ import { html, useState } from "/web/vendor/htm-preact.module.js";
 import { get, history, post } from "/web/api.js";
 import { Curve } from "/web/curve.js";
 import { clock, count, day, duration, loss, percent } from "/web/formats.js";
-import { ACTIVE, Bar, Confirm, Problem, Status, Tile, figures, tell, usePolled } from "/web/parts.js";
+import { ACTIVE, Bar, Confirm, Problem, Status, Tile, chatWith, figures, tell, usePolled } from "/web/parts.js";
 
 async function load(id) {
   const [job, events] = await Promise.all([get(`/v1/fine_tuning/jobs/${id}`), history(id)]);
@@ -42,9 +42,10 @@ export function Job({ id, onChange }) {
       <${Problem} error=${refused ?? error} />
       ${job.error && html`<p class="problem">${job.error.message}</p>`}
       ${job.status === "queued" && html`<${Reason} events=${events} />`}
-      ${job.step && html`<${Bar} label="Progress" part=${job.step} whole=${job.steps} />`}
+      ${job.steps && html`<${Bar} label="Progress" part=${job.step} whole=${job.steps} />`}
       <${Figures} job=${job} valid=${valid} />
       ${train.length > 1 && html`<${Curve} train=${train} valid=${valid} steps=${job.steps} />`}
+      <${Checkpoints} base=${job.model.split(":")[0]} events=${events} />
       <div class="halves">
         <${Events} events=${events} />
         <${Configuration} job=${job} />
@@ -58,7 +59,7 @@ function Actions({ job, act }) {
   const running = job.status === "running";
   return html`
     <div class="actions">
-      ${job.fine_tuned_model && html`<a class="button primary" href="#/chat?models=${encodeURIComponent(`${job.fine_tuned_model.split(":")[0]},${job.fine_tuned_model}`)}">Chat with it</a>`}
+      ${job.fine_tuned_model && html`<a class="button primary" href=${chatWith(job.fine_tuned_model.split(":")[0], job.fine_tuned_model)}>Chat with it</a>`}
       ${["queued", "running"].includes(job.status) && !job.requested && html`<button type="button" onClick=${() => act("pause", running ? "pauses after its step" : "paused")}>Pause</button>`}
       ${(job.status === "paused" || job.requested === "pause") && html`<button type="button" onClick=${() => act("resume", "goes on")}>Resume</button>`}
       ${job.requested && html`<span class="muted">asked to ${job.requested}</span>`}
@@ -85,6 +86,20 @@ function Figures({ job, valid }) {
       <${Tile} label="Tokens/s" value=${count(job.tokens_per_second)} />
       <${Tile} label=${took ? "Took" : "Left"} value=${took ? duration(took) : left ? duration(left) : "–"} />
     </dl>
+  `;
+}
+
+// What the adapter was after some epochs: models, of which the newest stands first.
+function Checkpoints({ base, events }) {
+  const kept = events.filter((event) => event.kind === "checkpoint");
+  if (!kept.length) return null;
+  return html`
+    <section class="card aliases" aria-labelledby="checkpoints">
+      <h3 id="checkpoints">Checkpoints</h3>
+      ${kept.map(({ id, data }) => html`
+        <a class="tag" key=${id} href=${chatWith(base, data.model)} aria-label="Chat with step ${data.metrics.step}">step ${count(data.metrics.step)} · ${loss(data.metrics.validation_loss ?? data.metrics.loss)}</a>
+      `)}
+    </section>
   `;
 }
 

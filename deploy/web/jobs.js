@@ -18,7 +18,7 @@ async function load(pages) {
     jobs.push(...found.data);
     more = found.has_more;
   }
-  const unknown = (job) => job.status === "running" || (job.step && !knownHistory(job.id).length);
+  const unknown = (job) => job.status === "running" || (job.steps && !knownHistory(job.id).length);
   await Promise.all(jobs.filter(unknown).map((job) => history(job.id)));
   return { jobs, more };
 }
@@ -50,16 +50,16 @@ export function Jobs({ chosen }) {
 
 function Row({ job, chosen }) {
   const points = figures(knownHistory(job.id), "train_loss");
-  const said = job.step ? `step ${count(job.step)} of ${count(job.steps)}` : ago(job.created_at);
+  const said = job.steps ? `step ${count(job.step)} of ${count(job.steps)}` : ago(job.created_at);
   return html`
     <li>
       <a class="card row" href="#/jobs/${job.id}" aria-current=${chosen ? "true" : undefined}>
         <span class="name">${job.suffix}</span>
         <${Status} of=${job.status} />
         <span class="muted">${job.model} · ${said}</span>
-        <span class="figure">${job.step ? loss(job.loss) : ""}</span>
-        ${job.step && html`<${Bar} label="Progress of ${job.suffix}" part=${job.step} whole=${job.steps} />`}
-        ${job.step && html`<${Spark} points=${points} />`}
+        <span class="figure">${job.steps ? loss(job.loss) : ""}</span>
+        ${job.steps && html`<${Bar} label="Progress of ${job.suffix}" part=${job.step} whole=${job.steps} />`}
+        ${job.steps && html`<${Spark} points=${points} />`}
       </a>
     </li>
   `;

@@ -56,6 +56,9 @@ export const Bar = ({ label, part, whole }) => html`
   <progress aria-label=${label} value=${Math.min(part, whole)} max=${whole || 1}></progress>
 `;
 
+// Where a base and an adapter on it are asked side by side.
+export const chatWith = (base, adapter) => `#/chat?models=${encodeURIComponent(`${base},${adapter}`)}`;
+
 export const Problem = ({ error }) => error && html`<p class="problem" role="alert">${error.message}</p>`;
 
 export const Empty = ({ children }) => html`<div class="empty">${children}</div>`;

@@ -143,16 +143,16 @@ def test_a_job_is_submitted_followed_asked_and_promoted(site: Site, page: Page) 
     expect(page.get_by_label("Events", exact=True).get_by_text(MARKUP)).to_be_visible()
 
     site.train(job.id, fence)
+    expect(page.get_by_role("link", name="Chat with step 4")).to_be_visible()
     page.get_by_role("link", name="Chat with it").click()
-    base = site.gateway._servers["tiny"]
-    base.goes_on.clear()
+    site.base.goes_on.clear()
     page.get_by_label("Your message").fill("Hi")
     page.get_by_role("button", name="Send").click()
     answers = [page.get_by_label(f"Answer of {model}", exact=True) for model in ("tiny", "tiny:shown@1")]
     for answer in answers:
         expect(answer.locator(".text")).to_have_text("hel")
         expect(answer).to_have_attribute("aria-busy", "true")
-    base.goes_on.set()
+    site.base.goes_on.set()
     for answer in answers:
         expect(answer.locator(".text")).to_have_text("hello")
         expect(answer).to_contain_text("5 tokens")
