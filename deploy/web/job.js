@@ -128,6 +128,7 @@ function Configuration({ job }) {
     Validation: typeof job.validation_file === "number" ? percent(job.validation_file) : job.validation_file,
     Rank: `${lora.r}, alpha ${lora.lora_alpha}`,
     Modules: targets,
+    Method: job.method.type,
     Epochs: train.epochs,
     "Batch size": train.batch_size,
     "Learning rate": `${train.learning_rate}, ${train.lr_scheduler}`,

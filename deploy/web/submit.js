@@ -5,7 +5,10 @@ import { get, post, upload } from "/web/api.js";
 import { bytes, count, percent, plural } from "/web/formats.js";
 import { Problem, Tile, tell, usePolled } from "/web/parts.js";
 
-const DEFAULTS = { suffix: "", model: "", file: "", validation: "", epochs: "", batch: "", rate: "", rank: "", more: "" };
+const DEFAULTS = {
+  suffix: "", model: "", file: "", validation: "", method: "supervised", epochs: "", batch: "", rate: "", rank: "", more: "",
+};
+const RATES = { supervised: "2e-4", dpo: "2e-5" }; // what the multiplier is of
 
 async function load() {
   const [models, files] = await Promise.all([get("/v1/models"), get("/v1/files?limit=100")]);
@@ -20,14 +23,13 @@ function request(form, model, file) {
     batch_size: number(form.batch),
     learning_rate_multiplier: number(form.rate),
   };
-  const lora = { r: number(form.rank) };
-  const more = form.more.trim() ? JSON.parse(form.more) : {};
+  const { hyperparameters: others, lora, ...more } = form.more.trim() ? JSON.parse(form.more) : {};
   return {
     ...own,
     validation: number(form.validation),
+    method: { type: form.method, [form.method]: { hyperparameters: { ...hyperparameters, ...others } } },
     ...more,
-    hyperparameters: { ...hyperparameters, ...more.hyperparameters },
-    lora: { ...lora, ...more.lora },
+    lora: { r: number(form.rank), ...lora },
   };
 }
 
@@ -95,7 +97,7 @@ export function Submit() {
         <div class="field">
           <label for="upload">Upload a file</label>
           <input id="upload" type="file" accept=".jsonl,.json,.csv,.parquet" onChange=${(event) => (setEstimate(null), setChosen(event.target.files[0] ? { file: event.target.files[0] } : null))} />
-          <small>Chats, prompts with completions, or texts: .jsonl, .json, .csv or .parquet</small>
+          <small>Chats, prompts with completions, texts or preferences: .jsonl, .json, .csv or .parquet</small>
         </div>
         <div class="field">
           <label for="file">or take one that is there</label>
@@ -127,9 +129,16 @@ export function Submit() {
       </fieldset>
       <fieldset>
         <legend>Training</legend>
+        <div class="field">
+          <label for="method">Method</label>
+          <select ...${field("method")}>
+            <option value="supervised">Examples (supervised)</option>
+            <option value="dpo">Preferences (DPO)</option>
+          </select>
+        </div>
         <div class="field"><label for="epochs">Epochs</label><input ...${field("epochs")} type="number" min="1" placeholder="3" /></div>
         <div class="field"><label for="batch">Batch size</label><input ...${field("batch")} type="number" min="1" placeholder="8" /></div>
-        <div class="field"><label for="rate">Learning rate, times 2e-4</label><input ...${field("rate")} type="number" min="0" step="any" placeholder="1" /></div>
+        <div class="field"><label for="rate">Learning rate, times ${RATES[form.method]}</label><input ...${field("rate")} type="number" min="0" step="any" placeholder="1" /></div>
         <div class="field"><label for="rank">Rank</label><input ...${field("rank")} type="number" min="1" placeholder="16" /></div>
         <details>
           <summary>Other options</summary>
