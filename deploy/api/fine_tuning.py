@@ -17,6 +17,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from cluster.ray_runtime import LOCAL_CLUSTER, use_own_ray
 from cluster.settings import Settings
+from cluster.storage.directory import open_storage
 from deploy.api.admission_server import Admission
 from deploy.api.bodies import JobBody, body_of
 from deploy.api.errors import ApiError
@@ -28,6 +29,8 @@ from deploy.api.job_objects import (
     JobCheckpoint,
     JobEstimate,
     JobEvent,
+    JobLogLine,
+    JobLogList,
     ResultFile,
     checkpoint_object,
     event_object,
@@ -48,6 +51,7 @@ from jobs.job import (
     RequestedAction,
     TooManyJobsError,
 )
+from jobs.job_log import JobLog
 from jobs.spec import JobSpec
 from jobs.store.api_keys import Scope
 from jobs.store.jobs import JobQueue
@@ -79,6 +83,7 @@ class FineTuning:
 
     def __init__(self, settings: Settings, queue: JobQueue, files: FileStore, admission: Any) -> None:
         self._settings, self._queue, self._files, self._admission = settings, queue, files, admission
+        self._storage = open_storage(settings.storage_url)
         self._starting: set[asyncio.Task[None]] = set()
         if settings.cluster is None:
             use_own_ray()
@@ -101,6 +106,7 @@ class FineTuning:
         router.add_api_route(f"{job}/resume", self.resume, methods=["POST"])
         router.add_api_route(f"{job}/events", self.events)
         router.add_api_route(f"{job}/metrics", self.metrics)
+        router.add_api_route(f"{job}/logs", self.logs)
         router.add_api_route(f"{job}/checkpoints", self.checkpoints)
         result = f"/v1/files/{RESULT}{{job_id}}"
         router.add_api_route(result, self.result_file)
@@ -194,6 +200,14 @@ class FineTuning:
         return page(
             [event_object(one) for one in await self._read(self._queue.step_metrics, job.id, after_step)], False
         )
+
+    async def logs(self, request: Request, job_id: str) -> JobLogList:
+        """Read a job's whole log, the oldest line first: its history, and the traceback of an error of its own."""
+        job = await self._find(request, job_id)
+        log = JobLog(self._queue, job.id, self._storage)
+        lines = await asyncio.to_thread(log.read, whole=True)
+        data: list[JobLogLine] = [{"created_at": one.at, "level": one.level, "message": one.message} for one in lines]
+        return {"object": "list", "data": data}
 
     async def checkpoints(
         self, request: Request, job_id: str, after: str | None = None, limit: Limit = 10

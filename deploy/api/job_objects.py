@@ -104,6 +104,17 @@ class JobEvent(TypedDict):
     data: dict[str, Any] | None
 
 
+class JobLogLine(TypedDict):
+    created_at: float
+    level: str
+    message: str
+
+
+class JobLogList(TypedDict):
+    object: Literal["list"]
+    data: list[JobLogLine]
+
+
 class CheckpointMetrics(TypedDict):
     step: int
     train_loss: float | None

@@ -50,6 +50,7 @@ export function Job({ id, onChange }) {
         <${Events} events=${events} />
         <${Configuration} job=${job} />
       </div>
+      <${Log} id=${id} />
     </section>
   `;
 }
@@ -117,6 +118,23 @@ function Events({ events }) {
       </ol>
     </section>
   `;
+}
+
+// The log is read while somebody looks at it.
+function Log({ id }) {
+  const [open, setOpen] = useState(false);
+  return html`
+    <details class="card" onToggle=${(event) => setOpen(event.target.open)}>
+      <summary>Log</summary>
+      ${open && html`<${Lines} id=${id} />`}
+    </details>
+  `;
+}
+
+function Lines({ id }) {
+  const { value, error } = usePolled(() => get(`/v1/fine_tuning/jobs/${id}/logs`), 3);
+  const lines = value?.data.map(({ created_at, level, message }) => `${clock(created_at)} ${level} ${message}`);
+  return html`<${Problem} error=${error} />${lines && html`<pre tabindex="0" aria-label="Log">${lines.join("\n")}</pre>`}`;
 }
 
 function Configuration({ job }) {

@@ -107,6 +107,7 @@ NAMED = {
     f"POST {JOB}/pause": Row(job),
     f"POST {JOB}/resume": Row(paused),
     f"GET {JOB}/events": Row(job),
+    f"GET {JOB}/logs": Row(job),
     f"GET {JOB}/metrics": Row(job),
     f"GET {JOB}/checkpoints": Row(job),
     "GET /v1/files/result-{job_id}": Row(trained),

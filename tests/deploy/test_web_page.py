@@ -16,6 +16,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from setuptools.dist import Distribution
 
 from jobs.job import EventKind, JobStatus, JobSteps, StepMetrics
+from jobs.job_log import JobLogWriter
 from tests.support.api_site import FIGURES, Site, running_site
 
 ROOT = Path(__file__).parents[2]
@@ -146,6 +147,12 @@ def test_a_job_is_submitted_followed_asked_and_promoted(site: Site, page: Page) 
     assert page.evaluate("document.querySelector('canvas').toDataURL()") != drawn, "the curve moves"
     expect(page.get_by_label("Progress", exact=True)).to_have_js_property("value", 10)
     expect(page.get_by_label("Events", exact=True).get_by_text(MARKUP)).to_be_visible()
+
+    log = JobLogWriter(site.registry.storage, job.id, 1)
+    log.add(f"Traceback: {MARKUP}", level="error")
+    log.write([])
+    page.get_by_text("Log", exact=True).click()
+    expect(page.get_by_label("Log", exact=True)).to_contain_text(f"error Traceback: {MARKUP}")
 
     site.train(job.id, fence)
     expect(page.get_by_role("link", name="Chat with step 4")).to_be_visible()
