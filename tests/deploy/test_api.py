@@ -13,6 +13,7 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deploy.api import gateway, schemas
+from deploy.api.completion_objects import ChatCompletion, TextCompletion
 from deploy.api.errors import ApiError
 from deploy.api.responses import ChatResponse, ModelName, TextResponse, parse_model
 from deploy.api.schemas import ChatRequest, TextRequest, parse_request
@@ -356,6 +357,7 @@ def test_a_text_stream_carries_the_same_text() -> None:
     assert [chunk["choices"][0]["text"] for chunk in chunks_of(text)] == ["ab", "c", ""]
     whole = response.whole(Completion(StreamStart("d", 1), (Delta("abc", "length", 2),)))
     assert whole["choices"][0]["text"] == "abc" and whole["object"] == "text_completion"
+    TextCompletion.model_validate(whole, strict=True)
 
 
 A, EURO, BROKEN = (
@@ -368,7 +370,9 @@ A, EURO, BROKEN = (
 def test_logprobs_of_chats() -> None:
     response = ChatResponse(chat(n=2, logprobs=True, top_logprobs=2))
     choices = Delta("a", "stop", 1, 0, (A,)), Delta("x", "stop", 2, 1, (EURO, BROKEN))
-    first, second = response.whole(Completion(StreamStart("d", 1), choices))["choices"]
+    whole = response.whole(Completion(StreamStart("d", 1), choices))
+    ChatCompletion.model_validate(whole, strict=True)
+    first, second = whole["choices"]
     a = {"token": "a", "bytes": [97], "logprob": -0.5}
     assert first["logprobs"]["content"] == [{**a, "top_logprobs": [{"token": "b", "bytes": [98], "logprob": -0.1}, a]}]
     assert (second["index"], second["logprobs"]["content"][0]["bytes"]) == (1, [0xE2])
@@ -379,6 +383,8 @@ def test_logprobs_of_text_whole_and_in_chunks() -> None:
     body = b'{"model": "m", "prompt": "x", "stream": true, "n": 2, "echo": true, "logprobs": 2}'
     response = TextResponse(parse_request(body, TextRequest))
     begun = TokenLogprob("<s>", b"<s>", None)
+    answer = Completion(StreamStart("d", 1), (Delta("a", "length", 1, 0, (begun, A)),))
+    TextCompletion.model_validate(TextResponse(parse_request(body, TextRequest)).whole(answer), strict=True)
     text = response.chunks(Delta("", None, 0, 0, (begun, A))) + response.chunks(Delta("", None, 0, 1, (begun, A)))
     text += response.chunks(Delta("c", "length", 1, 0, (EURO,))) + response.chunks(Delta("d", "stop", 1, 1, (A,)))
     pieces = [chunk["choices"][0] for chunk in chunks_of(text)]
@@ -398,7 +404,9 @@ CALLED = ToolCall("f", '{"x": 1}')
 def test_calls_of_tools() -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     choices = Delta("", "stop", 5, 0, (), (CALLED,)), Delta("a", "length", 5, 1, (), (CALLED, CALLED))
-    first, second = ChatResponse(chat(n=2)).whole(Completion(StreamStart("d", 1), choices))["choices"]
+    whole = ChatResponse(chat(n=2)).whole(Completion(StreamStart("d", 1), choices))
+    ChatCompletion.model_validate(whole, strict=True)
+    first, second = whole["choices"]
     ids = [made.pop("id") for choice in (first, second) for made in choice["message"]["tool_calls"]]
     assert len(set(ids)) == 3 and all(made.startswith("call_") for made in ids)
     assert first["message"] == {"role": "assistant", "content": None, "refusal": None, "tool_calls": [call]}
