@@ -22,7 +22,7 @@ ORDER = {
     "jobs": ["spec_text", "spec", "job", "admitted", "initial_adapter", "stored_examples", "admission", "store",
      "estimate", "job_log", "submission", "job_report", "screen", "follow", "published_adapters", "scheduling",
      "session", "demo", "adapter_commands", "job_commands", "__main__"],
-    "deploy": ["serving", "vllm_plugin", "proxy", "api", "app", "__main__"],
+    "deploy": ["serving", "vllm_plugin", "proxy", "api", "app", "examples", "__main__"],
 }  # fmt: skip
 MAY_IMPORT = {
     "lora_core": set(),

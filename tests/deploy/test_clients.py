@@ -61,3 +61,17 @@ def test_the_client_beside_these_tests_calls_everything(site: Site) -> None:
 
 def test_the_major_version_before_calls_everything(site: Site, older: Path) -> None:
     assert call(site, "older", older).startswith("2.")
+
+
+def test_the_example_trains_and_asks(site: Site) -> None:
+    """What a session does to its job is done here as soon as it is there."""
+    command = [sys.executable, "-u", "deploy/examples/client.py", "tiny", str(site.rows)]
+    environment = {**os.environ, "OPENAI_BASE_URL": f"{site.url}/v1", "OPENAI_API_KEY": site.client.api_key}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as example:
+        assert example.stdout is not None
+        file, queued = (example.stdout.readline() for _ in range(2))
+        assert file.endswith(" processed\n") and queued.endswith(" queued\n")
+        site.train(queued.split()[0])
+        told = example.stdout.read().splitlines()
+    assert example.returncode == 0
+    assert told[-3].endswith(" succeeded tiny:tone@1") and told[-2:] == ["tiny: hello", "tiny:tone@1: hello"]
