@@ -215,7 +215,7 @@ class JobQueue(JobPages, LineTable):
             message = f"assigned to {session_id}"
             if job is None or not self._move(conn, job_id, JobStatus.QUEUED, JobStatus.RUNNING, message, values):
                 return False
-            mark_served(conn, job.tuple(), self._clock())
+            mark_served(conn, tuple(job), self._clock())
             return True
 
     def preempt_session(self, session_id: str, reason: str, *, lease: Lease | None = None) -> bool:

@@ -24,7 +24,7 @@ class LineTable(SessionTable):
         with self._db.read() as conn:
             return QueueSnapshot(
                 at=self._clock(),
-                queued=[_queued(row.tuple()) for row in conn.execute(_HEADS[conn.dialect.name], {"cluster": cluster})],
+                queued=[_queued(tuple(row)) for row in conn.execute(_HEADS[conn.dialect.name], {"cluster": cluster})],
                 running=[RunningJobs(**row) for row in conn.execute(_RUNNING, {"cluster": cluster}).mappings()],
                 sessions=alive_sessions(conn, cluster),
                 lines=_lines(conn, cluster),
