@@ -61,6 +61,32 @@ _REQUESTED = {
 }
 
 
+class FailureCode(StrEnum):
+    """Why an attempt at a job ended without what it was for, as far as it is known."""
+
+    OUT_OF_MEMORY = "out_of_memory"
+    DIVERGED = "diverged"
+    DATA = "invalid_data"
+    LOST_NODE = "lost_node"
+    STORAGE = "storage_unavailable"
+    NOT_STARTED = "session_not_started"
+    UNKNOWN = "training_failed"
+
+    @property
+    def is_of_infrastructure(self) -> bool:
+        """Whether no job can have caused it."""
+        return self in (FailureCode.LOST_NODE, FailureCode.STORAGE, FailureCode.NOT_STARTED)
+
+
+MAX_INFRASTRUCTURE_FAILURES = 10  # of a job that had no part in them
+BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 2.0, 300.0
+
+
+def backoff_seconds(failures: int) -> float:
+    """Return how long a job waits for its next attempt after so many that failed: each time twice as long."""
+    return min(LONGEST_BACKOFF_SECONDS, BACKOFF_SECONDS * 2.0 ** (failures - 1))
+
+
 class SessionState(StrEnum):
     """A session is recorded as launching before anything is started, so that a restart asks Ray instead of guessing."""
 
@@ -167,10 +193,12 @@ class JobResult(TypedDict):
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One row of `jobs`, as it was read. Times are seconds since 1970. `attempt` counts how often the job was started,
-    `lost_attempts` how often its session or a rank ended under it, `failed_launches` how often no session could be
-    started for it. `max_colocated` is the most other jobs that it may train beside: None is any number; 0 is none, as
-    it may be what ended a session. `step_tokens` are about those of one optimizer step: None is not known. `level` is
-    that with which it was started last: its priority, raised by how long it had waited."""
+    `lost_attempts` how often its session or a rank ended under it in a way that it may have caused,
+    `infrastructure_failures` how often a node or the storage was lost, `failed_launches` how often no session could be
+    started for it; until `not_before` it waits for its next attempt. `max_colocated` is the most other jobs that it may
+    train beside: None is any number; 0 is none, as it may be what ended a session. `step_tokens` are about those of one
+    optimizer step: None is not known. `level` is that with which it was started last: its priority, raised by how long
+    it had waited."""
 
     id: str
     tenant: str
@@ -198,10 +226,13 @@ class Job:
     session_id: str | None
     attempt: int
     lost_attempts: int
+    infrastructure_failures: int
     failed_launches: int
+    not_before: float | None
     max_colocated: int | None
     requested: RequestedAction | None
     error: str | None
+    error_code: FailureCode | None
     progress: JobProgress | None
     result: JobResult | None
     client_request: dict[str, Any] | None

@@ -64,6 +64,8 @@ def report(
     since = moved[-1] if moved else job.created_at
     lines = {
         "why": _why(job, events, since),
+        "failure": job.error_code,
+        "retries": _retries(job),
         "progress": _progress(job),
         "loss": curve,
         "result": _result(job),
@@ -92,6 +94,17 @@ def _why(job: Job, events: Sequence[QueueEvent], since: float) -> str | None:
     if job.status is JobStatus.QUEUED and waits:
         return waits[-1]
     return f"it is asked to {job.requested}, after its current step" if job.requested else None
+
+
+def _retries(job: Job) -> str | None:
+    """Count the attempts that ended too early, by what ended them."""
+    counts = {
+        "that the job may have ended": job.lost_attempts,
+        "by infrastructure": job.infrastructure_failures,
+        "whose session did not start": job.failed_launches,
+    }
+    told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    return f"attempts lost: {told}" if told else None
 
 
 def _progress(job: Job) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any, Literal, NotRequired
 from typing_extensions import TypedDict
 
 from deploy.api.job_requests import LEARNING_RATES
-from jobs.job import TERMINAL, Job, JobStatus, QueueEvent, StepMetrics
+from jobs.job import TERMINAL, FailureCode, Job, JobStatus, QueueEvent, StepMetrics
 from lora_core.config import DPO_BETA, TrainConfig
 from lora_core.data.json_values import finite
 
@@ -205,7 +205,7 @@ def job_object(job: Job) -> FineTuningJob:
         "fine_tuned_model": fine_tuned_model(job),
         "trained_tokens": job.result["metrics"]["tokens"] if succeeded and job.result else None,
         "estimated_finish": estimated_finish(job),
-        "error": None if job.error is None else {"code": "training_failed", "message": job.error, "param": None},
+        "error": _failure(job),
         "step": progress["step"] if progress else None,
         "steps": progress["steps"] if progress else None,
         "loss": finite(progress["loss"]) if progress else None,
@@ -218,6 +218,12 @@ def job_object(job: Job) -> FineTuningJob:
         "num_workers": spec.num_workers,
         "priority": spec.priority,
     }
+
+
+def _failure(job: Job) -> JobFailure | None:
+    if job.error is None:
+        return None
+    return {"code": job.error_code or FailureCode.UNKNOWN, "message": job.error, "param": None}
 
 
 def _method(train: TrainConfig, hyperparameters: UsedHyperparameters) -> UsedMethod:

@@ -7,6 +7,7 @@ exists instead of guessing. "Cannot reach Ray" is its own answer: it never means
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import socket
 import sys
@@ -25,10 +26,16 @@ from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 
 from cluster.ray_runtime import job_runtime_env
-from jobs.job import JobError
+from jobs.job import FailureCode, JobError
 
 NO_ANSWER = (RuntimeError, RayError, RayStateApiException, requests.RequestException, ConnectionError)
 SCHEDULERS = "lora-scheduler-"  # how their submission ids begin
+FORGOTTEN = "Ray does not know it any more"
+ENDS = {
+    r"out of memory|outofmemory|low on memory|memoryerror|bad_alloc": FailureCode.OUT_OF_MEMORY,
+    rf"node has died|nodedied|node .*(dead|terminated|preempted)|{FORGOTTEN}": FailureCode.LOST_NODE,
+}
+"""What words of Ray's, of Python's and of C++'s, about how a session ended, mean."""
 KNOCK_SECONDS = 5.0
 AGENT_SECONDS = 30.0
 """A node takes jobs only some seconds after it joined; until then Ray answers that it has no agent."""
@@ -66,6 +73,11 @@ class ClusterSize:
     workers: int
     nodes: int
     on_gpus: bool = False
+
+
+def end_code(reason: str) -> FailureCode:
+    """Return what it comes to when a session ended, from what Ray says of it."""
+    return next((code for words, code in ENDS.items() if re.search(words, reason, re.IGNORECASE)), FailureCode.UNKNOWN)
 
 
 class RayUnreachableError(JobError, RuntimeError):

@@ -31,10 +31,30 @@ from cluster.embedded_ray import OwnerLock, has_owner, start_embedded, stop_embe
 from cluster.ray_runtime import cluster_name, on_a_cluster
 from cluster.settings import Settings
 from cluster.storage.directory import open_storage
-from jobs.job import Job, JobError, JobStatus, Lease, QueueSnapshot, Session, SessionState, lease_name
+from jobs.job import (
+    MAX_INFRASTRUCTURE_FAILURES,
+    EventKind,
+    FailureCode,
+    Job,
+    JobError,
+    JobStatus,
+    Lease,
+    QueueSnapshot,
+    Session,
+    SessionState,
+    backoff_seconds,
+    lease_name,
+)
 from jobs.published_adapters import sweep
 from jobs.scheduling.fair_order import Rules, lines_to_write
-from jobs.scheduling.launcher import Launcher, RayUnreachableError, SubmissionState, scheduler_id
+from jobs.scheduling.launcher import (
+    FORGOTTEN,
+    Launcher,
+    RayUnreachableError,
+    SubmissionState,
+    end_code,
+    scheduler_id,
+)
 from jobs.scheduling.metrics import QueueCollector
 from jobs.scheduling.policy import Action, Assign, Launch, Preempt, Stop, plan
 from jobs.scheduling.room import Cluster
@@ -45,7 +65,7 @@ log = logging.getLogger("lora.scheduler")
 STEP_SECONDS = 0.5
 QUIET_SECONDS = 2.0
 """Between two rounds while no job waits: each asks Ray over HTTP, at twice a second a twentieth of a core."""
-MAX_ATTEMPTS = 3  # at starting sessions for a job, or at training it in one
+MAX_ATTEMPTS = 3  # at starting sessions for a job, or at training it in one that it may have ended
 ACCOUNT_SECONDS = 5.0
 """Between two times that what tenants hold is written to what they had."""
 FORGOTTEN_HALF_LIVES = 40
@@ -73,6 +93,7 @@ class Scheduler:
 
     def step(self) -> bool:
         """Make one round; returns whether there is anything to do, now or soon."""
+        self.queue.release_due(self.cluster, lease=self.lease)
         snapshot = self.queue.snapshot(self.cluster)
         if self._reconcile(snapshot.sessions):
             snapshot = self.queue.snapshot(self.cluster)
@@ -131,7 +152,7 @@ class Scheduler:
             ):
                 # Ray's message ends with the driver's log; its last line is the error, the rest stays in Ray's log.
                 last = [line for line in run.message.splitlines() if line.strip()][-1:]
-                self._mark_ended(session, last[0].strip() if last else "Ray does not know it any more")
+                self._mark_ended(session, last[0].strip() if last else FORGOTTEN)
                 changed = True
         for job in self.queue.without_session(self.cluster):
             self._requeue(job)
@@ -149,37 +170,46 @@ class Scheduler:
         ended = self.queue.session_move(session.id, session.state, SessionState.ENDED, reason=reason, lease=self.lease)
         if not ended or session.state is not SessionState.LAUNCHING:
             return
-        for job_id in self.queue.waiting_for(self.cluster, session.session_key):
-            count = self.queue.launch_failed(job_id, f"its session could not start: {reason}", lease=self.lease)
-            if count >= MAX_ATTEMPTS:
-                message = f"its session could not start, {count} times: {reason}"
+        for job_id, before in self.queue.waiting_for(self.cluster, session.session_key).items():
+            if (count := before + 1) < MAX_ATTEMPTS:
+                wait = backoff_seconds(count)
+                message = f"its session could not start, the next one is tried in {wait:.0f} s: {reason}"
+                self.queue.launch_failed(job_id, message, wait, lease=self.lease)
+            else:
+                message, code = f"its session could not start, {count} times: {reason}", FailureCode.NOT_STARTED
                 self.queue.move(
-                    job_id, JobStatus.QUEUED, JobStatus.FAILED, message=message, error=message, lease=self.lease
-                )
+                    job_id, JobStatus.QUEUED, JobStatus.FAILED, message=message, error=message, code=code,
+                    lease=self.lease,
+                )  # fmt: skip
 
     def _requeue(self, job: Job) -> None:
-        """Put a running job whose session has ended back to the queue, or fail it when that was the third. The third is
-        its own: of several jobs it would not be known whose fault it was.
+        """Put a running job whose session has ended back to the queue, or fail it when that was once too often. The
+        last session that it may have ended is its own: of several jobs it would not be known whose fault it was.
         """
         session = self.queue.session(job.session_id) if job.session_id else None
         reason = (session.reason if session else None) or "its session ended"
-        lost = job.lost_attempts + 1
-        if lost >= MAX_ATTEMPTS:
-            message = f"failed after {lost} sessions ended under it; the last one: {reason}"
+        code = end_code(reason)
+        infrastructure = code.is_of_infrastructure
+        count = (job.infrastructure_failures if infrastructure else job.lost_attempts) + 1
+        if count >= (MAX_INFRASTRUCTURE_FAILURES if infrastructure else MAX_ATTEMPTS):
+            message = f"failed after {count} sessions ended under it; the last one: {reason}"
             moved = self.queue.move(
-                job.id, JobStatus.RUNNING, JobStatus.FAILED, message=message, error=message, lease=self.lease
+                job.id, JobStatus.RUNNING, JobStatus.FAILED, message=message, error=message, code=code, lease=self.lease
             )
         else:
+            wait = backoff_seconds(count)
             moved = self.queue.move(
                 job.id,
                 JobStatus.RUNNING,
                 JobStatus.QUEUED,
-                message=f"back to the queue: {reason}",
+                message=f"back to the queue, to be tried again in {wait:.0f} s: {reason}",
+                kind=EventKind.WAITS,
+                code=code,
                 lease=self.lease,
-                lost_attempt=True,
-                max_colocated=0 if lost == MAX_ATTEMPTS - 1 else None,
+                retry_after=wait,
+                max_colocated=0 if not infrastructure and count == MAX_ATTEMPTS - 1 else None,
             )
-        log.warning("job=%s event=requeued lost_attempts=%d moved=%s reason=%s", job.id, lost, moved, reason)
+        log.warning("job=%s event=requeued code=%s count=%d moved=%s reason=%s", job.id, code, count, moved, reason)
 
     def _act(self, action: Action) -> None:
         match action:

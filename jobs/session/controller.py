@@ -25,7 +25,18 @@ from cluster.settings import Settings
 from cluster.storage.base import StorageError
 from cluster.storage.directory import open_storage
 from cluster.storage.keys import checkpoint_marker_key, checkpoints_prefix, committed_checkpoint, job_result_key
-from jobs.job import TERMINAL, EventKind, Job, JobResult, JobStatus, RequestedAction, SessionState
+from jobs.job import (
+    MAX_INFRASTRUCTURE_FAILURES,
+    TERMINAL,
+    EventKind,
+    FailureCode,
+    Job,
+    JobResult,
+    JobStatus,
+    RequestedAction,
+    SessionState,
+    backoff_seconds,
+)
 from jobs.job_log import JobLogWriter
 from jobs.job_report import accuracy_line
 from jobs.session.job_trace import trace_job
@@ -197,17 +208,17 @@ class SessionController:
                 self._keep(report)
             case Trained():
                 self._publish(report)
-            case JobFailed(job_id, reason, trace):
+            case JobFailed(job_id, reason, trace, code):
                 self._add_to_log(job_id, trace)
-                self._move(job_id, JobStatus.FAILED, reason, error=reason)
+                self._fail(job_id, reason, code)
             case NoRoom(job_id, others):
                 message = f"waits: it does not fit into memory beside {others} other{'s' * (others > 1)}"
                 self._move(job_id, JobStatus.QUEUED, message, kind=EventKind.WAITS, max_colocated=others - 1)
-            case RankBroke(rank, reason, active, trace):
+            case RankBroke(rank, reason, active, trace, code):
                 suspects = active or tuple(self._known)
                 if len(suspects) == 1:  # else it may be a neighbour's
                     self._add_to_log(suspects[0], trace)
-                self._blame(suspects, f"rank {rank}: {reason}")
+                self._blame(suspects, f"rank {rank}: {reason}", code)
 
     def _write_logs(self) -> None:
         """Copy what is new in the histories of the jobs that are here, or were, to their logs."""
@@ -297,15 +308,25 @@ class SessionController:
             job.id, JobStatus.SUCCEEDED, f"published {result['model']} version {version.version}", began, result=result
         )
 
-    def _blame(self, suspects: Iterable[str], reason: str) -> None:
+    def _fail(self, job_id: str, reason: str, code: FailureCode) -> None:
+        """End a job that cannot go on; what no job can have caused is tried again, later and so many times."""
+        count = self._queue.get(job_id).infrastructure_failures + 1
+        if not code.is_of_infrastructure or count >= MAX_INFRASTRUCTURE_FAILURES:
+            self._move(job_id, JobStatus.FAILED, reason, error=reason, code=code)
+            return
+        wait = backoff_seconds(count)
+        message = f"back to the queue, to be tried again in {wait:.0f} s: {reason}"
+        self._move(job_id, JobStatus.QUEUED, message, kind=EventKind.WAITS, code=code, retry_after=wait)
+
+    def _blame(self, suspects: Iterable[str], reason: str, code: FailureCode) -> None:
         """Of those whose rank raised, fail the only one, or requeue several, each to be tried by itself."""
         suspects = list(suspects)
         for job_id in suspects:
             if len(suspects) == 1:
-                self._move(job_id, JobStatus.FAILED, reason, error=reason)
+                self._fail(job_id, reason, code)
             else:
                 message = f"back to the queue, to be tried by itself: {reason}"
-                self._move(job_id, JobStatus.QUEUED, message, lost_attempt=True, max_colocated=0)
+                self._move(job_id, JobStatus.QUEUED, message, code=code, retry_after=0.0, max_colocated=0)
 
     def _runs_here(self, job_id: str) -> bool:
         """Return whether the job is still ours: asked right before something that others will see is written."""

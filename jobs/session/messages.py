@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from jobs.job import JobProgress, JobSteps
+from jobs.job import FailureCode, JobProgress, JobSteps
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ class JobFailed(Report):
 
     reason: str
     traceback: str | None = None
+    code: FailureCode = FailureCode.UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ class RankBroke:
     reason: str
     active: tuple[str, ...]
     traceback: str | None = None
+    code: FailureCode = FailureCode.UNKNOWN
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,9 @@ from cluster.sources import local_source
 from cluster.storage.base import Storage
 from cluster.storage.directory import open_storage
 from cluster.storage.keys import checkpoint_state_key
+from jobs.job import FailureCode
 from jobs.session.collectives import Collectives, PeerLostError
+from jobs.session.failures import failure_code
 from jobs.session.loader import JobReader, Read
 from jobs.session.messages import (
     AdapterKept,
@@ -117,7 +119,7 @@ class Rank:
             reason = f"{type(error).__name__}: {error}"
             log.exception("rank=%d event=broke", self.rank)
             suspects, trace = (*self.active, *self._finish_publishing()), traceback.format_exc()
-            self.mailbox.deliver(RankBroke(self.rank, reason, suspects, trace))
+            self.mailbox.deliver(RankBroke(self.rank, reason, suspects, trace, failure_code(error)))
             raise
         finally:
             self._reporter.stop()
@@ -214,7 +216,7 @@ class Rank:
 
     def _join(self, assignment: Assignment, work: Read) -> None:
         """Take a job in on all ranks, or on none: a rank that cannot is a reason for all to leave it."""
-        live, problem, no_room, trace = None, None, False, None
+        live, problem, no_room, trace, code = None, None, False, None, FailureCode.UNKNOWN
         try:
             spec, prepared, tokenizer = work.result()
             live = self.engine.admit(prepared)
@@ -222,13 +224,16 @@ class Rank:
             problem, no_room = str(error), True
         except Exception as error:  # whatever it is, it is this job's, and the others go on
             log.exception("job=%s rank=%d event=join_failed", assignment.job_id, self.rank)
-            problem, trace = f"rank {self.rank}: {type(error).__name__}: {error}", traceback.format_exc()
-        answers = self.collectives.gather(problem if problem is None else json.dumps([no_room, problem, trace]))
+            problem, code = f"rank {self.rank}: {type(error).__name__}: {error}", failure_code(error)
+            trace = traceback.format_exc()
+        answers = self.collectives.gather(problem if problem is None else json.dumps([no_room, problem, trace, code]))
         problems = [json.loads(answer) for answer in answers if answer is not None]
         if problems or live is None:
             if live is not None:
                 self.engine.remove(assignment.job_id)
-            hopeless = [(text, trace) for only_beside, text, trace in problems if not only_beside]
+            hopeless = [
+                (text, trace, FailureCode(code)) for only_beside, text, trace, code in problems if not only_beside
+            ]
             if hopeless:
                 self._fail(assignment.job_id, *hopeless[0])
             elif self.rank == 0:
@@ -264,7 +269,7 @@ class Rank:
             trained += (tokens := active.end_step())
             if isinstance(outcome, JobDiverged):
                 self._leave(job_id)
-                self._fail(job_id, str(outcome))
+                self._fail(job_id, str(outcome), None, failure_code(outcome))
                 continue
             if self.rank == 0:
                 self._reporter.stepped(job_id, active.progress(self.base), active.step_metrics(outcome, tokens))
@@ -346,7 +351,7 @@ class Rank:
         self._publisher.shutdown()
         return [job for job, publish in self._publishes.items() if publish.exception() is not None]
 
-    def _fail(self, job_id: str, reason: str, trace: str | None = None) -> None:
+    def _fail(self, job_id: str, reason: str, trace: str | None, code: FailureCode) -> None:
         if self.rank == 0:
             self._reporter.flush()
-            self.mailbox.deliver(JobFailed(job_id, reason, trace))
+            self.mailbox.deliver(JobFailed(job_id, reason, trace, code))

@@ -23,6 +23,7 @@ from jobs.job import (
     TRANSITIONS,
     ClientRequest,
     EventKind,
+    FailureCode,
     IllegalTransitionError,
     Job,
     JobNotFoundError,
@@ -188,16 +189,13 @@ class JobQueue(JobPages, LineTable):
             if rows and lease_holds(conn, lease):
                 conn.execute(sa.insert(events), rows)
 
-    def launch_failed(self, job_id: str, message: str, *, lease: Lease | None = None) -> int:
-        """Count that a session for this job could not start; returns how many could not."""
+    def launch_failed(self, job_id: str, message: str, wait: float, *, lease: Lease | None = None) -> None:
+        """Count that a session for a queued job could not start; for `wait` seconds none is started for it."""
+        values = {"failed_launches": jobs.c.failed_launches + 1, "not_before": self._clock() + wait}
+        change = sa.update(jobs).where(jobs.c.id == job_id, jobs.c.status == JobStatus.QUEUED)
         with self._db.write() as conn:
-            job = self._locked_job(conn, job_id)
-            if not lease_holds(conn, lease):
-                return job.failed_launches
-            count = job.failed_launches + 1
-            conn.execute(sa.update(jobs).where(jobs.c.id == job_id).values(failed_launches=count))
-            self._event(conn, job_id, message, "warning")
-            return count
+            if lease_holds(conn, lease) and conn.execute(change.values(values)).rowcount == 1:
+                self._event(conn, job_id, message, "warning", EventKind.WAITS, {"code": FailureCode.NOT_STARTED})
 
     def assign(self, job_id: str, session_id: str, *, level: int | None = None, lease: Lease | None = None) -> bool:
         """Begin a queued job's next attempt in a session that is running and not asked to stop. `level`: see `Job`."""
@@ -246,14 +244,16 @@ class JobQueue(JobPages, LineTable):
         fence: Fence | None = None,
         lease: Lease | None = None,
         error: str | None = None,
+        code: FailureCode | None = None,
         result: JobResult | None = None,
         max_colocated: int | None = None,
-        lost_attempt: bool = False,
+        retry_after: float | None = None,
         kind: EventKind = EventKind.NOTE,
         data: dict[str, Any] | None = None,
     ) -> bool:
-        """Change a job's state, if it still is `from_`, and record its `error`, `result` or `max_colocated` with it,
-        and whether the attempt that ends so was lost. `to` is any state but running (see `assign`); a running job that
+        """Change a job's state, if it still is `from_`, and record its `error`, `result` or `max_colocated` with it.
+        With `retry_after` the attempt that ends so has failed, for the reason `code`, and the next one waits for so
+        many seconds. `to` is any state but running (see `assign`); a running job that
         is put back to queued or is paused, but is asked to be something else, becomes that. Raises
         IllegalTransitionError."""
         assert to is not JobStatus.RUNNING, "assign() names the session that runs the job"
@@ -266,8 +266,13 @@ class JobQueue(JobPages, LineTable):
                     to, message = job.requested.status, f"{message}; {job.requested.status} as requested"
             given = {"error": error, "result": result, "max_colocated": max_colocated}
             values: dict[str, Any] = {column: value for column, value in given.items() if value is not None}
-            if lost_attempt:
-                values["lost_attempts"] = jobs.c.lost_attempts + 1
+            if code is not None:
+                values |= {"error_code": code} if to is JobStatus.FAILED else {}
+                data = {"code": code} | (data or {})
+            if retry_after is not None:
+                infrastructure = code is not None and code.is_of_infrastructure
+                counted = jobs.c.infrastructure_failures if infrastructure else jobs.c.lost_attempts
+                values |= {counted.name: counted + 1, "not_before": self._clock() + retry_after}
             return self._move(conn, job_id, from_, to, message, values, fence, kind, data)
 
     def progress(self, job_id: str, session_id: str, fence: int, progress: JobProgress) -> bool:
@@ -314,12 +319,16 @@ class JobQueue(JobPages, LineTable):
         with self._db.read() as conn:
             return [job_of(row) for row in conn.execute(query.order_by(jobs.c.created_at, jobs.c.id))]
 
-    def waiting_for(self, cluster: str, key: SessionKey) -> Sequence[str]:
-        """Return the ids of the jobs that wait for a session of this key, oldest first."""
+    def waiting_for(self, cluster: str, key: SessionKey) -> Mapping[str, int]:
+        """Return the ids of the jobs that wait for a session of this key, oldest first, and how many could not be
+        started for each.
+        """
         same = [jobs.c[name].is_not_distinct_from(value) for name, value in asdict(key).items()]
-        query = sa.select(jobs.c.id).where(jobs.c.cluster == cluster, jobs.c.status == JobStatus.QUEUED, *same)
+        waits = jobs.c.status == JobStatus.QUEUED, jobs.c.not_before.is_(None)
+        query = sa.select(jobs.c.id, jobs.c.failed_launches).where(jobs.c.cluster == cluster, *waits, *same)
         with self._db.read() as conn:
-            return conn.execute(query.order_by(jobs.c.created_at, jobs.c.id)).scalars().all()
+            rows = conn.execute(query.order_by(jobs.c.created_at, jobs.c.id))
+            return {row.id: row.failed_launches for row in rows}
 
     def has_jobs(self, cluster: str, *statuses: JobStatus) -> bool:
         """Whether there is a job in one of these states."""

@@ -30,6 +30,16 @@ class LineTable(SessionTable):
                 lines=_lines(conn, cluster),
             )
 
+    def release_due(self, cluster: str, *, lease: Lease | None = None) -> None:
+        """Put jobs that have waited long enough for their next attempt back where they were in line."""
+        due = jobs.c.cluster == cluster, jobs.c.not_before.is_not(None), jobs.c.not_before <= self._clock()
+        with self._db.read() as conn:
+            if conn.execute(sa.select(jobs.c.id).where(*due).limit(1)).first() is None:
+                return
+        with self._db.write() as conn:
+            if lease_holds(conn, lease):
+                conn.execute(sa.update(jobs).where(*due).values(not_before=None))
+
     def write_lines(
         self, cluster: str, changed: Sequence[Line], forgotten: float, *, lease: Lease | None = None
     ) -> bool:
@@ -82,8 +92,8 @@ def _in_line(cluster: str | sa.BindParameter[str]) -> sa.Select[tuple[str]]:
 
 
 def _waits(table: sa.FromClause) -> sa.ColumnElement[bool]:
-    """Whether a job waits; spelled out, as the index `jobs_in_line` is only of such rows."""
-    return table.c.status == sa.literal_column(f"'{JobStatus.QUEUED}'")
+    """Whether a job waits for a place; spelled out, as the index `jobs_in_line` is only of such rows."""
+    return sa.and_(table.c.status == sa.literal_column(f"'{JobStatus.QUEUED}'"), table.c.not_before.is_(None))
 
 
 def _heads(dialect: str) -> sa.Select[Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from jobs.job import TERMINAL, EventKind, Job, JobNotFoundError, JobStatus, QueueEvent, RequestedAction
+from jobs.job import TERMINAL, EventKind, FailureCode, Job, JobNotFoundError, JobStatus, QueueEvent, RequestedAction
 from jobs.store.schema import events, jobs
 from jobs.store.sessions import event_of
 from jobs.store.step_metrics import StepMetricsTable
@@ -100,4 +100,5 @@ def job_of(row: sa.Row[Any]) -> Job:
     values = dict(row._mapping)
     del values["copy"]
     requested = None if values["requested"] is None else RequestedAction(values["requested"])
-    return Job(**values | {"status": JobStatus(values["status"]), "requested": requested})
+    code = None if values["error_code"] is None else FailureCode(values["error_code"])
+    return Job(**values | {"status": JobStatus(values["status"]), "requested": requested, "error_code": code})

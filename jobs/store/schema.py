@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from jobs.job import TERMINAL, DatabaseSettingError, EventKind, JobStatus, SessionState
 
-REVISION = "jobs_by_age"
+REVISION = "retries"
 """The newest migration's."""
 MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -81,10 +81,13 @@ jobs = sa.Table(
     sa.Column("session_id", sa.Text),
     sa.Column("attempt", sa.Integer, nullable=False),
     sa.Column("lost_attempts", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("infrastructure_failures", sa.Integer, nullable=False, server_default="0"),
     sa.Column("failed_launches", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("not_before", sa.Double),
     sa.Column("max_colocated", sa.Integer),
     sa.Column("requested", sa.Text),
     sa.Column("error", _Text),
+    sa.Column("error_code", sa.Text),
     sa.Column("progress", _Json),
     sa.Column("result", _Json),
     sa.Column("client_request", _Json),
@@ -98,7 +101,7 @@ sa.Index("jobs_by_session", jobs.c.session_id)
 sa.Index("jobs_by_tenant", jobs.c.tenant, jobs.c.created_at)
 sa.Index("jobs_by_age", jobs.c.created_at, jobs.c.id)
 sa.Index("jobs_by_idempotency_key", jobs.c.tenant, jobs.c.idempotency_key, unique=True)
-_waits = jobs.c.status == JobStatus.QUEUED.value
+_waits = sa.and_(jobs.c.status == JobStatus.QUEUED.value, jobs.c.not_before.is_(None))
 sa.Index(
     "jobs_in_line",
     jobs.c.cluster,
@@ -109,6 +112,8 @@ sa.Index(
     sqlite_where=_waits,
     postgresql_where=_waits,
 )
+_held = jobs.c.not_before.is_not(None)
+sa.Index("jobs_held", jobs.c.cluster, jobs.c.not_before, sqlite_where=_held, postgresql_where=_held)
 # Two processes that submit the same content at once cannot both insert it. `copy` is empty, but for a job that was
 # wanted again.
 _unwanted = sorted(TERMINAL - {JobStatus.SUCCEEDED})

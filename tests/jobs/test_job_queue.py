@@ -520,7 +520,7 @@ def test_a_plan_is_made_from_the_oldest_jobs_of_each_line(queue: JobQueue, monke
     assert queue.oldest_queued("c") == jobs_of[2].created_at and queue.oldest_queued("none") is None
     assert queue.has_jobs("c", QUEUED, FAILED) and not queue.has_jobs("c", FAILED)
     assert list(queue.waiting_for("c", KEY))[:2] == [jobs_of[2].id, jobs_of[3].id]
-    assert queue.waiting_for("c", replace(KEY, forward_path="llama")) == []
+    assert queue.waiting_for("c", replace(KEY, forward_path="llama")) == {}
     assert queue.without_session("c") == []
     queue.session_move(session.id, SessionState.RUNNING, SessionState.ENDED, reason="gone")
     assert {job.id for job in queue.without_session("c")} == {jobs_of[0].id, jobs_of[1].id, other.id}

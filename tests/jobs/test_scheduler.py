@@ -11,7 +11,16 @@ from types import SimpleNamespace
 import pytest
 
 from cluster.settings import Settings
-from jobs.job import EventKind, JobStatus, RequestedAction, Session, SessionState
+from jobs.job import (
+    MAX_INFRASTRUCTURE_FAILURES,
+    EventKind,
+    FailureCode,
+    JobStatus,
+    RequestedAction,
+    Session,
+    SessionState,
+    backoff_seconds,
+)
 from jobs.scheduling import scheduler
 from jobs.scheduling.launcher import ClusterSize, Launcher, RayUnreachableError, SubmissionState, SubmissionStatus
 from jobs.scheduling.scheduler import MAX_ATTEMPTS, SLOW_SECONDS, Scheduler, run_step
@@ -123,20 +132,42 @@ def test_a_driver_that_ray_forgot_lives_as_long_as_its_lease(world: World, monke
     assert world.status is JobStatus.QUEUED
 
 
-def test_a_job_goes_back_to_the_queue_and_fails_with_the_last_line_when_it_has_ended_enough_sessions(
-    world: World,
+@pytest.mark.parametrize(
+    ("said", "code", "most"),
+    [
+        (GONE, FailureCode.UNKNOWN, MAX_ATTEMPTS),
+        ("rank 1: torch.OutOfMemoryError: CUDA out of memory.", FailureCode.OUT_OF_MEMORY, MAX_ATTEMPTS),
+        ("The actor died because its node has died.", FailureCode.LOST_NODE, MAX_INFRASTRUCTURE_FAILURES),
+    ],
+)
+def test_a_job_is_tried_again_later_and_later_and_fails_when_it_has_lost_enough_sessions(
+    world: World, said: str, code: FailureCode, most: int
 ) -> None:
-    for attempt in range(1, MAX_ATTEMPTS + 1):
+    for attempt in range(1, most + 1):
         world.come_up()
         assert world.queue.get(world.job_id).attempt == attempt
-        world.ray.run = SubmissionStatus(SubmissionState.ENDED, GONE)
+        world.ray.run = SubmissionStatus(SubmissionState.ENDED, said)
         world.scheduler.step()
         world.ray.run = SubmissionStatus(SubmissionState.RUNNING)
-        max_colocated = world.queue.get(world.job_id).max_colocated
-        assert max_colocated == (0 if attempt >= MAX_ATTEMPTS - 1 else None)  # the last one is by itself
-    job = world.queue.get(world.job_id)
-    assert job.status is JobStatus.FAILED
+        job = world.queue.get(world.job_id)
+        alone = code is not FailureCode.LOST_NODE and attempt >= MAX_ATTEMPTS - 1
+        assert job.max_colocated == (0 if alone else None)  # the last one is by itself
+        assert (world.queue.events(job.id)[-1].data or {})["code"] == code
+        if attempt < most:
+            wait = backoff_seconds(attempt)
+            assert wait == min(300.0, 2.0**attempt)
+            assert world.waits[-1].startswith(f"back to the queue, to be tried again in {wait:.0f} s: ")
+            world.now += wait - 0.1
+            world.scheduler.step()
+            assert world.queue.sessions("c") == [] and world.status is JobStatus.QUEUED
+            world.now += 0.1
+            world.scheduler.step()
+    counts = job.lost_attempts, job.infrastructure_failures
+    assert counts == ((0, most - 1) if code is FailureCode.LOST_NODE else (most - 1, 0))
+    assert job.status is JobStatus.FAILED and job.error_code is code
     assert job.error is not None
+    if said is not GONE:
+        return
     assert job.error.endswith("OSError: no disk")
     assert "Traceback" not in job.error
 
@@ -160,11 +191,19 @@ def test_sessions_that_never_come_up_fail_the_job_that_waits_for_them(world: Wor
     for death in range(1, MAX_ATTEMPTS + 1):
         assert world.status is JobStatus.QUEUED
         world.scheduler.step()
+        if death < MAX_ATTEMPTS:
+            world.scheduler.step()
+            assert len(world.ray.launched) == death
+            world.now += backoff_seconds(death)
+            world.ray.run = SubmissionStatus(SubmissionState.RUNNING)
+            world.scheduler.step()
+            world.ray.run = SubmissionStatus(SubmissionState.ENDED, GONE)
         messages = [event.message for event in world.queue.events(world.job_id)]
         failures = [message for message in messages if message.startswith("its session could not start")]
-        assert len(failures) == (death if death < MAX_ATTEMPTS else death + 1)  # and what failed it
+        assert len(failures) == death
         assert all(message.endswith(": OSError: no disk") for message in failures)
-    assert world.status is JobStatus.FAILED
+    job = world.queue.get(world.job_id)
+    assert (job.status, job.error_code) == (JobStatus.FAILED, FailureCode.NOT_STARTED)
     assert len(world.ray.launched) == MAX_ATTEMPTS
 
 
@@ -209,8 +248,12 @@ def test_why_a_job_waits_is_in_its_history_once(world: World, monkeypatch: pytes
     world.come_up()
     assert world.waits == [started, slow]
     world.ray.run = SubmissionStatus(SubmissionState.ENDED, GONE)
-    world.scheduler.step()  # back to the queue, and for it another session
-    assert world.waits == [started, slow, started]
+    world.scheduler.step()
+    again = "back to the queue, to be tried again in 2 s: OSError: no disk"
+    assert world.waits == [started, slow, again]
+    world.now += 2.0
+    world.scheduler.step()  # for it another session
+    assert world.waits == [started, slow, again, started]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import pytest
 from cluster.settings import Settings
 from cluster.storage.base import StorageCorrupt, StorageUnavailable
 from cluster.storage.keys import examples_key
+from jobs.job import FailureCode
 from jobs.session import loader as job_reader
 from jobs.session import rank as training_loop
 from jobs.session.loader import JobReader
@@ -153,7 +154,10 @@ def test_a_job_without_room_beside_others_waits_and_one_that_never_fits_fails(
     mailbox = ScriptedMailbox(script)
     session.run(mailbox, storage, other)
     assert mailbox.of(NoRoom) == [NoRoom("waits", 1)]
-    assert mailbox.of(JobFailed) == [JobFailed("fails", "rank 1: DoesNotFitError: not at all")]
+    reason = "rank 1: DoesNotFitError: not at all"
+    (failed,) = mailbox.of(JobFailed)
+    assert failed == JobFailed("fails", reason, failed.traceback, FailureCode.OUT_OF_MEMORY)
+    assert failed.traceback is not None and failed.traceback.endswith("DoesNotFitError: not at all\n")
 
 
 def test_how_long_a_job_takes_is_told_from_what_is_left_of_it() -> None:
@@ -216,7 +220,10 @@ def test_what_broke_a_rank_is_told_after_what_had_ended_and_of_what_had_not(
     with pytest.raises(RuntimeError, match="out of luck"):
         session.run(mailbox, storage)
     assert [report.job_id for report in mailbox.of(Trained)] == ["ended"]
-    assert mailbox.reports[-1] == RankBroke(0, "RuntimeError: out of luck", ("long", "spoilt"))
+    broke = mailbox.reports[-1]
+    assert isinstance(broke, RankBroke) and broke.traceback is not None
+    assert broke == RankBroke(0, "RuntimeError: out of luck", ("long", "spoilt"), broke.traceback)
+    assert broke.traceback.endswith("RuntimeError: out of luck\n")
 
 
 def test_checkpoints_are_written_one_at_a_time_and_none_waits_for_ever(
@@ -401,7 +408,10 @@ def test_publishing_that_fails_is_no_secret(session: Session, storage: ObservedS
     mailbox.open.set()
     with pytest.raises(ConnectionError, match="no mailbox"):
         session.run(mailbox, storage)
-    assert mailbox.reports[-1] == RankBroke(0, "ConnectionError: no mailbox", ("long", "short"))
+    broke = mailbox.reports[-1]
+    assert isinstance(broke, RankBroke) and broke.traceback is not None
+    assert broke == RankBroke(0, "ConnectionError: no mailbox", ("long", "short"), broke.traceback)
+    assert broke.traceback.endswith("ConnectionError: no mailbox\n")
 
 
 def test_epochs_leave_what_a_job_that_ends_there_publishes(session: Session, storage: ObservedStorage) -> None:
