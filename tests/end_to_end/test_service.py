@@ -294,7 +294,7 @@ def test_a_job_that_dies_in_a_rank_fails_with_its_reason_and_the_one_beside_it_g
     # There before the job is submitted, under the name of its encoded rows: the ranks must notice by the checksum.
     (laptop.home / "storage" / examples).write_text("not what was accepted")
     bad_id = laptop.submit(bad)
-    done = laptop.jobs("logs", bad_id)
+    done = laptop.jobs("logs", "-f", bad_id)
     assert done.returncode == 1
     failed = laptop.queue.get(bad_id)
     assert failed.status is JobStatus.FAILED
