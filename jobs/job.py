@@ -323,7 +323,9 @@ class Session:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QueuedJob:
-    """What a plan needs to know of a job that waits. `step_tokens` are 0 where they are not known."""
+    """What a plan needs to know of a job that waits: since `waits_since`, if it has been started before. `step_tokens`
+    are 0 where they are not known.
+    """
 
     id: str
     tenant: str
@@ -332,6 +334,7 @@ class QueuedJob:
     max_colocated: int | None
     step_tokens: int
     created_at: float
+    waits_since: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,7 +31,7 @@ class LogLine:
     event: int | None = None
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False)
+        return json.dumps(asdict(self))
 
 
 def line_of(event: QueueEvent) -> LogLine:
@@ -49,8 +49,9 @@ class JobLogWriter:
         """The last event of the history that is there."""
 
     def add(self, message: str, level: str = "info") -> None:
-        """Add a line that is no event."""
-        self._lines.append(LogLine(time.time(), level, message))
+        """Add a line that is no event. Characters that cannot be written are replaced, as in events."""
+        written = message.encode("utf-8", "replace").decode()
+        self._lines.append(LogLine(time.time(), level, written))
 
     def write(self, events: Sequence[QueueEvent]) -> None:
         """Write what is new, with these events. Raises StorageError; then the next call writes it."""
@@ -98,5 +99,5 @@ class JobLog:
             if key not in self._read:
                 self._read.add(key)
                 text = self._storage.get(key).decode()
-                lines |= dict.fromkeys(LogLine(**json.loads(line)) for line in text.splitlines())
+                lines |= dict.fromkeys(LogLine(**json.loads(line)) for line in text.split("\n") if line)
         return [*lines]

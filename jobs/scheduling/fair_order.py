@@ -105,8 +105,8 @@ class FairOrder:
         self._passed.add((job.tenant, job.priority))
 
     def level(self, job: QueuedJob) -> int:
-        """Return a job's priority, raised by how long its line has waited."""
-        since = max(job.created_at, self._served.get((job.tenant, job.priority)) or -math.inf)
+        """Return a job's priority, raised by how long it and its line have waited."""
+        since = max(job.waits_since, self._served.get((job.tenant, job.priority)) or -math.inf)
         return job.priority + max(0, int((self._at - since) // self._rules.aging_seconds))
 
     def _push(self, line: tuple[str, int]) -> None:

@@ -137,7 +137,10 @@ class SessionController:
             if job.requested is not None and job.id not in active:
                 self._move(job.id, job.requested.status, f"{job.requested.status} while running")
         if self._left or time.monotonic() - self._logged > LOG_SECONDS:
-            self._write_logs()
+            try:
+                self._write_logs()
+            except Exception:  # storage, most likely: the next time
+                log.exception("session=%s event=logs_not_written", self._session_id)
         if jobs:
             self._busy = time.monotonic()
         elif not stop and (

@@ -339,9 +339,14 @@ class Rank:
         return files, active.manifest(self.base, self.engine, losses)
 
     def _let_go(self, desired: DesiredJobs) -> None:
-        """Forget what is published: it is not desired any more, or another attempt of it is."""
+        """Forget what is published: it is not desired any more, or another attempt of it is. What is still being
+        written goes on to be told, however its job was asked to leave meanwhile.
+        """
         named = {(assignment.job_id, assignment.attempt) for assignment in desired.assignments}
-        self.publishing = {name: one for name, one in self.publishing.items() if (name, one.attempt) in named}
+        busy = {name for name, publish in self._publishes.items() if not publish.done()}
+        self.publishing = {
+            name: one for name, one in self.publishing.items() if (name, one.attempt) in named or name in busy
+        }
         for job in [job for job, publish in self._publishes.items() if publish.done()]:
             self._publishes[job].result()  # raises what went wrong
             del self._publishes[job]

@@ -57,7 +57,7 @@ class StepReporter:
                 jobs = tuple(
                     JobSteps(job, progress[job], tuple(one.with_figures(memory) for one in steps[job])) for job in steps
                 )
-                pace = self._tokens / self._seconds if self._seconds else None
+                pace = self._tokens / self._seconds if self._tokens else None
                 self._mailbox.deliver(StepsDone(jobs, pace))
 
     def stop(self) -> None:

@@ -231,7 +231,7 @@ class JobQueue(JobPages, LineTable):
             for job_id in conn.execute(sa.select(jobs.c.id).where(*inside).with_for_update()).scalars().all():
                 values = {"requested": RequestedAction.REQUEUE, "updated_at": self._clock()}
                 conn.execute(sa.update(jobs).where(jobs.c.id == job_id).values(values))
-                self._event(conn, job_id, f"asked to give way: {reason}")
+                self._event(conn, job_id, "asked to give way to a job of a higher priority")
             return True
 
     def move(

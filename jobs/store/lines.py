@@ -63,6 +63,7 @@ def _queued(row: Sequence[Any]) -> QueuedJob:
         max_colocated=row[7],
         step_tokens=row[8] or 0,
         created_at=row[9],
+        waits_since=row[10],
     )
 
 
@@ -116,7 +117,7 @@ def _heads(dialect: str) -> sa.Select[Any]:
 
 _COLUMNS = (
     "id", "tenant", "priority", "base_model", "precision", "num_workers", "forward_path", "max_colocated",
-    "step_tokens", "created_at",
+    "step_tokens", "created_at", "updated_at",
 )  # fmt: skip
 _HEADS = {dialect: _heads(dialect) for dialect in ("sqlite", "postgresql")}
 _RUNNING = (

@@ -253,5 +253,6 @@ def _session(row: sa.Row[Any]) -> Session:
 
 
 def event_of(row: sa.Row[Any]) -> QueueEvent:
-    """Return a row of `events`."""
-    return QueueEvent(**dict(row._mapping) | {"kind": EventKind(row.kind)})
+    """Return a row of `events`; a session of another version may have written kinds of its own."""
+    kind = EventKind(row.kind) if row.kind in set(EventKind) else EventKind.NOTE
+    return QueueEvent(**dict(row._mapping) | {"kind": kind})

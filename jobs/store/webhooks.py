@@ -147,6 +147,9 @@ class WebhookTable:
         with self._db.write() as conn:
             ids = list(conn.execute(claimed).scalars())
             mine = sa.update(webhook_deliveries).where(rows.id.in_(ids))
+            # An endpoint may have been deleted while a job ended.
+            gone = rows.endpoint_id.not_in(sa.select(webhook_endpoints.c.id))
+            conn.execute(sa.delete(webhook_deliveries).where(rows.id.in_(ids), gone))
             conn.execute(mine.values(next_at=now + CLAIM_SECONDS, attempts=rows.attempts + 1))
             joined = sa.select(webhook_deliveries).where(rows.id.in_(ids)).order_by(rows.created_at, rows.id)
             found = conn.execute(joined).all()
@@ -162,6 +165,7 @@ class WebhookTable:
                 attempts=row.attempts,
             )
             for row in found
+            if row.endpoint_id in endpoints
         ]
 
     def delivered(self, delivery_id: str) -> None:

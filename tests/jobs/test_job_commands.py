@@ -166,6 +166,15 @@ def test_a_dry_run_says_what_a_job_comes_to_and_queues_nothing(
     assert len(queue.list()) == 1
 
 
+def test_a_log_takes_any_characters(queue: JobQueue, settings: Settings) -> None:
+    storage, job_id = open_storage(settings.storage_url), submitted(queue, "a")
+    writer = JobLogWriter(storage, job_id, attempt=1)
+    writer.add("half of an emoji \ud83d, a\u2028line and its \x85end")
+    writer.write([])
+    (line,) = JobLog(queue, job_id, storage).read(whole=True)[1:]
+    assert line.message == "half of an emoji ?, a\u2028line and its \x85end"
+
+
 def test_a_log_has_the_history_and_more_once_each(queue: JobQueue, settings: Settings, run: Run) -> None:
     """In pieces, whichever of them a reader has seen, and with what no driver has copied yet."""
     storage, job_id = open_storage(settings.storage_url), submitted(queue, "a")

@@ -544,7 +544,8 @@ def test_a_session_that_gives_way_puts_its_jobs_back_into_the_queue(queue: JobQu
     after = [queue.get(job.id) for job in (first, second, third)]
     assert [job.status for job in after] == [CANCELLED, PAUSED, QUEUED]
     assert {job.lost_attempts for job in after} == {0} and after[2].requested is None
-    assert queue.events(third.id)[2].message == "asked to give way: room"
+    assert queue.snapshot("c").queued[0].waits_since == after[2].updated_at
+    assert queue.events(third.id)[2].message == "asked to give way to a job of a higher priority"
 
 
 def test_a_tenant_may_have_so_many_jobs_that_wait(queue: JobQueue) -> None:

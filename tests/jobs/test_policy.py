@@ -182,6 +182,8 @@ def test_a_line_that_is_passed_over_rises_and_one_that_is_served_does_not() -> N
     assert order([*old, *new], lines=busy) == ["old0", "new0", "new1", "old1"], "once: by then the line was served"
     assert order([*old, *new], lines=[line("x", 9.0, NOW - HOUR / 2)]) == ["new0", "new1", "old0", "old1"]
     assert order([*old, *new], replace(RULES, aging_seconds=float("inf")), lines=busy)[:2] == ["new0", "new1"]
+    back = [replace(job, waits_since=NOW) for job in old]  # until now they ran
+    assert order([*back, *new], lines=busy)[:2] == ["new0", "new1"]
     # Whoever is served behind one that finds no place makes that no younger.
     wide = waiting("wide", "e", 0, -2.6 * HOUR, tenant="x")
     room = [running_jobs("s", 2, priority=9)], [session("s", "a"), session("full", "e")]
@@ -258,7 +260,7 @@ def test_who_may_join_a_session_one_day_does_not_empty_another_until_it_has_wait
     sessions = [session("s", "a"), session("other", "b")]
     queued = [waiting("first", "a", 0, -1.0), waiting("second", "b", 0)]
     assert plan(queued, full, sessions, cluster(2, 2)) == [Assign("second", "other")]
-    aged = [replace(queued[0], created_at=NOW - 1.5 * HOUR), queued[1]]
+    aged = [waiting("first", "a", 0, -1.5 * HOUR), queued[1]]
     assert plan(aged, full, sessions, cluster(2, 2)) == []
 
 

@@ -96,7 +96,8 @@ def bring_to(queue: JobQueue, status: JobStatus, adapter: str = "a") -> Job:
 def queued_job(id_: str, key: SessionKey, **columns: Any) -> QueuedJob:
     """A job that waits, as a plan sees it."""
     row: dict[str, Any] = {"tenant": "t", "priority": 0, "max_colocated": None, "step_tokens": 0, "created_at": 0.0}
-    return QueuedJob(**{"id": id_, "session_key": key} | row | columns)
+    waits_since = columns.get("created_at", 0.0)
+    return QueuedJob(**{"id": id_, "session_key": key, "waits_since": waits_since} | row | columns)
 
 
 def running_jobs(session_id: str, number: int = 1, **columns: Any) -> RunningJobs:
