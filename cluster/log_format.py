@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import time
 from typing import Any, Literal
@@ -26,7 +27,8 @@ def fields_of(record: logging.LogRecord) -> dict[str, Any]:
         name, written = part.groups()
         value = next(arguments, None) if written is None or re.fullmatch(_PLACE, written) else written
         if name is not None:
-            found[name] = value if isinstance(value, int | float | None) else str(value)
+            plain = value is None or (isinstance(value, int | float) and math.isfinite(value))  # JSON has no NaN
+            found[name] = value if plain else str(value)
     return found
 
 
@@ -36,10 +38,10 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         milliseconds = f"{int(record.msecs):03d}"
         line: dict[str, Any] = {
+            **fields_of(record),
             "time": f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{milliseconds}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
-            **fields_of(record),
             "message": record.getMessage(),
         }
         if record.exc_info:

@@ -151,7 +151,7 @@ class FineTuning:
             )
         except TooManyJobsError as error:
             raise ApiError(429, f"with this key {error}", "too_many_jobs") from error
-        if new:
+        if new or job.status == "queued":  # an error after it was written may have kept it from being scheduled
             self._start_scheduler(job)
         return job_object(_same(job, wanted))
 

@@ -38,11 +38,21 @@ class ObserveRequests:
         with span("request", Headers(scope=scope).get("traceparent"), method=scope["method"]) as request:
             scope.setdefault("state", {})["traceparent"] = traceparent(request)
 
+            status: int | None = None  # of one that is given up before it is answered
+
             async def observed(message: Message) -> None:
+                nonlocal status
                 if message["type"] == "http.response.start":
-                    route = getattr(scope.get("route"), "path", "none")
-                    _counter(metrics.API_REQUESTS).inc(1, tags={"route": route, "status": str(message["status"])})
-                    request.set_attributes({"route": route, "status": message["status"]})
+                    status = message["status"]
                 await send(message)
 
-            await self._app(scope, receive, observed)
+            try:
+                await self._app(scope, receive, observed)
+            except Exception:
+                status = 500  # what nobody expected is answered outside of this, or an answer breaks off
+                raise
+            finally:
+                if status is not None:
+                    route = getattr(scope.get("route"), "path", "none")
+                    _counter(metrics.API_REQUESTS).inc(1, tags={"route": route, "status": str(status)})
+                    request.set_attributes({"route": route, "status": status})

@@ -31,9 +31,12 @@ log = logging.getLogger("ray.serve.lora")
 
 _LOOK_SECONDS = 1.0
 _SEND_SECONDS = 15.0  # for all of a request: looking up, connecting, sending, and the status of its answer
-_AT_A_TIME, _OF_ONE_AT_A_TIME = 32, 4  # requests; one endpoint that does not answer holds up no others
-_TRANSLATED = [ipaddress.ip_network(text) for text in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")]
-"""IPv6 networks whose addresses stand for IPv4 ones, private ones too."""
+_AT_A_TIME, _OF_A_TENANT_AT_A_TIME, _OF_ONE_AT_A_TIME = 32, 8, 4  # so that who does not answer holds up no others
+_TRANSLATED = [
+    ipaddress.ip_network(text)
+    for text in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32", "::/96", "fec0::/10")
+]
+"""IPv6 networks whose addresses stand for IPv4 ones, private ones too; and what was private before fc00::/7 was."""
 
 
 class AddressRefusedError(OSError):
@@ -45,7 +48,7 @@ class WebhookSender:
 
     def __init__(self, table: WebhookTable, allowed: Sequence[Network]) -> None:
         self._table, self._allowed = table, allowed
-        self._sending: dict[asyncio.Task[None], str] = {}  # and the endpoint of each
+        self._sending: dict[asyncio.Task[None], WebhookEndpoint] = {}  # and the endpoint of each
 
     async def check(self, text: str) -> None:
         """See whether something could be sent to this URL now.
@@ -114,20 +117,23 @@ class WebhookSender:
         if url.scheme != "https":
             raise AddressRefusedError("it must begin with https://")
         if not found.is_global or found.is_multicast or any(found in network for network in _TRANSLATED):
+            log.info("event=webhook_refused host=%s address=%s", url.host, found)  # tenants learn no inner addresses
             raise AddressRefusedError(
-                f"it leads to the private address {found}: give a public one, or have your operator name that network"
-                " in LORA_WEBHOOK_NETWORKS"
+                "it leads to a private address: give a public one, or have your operator name that network in"
+                " LORA_WEBHOOK_NETWORKS"
             )
 
     async def _begin_due(self) -> bool:
         """Begin to send some of what is due; return whether there may be more."""
-        busy = Counter(self._sending.values())
-        waiting = [endpoint for endpoint, number in busy.items() if number >= _OF_ONE_AT_A_TIME]
+        of_endpoints = Counter(endpoint.id for endpoint in self._sending.values())
+        of_tenants = Counter(endpoint.tenant for endpoint in self._sending.values())
+        busy = [endpoint for endpoint, number in of_endpoints.items() if number >= _OF_ONE_AT_A_TIME]
+        tenants = [tenant for tenant, number in of_tenants.items() if number >= _OF_A_TENANT_AT_A_TIME]
         room = min(_AT_A_TIME - len(self._sending), _OF_ONE_AT_A_TIME)
-        claimed = await asyncio.to_thread(self._table.claim, room, waiting) if room > 0 else []
+        claimed = await asyncio.to_thread(self._table.claim, room, busy, tenants) if room > 0 else []
         for delivery in claimed:
             task = asyncio.get_running_loop().create_task(self._deliver(delivery))
-            self._sending[task] = delivery.endpoint.id
+            self._sending[task] = delivery.endpoint
             task.add_done_callback(self._sending.pop)
         return 0 < room == len(claimed)
 

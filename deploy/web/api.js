@@ -47,6 +47,7 @@ export async function post(path, body = {}) {
 }
 
 // A model's name in a path: its parts stay apart, whatever is in them.
+export const jobPath = (job) => `/v1/fine_tuning/jobs/${encodeURIComponent(job)}`;
 export const modelPath = (model) => `/v1/models/${encodeURIComponent(model)}`;
 
 // XMLHttpRequest, since fetch does not tell how much has been sent.
@@ -105,7 +106,7 @@ async function extend(job) {
   const fresh = [];
   let after = "";
   for (;;) {
-    const page = await get(`/v1/fine_tuning/jobs/${job}/events?limit=100${after}`);
+    const page = await get(`${jobPath(job)}/events?limit=100${after}`);
     const seen = page.data.findIndex((event) => event.id === known[0]?.id);
     fresh.push(...(seen < 0 ? page.data : page.data.slice(0, seen)));
     if (seen < 0 && page.has_more) after = `&after=${page.last_id}`;

@@ -11,12 +11,20 @@ import { Submit } from "/web/submit.js";
 
 const VIEWS = { jobs: "Jobs", chat: "Chat", adapters: "Adapters", capacity: "Capacity" };
 
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return ""; // half of an escape
+  }
+}
+
 // #/jobs/job-1 and #/chat?models=a,b
 function parse(hash) {
   const [path, query] = hash.replace(/^#\/?/, "").split("?");
   const [view, ...rest] = path.split("/");
   const models = new URLSearchParams(query).get("models");
-  return { view: view || "jobs", chosen: decodeURIComponent(rest.join("/")), models: models ? models.split(",") : [] };
+  return { view: view || "jobs", chosen: decoded(rest.join("/")), models: models ? models.split(",") : [] };
 }
 
 function View({ at }) {

@@ -5,10 +5,13 @@ import { get, history } from "/web/api.js";
 import { ago, bytes, count, plural } from "/web/formats.js";
 import { Bar, Empty, Problem, Tile, usePolled } from "/web/parts.js";
 
+// Waiting jobs whose reasons are asked for: each is a request, of which a key has so many a minute.
+const TOLD = 10;
+
 async function load() {
   const capacity = await get("/v1/capacity");
   if (!capacity.own_jobs.waiting) return { capacity, waiting: [] };
-  const jobs = (await get("/v1/fine_tuning/jobs?limit=100")).data.filter((job) => job.status === "queued");
+  const jobs = (await get("/v1/fine_tuning/jobs?limit=100")).data.filter((job) => job.status === "queued").slice(0, TOLD);
   const histories = await Promise.all(jobs.map((job) => history(job.id)));
   return { capacity, waiting: jobs.map((job, index) => ({ job, why: histories[index].find((event) => event.kind === "waits") })) };
 }
@@ -25,7 +28,7 @@ function places({ bases, sessions }) {
 }
 
 export function Capacity() {
-  const { value, error } = usePolled(load, 2);
+  const { value, error } = usePolled(load, 5);
   const capacity = value?.capacity;
   return html`
     <section class="capacity" aria-labelledby="capacity">

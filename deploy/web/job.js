@@ -1,13 +1,13 @@
 // One job: its losses as they come, what has happened to it, and what it was made with.
 
 import { html, useState } from "/web/vendor/htm-preact.module.js";
-import { get, history, post } from "/web/api.js";
+import { get, history, jobPath, post } from "/web/api.js";
 import { Curve } from "/web/curve.js";
 import { clock, count, day, duration, loss, percent } from "/web/formats.js";
 import { ACTIVE, Bar, Confirm, Problem, Status, Tile, chatWith, figures, tell, usePolled } from "/web/parts.js";
 
 async function load(id) {
-  const [job, events] = await Promise.all([get(`/v1/fine_tuning/jobs/${id}`), history(id)]);
+  const [job, events] = await Promise.all([get(jobPath(id)), history(id)]);
   return { job, events };
 }
 
@@ -19,7 +19,7 @@ export function Job({ id, onChange }) {
   const act = async (verb, said) => {
     setRefused(null);
     try {
-      await post(`/v1/fine_tuning/jobs/${id}/${verb}`);
+      await post(`${jobPath(id)}/${verb}`);
       tell(`${job.suffix}: ${said}`);
     } catch (problem) {
       setRefused(problem);
@@ -132,7 +132,7 @@ function Log({ id }) {
 }
 
 function Lines({ id }) {
-  const { value, error } = usePolled(() => get(`/v1/fine_tuning/jobs/${id}/logs`), 3);
+  const { value, error } = usePolled(() => get(`${jobPath(id)}/logs`), 3);
   const lines = value?.data.map(({ created_at, level, message }) => `${clock(created_at)} ${level} ${message}`);
   return html`<${Problem} error=${error} />${lines && html`<pre tabindex="0" aria-label="Log">${lines.join("\n")}</pre>`}`;
 }

@@ -82,7 +82,9 @@ class _Planner:
         for jobs in snapshot.running:
             self._running_jobs[jobs.tenant] = self._running_jobs.get(jobs.tenant, 0) + jobs.number
         self._placed: list[tuple[QueuedJob, Place, int]] = []
-        self._without = self._room.keys_without_a_place(snapshot.queued)
+        self._without = self._room.keys_without_a_place(
+            [job for job in snapshot.queued if self._may_run_more(job.tenant)]
+        )
         self._in_vain: set[tuple[SessionKey, int | None]] = set()
         self._making_room: list[Action] = []
         self._why: dict[str, str] = {}
@@ -104,7 +106,7 @@ class _Planner:
                 f"it needs {workers} workers, and the cluster has room for {self._cluster.workers}; add nodes,"
                 " or cancel it and submit it with a lower num_workers"
             )
-        if quota.running_jobs is not None and self._running_jobs.get(job.tenant, 0) >= quota.running_jobs:
+        if not self._may_run_more(job.tenant):
             return f"{job.tenant} may have {quota.running_jobs} running jobs at a time"
         if (job.session_key, job.max_colocated) in self._in_vain:
             return self._behind_others()
@@ -120,6 +122,10 @@ class _Planner:
             return self._behind_others()
         self._in_line = 1
         return f"others have the workers of which it needs {workers}; the cluster has {self._cluster.workers}"
+
+    def _may_run_more(self, tenant: str) -> bool:
+        most = self._rules.quota(tenant).running_jobs
+        return most is None or self._running_jobs.get(tenant, 0) < most
 
     def _choices(self, job: QueuedJob) -> Iterator[Place]:
         """Yield places for a job, the best first."""

@@ -180,13 +180,16 @@ class JobQueue(JobPages, LineTable):
                 self._event(conn, job_id, message, level, kind, data)
 
     def tell(self, why: Mapping[str, str], *, lease: Lease | None = None) -> None:
-        """Add why they wait to the histories of jobs."""
-        rows = [
-            {"subject": job_id, "at": self._clock(), "level": "info", "kind": EventKind.WAITS, "message": reason}
-            for job_id, reason in why.items()
-        ]
+        """Add why they wait to the histories of jobs that still do. They are locked, as wherever there is an event."""
+        if not why:
+            return
+        waiting = sa.select(jobs.c.id).where(jobs.c.id.in_(list(why)), jobs.c.status == JobStatus.QUEUED)
         with self._db.write() as conn:
-            if rows and lease_holds(conn, lease):
+            if not lease_holds(conn, lease):
+                return
+            line = {"at": self._clock(), "level": "info", "kind": EventKind.WAITS}
+            found = conn.execute(waiting.order_by(jobs.c.id).with_for_update()).scalars()
+            if rows := [line | {"subject": job_id, "message": why[job_id]} for job_id in found]:
                 conn.execute(sa.insert(events), rows)
 
     def launch_failed(self, job_id: str, message: str, wait: float, *, lease: Lease | None = None) -> None:
@@ -337,10 +340,11 @@ class JobQueue(JobPages, LineTable):
             return conn.execute(query.limit(1)).first() is not None
 
     def oldest_queued(self, cluster: str) -> float | None:
-        """Return when the oldest waiting job was submitted."""
-        query = sa.select(sa.func.min(jobs.c.created_at))
+        """Return since when the job has waited that has waited longest, those aside that wait for another attempt."""
+        query = sa.select(sa.func.min(jobs.c.updated_at))
         with self._db.read() as conn:
-            waiting = query.where(jobs.c.cluster == cluster, jobs.c.status == JobStatus.QUEUED)
+            in_line = jobs.c.status == JobStatus.QUEUED, jobs.c.not_before.is_(None)
+            waiting = query.where(jobs.c.cluster == cluster, *in_line)
             found: float | None = conn.execute(waiting).scalar_one()
         return found
 

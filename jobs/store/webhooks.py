@@ -134,12 +134,15 @@ class WebhookTable:
             conn.execute(sa.delete(webhook_deliveries).where(webhook_deliveries.c.endpoint_id == endpoint.id))
             conn.execute(sa.delete(webhook_endpoints).where(webhook_endpoints.c.id == endpoint.id))
 
-    def claim(self, most: int, busy: Collection[str] = ()) -> Sequence[Delivery]:
-        """Return deliveries whose time has come, of endpoints that are not `busy`; nobody else gets them for a while,
-        and by then each must have been delivered or put off.
+    def claim(self, most: int, busy: Collection[str] = (), busy_tenants: Collection[str] = ()) -> Sequence[Delivery]:
+        """Return deliveries whose time has come, of endpoints that are not `busy`, nor their tenants; nobody else gets
+        them for a while, and by then each must have been delivered or put off.
         """
         now, rows = self._clock(), webhook_deliveries.c
         due = sa.select(webhook_deliveries.c.id).where(rows.next_at <= now, rows.endpoint_id.not_in(list(busy)))
+        if busy_tenants:
+            theirs = webhook_endpoints.c.tenant.in_(list(busy_tenants))
+            due = due.where(rows.endpoint_id.not_in(sa.select(webhook_endpoints.c.id).where(theirs)))
         with self._db.read() as conn:  # most looks find nothing, and a write waits for all others
             if conn.execute(due.limit(1)).first() is None:
                 return []

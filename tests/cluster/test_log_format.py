@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 
+import pytest
+
 from cluster.log_format import NamedFields, formatter
 
 
@@ -21,6 +23,10 @@ def test_a_line_has_the_fields_that_its_format_names() -> None:
     assert found["message"] == "job=job-1 event=moved x=9 step=7 seconds=1.250 message=to: a=b c"
     assert (found["level"], found["logger"], found["time"][-1]) == ("info", "lora.session", "Z")
     assert "x" not in found  # what somebody wrote is no field
+    odd = json.loads(
+        formatter("json").format(record("level=%s loss=%.1f", "other", float("nan"))), parse_constant=pytest.fail
+    )
+    assert (odd["level"], odd["loss"]) == ("info", "nan")  # JSON has no NaN, and a line's own head stays
     assert formatter("text").format(line).endswith("lora.session " + found["message"])
 
 

@@ -5,8 +5,10 @@ the whole generator, with graphs and prompts in chunks, against the same weights
 from __future__ import annotations
 
 import dataclasses
+import gc
 import random
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -238,6 +240,10 @@ def test_the_table_of_an_adapter_is_that_of_another_moved() -> None:
             assert (ours is None) == (theirs is None)
             if ours is not None and theirs is not None:
                 assert torch.equal(ours.a, theirs.a) and torch.equal(ours.scales, theirs.scales)
+        kept = weakref.ref(one.memory)
+        del one, args, rows, served
+        gc.collect()
+        assert kept() is None and layout.modules  # all of the first one has gone
     kinds = {
         staged(init_adapter(forward.modules, lora, seed=0), torch.float32, pinned=False).kind
         for lora in (some, LoraConfig(r=8), LoraConfig(r=16), LoraConfig(r=16, lora_alpha=7))

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import requests
+from starlette.types import Message, Receive, Scope, Send
 
 from cluster.settings import Settings
+from deploy.api import observation
 from tests.support.adapter_service import Service, about, run
 from tests.support.api_server import running_gateway
 from tests.support.trace_collector import collected
@@ -43,3 +48,34 @@ def test_a_request_is_traced_from_the_client_to_the_engine(tmp_path: Path, monke
     }
     said = {attribute.key: attribute.value for attribute in spans["request"].attributes}
     assert (said["route"].string_value, said["status"].int_value) == ("/v1/chat/completions", 200)
+
+
+def test_what_nobody_expected_counts_as_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its 500 is answered outside of what counts; an answer that breaks off is one, too, and one that is given up none."""
+    counted: list[str] = []
+    counter = SimpleNamespace(inc=lambda _, tags: counted.append(tags["status"]))
+    monkeypatch.setattr(observation, "_counter", lambda spec: counter)
+
+    async def ask(status: int | None, error: type[BaseException] | None) -> None:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            if status is not None:
+                await send({"type": "http.response.start", "status": status})
+            if error is not None:
+                raise error
+
+        async def send(message: Message) -> None:
+            return None
+
+        scope = {"type": "http", "method": "GET", "headers": []}
+        with contextlib.suppress(RuntimeError, asyncio.CancelledError):
+            await observation.ObserveRequests(app)(scope, None, send)  # type: ignore[arg-type]
+
+    for status, error in (
+        (200, None),
+        (404, None),
+        (None, RuntimeError),
+        (200, RuntimeError),
+        (None, asyncio.CancelledError),
+    ):
+        asyncio.run(ask(status, error))
+    assert counted == ["200", "404", "500", "500"]

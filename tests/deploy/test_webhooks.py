@@ -147,11 +147,12 @@ def test_what_was_not_told_is_told_after_a_restart(tmp_path: Path, receiver: Rec
     ("url", "reason"),
     [
         ("https://127.1.2.3", ""), ("http://8.8.8.8/hook", "must begin with https"), ("https://10.0.0.1", "private"),
-        ("https://[::1]:8443", "private address ::1"), ("https://[::ffff:10.0.0.1]", "private address 10.0.0.1"),
+        ("https://[::1]:8443", "private address:"), ("https://[::ffff:10.0.0.1]", "private address:"),
         ("https://169.254.169.254/latest", "private"), ("https://0.0.0.0", "private"), ("https://100.64.0.1", "privat"),
         ("https://[64:ff9b::a00:1]", "private"), ("https://[2002:a00:1::]", "private"), ("https://224.0.0.1", "privat"),
-        ("https://167772161", "private address 10.0.0.1"), ("https://10.1", "private address 10.0.0.1"),
-        ("https://0xa000001", "private address 10.0.0.1"), ("ftp://8.8.8.8", "write https"), ("8.8.8.8", "write https"),
+        ("https://[::10.0.0.1]", "private"), ("https://[fec0::1]", "private"),
+        ("https://167772161", "private address:"), ("https://10.1", "private address:"),
+        ("https://0xa000001", "private address:"), ("ftp://8.8.8.8", "write https"), ("8.8.8.8", "write https"),
         ("https://user@8.8.8.8", "without a user"), ("https://", "cannot be"), ("https://no.invalid", "cannot be"),
     ],
 )  # fmt: skip

@@ -517,7 +517,7 @@ def test_a_plan_is_made_from_the_oldest_jobs_of_each_line(queue: JobQueue, monke
     )
     assert {line.mean_workers for line in queue.snapshot("c").lines} == {2.0, 0.0, 1.0}
     assert queue.write_lines("c", held, 1.0) and len(queue.snapshot("c").lines) == 2
-    assert queue.oldest_queued("c") == jobs_of[2].created_at and queue.oldest_queued("none") is None
+    assert queue.oldest_queued("c") == jobs_of[2].updated_at and queue.oldest_queued("none") is None
     assert queue.has_jobs("c", QUEUED, FAILED) and not queue.has_jobs("c", FAILED)
     assert list(queue.waiting_for("c", KEY))[:2] == [jobs_of[2].id, jobs_of[3].id]
     assert queue.waiting_for("c", replace(KEY, forward_path="llama")) == {}

@@ -63,7 +63,7 @@ def test_a_delivery_is_one_sender_s_until_it_dies_and_comes_later_each_time(
     for delivery in claimed[1:]:
         table.delivered(delivery.id)
     clock.now += CLAIM_SECONDS
-    assert table.claim(9, busy=[endpoint.id]) == []
+    assert table.claim(9, busy=[endpoint.id]) == [] and table.claim(9, busy_tenants=["default"]) == []
     for attempt, wait in enumerate((20, 80, 320, 1280, 5120, 20480, 21600), 2):
         (again,) = table.claim(9)
         assert (again.id, again.attempts) == (claimed[0].id, attempt) and table.put_off(again)

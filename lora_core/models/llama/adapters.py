@@ -111,7 +111,7 @@ class ServedAdapter:
     dirty = False  # it has no DoRA
 
     def __init__(self, layout: AdapterLayout, memory: Tensor, table: Tensor) -> None:
-        self._layout, self.memory, self.address = layout, [memory, table], table.data_ptr()
+        self._layout, self.memory, self.address = layout, [memory, table, *layout.scales], table.data_ptr()
         self.by_kind, self.modules = layout.by_kind, layout.modules
 
     @cached_property
@@ -130,14 +130,15 @@ class AdapterLayout:
 
         host = torch.device("cpu")
         here = KernelArgs(on_device(like, like.memory, host), groups, host)
-        self.by_kind, self.modules = here.by_kind, like.a.keys()
         self._groups, self._device = groups, device
         self._like = Adapter(like.scale, _on_meta(like.a), _on_meta(like.b))
-        self._scales = _scales(like, groups, device)
+        self.by_kind, self.modules = here.by_kind, self._like.a.keys()
+        scales_of = _scales(like, groups, device)
+        self.scales = [scales for scales in scales_of if len(scales)][:1]  # all are in one piece
         table = _table(here.groups, groups).reshape(-1, FIELDS)
         addresses = np.zeros_like(table)
         addresses[:, ADDRESSES] = table[:, ADDRESSES] != 0
-        for row, scales in zip(table, self._scales, strict=True):
+        for row, scales in zip(table, scales_of, strict=True):
             row[SCALES] = scales.data_ptr() if len(scales) else 0
         self._table, self._is_address = table - addresses * like.memory.data_ptr(), addresses
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Literal
 
 import torch
@@ -76,6 +77,7 @@ class LlamaForward:
         self._serving_problems: dict[int, str | None] = {}
         self._graphs: DecodeGraphs | None = None
         self._layouts: dict[tuple[object, ...], AdapterLayout] = {}
+        self._making_layout = Lock()
         self._warmup = KernelWarmup(decoder) if self.device.type == "cuda" else None
 
     def exactness(self) -> Exactness:
@@ -155,9 +157,10 @@ class LlamaForward:
 
     def _layout(self, adapter: StagedAdapter) -> AdapterLayout:
         kind = adapter.kind
-        if kind not in self._layouts:
-            self._layouts[kind] = AdapterLayout(adapter, self.decoder.groups, self.device)
-        return self._layouts[kind]
+        with self._making_layout:  # adapters are loaded by many threads
+            if kind not in self._layouts:
+                self._layouts[kind] = AdapterLayout(adapter, self.decoder.groups, self.device)
+            return self._layouts[kind]
 
     def ready(
         self, batch: PackedBatch, adapters: Sequence[ServableAdapter | None], dropout_keys: Sequence[Tensor | None]
