@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from cluster.settings import Settings, SettingsError, load_settings
-from jobs.job import JobError
+from jobs.errors import JobError
 from jobs.store.api_keys import KeyTable, Scope
 from jobs.store.database import Database
 

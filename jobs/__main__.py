@@ -22,9 +22,9 @@ from cluster.settings import Settings, SettingsError, load_settings
 from cluster.storage.base import StorageError
 from jobs.adapter_commands import add_adapter_commands
 from jobs.admitted import Admitted
+from jobs.errors import JobError
 from jobs.estimate import Estimate, estimate, memory_of_a_rank
 from jobs.follow import follow, interrupted_later
-from jobs.job import JobError
 from jobs.job_commands import add_job_commands, print_json
 from jobs.job_report import job_document
 from jobs.spec import SpecError, load_spec

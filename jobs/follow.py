@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from jobs.job import TERMINAL, Job, JobError, JobStatus, lease_name
+from jobs.errors import JobError
+from jobs.job import TERMINAL, Job, JobStatus, lease_name
 from jobs.job_log import JobLog, LogLine
 from jobs.job_report import accuracy_line
 from jobs.screen import ProgressBar

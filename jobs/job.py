@@ -6,7 +6,7 @@ A move that is not listed here cannot be made by any method of the queue, and a 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, NotRequired, TypedDict
@@ -321,61 +321,6 @@ class Session:
         return f"{self.id}-a{self.attempt}"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class QueuedJob:
-    """What a plan needs to know of a job that waits: since `waits_since`, if it has been started before. `step_tokens`
-    are 0 where they are not known.
-    """
-
-    id: str
-    tenant: str
-    priority: int
-    session_key: SessionKey
-    max_colocated: int | None
-    step_tokens: int
-    created_at: float
-    waits_since: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunningJobs:
-    """The jobs of one tenant and priority that run in one session: how many, the highest `level` with which one was
-    started (its priority, raised by how long it had waited), the least `max_colocated`, and the sum of `step_tokens`.
-    """
-
-    session_id: str
-    tenant: str
-    priority: int
-    level: int
-    number: int
-    max_colocated: int | None
-    step_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Line:
-    """What the jobs of one tenant and priority had: `mean_workers` on average until `at` (see
-    `jobs/scheduling/fair_order.py`), and when the oldest of those that waited was last given to a session.
-    """
-
-    tenant: str
-    priority: int
-    mean_workers: float
-    at: float
-    served_at: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class QueueSnapshot:
-    """What a plan is made from, as it was at one moment: of the waiting jobs the oldest of each line."""
-
-    at: float
-    queued: Sequence[QueuedJob] = ()
-    running: Sequence[RunningJobs] = ()
-    sessions: Sequence[Session] = ()
-    lines: Sequence[Line] = ()
-
-
 def lease_name(cluster: str) -> str:
     """Return the lease row of a cluster's scheduler."""
     return f"scheduler:{cluster}"
@@ -426,54 +371,3 @@ class QueueEvent:
     def place(self) -> tuple[int, int]:
         """Where it stands in the history of its subject, beside `StepMetrics`."""
         return self.id, 0
-
-
-class JobError(Exception):
-    """Whatever the queue cannot do. Arguments are kept as they are, since Ray pickles errors between processes."""
-
-
-class JobNotFoundError(JobError):
-    """No job, or more than one, has an id that starts so."""
-
-    def __init__(self, wanted: str, matches: list[str]) -> None:
-        super().__init__(wanted, matches)
-        self.wanted, self.matches = wanted, matches
-
-    def __str__(self) -> str:
-        if self.matches:
-            return f"{self.wanted!r} could be {', '.join(self.matches)}: give more of the id"
-        return f"there is no job {self.wanted!r}: `python -m jobs list` shows the ids"
-
-
-class TooManyJobsError(JobError):
-    """A tenant has as many unfinished or waiting jobs as whoever submits another one may have."""
-
-    def __init__(self, most: int, what: str = "unfinished") -> None:
-        super().__init__(most, what)
-        self.most, self.what = most, what
-
-    def __str__(self) -> str:
-        return f"there may be {self.most} {self.what} jobs; wait for one, or cancel one"
-
-
-class IllegalTransitionError(JobError):
-    """A move that no state table lists."""
-
-    def __init__(self, subject: str, from_: str, to: str) -> None:
-        super().__init__(subject, from_, to)
-        self.subject, self.from_, self.to = subject, from_, to
-
-    def __str__(self) -> str:
-        return f"{self.subject} is {self.from_} and cannot become {self.to}"
-
-
-class DatabaseSettingError(JobError, ValueError):
-    """LORA_DATABASE_URL names a database that this cannot use; the message says what to set."""
-
-
-class UnstorableValueError(JobError):
-    """No database column holds this value: text with the character NUL on PostgreSQL, or a number that is too large."""
-
-
-class DatabaseUnavailableError(JobError):
-    """The database did not answer. Whether the last write happened is unknown: read again."""

@@ -21,7 +21,8 @@ from cluster.settings import Settings
 from cluster.sources import local_source
 from cluster.storage.base import Storage
 from cluster.storage.keys import all_adapters_prefix, all_jobs_prefix, job_of_checkpoint, owner_of_version
-from jobs.job import TERMINAL, Job, JobNotFoundError, JobStatus
+from jobs.errors import JobNotFoundError
+from jobs.job import TERMINAL, Job, JobStatus
 from jobs.spec import SpecError
 from jobs.store.jobs import JobQueue
 

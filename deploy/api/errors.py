@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from cluster.requirements import requirement
 from cluster.storage.base import StorageError
 from deploy.api.observation import count_error
-from jobs.job import DatabaseUnavailableError, UnstorableValueError
+from jobs.errors import DatabaseUnavailableError, UnstorableValueError
 
 log = logging.getLogger("ray.serve.lora")
 

@@ -42,15 +42,9 @@ from deploy.api.job_requests import WINDOW_SECONDS, JobRequest, parse_job_reques
 from deploy.api.keys import Caller, caller_of, needs
 from deploy.api.pages import Page, page
 from deploy.api.schemas import read_document
+from jobs.errors import IllegalTransitionError, JobNotFoundError, TooManyJobsError
 from jobs.estimate import Estimate, estimate
-from jobs.job import (
-    ClientRequest,
-    IllegalTransitionError,
-    Job,
-    JobNotFoundError,
-    RequestedAction,
-    TooManyJobsError,
-)
+from jobs.job import ClientRequest, Job, RequestedAction
 from jobs.job_log import JobLog
 from jobs.spec import JobSpec
 from jobs.store.api_keys import Scope

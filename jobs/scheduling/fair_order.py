@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from cluster.settings import EVERYBODY_ELSE, Quota, Settings
-from jobs.job import Line, QueuedJob, QueueSnapshot
+from jobs.queue_snapshot import Line, QueuedJob, QueueSnapshot
 
 COUNTED_SECONDS = 60.0
 DIGITS = 6  # of a share: the same share, summed up in another order, is the same

@@ -26,7 +26,8 @@ from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 
 from cluster.ray_runtime import job_runtime_env
-from jobs.job import FailureCode, JobError
+from jobs.errors import JobError
+from jobs.job import FailureCode
 
 NO_ANSWER = (RuntimeError, RayError, RayStateApiException, requests.RequestException, ConnectionError)
 SCHEDULERS = "lora-scheduler-"  # how their submission ids begin

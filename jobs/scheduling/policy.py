@@ -17,7 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from jobs.job import QueuedJob, QueueSnapshot, SessionKey
+from jobs.job import SessionKey
+from jobs.queue_snapshot import QueuedJob, QueueSnapshot
 from jobs.scheduling.fair_order import FairOrder, Rules
 from jobs.scheduling.room import Cluster, Place, Room
 

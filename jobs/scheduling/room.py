@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from jobs.job import QueuedJob, QueueSnapshot, Session, SessionKey
+from jobs.job import Session, SessionKey
+from jobs.queue_snapshot import QueuedJob, QueueSnapshot
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,21 +31,21 @@ from cluster.embedded_ray import OwnerLock, has_owner, start_embedded, stop_embe
 from cluster.ray_runtime import cluster_name, on_a_cluster
 from cluster.settings import Settings
 from cluster.storage.directory import open_storage
+from jobs.errors import JobError
 from jobs.job import (
     MAX_INFRASTRUCTURE_FAILURES,
     EventKind,
     FailureCode,
     Job,
-    JobError,
     JobStatus,
     Lease,
-    QueueSnapshot,
     Session,
     SessionState,
     backoff_seconds,
     lease_name,
 )
 from jobs.published_adapters import sweep
+from jobs.queue_snapshot import QueueSnapshot
 from jobs.scheduling.fair_order import Rules, lines_to_write
 from jobs.scheduling.launcher import (
     FORGOTTEN,

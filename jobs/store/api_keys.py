@@ -12,7 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from jobs.job import JobError
+from jobs.errors import JobError
 from jobs.store.database import Database
 from jobs.store.schema import api_keys
 

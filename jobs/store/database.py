@@ -17,7 +17,7 @@ from pathlib import Path
 import sqlalchemy as sa
 from sqlalchemy import event
 
-from jobs.job import DatabaseSettingError, DatabaseUnavailableError, UnstorableValueError
+from jobs.errors import DatabaseSettingError, DatabaseUnavailableError, UnstorableValueError
 from jobs.store.schema import create_or_upgrade
 
 SCHEMA_LOCK = 0x4C6F5241  # any number that no other user of the same PostgreSQL database takes for its advisory lock

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import sqlalchemy as sa
 
-from jobs.job import JobStatus, Lease, Line, QueuedJob, QueueSnapshot, RunningJobs, SessionKey
-from jobs.store.schema import jobs, lines
+from jobs.job import ALIVE, EventKind, FailureCode, Job, JobStatus, Lease, SessionKey
+from jobs.queue_snapshot import Line, QueuedJob, QueueSnapshot, RunningJobs
+from jobs.store.pages import job_of
+from jobs.store.schema import events, jobs, lines, sessions
 from jobs.store.sessions import SessionTable, alive_sessions, lease_holds
 
 HEADS = 32
@@ -17,7 +19,7 @@ HEADS = 32
 
 
 class LineTable(SessionTable):
-    """The part of the queue that a scheduler plans from."""
+    """The part of the queue that a scheduler plans from, and where it says what keeps jobs waiting."""
 
     def snapshot(self, cluster: str) -> QueueSnapshot:
         """Return what a plan is made from."""
@@ -29,6 +31,60 @@ class LineTable(SessionTable):
                 sessions=alive_sessions(conn, cluster),
                 lines=_lines(conn, cluster),
             )
+
+    def without_session(self, cluster: str) -> Sequence[Job]:
+        """Return the running jobs of a cluster whose sessions have ended."""
+        ended = sa.select(sessions.c.id).where(sessions.c.id == jobs.c.session_id, sessions.c.state.in_(sorted(ALIVE)))
+        query = sa.select(jobs).where(jobs.c.cluster == cluster, jobs.c.status == JobStatus.RUNNING, ~ended.exists())
+        with self._db.read() as conn:
+            return [job_of(row) for row in conn.execute(query.order_by(jobs.c.created_at, jobs.c.id))]
+
+    def waiting_for(self, cluster: str, key: SessionKey) -> Mapping[str, int]:
+        """Return the ids of the jobs that wait for a session of this key, oldest first, and how many could not be
+        started for each.
+        """
+        same = [jobs.c[name].is_not_distinct_from(value) for name, value in asdict(key).items()]
+        waits = jobs.c.status == JobStatus.QUEUED, jobs.c.not_before.is_(None)
+        query = sa.select(jobs.c.id, jobs.c.failed_launches).where(jobs.c.cluster == cluster, *waits, *same)
+        with self._db.read() as conn:
+            rows = conn.execute(query.order_by(jobs.c.created_at, jobs.c.id))
+            return {row.id: row.failed_launches for row in rows}
+
+    def has_jobs(self, cluster: str, *statuses: JobStatus) -> bool:
+        """Whether there is a job in one of these states."""
+        query = sa.select(jobs.c.id).where(jobs.c.cluster == cluster, jobs.c.status.in_(statuses))
+        with self._db.read() as conn:
+            return conn.execute(query.limit(1)).first() is not None
+
+    def oldest_queued(self, cluster: str) -> float | None:
+        """Return since when the job has waited that has waited longest, those aside that wait for another attempt."""
+        query = sa.select(sa.func.min(jobs.c.updated_at))
+        with self._db.read() as conn:
+            in_line = jobs.c.status == JobStatus.QUEUED, jobs.c.not_before.is_(None)
+            waiting = query.where(jobs.c.cluster == cluster, *in_line)
+            found: float | None = conn.execute(waiting).scalar_one()
+        return found
+
+    def tell(self, why: Mapping[str, str], *, lease: Lease | None = None) -> None:
+        """Add why they wait to the histories of jobs that still do. They are locked, as wherever there is an event."""
+        if not why:
+            return
+        waiting = sa.select(jobs.c.id).where(jobs.c.id.in_(list(why)), jobs.c.status == JobStatus.QUEUED)
+        with self._db.write() as conn:
+            if not lease_holds(conn, lease):
+                return
+            line = {"at": self._clock(), "level": "info", "kind": EventKind.WAITS}
+            found = conn.execute(waiting.order_by(jobs.c.id).with_for_update()).scalars()
+            if rows := [line | {"subject": job_id, "message": why[job_id]} for job_id in found]:
+                conn.execute(sa.insert(events), rows)
+
+    def launch_failed(self, job_id: str, message: str, wait: float, *, lease: Lease | None = None) -> None:
+        """Count that a session for a queued job could not start; for `wait` seconds none is started for it."""
+        values = {"failed_launches": jobs.c.failed_launches + 1, "not_before": self._clock() + wait}
+        change = sa.update(jobs).where(jobs.c.id == job_id, jobs.c.status == JobStatus.QUEUED)
+        with self._db.write() as conn:
+            if lease_holds(conn, lease) and conn.execute(change.values(values)).rowcount == 1:
+                self._event(conn, job_id, message, "warning", EventKind.WAITS, {"code": FailureCode.NOT_STARTED})
 
     def release_due(self, cluster: str, *, lease: Lease | None = None) -> None:
         """Put jobs that have waited long enough for their next attempt back where they were in line."""

@@ -7,7 +7,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from jobs.job import TERMINAL, EventKind, FailureCode, Job, JobNotFoundError, JobStatus, QueueEvent, RequestedAction
+from jobs.errors import JobNotFoundError
+from jobs.job import TERMINAL, EventKind, FailureCode, Job, JobStatus, QueueEvent, RequestedAction
 from jobs.store.schema import events, jobs
 from jobs.store.sessions import event_of
 from jobs.store.step_metrics import StepMetricsTable

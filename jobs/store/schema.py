@@ -12,7 +12,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from jobs.job import TERMINAL, DatabaseSettingError, EventKind, JobStatus, SessionState
+from jobs.errors import DatabaseSettingError
+from jobs.job import TERMINAL, EventKind, JobStatus, SessionState
 
 REVISION = "retries"
 """The newest migration's."""

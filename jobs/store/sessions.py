@@ -20,11 +20,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from jobs.errors import IllegalTransitionError
 from jobs.job import (
     ALIVE,
     SESSION_TRANSITIONS,
     EventKind,
-    IllegalTransitionError,
     JobStatus,
     Lease,
     LeaseInfo,

@@ -22,7 +22,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from jobs.job import TERMINAL, JobError, JobStatus
+from jobs.errors import JobError
+from jobs.job import TERMINAL, JobStatus
 from jobs.store.database import Database
 from jobs.store.schema import jobs, webhook_deliveries, webhook_endpoints
 

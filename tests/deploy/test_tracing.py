@@ -51,7 +51,7 @@ def test_a_request_is_traced_from_the_client_to_the_engine(tmp_path: Path, monke
 
 
 def test_what_nobody_expected_counts_as_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its 500 is answered outside of what counts; an answer that breaks off is one, too, and one that is given up none."""
+    """Its 500 is answered outside of what counts; so counts an answer that breaks off, and not one that is given up."""
     counted: list[str] = []
     counter = SimpleNamespace(inc=lambda _, tags: counted.append(tags["status"]))
     monkeypatch.setattr(observation, "_counter", lambda spec: counter)

@@ -24,16 +24,14 @@ from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 
-from jobs.job import (
+from jobs.errors import (
     DatabaseSettingError,
     DatabaseUnavailableError,
-    EventKind,
     IllegalTransitionError,
     JobNotFoundError,
-    RequestedAction,
-    SessionKey,
     UnstorableValueError,
 )
+from jobs.job import EventKind, RequestedAction, SessionKey
 from jobs.store.database import check_database
 from jobs.store.jobs import JobQueue
 from jobs.store.schema import MIGRATIONS, REVISION, jobs, metadata, schema_version

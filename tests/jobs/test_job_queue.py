@@ -12,22 +12,19 @@ import pytest
 import sqlalchemy as sa
 
 from cluster.settings import Settings
+from jobs.errors import DatabaseUnavailableError, IllegalTransitionError, JobNotFoundError, TooManyJobsError
 from jobs.job import (
     SESSION_TRANSITIONS,
     TERMINAL,
     TRANSITIONS,
     ClientRequest,
-    DatabaseUnavailableError,
-    IllegalTransitionError,
     Job,
-    JobNotFoundError,
     JobStatus,
-    Line,
     RequestedAction,
     SessionKey,
     SessionState,
-    TooManyJobsError,
 )
+from jobs.queue_snapshot import Line
 from jobs.scheduling.fair_order import Rules
 from jobs.scheduling.policy import Action, Assign, Launch, Preempt, Stop, plan
 from jobs.scheduling.room import Cluster

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.settings import Quota
-from jobs.job import Line, QueuedJob, QueueSnapshot, RunningJobs, Session, SessionKey, SessionState
+from jobs.job import Session, SessionKey, SessionState
+from jobs.queue_snapshot import Line, QueuedJob, QueueSnapshot, RunningJobs
 from jobs.scheduling import policy
 from jobs.scheduling.fair_order import Rules, held_by_line, line_until, lines_to_write
 from jobs.scheduling.policy import Action, Assign, Launch, Preempt, Stop

@@ -10,14 +10,8 @@ from dataclasses import replace
 import pytest
 import sqlalchemy as sa
 
-from jobs.job import (
-    SESSION_TRANSITIONS,
-    TRANSITIONS,
-    IllegalTransitionError,
-    Lease,
-    SessionKey,
-    SessionState,
-)
+from jobs.errors import IllegalTransitionError
+from jobs.job import SESSION_TRANSITIONS, TRANSITIONS, Lease, SessionKey, SessionState
 from jobs.store.jobs import JobQueue
 from jobs.store.schema import jobs, sessions
 from tests.support.queue_kit import FAILED, KEY, QUEUED, RUNNING, SUCCEEDED, Clock, bring_to, running_session, submit

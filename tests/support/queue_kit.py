@@ -9,17 +9,8 @@ from typing import Any
 
 import pytest
 
-from jobs.job import (
-    TRANSITIONS,
-    Job,
-    JobStatus,
-    Lease,
-    QueuedJob,
-    RunningJobs,
-    Session,
-    SessionKey,
-    SessionState,
-)
+from jobs.job import TRANSITIONS, Job, JobStatus, Lease, Session, SessionKey, SessionState
+from jobs.queue_snapshot import QueuedJob, RunningJobs
 from jobs.spec import JobSpec
 from jobs.store.jobs import JobQueue
 

@@ -1,0 +1,54 @@
+"""What the queue cannot do, and says to whoever asked."""
+
+from __future__ import annotations
+
+
+class JobError(Exception):
+    """Whatever the queue cannot do. Arguments are kept as they are, since Ray pickles errors between processes."""
+
+
+class JobNotFoundError(JobError):
+    """No job, or more than one, has an id that starts so."""
+
+    def __init__(self, wanted: str, matches: list[str]) -> None:
+        super().__init__(wanted, matches)
+        self.wanted, self.matches = wanted, matches
+
+    def __str__(self) -> str:
+        if self.matches:
+            return f"{self.wanted!r} could be {', '.join(self.matches)}: give more of the id"
+        return f"there is no job {self.wanted!r}: `python -m jobs list` shows the ids"
+
+
+class TooManyJobsError(JobError):
+    """A tenant has as many unfinished or waiting jobs as whoever submits another one may have."""
+
+    def __init__(self, most: int, what: str = "unfinished") -> None:
+        super().__init__(most, what)
+        self.most, self.what = most, what
+
+    def __str__(self) -> str:
+        return f"there may be {self.most} {self.what} jobs; wait for one, or cancel one"
+
+
+class IllegalTransitionError(JobError):
+    """A move that no state table lists."""
+
+    def __init__(self, subject: str, from_: str, to: str) -> None:
+        super().__init__(subject, from_, to)
+        self.subject, self.from_, self.to = subject, from_, to
+
+    def __str__(self) -> str:
+        return f"{self.subject} is {self.from_} and cannot become {self.to}"
+
+
+class DatabaseSettingError(JobError, ValueError):
+    """LORA_DATABASE_URL names a database that this cannot use; the message says what to set."""
+
+
+class UnstorableValueError(JobError):
+    """No database column holds this value: text with the character NUL on PostgreSQL, or a number that is too large."""
+
+
+class DatabaseUnavailableError(JobError):
+    """The database did not answer. Whether the last write happened is unknown: read again."""
