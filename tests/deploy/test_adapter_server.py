@@ -243,7 +243,7 @@ def test_health_is_the_age_of_the_step_while_there_is_work(service: Service, mon
         request = GenerationRequest(prompt=[1, 2], max_tokens=1, sampling=SamplingParams(temperature=0.0))
         async with loop.answering([request]) as batches:
             await asyncio.sleep(0.2)
-            with pytest.raises(DecodeLoopError, match="is stuck: its step has taken 0 s"):
+            with pytest.raises(DecodeLoopError, match=r"is stuck: its step has taken \d+ s"):
                 loop.check_health()
             stuck.set()
             assert len([batch async for batch in batches]) == 1

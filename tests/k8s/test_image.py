@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.machine import clean_environment
+
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "deploy" / "Dockerfile").read_text()
 Stages = dict[str, list[tuple[str, str]]]
@@ -32,7 +34,8 @@ def stages(text: str) -> Stages:
 def made() -> list[str]:
     """What `make .venv` runs."""
     command = ["make", "--dry-run", "--always-make", "PYTHON=python", ".venv"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    environment = clean_environment("MAKE", "MFLAGS")  # tests run under make themselves, with options of its own
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     return [" ".join(line.split()) for line in done.stdout.splitlines() if not line.startswith("#")]
 
 
