@@ -67,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     until.add_argument("--dry-run", action="store_true", help="say what the job comes to, and queue nothing")
     json_help = "print the job, or what it comes to, as JSON; with --detach or --dry-run nothing else is printed"
     submit.add_argument("--json", action="store_true", help=json_help)
+    depends_help = "wait until this job has succeeded, too; several times for several"
+    submit.add_argument("--depends-on", action="append", default=[], metavar="JOB", help=depends_help)
     submit.add_argument("--again", action="store_true", help="train it again, although the same job is there already")
     submit.set_defaults(command=_submit)
 
@@ -79,16 +81,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def _submit(settings: Settings, arguments: argparse.Namespace) -> int:
     spec = load_spec(arguments.spec)
-    spec = spec.model_copy(update={"base_model": settings.locate_base(spec.base_model)})
+    queue = JobQueue(settings.database_url)
+    more = [queue.get(job).id for job in arguments.depends_on]
+    needed = list(dict.fromkeys([*spec.depends_on, *more]))
+    spec = spec.model_copy(update={"base_model": settings.locate_base(spec.base_model), "depends_on": needed})
     # Late: these import torch and Ray, which `list` and `show` can do without.
     from jobs.admission import admit
     from jobs.scheduling.scheduler import ensure_scheduler
 
-    queue = JobQueue(settings.database_url)
     if not on_a_cluster() and not arguments.dry_run:
         ensure_scheduler(settings, queue)  # Ray comes up while the job is checked; with nothing to do it ends by itself
     workers, on_gpus = _room(settings)
-    admitted = admit(spec, settings, workers)
+    admitted = admit(spec, settings, workers, queue.dependency_problems(settings.tenant, spec.depends_on))
     if arguments.dry_run:
         memory = memory_of_a_rank(spec, settings, admitted, "cuda" if on_gpus else "cpu")
         return _tell_estimate(estimate(queue, cluster_name(settings), spec, admitted, memory), admitted, arguments.json)

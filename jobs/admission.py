@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -38,13 +38,14 @@ from lora_core.models.precision import QUANTISED
 T = TypeVar("T")
 
 
-def admit(spec: JobSpec, settings: Settings, max_workers: int | None) -> Admitted:
-    """Check a spec and store its rows. `max_workers` is what the cluster can ever have (None: not known).
+def admit(spec: JobSpec, settings: Settings, max_workers: int | None, known: Sequence[str] = ()) -> Admitted:
+    """Check a spec and store its rows. `max_workers` is what the cluster can ever have (None: not known); `known` is
+    what is known to be wrong already.
 
     Raises:
         SpecError: everything that is wrong.
     """
-    problems: list[str] = []
+    problems = list(known)
     if max_workers is not None and spec.num_workers > max_workers:
         problems.append(
             f"num_workers is {spec.num_workers}, but this cluster has room for {max_workers}; lower it"

@@ -31,6 +31,17 @@ class TooManyJobsError(JobError):
         return f"there may be {self.most} {self.what} jobs; wait for one, or cancel one"
 
 
+class DependencyError(JobError):
+    """A job cannot wait for what it is to wait for: `problems`, one sentence each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__(problems)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        return "; ".join(self.problems)
+
+
 class IllegalTransitionError(JobError):
     """A move that no state table lists."""
 

@@ -70,6 +70,7 @@ class FailureCode(StrEnum):
     LOST_NODE = "lost_node"
     STORAGE = "storage_unavailable"
     NOT_STARTED = "session_not_started"
+    DEPENDENCY = "dependency_failed"
     UNKNOWN = "training_failed"
 
     @property
@@ -195,10 +196,10 @@ class Job:
     """One row of `jobs`, as it was read. Times are seconds since 1970. `attempt` counts how often the job was started,
     `lost_attempts` how often its session or a rank ended under it in a way that it may have caused,
     `infrastructure_failures` how often a node or the storage was lost, `failed_launches` how often no session could be
-    started for it; until `not_before` it waits for its next attempt. `max_colocated` is the most other jobs that it may
-    train beside: None is any number; 0 is none, as it may be what ended a session. `step_tokens` are about those of one
-    optimizer step: None is not known. `level` is that with which it was started last: its priority, raised by how long
-    it had waited."""
+    started for it; until `not_before` it waits for its next attempt, or if that is infinity for other jobs.
+    `max_colocated` is the most other jobs that it may train beside: None is any number; 0 is none, as it may be what
+    ended a session. `step_tokens` are about those of one optimizer step: None is not known. `level` is that with which
+    it was started last: its priority, raised by how long it had waited."""
 
     id: str
     tenant: str

@@ -72,6 +72,7 @@ def report(
         "published": f"{model} version {job.result['version']}" if job.result else None,
         "chat": _chat(job, model, settings) if job.result else None,
         "session": _session(job, session),
+        "after": ", ".join(job.spec.depends_on),
         "settings": ", ".join(_settings(job.spec)),
         "metadata": ", ".join(f"{key}={value}" for key, value in (job.metadata or {}).items()),
     }
@@ -153,7 +154,7 @@ def _settings(spec: JobSpec) -> Iterator[str]:
     yield f"dataset {spec.dataset}"
     for prefix, block in (("", spec), ("lora.", spec.lora), ("train.", spec.train)):
         for name, value in _differing(block):
-            if name not in ("base_model", "dataset", "adapter", "lora", "train", "metadata"):
+            if name not in ("base_model", "dataset", "adapter", "lora", "train", "metadata", "depends_on"):
                 yield f"{prefix}{name} {value}"
 
 

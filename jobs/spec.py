@@ -26,6 +26,7 @@ from jobs.spec_text import parse
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.data.json_values import shown, unusable
 
+MOST_DEPENDENCIES = 64
 MOST_PAIRS, LONGEST_KEY, LONGEST_VALUE = 16, 64, 512
 METADATA = (
     f"must be at most {MOST_PAIRS} pairs of text, keys of at most {LONGEST_KEY} characters and values of at most"
@@ -53,7 +54,7 @@ class JobSpec(BaseModel):
     """One fine-tuning job. `validation` is a fraction of the dataset or the path of a second one; `init_adapter` is
     where training starts: a published `<base>:<adapter>` or `<base>:<adapter>@<version>`, or the directory or s3://
     prefix of a PEFT adapter; `precision` is that of the frozen base; `num_workers` counts data-parallel ranks; among
-    waiting jobs the highest `priority` goes first."""
+    waiting jobs the highest `priority` goes first; it waits until the jobs of `depends_on` have succeeded."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -67,6 +68,7 @@ class JobSpec(BaseModel):
     precision: Literal["auto", "fp32", "bf16", "fp8", "nf4"] = "auto"
     num_workers: int = Field(default=1, ge=1)
     priority: int = Field(default=0, ge=-1000, le=1000)
+    depends_on: list[str] = Field(default_factory=list, max_length=MOST_DEPENDENCIES)
     metadata: dict[str, str] = Field(default_factory=dict)
 
     @field_validator("metadata")
@@ -75,6 +77,13 @@ class JobSpec(BaseModel):
         if not is_metadata(pairs):
             raise ValueError(METADATA)
         return pairs
+
+    @field_validator("depends_on")
+    @classmethod
+    def _named_once(cls, ids: list[str]) -> list[str]:
+        if twice := [job_id for job_id in dict.fromkeys(ids) if ids.count(job_id) > 1]:
+            raise ValueError(f"must name each job once, not {', '.join(map(_shown, twice))} twice")
+        return ids
 
     @field_validator("adapter")
     @classmethod
@@ -121,7 +130,8 @@ class JobSpec(BaseModel):
         """
         assert isinstance(self.validation, str) == (validation_sha is not None), "one sha256 for each dataset"
         assert (self.init_adapter is None) == (init_adapter_sha is None), "and one for the adapter to start from"
-        content = self.model_dump(mode="json", exclude={"priority", "metadata"}) | {"dataset": dataset_sha}
+        content = self.model_dump(mode="json", exclude={"priority", "metadata", "depends_on"})
+        content |= {"dataset": dataset_sha} | ({"depends_on": sorted(self.depends_on)} if self.depends_on else {})
         content |= {} if validation_sha is None else {"validation": validation_sha}
         content |= {} if init_adapter_sha is None else {"init_adapter": init_adapter_sha}
         return hashlib.sha256(_canonical(content).encode()).hexdigest()

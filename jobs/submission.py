@@ -23,8 +23,8 @@ def enqueue(
     request: ClientRequest | None = None,
     most_unfinished: int | None = None,
 ) -> tuple[Job, bool]:
-    """Return the job, and whether it is new (see `JobQueue.submit`). Raises TooManyJobsError, DatabaseUnavailableError,
-    StorageError.
+    """Return the job, and whether it is new (see `JobQueue.submit`). Raises TooManyJobsError, DependencyError,
+    DatabaseUnavailableError, StorageError.
     """
     job, new = queue.submit(
         spec,

@@ -42,7 +42,7 @@ from deploy.api.job_requests import WINDOW_SECONDS, JobRequest, parse_job_reques
 from deploy.api.keys import Caller, caller_of, needs
 from deploy.api.pages import Page, page
 from deploy.api.schemas import read_document
-from jobs.errors import IllegalTransitionError, JobNotFoundError, TooManyJobsError
+from jobs.errors import DependencyError, IllegalTransitionError, JobNotFoundError, TooManyJobsError
 from jobs.estimate import Estimate, estimate
 from jobs.job import ClientRequest, Job, RequestedAction
 from jobs.job_log import JobLog
@@ -145,6 +145,8 @@ class FineTuning:
             )
         except TooManyJobsError as error:
             raise ApiError(429, f"with this key {error}", "too_many_jobs") from error
+        except DependencyError as error:  # it was well when the job was checked
+            raise ApiError(400, str(error), "invalid_job", "depends_on") from error
         if new or job.status == "queued":  # an error after it was written may have kept it from being scheduled
             self._start_scheduler(job)
         return job_object(_same(job, wanted))
@@ -275,6 +277,7 @@ class FineTuning:
 
     async def _checked(self, wanted: JobRequest, caller: Caller) -> Admission:
         """Return what checking the job has found. Raises ApiError with everything that is wrong."""
+        known: list[str] = await self._read(self._queue.dependency_problems, caller.tenant, wanted.spec.depends_on)
         try:
             found: Admission = await self._admission.admit.remote(wanted.spec, caller.tenant, wanted.dry_run)
         except BackPressureError as error:
@@ -284,8 +287,8 @@ class FineTuning:
             raise ApiError(
                 503, "jobs cannot be checked just now; try again soon", "server_restarting", retry=True
             ) from error
-        if found.problems:
-            problems = wanted.problems(found.problems)
+        if known or found.problems:
+            problems = wanted.problems([*known, *found.problems])
             message = "; ".join(sentence for _, _, sentence in problems)
             raise ApiError(400, message, "invalid_job", problems[0][0])
         return found

@@ -89,6 +89,7 @@ class FineTuningJob(TypedDict):
     precision: str
     num_workers: int
     priority: int
+    depends_on: list[str]
 
 
 class JobEvent(TypedDict):
@@ -217,6 +218,7 @@ def job_object(job: Job) -> FineTuningJob:
         "precision": spec.precision,
         "num_workers": spec.num_workers,
         "priority": spec.priority,
+        "depends_on": spec.depends_on,
     }
 
 

@@ -10,13 +10,14 @@ Rules that hold for all of them:
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 
-from jobs.errors import IllegalTransitionError, JobNotFoundError, TooManyJobsError
+from jobs.errors import DependencyError, IllegalTransitionError, JobNotFoundError, TooManyJobsError
 from jobs.job import (
     TERMINAL,
     TRANSITIONS,
@@ -33,6 +34,7 @@ from jobs.job import (
     SessionState,
 )
 from jobs.spec import JobSpec
+from jobs.store import dependencies
 from jobs.store.lines import LineTable, mark_served
 from jobs.store.pages import JobPages, job_of
 from jobs.store.schema import events, jobs
@@ -76,7 +78,8 @@ class JobQueue(JobPages, LineTable):
         What a client of the API sends is the same job only as its `request` says.
 
         Raises TooManyJobsError where a new job would be one more unfinished job of the tenant than `most_unfinished`,
-        or one more that waits on this cluster than `most_queued`.
+        or one more that waits on this cluster than `most_queued`, and DependencyError where it cannot wait for what it
+        depends on.
         """
         assert status in (JobStatus.QUEUED, JobStatus.VALIDATING_FILES)
         now, job_id = self._clock(), f"job-{secrets.token_hex(6)}"
@@ -122,6 +125,15 @@ class JobQueue(JobPages, LineTable):
             return job_id
         # Of one window at most one: whoever comes in it while another inserts finds that.
         return "" if request is None else f"window-{int(now // request.window)}-{request.digest}"
+
+    def dependency_problems(self, tenant: str, ids: Sequence[str]) -> list[str]:
+        """Say what keeps a tenant's job from waiting for those of these ids."""
+        try:
+            with self._db.read() as conn:
+                dependencies.unmet(conn, tenant, ids)
+        except DependencyError as error:
+            return error.problems
+        return []
 
     def get(self, id_or_prefix: str) -> Job:
         """Return the only job whose id starts so, with or without "job-". Raises JobNotFoundError."""
@@ -327,7 +339,20 @@ class JobQueue(JobPages, LineTable):
         self._event(conn, job_id, message, level, kind, {"from": from_, "to": to} | (data or {}))
         if to in TERMINAL:
             add_deliveries(conn, job_id, to, now)
+            self._tell_dependents(conn, job_id, to, values.get("error"))
         return True
+
+    def _tell_dependents(self, conn: sa.Connection, job_id: str, ended: JobStatus, error: str | None) -> None:
+        """Let what waits for a job that has ended go on, or fail with it."""
+        if ended is JobStatus.SUCCEEDED:
+            for waiting, why in dependencies.release(conn, job_id, self._clock()):
+                self._event(conn, waiting, why, kind=EventKind.WAITS)
+            return
+        how = "was cancelled" if ended is JobStatus.CANCELLED else f"failed{f': {error}' if error else ''}"
+        reason = f"it depends on {job_id}, which {how}"
+        failed = {"error": reason, "error_code": FailureCode.DEPENDENCY}
+        for waiting, status in dependencies.take_dependents(conn, job_id):
+            self._move(conn, waiting, status, JobStatus.FAILED, reason, failed, data={"code": FailureCode.DEPENDENCY})
 
     def _locked_job(self, conn: sa.Connection, job_id: str) -> Job:
         row = conn.execute(sa.select(jobs).where(jobs.c.id == job_id).with_for_update()).one_or_none()
@@ -365,8 +390,12 @@ class JobQueue(JobPages, LineTable):
             if twin is not None and not again:
                 return self._with_priority(conn, job_of(twin), spec), False
             _check_limits(conn, row, *limits)
-            conn.execute(sa.insert(jobs).values(row))
+            needed = dependencies.unmet(conn, row["tenant"], spec.depends_on)
+            conn.execute(sa.insert(jobs).values(row | ({"not_before": math.inf} if needed else {})))
+            dependencies.add(conn, row["id"], needed)
             self._event(conn, row["id"], "submitted", data={"adapter": f"{row['base']}:{spec.adapter}"})
+            if needed:
+                self._event(conn, row["id"], dependencies.waits_for(needed), kind=EventKind.WAITS)
             return self._locked_job(conn, row["id"]), True
 
     def _with_priority(self, conn: sa.Connection, job: Job, spec: JobSpec) -> Job:

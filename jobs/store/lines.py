@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -51,10 +52,11 @@ class LineTable(SessionTable):
             return {row.id: row.failed_launches for row in rows}
 
     def has_jobs(self, cluster: str, *statuses: JobStatus) -> bool:
-        """Whether there is a job in one of these states."""
+        """Whether there is a job in one of these states, those aside that wait for other jobs."""
         query = sa.select(jobs.c.id).where(jobs.c.cluster == cluster, jobs.c.status.in_(statuses))
+        on_its_own = sa.or_(jobs.c.not_before.is_(None), jobs.c.not_before < math.inf)
         with self._db.read() as conn:
-            return conn.execute(query.limit(1)).first() is not None
+            return conn.execute(query.where(on_its_own).limit(1)).first() is not None
 
     def oldest_queued(self, cluster: str) -> float | None:
         """Return since when the job has waited that has waited longest, those aside that wait for another attempt."""

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from jobs.errors import DatabaseSettingError
 from jobs.job import TERMINAL, EventKind, JobStatus, SessionState
 
-REVISION = "retries"
+REVISION = "dependencies"
 """The newest migration's."""
 MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -128,6 +128,14 @@ sa.Index(
     sqlite_where=jobs.c.status.not_in(_unwanted),
     postgresql_where=jobs.c.status.not_in(_unwanted),
 )
+
+dependencies = sa.Table(
+    "dependencies",
+    metadata,
+    sa.Column("job_id", sa.Text, primary_key=True),
+    sa.Column("needs_id", sa.Text, primary_key=True),
+)
+sa.Index("dependencies_by_needed", dependencies.c.needs_id)
 
 events = sa.Table(
     "events",

@@ -184,6 +184,8 @@ def test_a_job_is_paused_resumed_and_cancelled(site: Site) -> None:
     assert [jobs.cancel(waiting.id).status, jobs.cancel(waiting.id).status] == ["cancelled", "cancelled"]
     with pytest.raises(openai.ConflictError, match="is cancelled and cannot become queued"):
         jobs.resume(waiting.id)
+    then: Any = site.create("then", extra_body={"depends_on": [job.id]}).to_dict()
+    assert then["depends_on"] == [job.id] and site.queue.get(then["id"]).not_before == math.inf
 
 
 def test_jobs_are_listed_by_metadata_in_pages(site: Site) -> None:
@@ -228,7 +230,8 @@ def test_everything_wrong_is_said_at_once(site: Site) -> None:
     ):  # fmt: skip
         assert part in error.message, (part, error.message)
     assert (error.status_code, error.type) == (400, "invalid_request_error")
-    error = refused(site, training_file="/no/such", extra_body={"num_workers": 3})
+    error = refused(site, training_file="/no/such", extra_body={"num_workers": 3, "depends_on": ["job-0"]})
+    assert "depends_on: there is no job 'job-0'" in error.message and error.param == "depends_on"
     assert "num_workers is 3, but" in error.message and "training_file: /no/such is not a file" in error.message
     file = site.client.files.create(file=site.rows, purpose="fine-tune").id
     site.registry.storage.delete(f"files/acme/{file}.jsonl")

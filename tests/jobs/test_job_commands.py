@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable
@@ -163,7 +164,15 @@ def test_a_dry_run_says_what_a_job_comes_to_and_queues_nothing(
     assert again["seconds"] == found["tokens"] / 100.0 and again["before"] == 0
     text = run("submit", str(spec), "--dry-run")[1]
     assert f"6 steps, {found['tokens']:,} tokens" in text and "at 100 tokens/s" in text and "no waiting jobs" in text
-    assert len(queue.list()) == 1
+    monkeypatch.setattr("sys.stderr", said := io.StringIO())
+    gone = submitted(queue, "gone")
+    queue.move(gone, JobStatus.QUEUED, JobStatus.CANCELLED, message="over")
+    spec.write_text(json.dumps(values | {"num_workers": 1000, "depends_on": ["job-0"]}))
+    assert run("submit", str(spec), "--depends-on", gone[:-1], "--dry-run")[0] == 2
+    assert all(
+        part in said.getvalue() for part in ("has 3 problems", f"{gone} was cancelled", "there is no job 'job-0'")
+    )
+    assert len(queue.list()) == 2
 
 
 def test_a_log_takes_any_characters(queue: JobQueue, settings: Settings) -> None:

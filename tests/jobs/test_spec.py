@@ -322,7 +322,7 @@ def test_content_is_what_is_trained_and_not_where_it_lies_or_when_it_runs() -> N
         spec.model_copy(update={"validation": "/v"}).content_key("d1", "v2"),
         *(JobSpec.model_validate(GOOD | change).content_key("d1") for change in ({"base_model": "other"},
          {"adapter": "other"}, {"validation": 0.1}, {"lora": {"r": 8}}, {"train": {"seed": 1}}, {"precision": "fp32"},
-         {"num_workers": 2})),
+         {"num_workers": 2}, {"depends_on": ["job-1"]})),
     ]  # fmt: skip
     assert len({key, *other}) == len(other) + 1
     started = [
