@@ -19,11 +19,12 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from cluster.aliases import (
@@ -37,7 +38,7 @@ from cluster.aliases import (
     Publication,
 )
 from cluster.storage.base import StorageCorrupt, StorageNotFound, StorageUnavailable
-from cluster.storage.disk_cache import DiskCache
+from cluster.storage.disk_cache import DiskCache, Fetch
 from cluster.storage.keys import (
     adapter_prefix,
     adapter_versions_prefix,
@@ -168,27 +169,43 @@ class AdapterRegistry(AdapterAliases):
             return self.alias(base, name, version).meaning.digest
         return self.resolve(base, name, version).digest
 
-    def fetch(self, version: AdapterVersion, folder: Path) -> Path:
-        """Copy a version's files into `folder`, checked, and return it. One file appears after the other, each whole.
+    def fetch(self, version: AdapterVersion, folder: Path, *, durable: bool = True) -> Path:
+        """Copy a version's files into `folder`, checked, and return it. One file appears after the other, each whole;
+        after a crash of the machine too, where they are `durable`.
 
         Raises:
             StorageCorrupt: a file is not what was published.
         """
         prefix = self.prefix(version)
-        for file, entry in version.manifest["files"].items():
-            self.storage.fetch(prefix + file, folder / file, sha256=entry["sha256"])
+        for file, sha256 in _sha256s(version).items():
+            self.storage.fetch(prefix + file, folder / file, sha256=sha256, durable=durable)
         return folder
 
-    def contents(self, version: AdapterVersion, cache: DiskCache | None = None) -> dict[str, bytes]:
-        """Return a version's files, checked; those that `cache` has come from there, and others are kept in it.
+    def contents(self, version: AdapterVersion) -> dict[str, bytes]:
+        """Return a version's files, checked.
 
         Raises:
             StorageCorrupt: a file is not what was published.
         """
-        fetch = partial(self._file, version)
-        if cache is None:
-            return {file: fetch(file) for file in version.manifest["files"]}
-        return cache.contents(version.digest, _sha256s(version), fetch)
+        prefix = self.prefix(version)
+        return {file: self.storage.get(prefix + file, sha256=sha256) for file, sha256 in _sha256s(version).items()}
+
+    @contextmanager
+    def files(self, version: AdapterVersion, cache: DiskCache | None = None) -> Iterator[Path]:
+        """Yield a folder with a version's files, checked: the storage's own where it has folders, or one in `cache`,
+        where they are kept. It is read during the block.
+
+        Raises:
+            StorageCorrupt: a file is not what was published.
+        """
+        with ExitStack() as stack:
+            folder = self.storage.folder(self.prefix(version), _sha256s(version))
+            if folder is None and cache is not None:
+                with suppress(OSError):  # a disk that is full, or cannot be written
+                    folder = stack.enter_context(cache.using(version.digest, _sha256s(version), self._fetch(version)))
+            if folder is None:
+                folder = self.fetch(version, Path(stack.enter_context(TemporaryDirectory())), durable=False)
+            yield folder
 
     def hold(self, version: AdapterVersion, cache: DiskCache) -> Path:
         """Return the folder in `cache` that has a version's files, checked, as long as this process lives.
@@ -196,7 +213,7 @@ class AdapterRegistry(AdapterAliases):
         Raises:
             StorageCorrupt: a file is not what was published.
         """
-        return cache.hold(version.digest, _sha256s(version), partial(self._file, version))
+        return cache.hold(version.digest, _sha256s(version), self._fetch(version))
 
     def versions(self, base: str, name: str) -> list[str]:
         """Return the ids of the versions that exist, in no particular order of time."""
@@ -254,8 +271,13 @@ class AdapterRegistry(AdapterAliases):
     def _files(self, prefix: str) -> set[str]:
         return {key.removeprefix(prefix) for key in self.storage.list(prefix)}
 
-    def _file(self, version: AdapterVersion, file: str) -> bytes:
-        return self.storage.get(self.prefix(version) + file, sha256=version.manifest["files"][file]["sha256"])
+    def _fetch(self, version: AdapterVersion) -> Fetch:
+        prefix, sha256s = self.prefix(version), _sha256s(version)
+
+        def fetch(file: str, path: Path) -> None:
+            self.storage.fetch(prefix + file, path, sha256=sha256s[file], durable=False)
+
+        return fetch
 
     def _meant(self, base: str, name: str, version: str) -> tuple[int | None, str]:
         """Return number, where that costs nothing, and id of what somebody names by id, number or alias. Raises

@@ -8,7 +8,8 @@ import io
 import os
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -68,8 +69,16 @@ class Storage(ABC):
         """
 
     @abstractmethod
-    def fetch(self, key: str, path: Path, *, sha256: str | None = None) -> None:
-        """Copy what `get` returns into a file that appears, or is replaced, only once all is there and checked."""
+    def fetch(self, key: str, path: Path, *, sha256: str | None = None, durable: bool = True) -> None:
+        """Copy what `get` returns into a file that appears, or is replaced, only once all is there and checked; after a
+        crash of the machine too, where it is `durable`.
+        """
+
+    @abstractmethod
+    def folder(self, prefix: str, sha256s: Mapping[str, str]) -> Path | None:
+        """Return the folder that has these objects below `prefix`, by name with the sha256 (hex) of each, as files of
+        this machine; None where there is none. Raises what `get` does.
+        """
 
     @abstractmethod
     def open(self, key: str) -> BinaryIO:
@@ -133,6 +142,15 @@ def sha256_of(source: BinaryIO) -> str:
     return digest
 
 
+def hashed(parts: Iterable[bytes], digest: hashlib._Hash) -> Iterator[bytes]:
+    """Yield the parts, each of which another thread hashes while it is used."""
+    with ThreadPoolExecutor(1) as hasher:
+        for part in parts:
+            hashing = hasher.submit(digest.update, part)
+            yield part
+            hashing.result()
+
+
 def put_by_content(storage: Storage, path: Path, key: Callable[[str], str]) -> str:
     """Write a file where the sha256 of its content says, unless it is there; returns that."""
     with path.open("rb") as file:
@@ -181,3 +199,11 @@ def sync_file(file: BinaryIO) -> Path:
     file.flush()
     os.fsync(file.fileno())
     return Path(file.name)
+
+
+def name_file(file: BinaryIO, path: Path, *, durable: bool) -> None:
+    """Give a file that is whole its name, in place of another."""
+    if durable:
+        sync_file(file)
+    file.flush()
+    Path(file.name).replace(path)

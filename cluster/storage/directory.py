@@ -13,7 +13,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
@@ -27,6 +27,7 @@ from cluster.storage.base import (
     StorageNotFound,
     checked_key,
     checked_prefix,
+    name_file,
     opened,
     sha256_of,
     sync_file,
@@ -86,7 +87,7 @@ class DirectoryStorage(Storage):
             verify(f"{self.url}/{key}", hashlib.sha256(content).hexdigest(), sha256)
         return content
 
-    def fetch(self, key: str, path: Path, *, sha256: str | None = None) -> None:
+    def fetch(self, key: str, path: Path, *, sha256: str | None = None, durable: bool = True) -> None:
         stored = self.root / checked_key(key)
         with self._explained("read", key):
             source = stored.open("rb")
@@ -94,7 +95,13 @@ class DirectoryStorage(Storage):
             shutil.copyfileobj(source, file, 2**20)
             if sha256 is not None:
                 verify(f"{self.url}/{key}", sha256_of(file), sha256)
-            sync_file(file).replace(path)
+            name_file(file, path, durable=durable)
+
+    def folder(self, prefix: str, sha256s: Mapping[str, str]) -> Path:
+        for name, sha256 in sha256s.items():
+            with self._explained("read", prefix + name), self.open(prefix + name) as file:
+                verify(f"{self.url}/{prefix}{name}", sha256_of(file), sha256)
+        return self.root / prefix
 
     def open(self, key: str) -> BinaryIO:
         path = self.root / checked_key(key)

@@ -4,89 +4,63 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from cluster.storage.base import TEMPORARY
+from cluster.storage.base import sha256_of
 
-Fetch = Callable[[str], bytes]
-"""The file of this name, from the storage."""
+Fetch = Callable[[str, Path], None]
+"""Copies the file of this name from the storage to a path, checked."""
 
 
 class DiskCache:
-    """A folder of at most `capacity` bytes, which processes may share: what was used longest ago makes room, but what a
-    living process holds. One process at a time fetches a version.
+    """A folder of at most `capacity` bytes, which processes may share: what was used longest ago makes room, but what
+    somebody is using. One process at a time fetches a version.
 
-    What is read is checked, so nothing is synced to disk; what is damaged counts as not there.
+    What is there is checked when it is used next, so nothing is synced to disk; what is damaged counts as not there.
     """
 
     def __init__(self, folder: Path, capacity: int) -> None:
         self._folder, self._capacity = folder, capacity
         self._held: dict[str, int] = {}  # open folders, by digest
 
-    def contents(self, digest: str, sha256s: Mapping[str, str], fetch: Fetch) -> dict[str, bytes]:
-        """Return the files of a version, and keep those that had to be fetched where the disk has room for them. Raises
-        what `fetch` does.
-        """
-        files = self._read(digest, sha256s)
-        if len(files) == len(sha256s):
-            return files
-        try:
-            with self._fetching(digest):
-                files, missing = self._completed(digest, sha256s, fetch)
-                if sum(map(len, files.values())) <= self._capacity:
-                    self._write(digest, missing)
-                    self._make_room()
-        except OSError:  # a disk that is full, or cannot be written: the storage has it
-            files |= {file: fetch(file) for file in sha256s.keys() - files.keys()}
-        return files
-
-    def hold(self, digest: str, sha256s: Mapping[str, str], fetch: Fetch) -> Path:
-        """Return the folder with the files of a version, which stays as long as this process lives.
+    @contextlib.contextmanager
+    def using(self, digest: str, sha256s: Mapping[str, str], fetch: Fetch) -> Iterator[Path]:
+        """Yield the folder with the files of a version, which stays as long as the block lasts.
 
         Raises:
             OSError: they cannot be written; and what `fetch` raises.
         """
-        if digest not in self._held:
-            with self._fetching(digest):
-                self._write(digest, self._completed(digest, sha256s, fetch)[1])
-                if digest not in self._held:  # by another thread, meanwhile
-                    self._held[digest] = os.open(self._folder / digest, os.O_RDONLY)
-                    fcntl.flock(self._held[digest], fcntl.LOCK_SH)
+        handle = self._open(digest, sha256s, fetch)
+        try:
+            yield self._folder / digest
+        finally:
+            os.close(handle)
+            with contextlib.suppress(OSError):
                 self._make_room()
+
+    def hold(self, digest: str, sha256s: Mapping[str, str], fetch: Fetch) -> Path:
+        """Return that folder, which stays as long as this process lives. Raises what `using` does."""
+        if digest not in self._held:
+            handle = self._open(digest, sha256s, fetch)
+            if self._held.setdefault(digest, handle) != handle:  # by another thread, meanwhile
+                os.close(handle)
+            self._make_room()
         return self._folder / digest
 
-    def _read(self, digest: str, sha256s: Mapping[str, str]) -> dict[str, bytes]:
-        """Return those that are there and whole."""
-        found = {}
-        with contextlib.suppress(OSError):
-            os.utime(self._folder / digest)
+    def _open(self, digest: str, sha256s: Mapping[str, str], fetch: Fetch) -> int:
+        """Return the open folder of a version that is whole, which nobody removes until it is closed."""
+        folder = self._folder / digest
+        with self._fetching(digest):
             for file, sha256 in sha256s.items():
-                content = (self._folder / digest / file).read_bytes()
-                if hashlib.sha256(content).hexdigest() == sha256:
-                    found[file] = content
-        return found
-
-    def _completed(
-        self, digest: str, sha256s: Mapping[str, str], fetch: Fetch
-    ) -> tuple[dict[str, bytes], dict[str, bytes]]:
-        """Return all files, and those of them that had to be fetched."""
-        files = self._read(digest, sha256s)
-        missing = {file: fetch(file) for file in sha256s if file not in files}
-        return files | missing, missing
-
-    def _write(self, digest: str, files: Mapping[str, bytes]) -> None:
-        for file, content in files.items():
-            written = self._folder / digest / f"{TEMPORARY}{uuid.uuid4().hex}"
-            try:
-                written.write_bytes(content)
-                written.replace(self._folder / digest / file)
-            finally:
-                written.unlink(missing_ok=True)
+                if not _is_whole(folder / file, sha256):
+                    fetch(file, folder / file)
+            os.utime(folder)
+            handle = os.open(folder, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        return handle
 
     @contextlib.contextmanager
     def _fetching(self, digest: str) -> Iterator[None]:
@@ -125,3 +99,11 @@ class DiskCache:
             except OSError:
                 return False
         return True
+
+
+def _is_whole(file: Path, sha256: str) -> bool:
+    try:
+        with file.open("rb") as content:
+            return sha256_of(content) == sha256
+    except OSError:
+        return False

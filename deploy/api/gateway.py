@@ -44,6 +44,7 @@ from deploy.api.uploads import UploadRoutes
 from deploy.api.web_page import WebPage
 from deploy.api.webhook_sender import WebhookSender
 from deploy.api.webhooks import WebhookRoutes
+from deploy.proxy import whole_body
 from deploy.serving.protocol import Delta, ErrorResponse, GenerateRequest, StreamStart
 from jobs.store.api_keys import KeyTable, Scope
 from jobs.store.database import Database
@@ -102,11 +103,10 @@ class Gateway:
     ) -> None:
         if settings.log_format == "json":
             log.addFilter(NamedFields())
-        self._servers = servers
-        # Deltas are plain values, which pickle writes in a tenth of cloudpickle's time.
-        self._streams = {
-            name: server.options(stream=True, response_serialization="pickle") for name, server in servers.items()
-        }
+        # Requests and deltas are plain values, which pickle writes in a tenth of cloudpickle's time.
+        plain = {"request_serialization": "pickle", "response_serialization": "pickle"}
+        self._servers = {name: server.options(**plain) for name, server in servers.items()}
+        self._streams = {name: server.options(stream=True, **plain) for name, server in servers.items()}
         self._registry = AdapterRegistry(open_storage(settings.storage_url), settings.tenant)
         self._pushes = settings.min_replicas > 0
         self._loading = set[asyncio.Task[None]]()
@@ -155,12 +155,12 @@ class Gateway:
 
     async def chat_completions(self, request: Request) -> Response:
         """Answer a conversation, whole or as a stream of server-sent events that ends with `[DONE]`."""
-        chat = await read_request(await request.body(), ChatRequest)
+        chat = await read_request(await whole_body(request), ChatRequest)
         return await self._completed(request, chat, ChatResponse(chat))
 
     async def completions(self, request: Request) -> Response:
         """Go on with a text or the ids of tokens, whole or as a stream; with `echo` and `logprobs`, score it."""
-        text = await read_request(await request.body(), TextRequest)
+        text = await read_request(await whole_body(request), TextRequest)
         return await self._completed(request, text, TextResponse(text))
 
     async def _completed(self, http: Request, request: CompletionRequest, response: CompletionResponse) -> Response:

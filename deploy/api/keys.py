@@ -17,7 +17,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -216,10 +216,10 @@ def caller_of(request: Request) -> Caller:
     return caller
 
 
-def needs(*scopes: Scope) -> Callable[..., None]:
+def needs(*scopes: Scope) -> Callable[..., Awaitable[None]]:
     """Return a dependency of routes for callers with one of these scopes; of others it raises ApiError (403)."""
 
-    def check(request: Request, _: Annotated[object, Security(_BEARER)]) -> None:
+    async def check(request: Request, _: Annotated[object, Security(_BEARER)]) -> None:
         if caller_of(request).scopes.isdisjoint({*scopes, Scope.ADMIN}):
             wanted = " or ".join(scopes)
             raise ApiError(403, f"this API key lacks the scope {wanted}: use one that has it", "missing_scope")

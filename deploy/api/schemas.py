@@ -24,7 +24,7 @@ from pydantic_core import ErrorDetails
 from cluster.requirements import requirement
 from deploy.api.errors import ApiError
 from deploy.serving.protocol import GenerateRequest, TokenIds
-from lora_core.data.json_values import shown, unusable, whole_number
+from lora_core.data.json_values import parser_of_integers, shown, unusable
 from lora_core.data.messages import ROLES, for_template, message_problems
 from lora_core.inference.sampling_params import SamplingParams
 
@@ -380,7 +380,7 @@ def parse_request(body: bytes, kind: type[R]) -> R:
 def read_document(body: bytes) -> dict[str, Any]:
     """Return the values of a request; raises ApiError also for those that JSON can spell and nothing can use."""
     try:
-        document = json.loads(body, parse_int=whole_number)
+        document = json.loads(body, parse_int=parser_of_integers(body))
     except ValueError as error:
         raise ApiError(400, f"the body is no JSON: {error}", "invalid_json") from error
     except RecursionError as error:

@@ -25,7 +25,7 @@ from deploy.serving.metrics import ServingMetrics
 from deploy.serving.origin import origin_problem
 from deploy.serving.single_flight import SingleFlight
 from lora_core.adapters.adapter import Adapter
-from lora_core.adapters.peft_format import AdapterFormatError, parse_adapter
+from lora_core.adapters.peft_format import AdapterFormatError, read_adapter
 from lora_core.data.dataset import Example
 from lora_core.models.base import BaseModel
 from lora_core.models.files import chat_template_hash
@@ -119,7 +119,8 @@ class AdapterCache:
                 host = await asyncio.to_thread(self._read, registry, what, version)
                 bound, nbytes = await self._to_device(digest, host, partial(self._replay_probes, what, version))
         except (AdapterRefusedError, AdapterFormatError) as error:
-            self._refused[tenant, adapter, digest] = str(error)
+            if not isinstance(error.__cause__, OSError):
+                self._refused[tenant, adapter, digest] = str(error)
             self._metrics.load_failed("refused")
             log.error("event=adapter_refused adapter=%s reason=%s", what, error)
             raise
@@ -154,9 +155,9 @@ class AdapterCache:
     def _read(self, registry: AdapterRegistry, what: str, version: AdapterVersion) -> Adapter:
         """Return it in host memory, ready for the device."""
         began = time.monotonic()
-        files = registry.contents(version, self._disk)
-        fetched = time.monotonic()
-        adapter = self._forward.stage(parse_adapter(what, files, self._forward.modules))
+        with registry.files(version, self._disk) as folder:
+            fetched = time.monotonic()
+            adapter = self._forward.stage(read_adapter(folder, self._forward.modules, what))
         self._metrics.adapter_stage("fetch", fetched - began)
         self._metrics.adapter_stage("parse", time.monotonic() - fetched)
         return adapter

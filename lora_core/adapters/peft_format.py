@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError, field_validator
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
@@ -113,33 +112,26 @@ def adapter_files(adapter: Adapter, adaptable: AdaptableModules, base_name: str)
     }
 
 
-def read_adapter(folder: Path, adaptable: AdaptableModules) -> Adapter:
-    """Load PEFT files, as `parse_adapter` does, which are called by the folder's name in what is raised."""
-    try:
-        files = {file: (folder / file).read_bytes() for file in (CONFIG_FILE, WEIGHTS_FILE)}
-    except OSError as error:
-        raise AdapterFormatError(f"{folder.name}: not a readable PEFT adapter ({error})") from error
-    return parse_adapter(folder.name, files, adaptable)
+def read_adapter(folder: Path, adaptable: AdaptableModules, name: str | None = None) -> Adapter:
+    """Read PEFT files strictly: every key is used, every module exists, every shape fits. What is raised calls them
+    `name`, or as their folder is called.
 
-
-def parse_adapter(name: str, files: Mapping[str, bytes], adaptable: AdaptableModules) -> Adapter:
-    """Read PEFT files strictly: every key is used, every module exists, every shape fits.
-
-    Returns an adapter without gradients, ranks and scales as the config says (1 for what this project published).
+    Returns an adapter without gradients, ranks and scales as the config says (1 for what this project published); its
+    weights in fp32 are the file's own, mapped.
 
     Raises:
-        AdapterFormatError: all that does not fit, in one sentence each.
+        AdapterFormatError: all that does not fit, in one sentence each; or caused by an OSError, that they cannot be
+            read.
     """
-    if missing := [file for file in (CONFIG_FILE, WEIGHTS_FILE) if file not in files]:
-        raise AdapterFormatError(f"{name}: there is no {' and no '.join(missing)}")
+    name = name or folder.name
     try:
-        raw = json.loads(files[CONFIG_FILE])
-        tensors = load(files[WEIGHTS_FILE])
+        raw = json.loads((folder / CONFIG_FILE).read_bytes())
+        tensors = load_file(folder / WEIGHTS_FILE)
         config = _PeftConfig.model_validate(raw)
     except ValidationError as error:
         fields = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False))
         raise AdapterFormatError(f"{name}: {CONFIG_FILE} does not fit ({fields})") from error
-    except (ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise AdapterFormatError(f"{name}: not a readable PEFT adapter ({error})") from error
     problems = _unsupported(raw)
     parts: dict[_Part, dict[str, Tensor]] = {"A": {}, "B": {}, "magnitude": {}}

@@ -7,12 +7,14 @@ Whole numbers of thousands of digits, `NaN` and `1e999` are read too, and fail f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 HALF_A_CHARACTER = "half of a surrogate pair, such as \\ud83d alone; write the whole character"
 
 _DIGITS = 400  # float() makes infinity of as many, and int() raises beyond 4,300
+_LONG = re.compile(rb"[0-9]{%d}" % _DIGITS)
 _SHOWN = 60
 
 _Place = tuple[Any, object] | None
@@ -22,6 +24,13 @@ _Place = tuple[Any, object] | None
 def whole_number(digits: str) -> int | float:
     """Parse an integer; infinite where Python would not read it, so that whoever checks the value can name it."""
     return int(digits) if len(digits) < _DIGITS else float(digits)
+
+
+def parser_of_integers(document: bytes) -> Callable[[str], int | float] | None:
+    """Return the `parse_int` of `json.loads` for a document: `whole_number`, or Python's own, which takes a fifth of
+    the time, where no number is that long.
+    """
+    return whole_number if _LONG.search(document) else None
 
 
 def finite(value: Any) -> Any:
@@ -62,7 +71,13 @@ def unusable(value: object) -> Iterator[tuple[str, str]]:
             yield from ((_path((place, key)), f"has {HALF_A_CHARACTER}") for key in wrong)
             waiting += reversed([((place, key), part) for key, part in one.items() if not _plainly_usable(part)])
         elif isinstance(one, list):
-            waiting += reversed([((place, at), part) for at, part in enumerate(one) if not _plainly_usable(part)])
+            rest = [] if _are_token_ids(one) else enumerate(one)
+            waiting += reversed([((place, at), part) for at, part in rest if not _plainly_usable(part)])
+
+
+def _are_token_ids(values: list[object]) -> bool:
+    """Return whether these are plain numbers of 64 bits, as the longest lists mostly are."""
+    return set(map(type, values)) == {int} and min(values) > -(2**64) and max(values) < 2**64  # type: ignore[type-var]
 
 
 def _plainly_usable(value: object) -> bool:

@@ -23,7 +23,7 @@ from cluster.storage.directory import open_storage
 from cluster.storage.disk_cache import DiskCache
 from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.init import init_adapter
-from lora_core.adapters.peft_format import adapter_files, parse_adapter
+from lora_core.adapters.peft_format import adapter_files, read_adapter
 from lora_core.config import LoraConfig
 from lora_core.models.base import BaseModel, placed
 from lora_core.models.forward import Forward, open_forward
@@ -72,7 +72,8 @@ def _measure(
     """Median seconds from each tier."""
 
     def host(of: DiskCache | None) -> Adapter:
-        return forward.stage(parse_adapter("adapter", registry.contents(version, of), forward.modules))
+        with registry.files(version, of) as folder:
+            return forward.stage(read_adapter(folder, forward.modules))
 
     kept = host(cache)
     cases: dict[str, Callable[[], object]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,14 +19,15 @@ class Counted:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         storage = open_storage(folder.as_uri())
-        self.registry, self.fetched, get = AdapterRegistry(storage), [], storage.get
+        self.registry, self.fetched, fetch = AdapterRegistry(storage), [], storage.fetch
         self.versions = [self.registry.publish("tiny", "name", self.files(n), {}) for n in range(4)]
 
-        def counting(key: str, *, sha256: str | None = None) -> bytes:
+        def counting(key: str, path: Path, **options: Any) -> None:
             self.fetched.append(key.rpartition("/")[2])
-            return get(key, sha256=sha256)
+            fetch(key, path, **options)
 
-        monkeypatch.setattr(storage, "get", counting)
+        monkeypatch.setattr(storage, "fetch", counting)
+        monkeypatch.setattr(storage, "folder", lambda prefix, sha256s: None)  # as of a bucket
 
     @staticmethod
     def files(n: int) -> dict[str, bytes]:
@@ -34,7 +36,8 @@ class Counted:
     def read(self, n: int, cache: DiskCache) -> list[str]:
         """What had to be fetched for it."""
         self.fetched.clear()
-        assert self.registry.contents(self.versions[n], cache) == self.files(n)
+        with self.registry.files(self.versions[n], cache) as folder:
+            assert {path.name: path.read_bytes() for path in folder.iterdir()} == self.files(n)
         return sorted(self.fetched)
 
 

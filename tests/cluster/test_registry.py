@@ -214,6 +214,8 @@ def test_a_damaged_file_is_refused(storage: Storage, tmp_path: Path) -> None:
     with pytest.raises(StorageCorrupt, match=r"adapter_model\.safetensors is damaged"):
         registry.fetch(version, tmp_path / "fetched")
     assert not (tmp_path / "fetched" / "adapter_model.safetensors").exists()
+    with pytest.raises(StorageCorrupt, match=r"adapter_model\.safetensors is damaged"), registry.files(version):
+        pass
     storage.delete(key)
     with pytest.raises(StorageNotFound, match=r"adapter_model\.safetensors"):
         registry.fetch(version, tmp_path / "fetched")

@@ -17,7 +17,14 @@ from botocore.exceptions import ReadTimeoutError
 from botocore.httpsession import URLLib3Session
 
 from cluster.storage import s3 as storage_s3
-from cluster.storage.base import Storage, StorageConfigError, StorageError, StorageNotFound, StorageUnavailable
+from cluster.storage.base import (
+    Storage,
+    StorageConfigError,
+    StorageCorrupt,
+    StorageError,
+    StorageNotFound,
+    StorageUnavailable,
+)
 from cluster.storage.directory import open_storage
 from cluster.storage.s3 import S3Storage
 from tests.support.s3_server import S3Server
@@ -68,6 +75,40 @@ def test_large_objects_go_in_parts(s3_url: str, tmp_path: Path, monkeypatch: pyt
     assert storage.get("large") == content
     storage.fetch("large", tmp_path / "target")
     assert (tmp_path / "target").read_bytes() == content
+
+
+def test_parts_come_in_order_and_those_that_break_again(
+    s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_s3, "PART_BYTES", MIB)
+    monkeypatch.setattr(storage_s3, "READERS", 3)
+    storage, content, asked = s3(s3_url), os.urandom(9 * MIB + 1), []
+    storage.put("large", content)
+
+    def disturb(request: AWSRequest, **_: object) -> AWSResponse | None:
+        part = request.headers.get("Range")
+        asked.append(part)
+        if asked.count(part) == 1 and part == b"bytes=2097152-3145727":
+            return AWSResponse(request.url, 206, HeadersDict({"content-length": str(MIB)}), Body(b"con"))
+        if part == b"bytes=1048576-2097151":
+            time.sleep(0.3)  # so that the next ones are there before it
+        return None
+
+    storage.client.meta.events.register("before-send.s3.GetObject", disturb)
+    assert storage.get("large") == content
+    assert len(asked) == 11 and asked[0] is None
+    with pytest.raises(StorageCorrupt, match="large is damaged"):
+        storage.fetch("large", tmp_path / "target", sha256="0" * 64)
+    assert files_below(tmp_path) == []
+
+    def overwrite(**_: object) -> None:
+        asked.append("then")
+        if asked.count("then") == 2:
+            s3(s3_url).put("large", content[::-1])
+
+    storage.client.meta.events.register_first("before-send.s3.GetObject", overwrite)
+    with pytest.raises(StorageUnavailable, match="was written anew while it was read"):
+        storage.get("large")
 
 
 @pytest.mark.parametrize("verb", ["get", "fetch"])

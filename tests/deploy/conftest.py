@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,11 +22,11 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Service:
 def fetches(service: Service, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The versions whose files were fetched."""
     seen: list[str] = []
-    contents = service.served.contents
+    files = service.served.files
 
-    def counting(version: AdapterVersion, cache: Any) -> dict[str, bytes]:
+    def counting(version: AdapterVersion, cache: Any) -> AbstractContextManager[Path]:
         seen.append(version.version)
-        return contents(version, cache)
+        return files(version, cache)
 
-    monkeypatch.setattr(service.served, "contents", counting)
+    monkeypatch.setattr(service.served, "files", counting)
     yield seen

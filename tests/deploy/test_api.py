@@ -263,6 +263,7 @@ REQUEST = r'{"model": "m", "messages": [{"role": "user", "content": "a"}], %s}'
         (REQUEST % f'"seed": {"9" * 5000}', "seed"),
         (REQUEST % f'"metadata": {{"a": -{"9" * 5000}}}', "metadata.a"),
         (REQUEST % f'"max_tokens": {2**64}', "max_tokens"),
+        (REQUEST % f'"metadata": {{"a": [1, {2**64}]}}', "metadata.a.1"),
         (REQUEST % '"temperature": 1e999', "temperature"),
         (REQUEST % '"user": NaN', "user"),
         ("[" * 100_000, None),

@@ -13,6 +13,8 @@ from cluster.registry import AdapterVersion, Publication
 from cluster.storage.base import StorageUnavailable
 from deploy.serving.memory_tier import MemoryTier
 from deploy.serving.protocol import Completion, ErrorResponse
+from lora_core.adapters.adapter import Adapter
+from lora_core.adapters.peft_format import AdapterFormatError
 from lora_core.data.dataset import Example
 from lora_core.models.probes import probe_losses
 from tests.support.adapter_service import QUESTION, Service, about, run, until
@@ -160,3 +162,15 @@ def test_a_storage_that_is_away_keeps_what_is_loaded_in_service(
     assert run(service.server.answer(about(steady))) == before
     unknown = run(service.server.answer(about(other)))
     assert unknown == ErrorResponse(503, "the bucket does not answer", "storage_unavailable")
+
+
+def test_a_file_that_cannot_be_read_now_may_be_read_later(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = service.publish("unreadable", 52)
+
+    def unreadable(*_: Any) -> Adapter:
+        raise AdapterFormatError("unreadable: not a readable PEFT adapter") from OSError("input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("deploy.serving.adapter_cache.read_adapter", unreadable)
+        assert isinstance(run(service.server.answer(about(version))), ErrorResponse)
+    assert isinstance(run(service.server.answer(about(version))), Completion)

@@ -100,9 +100,9 @@ class ObservedStorage(DirectoryStorage):
         self._read(key)
         return super().get(key, sha256=sha256)
 
-    def fetch(self, key: str, path: Path, *, sha256: str | None = None) -> None:
+    def fetch(self, key: str, path: Path, *, sha256: str | None = None, durable: bool = True) -> None:
         self._read(key)
-        super().fetch(key, path, sha256=sha256)
+        super().fetch(key, path, sha256=sha256, durable=durable)
 
     def put(self, key: str, content: bytes | Path, *, if_absent: bool = False) -> bool:
         self.on_put(key)
