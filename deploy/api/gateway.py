@@ -104,7 +104,7 @@ class Gateway:
         if settings.log_format == "json":
             log.addFilter(NamedFields())
         # Requests and deltas are plain values, which pickle writes in a tenth of cloudpickle's time.
-        plain = {"request_serialization": "pickle", "response_serialization": "pickle"}
+        plain: dict[str, Any] = {"request_serialization": "pickle", "response_serialization": "pickle"}
         self._servers = {name: server.options(**plain) for name, server in servers.items()}
         self._streams = {name: server.options(stream=True, **plain) for name, server in servers.items()}
         self._registry = AdapterRegistry(open_storage(settings.storage_url), settings.tenant)

@@ -75,9 +75,9 @@ def unusable(value: object) -> Iterator[tuple[str, str]]:
             waiting += reversed([((place, at), part) for at, part in rest if not _plainly_usable(part)])
 
 
-def _are_token_ids(values: list[object]) -> bool:
+def _are_token_ids(values: list[Any]) -> bool:
     """Return whether these are plain numbers of 64 bits, as the longest lists mostly are."""
-    return set(map(type, values)) == {int} and min(values) > -(2**64) and max(values) < 2**64  # type: ignore[type-var]
+    return set(map(type, values)) == {int} and min(values) > -(2**64) and max(values) < 2**64
 
 
 def _plainly_usable(value: object) -> bool:
