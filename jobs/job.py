@@ -71,6 +71,7 @@ class FailureCode(StrEnum):
     STORAGE = "storage_unavailable"
     NOT_STARTED = "session_not_started"
     DEPENDENCY = "dependency_failed"
+    TIME_LIMIT = "time_limit"
     UNKNOWN = "training_failed"
 
     @property
@@ -193,13 +194,15 @@ class JobResult(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One row of `jobs`, as it was read. Times are seconds since 1970. `attempt` counts how often the job was started,
+    """One row of `jobs`, as it was read. Times are seconds since 1970. It may run for `time_limit` seconds, and has for
+    `run_seconds` before the attempt that began at `attempt_at`. `attempt` counts how often the job was started,
     `lost_attempts` how often its session or a rank ended under it in a way that it may have caused,
     `infrastructure_failures` how often a node or the storage was lost, `failed_launches` how often no session could be
     started for it; until `not_before` it waits for its next attempt, or if that is infinity for other jobs.
     `max_colocated` is the most other jobs that it may train beside: None is any number; 0 is none, as it may be what
     ended a session. `step_tokens` are about those of one optimizer step: None is not known. `level` is that with which
-    it was started last: its priority, raised by how long it had waited."""
+    it was started last: its priority, raised by how long it had waited.
+    """
 
     id: str
     tenant: str
@@ -224,6 +227,9 @@ class Job:
     updated_at: float
     started_at: float | None
     finished_at: float | None
+    time_limit: float | None
+    run_seconds: float
+    attempt_at: float | None
     session_id: str | None
     attempt: int
     lost_attempts: int
@@ -244,6 +250,15 @@ class Job:
     def session_key(self) -> SessionKey:
         """The sessions that it may train in have this key."""
         return SessionKey(self.base_model, self.precision, self.num_workers, self.forward_path)
+
+    def seconds_run(self, at: float) -> float:
+        """Return for how long it has been running until then, in all its attempts."""
+        began = self.attempt_at if self.status is JobStatus.RUNNING else None
+        return self.run_seconds + (0.0 if began is None else at - began)
+
+    def is_late(self, at: float) -> bool:
+        """Return whether it has been running for longer than it may."""
+        return self.time_limit is not None and self.seconds_run(at) > self.time_limit
 
     @property
     def adapter(self) -> str:

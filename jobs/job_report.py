@@ -10,10 +10,12 @@ from typing import Any
 from pydantic import BaseModel
 
 from cluster.settings import Settings
+from jobs.duration import duration_text
 from jobs.job import TERMINAL, EventKind, Job, JobMetrics, JobProgress, JobStatus, QueueEvent, Session, StepMetrics
 from jobs.spec import JobSpec
 from lora_core.data.json_values import finite
 
+_TOLD_APART = {"base_model", "dataset", "adapter", "lora", "train", "metadata", "depends_on", "time_limit"}
 _INTERNAL = {"spec_json", "content_key", "code_version", "client_request", "idempotency_key", "forward_path"}
 
 
@@ -73,6 +75,7 @@ def report(
         "chat": _chat(job, model, settings) if job.result else None,
         "session": _session(job, session),
         "after": ", ".join(job.spec.depends_on),
+        "time limit": _time_limit(job) if job.time_limit is not None else None,
         "settings": ", ".join(_settings(job.spec)),
         "metadata": ", ".join(f"{key}={value}" for key, value in (job.metadata or {}).items()),
     }
@@ -106,6 +109,10 @@ def _retries(job: Job) -> str | None:
     }
     told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     return f"attempts lost: {told}" if told else None
+
+
+def _time_limit(job: Job) -> str:
+    return f"{duration_text(job.time_limit)}, of which {duration_text(job.seconds_run(time.time()) // 1)} are over"
 
 
 def _progress(job: Job) -> str | None:
@@ -154,7 +161,7 @@ def _settings(spec: JobSpec) -> Iterator[str]:
     yield f"dataset {spec.dataset}"
     for prefix, block in (("", spec), ("lora.", spec.lora), ("train.", spec.train)):
         for name, value in _differing(block):
-            if name not in ("base_model", "dataset", "adapter", "lora", "train", "metadata", "depends_on"):
+            if name not in _TOLD_APART:
                 yield f"{prefix}{name} {value}"
 
 

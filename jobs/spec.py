@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import ErrorDetails
 
 from cluster.requirements import expected, requirement
+from jobs.duration import seconds_of
 from jobs.spec_text import parse
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.data.json_values import shown, unusable
@@ -54,7 +55,8 @@ class JobSpec(BaseModel):
     """One fine-tuning job. `validation` is a fraction of the dataset or the path of a second one; `init_adapter` is
     where training starts: a published `<base>:<adapter>` or `<base>:<adapter>@<version>`, or the directory or s3://
     prefix of a PEFT adapter; `precision` is that of the frozen base; `num_workers` counts data-parallel ranks; among
-    waiting jobs the highest `priority` goes first; it waits until the jobs of `depends_on` have succeeded."""
+    waiting jobs the highest `priority` goes first; it may run for `time_limit` seconds, and waits until the jobs of
+    `depends_on` have succeeded."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -68,6 +70,7 @@ class JobSpec(BaseModel):
     precision: Literal["auto", "fp32", "bf16", "fp8", "nf4"] = "auto"
     num_workers: int = Field(default=1, ge=1)
     priority: int = Field(default=0, ge=-1000, le=1000)
+    time_limit: float | None = Field(default=None, gt=0)
     depends_on: list[str] = Field(default_factory=list, max_length=MOST_DEPENDENCIES)
     metadata: dict[str, str] = Field(default_factory=dict)
 
@@ -77,6 +80,11 @@ class JobSpec(BaseModel):
         if not is_metadata(pairs):
             raise ValueError(METADATA)
         return pairs
+
+    @field_validator("time_limit", mode="before")
+    @classmethod
+    def _time_limit_in_seconds(cls, value: object) -> object:
+        return seconds_of(value) if isinstance(value, str) else value
 
     @field_validator("depends_on")
     @classmethod
@@ -125,12 +133,12 @@ class JobSpec(BaseModel):
         self, dataset_sha: str, validation_sha: str | None = None, init_adapter_sha: str | None = None
     ) -> str:
         """Return the sha256 of what would be trained: datasets and the first adapter count by their content, not by
-        where they lie, and `priority` and `metadata` do not count, since they do not change what comes out. Two
-        submissions with one key ask for the same adapter.
+        where they lie, and `priority`, `time_limit` and `metadata` do not count, since they do not change what comes
+        out. Two submissions with one key ask for the same adapter.
         """
         assert isinstance(self.validation, str) == (validation_sha is not None), "one sha256 for each dataset"
         assert (self.init_adapter is None) == (init_adapter_sha is None), "and one for the adapter to start from"
-        content = self.model_dump(mode="json", exclude={"priority", "metadata", "depends_on"})
+        content = self.model_dump(mode="json", exclude={"priority", "time_limit", "metadata", "depends_on"})
         content |= {"dataset": dataset_sha} | ({"depends_on": sorted(self.depends_on)} if self.depends_on else {})
         content |= {} if validation_sha is None else {"validation": validation_sha}
         content |= {} if init_adapter_sha is None else {"init_adapter": init_adapter_sha}

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from jobs.duration import DURATION
 from jobs.spec import MOST_DEPENDENCIES
 from lora_core.config import LoraConfig, TrainConfig
 
@@ -86,6 +87,9 @@ class JobBody(BaseModel):
     precision: Literal["auto", "fp32", "bf16", "fp8", "nf4"] | None = None
     num_workers: int | None = Field(default=None, ge=1)
     priority: int | None = Field(default=None, ge=-1000, le=1000)
+    time_limit: Annotated[float, Field(gt=0)] | Annotated[str, Field(pattern=DURATION)] | None = Field(
+        default=None, description="seconds, or as 90m or 2h, that it may run, over all attempts"
+    )
     depends_on: list[str] | None = Field(
         default=None, max_length=MOST_DEPENDENCIES, description="jobs that must have succeeded before it starts"
     )  # fmt: skip

@@ -89,6 +89,7 @@ class FineTuningJob(TypedDict):
     precision: str
     num_workers: int
     priority: int
+    time_limit: float | None
     depends_on: list[str]
 
 
@@ -218,6 +219,7 @@ def job_object(job: Job) -> FineTuningJob:
         "precision": spec.precision,
         "num_workers": spec.num_workers,
         "priority": spec.priority,
+        "time_limit": job.time_limit,
         "depends_on": spec.depends_on,
     }
 

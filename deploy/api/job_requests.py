@@ -28,7 +28,9 @@ WINDOW_SECONDS = 600.0
 LEARNING_RATES: Mapping[str, float] = {method: TrainConfig(method=method).learning_rate for method in get_args(Method)}
 """What `learning_rate_multiplier` multiplies: about ten times what suits training all weights (LoRA Without Regret)."""
 
-OWN = ("lora", "train", "precision", "num_workers", "priority", "depends_on")  # options that have no other name here
+OWN = ("lora", "train", "precision", "num_workers", "priority", "time_limit", "depends_on")
+"""Options that have no other name here."""
+
 _OPENAI = (
     "model", "training_file", "validation_file", "method", "hyperparameters", "suffix", "seed", "metadata",
     "integrations", "dry_run", "validation", "init_adapter",

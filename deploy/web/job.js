@@ -154,6 +154,7 @@ function Configuration({ job }) {
     Precision: job.precision,
     Workers: job.num_workers,
     Seed: job.seed,
+    "Time limit": job.time_limit && duration(job.time_limit),
     After: job.depends_on.join(", ") || null,
     ...job.metadata,
   };

@@ -25,6 +25,7 @@ from cluster.settings import Settings
 from cluster.storage.base import StorageError
 from cluster.storage.directory import open_storage
 from cluster.storage.keys import checkpoint_marker_key, checkpoints_prefix, committed_checkpoint, job_result_key
+from jobs.duration import duration_text
 from jobs.job import (
     MAX_INFRASTRUCTURE_FAILURES,
     TERMINAL,
@@ -123,7 +124,9 @@ class SessionController:
         self._renew()
         jobs = {job.id: job for job in self._queue.assigned(self._session_id)}
         self._metrics.show(jobs)
-        wanted = tuple(self._assignment(job) for job in jobs.values() if job.requested is None)
+        late = {job.id for job in jobs.values() if job.requested is None and job.is_late(time.time())}
+        staying = [job for job in jobs.values() if job.requested is None and job.id not in late]
+        wanted = tuple(self._assignment(job) for job in staying)
         leaving = (RequestedAction.PAUSE, RequestedAction.REQUEUE)
         pausing = tuple(job.id for job in jobs.values() if job.requested in leaving)
         active, reports = ray.get(self.mailbox.exchange.remote(DesiredJobs(wanted, stop, pausing)))
@@ -136,6 +139,8 @@ class SessionController:
         for job in jobs.values():
             if job.requested is not None and job.id not in active:
                 self._move(job.id, job.requested.status, f"{job.requested.status} while running")
+            elif job.id in late and job.id not in active:
+                self._end_late(job)
         if self._left or time.monotonic() - self._logged > LOG_SECONDS:
             try:
                 self._write_logs()
@@ -320,6 +325,12 @@ class SessionController:
         wait = backoff_seconds(count)
         message = f"back to the queue, to be tried again in {wait:.0f} s: {reason}"
         self._move(job_id, JobStatus.QUEUED, message, kind=EventKind.WAITS, code=code, retry_after=wait)
+
+    def _end_late(self, job: Job) -> None:
+        """End a job that has run for too long, and that the ranks have let go between two steps."""
+        step = f"at step {job.progress['step']} of {job.progress['steps']}" if job.progress else "before its first step"
+        reason = f"its time limit of {duration_text(job.time_limit)} was over {step}"
+        self._move(job.id, JobStatus.FAILED, reason, error=reason, code=FailureCode.TIME_LIMIT)
 
     def _blame(self, suspects: Iterable[str], reason: str, code: FailureCode) -> None:
         """Of those whose rank raised, fail the only one, or requeue several, each to be tried by itself."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from jobs.duration import duration_text
 from jobs.errors import DependencyError, IllegalTransitionError, JobNotFoundError, TooManyJobsError
 from jobs.job import (
     TERMINAL,
@@ -74,8 +75,8 @@ class JobQueue(JobPages, LineTable):
     ) -> tuple[Job, bool]:
         """Return a job for `spec`, and whether it is new. The same content gives the same job, however often and from
         however many processes it is sent, unless that job failed or was cancelled, or `again` asks for another one. A
-        waiting job takes the priority of its newest submission. `base` is the short name in "<base>:<adapter>".
-        What a client of the API sends is the same job only as its `request` says.
+        waiting job takes the priority and time limit of its newest submission. `base` is the short name in
+        "<base>:<adapter>". What a client of the API sends is the same job only as its `request` says.
 
         Raises TooManyJobsError where a new job would be one more unfinished job of the tenant than `most_unfinished`,
         or one more that waits on this cluster than `most_queued`, and DependencyError where it cannot wait for what it
@@ -96,6 +97,7 @@ class JobQueue(JobPages, LineTable):
             "forward_path": forward_path,
             "num_workers": spec.num_workers,
             "step_tokens": step_tokens,
+            "time_limit": spec.time_limit,
             "content_key": spec.content_key(dataset_sha, validation_sha, init_adapter_sha),
             "copy": self._copy(job_id, now, again, request),
             "code_version": code_version,
@@ -324,8 +326,11 @@ class JobQueue(JobPages, LineTable):
             raise IllegalTransitionError(job_id, from_, to)
         now = self._clock()
         values = values | {"status": to, "updated_at": now, "requested": None}
+        if from_ is JobStatus.RUNNING:
+            values |= {"run_seconds": jobs.c.run_seconds + (now - sa.func.coalesce(jobs.c.attempt_at, now))}
         if to is JobStatus.RUNNING:
-            values |= {"attempt": jobs.c.attempt + 1, "started_at": sa.func.coalesce(jobs.c.started_at, now)}
+            values |= {"attempt": jobs.c.attempt + 1, "attempt_at": now}
+            values |= {"started_at": sa.func.coalesce(jobs.c.started_at, now)}
         elif to in TERMINAL:
             values |= {"finished_at": now}
         else:
@@ -388,7 +393,7 @@ class JobQueue(JobPages, LineTable):
             if twin is not None and request is not None:
                 return job_of(twin), False
             if twin is not None and not again:
-                return self._with_priority(conn, job_of(twin), spec), False
+                return self._as_last_submitted(conn, job_of(twin), spec), False
             _check_limits(conn, row, *limits)
             needed = dependencies.unmet(conn, row["tenant"], spec.depends_on)
             conn.execute(sa.insert(jobs).values(row | ({"not_before": math.inf} if needed else {})))
@@ -398,12 +403,17 @@ class JobQueue(JobPages, LineTable):
                 self._event(conn, row["id"], dependencies.waits_for(needed), kind=EventKind.WAITS)
             return self._locked_job(conn, row["id"]), True
 
-    def _with_priority(self, conn: sa.Connection, job: Job, spec: JobSpec) -> Job:
-        if job.priority == spec.priority or job.status is JobStatus.RUNNING or job.status in TERMINAL:
+    def _as_last_submitted(self, conn: sa.Connection, job: Job, spec: JobSpec) -> Job:
+        """Give a job that waits the priority and time limit of its newest submission."""
+        before, after = (job.priority, job.time_limit), (spec.priority, spec.time_limit)
+        if before == after or job.status is JobStatus.RUNNING or job.status in TERMINAL:
             return job
-        values = {"priority": spec.priority, "spec_json": spec.canonical_json(), "updated_at": self._clock()}
-        conn.execute(sa.update(jobs).where(jobs.c.id == job.id).values(values))
-        self._event(conn, job.id, f"priority {job.priority} -> {spec.priority}")
+        values = {"priority": spec.priority, "time_limit": spec.time_limit, "spec_json": spec.canonical_json()}
+        conn.execute(sa.update(jobs).where(jobs.c.id == job.id).values(values | {"updated_at": self._clock()}))
+        if before[0] != after[0]:
+            self._event(conn, job.id, f"priority {before[0]} -> {after[0]}")
+        if before[1] != after[1]:
+            self._event(conn, job.id, f"time limit {duration_text(before[1])} -> {duration_text(after[1])}")
         return self._locked_job(conn, job.id)
 
 

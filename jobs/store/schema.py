@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from jobs.errors import DatabaseSettingError
 from jobs.job import TERMINAL, EventKind, JobStatus, SessionState
 
-REVISION = "dependencies"
+REVISION = "time_limits"
 """The newest migration's."""
 MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -79,6 +79,9 @@ jobs = sa.Table(
     sa.Column("updated_at", sa.Double, nullable=False),
     sa.Column("started_at", sa.Double),
     sa.Column("finished_at", sa.Double),
+    sa.Column("time_limit", sa.Double),
+    sa.Column("run_seconds", sa.Double, nullable=False, server_default="0"),
+    sa.Column("attempt_at", sa.Double),
     sa.Column("session_id", sa.Text),
     sa.Column("attempt", sa.Integer, nullable=False),
     sa.Column("lost_attempts", sa.Integer, nullable=False, server_default="0"),

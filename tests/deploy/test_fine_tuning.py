@@ -184,8 +184,9 @@ def test_a_job_is_paused_resumed_and_cancelled(site: Site) -> None:
     assert [jobs.cancel(waiting.id).status, jobs.cancel(waiting.id).status] == ["cancelled", "cancelled"]
     with pytest.raises(openai.ConflictError, match="is cancelled and cannot become queued"):
         jobs.resume(waiting.id)
-    then: Any = site.create("then", extra_body={"depends_on": [job.id]}).to_dict()
-    assert then["depends_on"] == [job.id] and site.queue.get(then["id"]).not_before == math.inf
+    then: Any = site.create("then", extra_body={"depends_on": [job.id], "time_limit": "90m"}).to_dict()
+    assert (then["depends_on"], then["time_limit"]) == ([job.id], 5400.0)
+    assert site.queue.get(then["id"]).not_before == math.inf
 
 
 def test_jobs_are_listed_by_metadata_in_pages(site: Site) -> None:

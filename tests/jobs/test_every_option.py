@@ -66,6 +66,7 @@ NOT_OF_THE_ENGINE = {
     "adapter": "a name; published versions have it (test_service.py)",
     "num_workers": "ranks, which are to change nothing (test_trainer.py)",
     "priority": "who goes first (test_policy.py)",
+    "time_limit": "for how long (test_time_limits.py)",
     "depends_on": "when it starts (test_dependencies.py)",
     "metadata": "how a job is found again (test_job_commands.py)",
 }

@@ -147,6 +147,11 @@ def test_options_of_evaluation_are_refused_without_held_out_rows() -> None:
         ({"train": {"max_grad_norm": 0}}, "train.max_grad_norm must be more than 0.0, not 0"),
         ({"init_adapter": ""}, "init_adapter must not be empty"),
         ({"init_adapter": 3}, "init_adapter must be text, not 3"),
+        ({"time_limit": "2 hours"},
+         "time_limit must be seconds, or a duration such as 90m, 2h or 1h30m, not the text '2 hours'"),
+        ({"time_limit": 0}, "time_limit must be more than 0.0, not 0"),
+        ({"depends_on": ["job-1", "job-2", "job-1"]},
+         "depends_on must name each job once, not the text 'job-1' twice"),
         ({"priority": 5000}, "priority must be at most 1000, not 5000"),
     ],
 )  # fmt: skip
@@ -312,7 +317,7 @@ def test_content_is_what_is_trained_and_not_where_it_lies_or_when_it_runs() -> N
     spec = JobSpec.model_validate(GOOD)
     key = spec.content_key("d1")
     assert key == spec.model_copy(
-        update={"dataset": "/elsewhere", "priority": 7, "metadata": {"team": "x"}}
+        update={"dataset": "/elsewhere", "priority": 7, "time_limit": 60.0, "metadata": {"team": "x"}}
     ).content_key("d1")
     assert key == JobSpec.model_validate(GOOD | {"lora": {"lora_alpha": 32}, "train": {"epochs": 3}}).content_key("d1")
     assert list(json.loads(spec.canonical_json())) == sorted(JobSpec.model_fields), "not in the order of the source"
