@@ -22,7 +22,7 @@ from cluster.settings import Settings, SettingsError, load_settings
 from cluster.storage.base import StorageError
 from jobs.adapter_commands import add_adapter_commands
 from jobs.admitted import Admitted
-from jobs.errors import JobError
+from jobs.errors import DatabaseUnavailableError, JobError
 from jobs.estimate import Estimate, estimate, memory_of_a_rank
 from jobs.follow import follow, interrupted_later
 from jobs.job_commands import add_job_commands, print_json
@@ -103,7 +103,13 @@ def _submit(settings: Settings, arguments: argparse.Namespace) -> int:
         # Pressed between the row and its scheduler, Ctrl-C would leave a job that "goes on without you" to nobody.
         with interrupted_later():
             again, cluster = arguments.again, cluster_name(settings)
-            job, new = enqueue(queue, settings, spec, admitted, cluster=cluster, tenant=settings.tenant, again=again)
+            try:
+                job, new = enqueue(
+                    queue, settings, spec, admitted, cluster=cluster, tenant=settings.tenant, again=again
+                )
+            except (StorageError, DatabaseUnavailableError):
+                ensure_scheduler(settings, queue)  # the job may be in the queue all the same
+                raise
             if quiet:
                 print_json(job_document(job))
             else:

@@ -17,6 +17,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from cluster.ray_runtime import LOCAL_CLUSTER, use_own_ray
 from cluster.settings import Settings
+from cluster.storage.base import StorageError
 from cluster.storage.directory import open_storage
 from deploy.api.admission_server import Admission
 from deploy.api.bodies import JobBody, body_of
@@ -42,7 +43,13 @@ from deploy.api.job_requests import WINDOW_SECONDS, JobRequest, parse_job_reques
 from deploy.api.keys import Caller, caller_of, needs
 from deploy.api.pages import Page, page
 from deploy.api.schemas import read_document
-from jobs.errors import DependencyError, IllegalTransitionError, JobNotFoundError, TooManyJobsError
+from jobs.errors import (
+    DatabaseUnavailableError,
+    DependencyError,
+    IllegalTransitionError,
+    JobNotFoundError,
+    TooManyJobsError,
+)
 from jobs.estimate import Estimate, estimate
 from jobs.job import ClientRequest, Job, RequestedAction
 from jobs.job_log import JobLog
@@ -147,8 +154,11 @@ class FineTuning:
             raise ApiError(429, f"with this key {error}", "too_many_jobs") from error
         except DependencyError as error:  # it was well when the job was checked
             raise ApiError(400, str(error), "invalid_job", "depends_on") from error
+        except (StorageError, DatabaseUnavailableError):
+            self._start_scheduler(found.cluster)  # the job may be in the queue all the same
+            raise
         if new or job.status == "queued":  # an error after it was written may have kept it from being scheduled
-            self._start_scheduler(job)
+            self._start_scheduler(job.cluster)
         return job_object(_same(job, wanted))
 
     async def list(self, request: Request, after: str | None = None, limit: Limit = 20) -> Page[FineTuningJob]:
@@ -172,7 +182,7 @@ class FineTuning:
     async def resume(self, request: Request, job_id: str) -> FineTuningJob:
         """Let a paused job go on from where it was."""
         job = await self._moved(request, job_id, self._queue.resume)
-        self._start_scheduler(job)
+        self._start_scheduler(job.cluster)
         return job_object(job)
 
     async def events(
@@ -339,9 +349,9 @@ class FineTuning:
             message = f"there is no fine-tuning job {error.wanted!r}; see /v1/fine_tuning/jobs"
             raise ApiError(404, message, "fine_tune_not_found", "fine_tuning_job_id") from error
 
-    def _start_scheduler(self, job: Job) -> None:
+    def _start_scheduler(self, cluster: str) -> None:
         """See to it that somebody schedules, where jobs run on this service's own Ray: a laptop's has a scheduler."""
-        if self._settings.cluster is None and job.cluster != LOCAL_CLUSTER:
+        if self._settings.cluster is None and cluster != LOCAL_CLUSTER:
             task = asyncio.get_running_loop().create_task(asyncio.to_thread(self._ensure_scheduler))
             self._starting.add(task)
             task.add_done_callback(self._starting.discard)

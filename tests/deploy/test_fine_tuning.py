@@ -16,6 +16,7 @@ from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 
 from cluster.adapter_lifecycle import delete_adapter
+from cluster.storage.base import StorageUnavailable
 from deploy.api.job_requests import WINDOW_SECONDS
 from jobs.job import EventKind, JobSteps, StepMetrics
 from jobs.store.api_keys import Scope
@@ -187,6 +188,22 @@ def test_a_job_is_paused_resumed_and_cancelled(site: Site) -> None:
     then: Any = site.create("then", extra_body={"depends_on": [job.id], "time_limit": "90m"}).to_dict()
     assert (then["depends_on"], then["time_limit"]) == ([job.id], 5400.0)
     assert site.queue.get(then["id"]).not_before == math.inf
+
+
+def test_a_job_that_is_in_the_queue_is_scheduled_though_storage_is_away(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> None:
+        raise StorageUnavailable("503")
+
+    started: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(site.gateway._fine_tuning, "_start_scheduler", started.append)
+        patch.setattr("jobs.admitted.Admitted.record", away)
+        with pytest.raises(openai.InternalServerError, match="503"):
+            site.create("unrecorded")
+    (job,) = (job for job in site.queue.list() if job.adapter == "unrecorded")
+    assert started == ["c"] and site.create("unrecorded").id == job.id
 
 
 def test_jobs_are_listed_by_metadata_in_pages(site: Site) -> None:

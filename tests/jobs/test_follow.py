@@ -6,9 +6,11 @@ import itertools
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from cluster.storage.base import StorageUnavailable
 from jobs.__main__ import main
 from jobs.follow import PATIENCE_SECONDS, WATCH_SECONDS, follow
 from jobs.job import JobStatus, RequestedAction, lease_name
@@ -55,7 +57,7 @@ def test_ray_comes_up_while_a_job_is_checked(tmp_path: Path, monkeypatch: pytest
     """For as many workers as there are CPUs that this process may use."""
     order: list[str] = []
 
-    def refuse(spec: object, settings: object, workers: int) -> None:
+    def refuse(spec: object, settings: object, workers: int, known: list[str]) -> None:
         order.append(f"checked for {workers}")
         raise SpecError(["no such row"])
 
@@ -66,6 +68,23 @@ def test_ray_comes_up_while_a_job_is_checked(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("jobs.admission.admit", refuse)
     assert main(["submit", "jobs/examples/triage.yaml"]) == 2
     assert order == ["started", "checked for 3"]
+
+
+def test_a_job_that_may_be_in_the_queue_is_scheduled_though_storage_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def away(*_: object, **__: object) -> None:
+        order.append("queued")
+        raise StorageUnavailable("503")
+
+    monkeypatch.setenv("LORA_HOME", str(tmp_path))
+    monkeypatch.setattr("jobs.scheduling.scheduler.ensure_scheduler", lambda *_: order.append("started"))
+    monkeypatch.setattr("jobs.admission.admit", lambda *_: SimpleNamespace(summary=[]))
+    monkeypatch.setattr("jobs.__main__.enqueue", away)
+    assert main(["submit", "jobs/examples/triage.yaml"]) == 2
+    assert order == ["started", "queued", "started"]
 
 
 def test_without_a_scheduler_that_is_said_once(follower: Follower) -> None:
