@@ -133,7 +133,7 @@ class _Planner:
         if (idle := self._room.idle_for(job)) is not None:
             yield idle
         own, shared = Place((job.session_key,), None), self._room.beside_others(job)
-        others = sum(key.num_workers for key in self._without - {job.session_key})
+        others = sum(key.num_workers for key in self._without if key != job.session_key)
         if self._room.free >= job.session_key.num_workers + (0 if shared is None else others):
             yield own
         if shared is not None:
@@ -150,9 +150,18 @@ class _Planner:
         self._running_jobs[job.tenant] = self._running_jobs.get(job.tenant, 0) + 1
         if place.session is None and not place.number:
             self._room.launch(place)
-        self._without.discard(job.session_key)
+        self._without.pop(job.session_key, None)
+        if not self._may_run_more(job.tenant):
+            self._leave_nothing_to(job.tenant)
         place.take(job)
         self._placed.append((job, place, level))
+
+    def _leave_nothing_to(self, tenant: str) -> None:
+        """Leave no workers for keys that only this tenant's jobs have: none of them starts now."""
+        for key, tenants in list(self._without.items()):
+            tenants.discard(tenant)
+            if not tenants:
+                del self._without[key]
 
     def _make_room(self, job: QueuedJob) -> None:
         """Set aside what a job needs that has no place, if that is possible."""

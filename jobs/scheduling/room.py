@@ -90,10 +90,14 @@ class Room:
                 place.level = jobs.level if place.level is None else max(place.level, jobs.level)
         self._places = list(places.values())
 
-    def keys_without_a_place(self, jobs: Sequence[QueuedJob]) -> set[SessionKey]:
-        """Return those of jobs that could be launched at all, of which there is no session."""
+    def keys_without_a_place(self, jobs: Sequence[QueuedJob]) -> dict[SessionKey, set[str]]:
+        """Return those of jobs that could be launched at all, of which there is no session, with the jobs' tenants."""
         there = {key for place in self._places for key in place.keys}
-        return {job.session_key for job in jobs if job.session_key.num_workers <= self._cluster.workers} - there
+        found: dict[SessionKey, set[str]] = {}
+        for job in jobs:
+            if job.session_key.num_workers <= self._cluster.workers and job.session_key not in there:
+                found.setdefault(job.session_key, set()).add(job.tenant)
+        return found
 
     def idle_for(self, job: QueuedJob) -> Place | None:
         """Find one without a job, and one that runs before one that is still being launched."""

@@ -232,6 +232,9 @@ def test_a_tenant_has_no_more_than_its_quota() -> None:
         {f"j{n}": "waits: t may have 1 running jobs at a time" for n in (1, 2)},
     )
     assert len(plan([*jobs, waiting("other", "a", tenant="u")], [], [], cluster(9, 8), one)) == 2
+    # Nothing is left to what may not start anyway.
+    several = [waiting("j0", "a", 0, 0), waiting("j1", "b", 0, 1), waiting("other", "a", 0, 2, tenant="u")]
+    assert plan(several, [], [], cluster(2, 8), one) == [Launch(key("a"), "j0"), Launch(key("a"), "other")]
     two = replace(RULES, others=Quota(workers=2))
     actions, why = planned([*jobs, waiting("wide", "c", 0, 9)], [], [], cluster(9, 1), two)
     assert actions == [Launch(key("a"), "j0"), Launch(key("a"), "j1")]
