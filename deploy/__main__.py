@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from cluster.settings import Settings, SettingsError, load_settings
 from jobs.errors import JobError
+from jobs.screen import print_json
 from jobs.store.api_keys import KeyTable, Scope
 from jobs.store.database import Database
 
@@ -54,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
         create.add_argument(f"--{limit}", type=_positive, metavar="N", help=f"{text}; without it, any number")
     create.set_defaults(command=_create)
 
-    commands.add_parser("list", help="all keys, without their secrets").set_defaults(command=_list)
+    listed = commands.add_parser("list", help="all keys, without their secrets")
+    listed.add_argument("--json", action="store_true", help="print JSON")
+    listed.set_defaults(command=_list)
     revoke = commands.add_parser("revoke", help="end a key for ever; in LORA_KEY_SECONDS it is refused")
     revoke.add_argument("key", help="the key's id, as create and list print it")
     revoke.set_defaults(command=_revoke)
@@ -70,6 +73,10 @@ def _create(settings: Settings, keys: KeyTable, arguments: argparse.Namespace) -
 
 
 def _list(settings: Settings, keys: KeyTable, arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        shown = [vars(key) | {"scopes": sorted(key.scopes)} for key in keys.list()]
+        print_json([{name: value for name, value in key.items() if name != "sha256"} for key in shown])
+        return
     for key in keys.list():
         limits = [
             f"{limit.replace('-', ' ')} {number}"

@@ -25,8 +25,9 @@ from jobs.admitted import Admitted
 from jobs.errors import DatabaseUnavailableError, JobError
 from jobs.estimate import Estimate, estimate, memory_of_a_rank
 from jobs.follow import follow, interrupted_later
-from jobs.job_commands import add_job_commands, print_json
+from jobs.job_commands import add_job_commands
 from jobs.job_report import job_document
+from jobs.screen import print_json
 from jobs.spec import SpecError, load_spec
 from jobs.store.database import check_database
 from jobs.store.jobs import JobQueue

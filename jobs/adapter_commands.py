@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cluster.adapter_lifecycle import promote, roll_back
 from cluster.aliases import LATEST, Gate
-from cluster.registry import AdapterRegistry
+from cluster.registry import AdapterRegistry, AdapterVersion
 from cluster.settings import ALIAS, Settings
 from cluster.storage.directory import open_storage
 from jobs.published_adapters import delete_model, export_gguf, export_merged, export_tar, import_adapter
+from jobs.screen import print_json
 from jobs.spec import ADAPTER_NAME, SpecError
 from jobs.store.jobs import JobQueue
+from lora_core.data.json_values import finite
 
 
 def add_adapter_commands(commands: Any) -> None:
@@ -30,8 +33,10 @@ def add_adapter_commands(commands: Any) -> None:
         return parser
 
     of_version = "<base>:<adapter>@<number, version or alias>; without @ its latest"
-    verb("list", _list, "every adapter, its latest version and its aliases")
-    verb("versions", _versions, "an adapter's versions, where they come from, and their figures", "<base>:<adapter>")
+    listed = verb("list", _list, "every adapter, its latest version and its aliases")
+    text = "an adapter's versions, where they come from, and their figures"
+    for listing in (listed, verb("versions", _versions, text, "<base>:<adapter>")):
+        listing.add_argument("--json", action="store_true", help="print JSON")
     moved = verb("promote", _promote, "let an alias mean a version", of_version)
     moved.add_argument("alias", help="such as prod")
     for bound, words in (("min", "at least"), ("max", "at most")):
@@ -72,8 +77,12 @@ def _when(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
 
 
-def _list(settings: Settings, _: argparse.Namespace) -> int:
-    for entry in _registry(settings).list_adapters():
+def _list(settings: Settings, arguments: argparse.Namespace) -> int:
+    entries = _registry(settings).list_adapters()
+    if arguments.json:
+        print_json([{"model": f"{entry.base}:{entry.name}", **asdict(entry)} for entry in entries])
+        return 0
+    for entry in entries:
         meanings = {LATEST: entry.number or entry.version}
         meanings |= {alias: meaning.number or meaning.version for alias, meaning in sorted(entry.aliases.items())}
         shown = ", ".join(f"{alias} {meaning}" for alias, meaning in meanings.items())
@@ -86,7 +95,11 @@ def _versions(settings: Settings, arguments: argparse.Namespace) -> int:
     named: dict[str, list[str]] = {}
     for alias, found in sorted(registry.aliases(base, name).items()):
         named.setdefault(found.meaning.version, []).append(alias)
-    for version in registry.list_versions(base, name):
+    versions = registry.list_versions(base, name)
+    if arguments.json:
+        print_json([_version_document(version, named.get(version.version, [])) for version in versions])
+        return 0
+    for version in versions:
         manifest = version.manifest
         figures = [f"{metric} {value:.4f}" for metric, value in manifest.get("metrics", {}).items() if "loss" in metric]
         of = [*named.get(version.version, []), manifest.get("job", f"imported from {manifest.get('imported_from')}")]
@@ -94,6 +107,14 @@ def _versions(settings: Settings, arguments: argparse.Namespace) -> int:
             f"@{version.number or '-':<4} {version.version}  {_when(manifest['created_at'])}  {', '.join(of + figures)}"
         )
     return 0
+
+
+def _version_document(version: AdapterVersion, aliases: list[str]) -> dict[str, Any]:
+    """Return a version as JSON can hold it, with its aliases, where it comes from and its figures."""
+    known = {name: version.manifest.get(name) for name in ("job", "imported_from", "metrics", "created_at")}
+    own = {"model": str(version), "version": version.version, "number": version.number, "digest": version.digest}
+    document: dict[str, Any] = finite(own | {"aliases": aliases} | known)
+    return document
 
 
 def _promote(settings: Settings, arguments: argparse.Namespace) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from jobs.follow import follow, print_line
 from jobs.job import TERMINAL, Job, JobStatus, RequestedAction
 from jobs.job_log import JobLog, LogLine
 from jobs.job_report import job_document, report
-from jobs.screen import Table, refresh, show, sparkline
+from jobs.screen import Table, print_json, refresh, show, sparkline
 from jobs.store.jobs import JobQueue
 
 LISTED = 20
@@ -54,11 +53,6 @@ def add_job_commands(commands: Any) -> None:
             follow_text = "go on until the job ends; exit 0 only if it succeeded"
             one.add_argument("-f", "--follow", action="store_true", help=follow_text)
     command("top", _top, "this cluster's sessions, what they train and how fast, and its queue; until Ctrl-C")
-
-
-def print_json(document: Any) -> None:
-    """Print what `--json` asks for."""
-    print(json.dumps(document, ensure_ascii=False, indent=2))
 
 
 def _print_json_line(line: LogLine) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import sys
 import time
@@ -33,6 +34,11 @@ def show(*tables: Table) -> None:
         widths = [max((len(row[column]) for row in rows), default=0) for column in range(len(names))]
         for row in rows:
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def print_json(document: Any) -> None:
+    """Print what `--json` asks for."""
+    print(json.dumps(document, ensure_ascii=False, indent=2))
 
 
 def refresh(tables: Callable[[], Sequence[Table]], seconds: float) -> None:

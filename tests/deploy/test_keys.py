@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -241,6 +242,11 @@ def test_keys_are_made_listed_and_revoked_by_command(
     out = capsys.readouterr()
     assert f"{made[0].id}  " in out.out and "revoked  CI" in out.out and "no limits" in out.out
     assert first not in out.out
+    assert main(["keys", "list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [(key["id"], key["scopes"], "sha256" in key) for key in listed] == [
+        (made[0].id, ["infer"], False), (made[1].id, ["infer", "train"], False)
+    ]  # fmt: skip
     assert main(["keys", "revoke", made[0].id]) == 2
     assert "there is no key" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -67,6 +67,11 @@ def test_adapters_come_in_are_promoted_and_go_out(settings: Settings, command: C
     assert "tiny:a  latest 2, prod 1" in command("list")[1]
     lines = command("versions", "tiny:a")[1].splitlines()
     assert [line.split()[0] for line in lines] == ["@1", "@2"] and "prod, imported from" in lines[0]
+    (entry,), (first, second) = (json.loads(command(*listing, "--json")[1])
+                                 for listing in (("list",), ("versions", "tiny:a")))  # fmt: skip
+    assert (entry["model"], entry["number"], entry["aliases"]["prod"]["number"]) == ("tiny:a", 2, 1)
+    assert [one["model"] for one in (first, second)] == ["tiny:a@1", "tiny:a@2"] and entry["digest"] == second["digest"]
+    assert (first["aliases"], second["aliases"], first["imported_from"]) == (["prod"], ["latest"], str(tmp_path / "1"))
     assert "is not deleted while it is prod" in command("delete", "tiny:a@1")[1]
 
     assert command("export", "tiny:a@prod", tmp_path / "a.tar")[0] == 0
