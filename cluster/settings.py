@@ -91,6 +91,9 @@ class Settings(BaseSettings):
     version_ttl_days: float = Field(default=30.0, gt=0)
     """Versions of adapters are deleted so long after they were published and an alias meant them last; `inf`: never."""
 
+    job_ttl_days: float = Field(default=float("inf"), gt=0)
+    """Jobs are forgotten so long after they ended, but not what they published; `inf`: never."""
+
     jobs_per_session: int = Field(default=64, ge=1)
     """How many jobs train together on one base at most, where memory allows it; 1: each by itself."""
 

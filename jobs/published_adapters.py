@@ -20,7 +20,13 @@ from cluster.registry import MANIFEST, RESERVED, AdapterRegistry, AdapterVersion
 from cluster.settings import Settings
 from cluster.sources import local_source
 from cluster.storage.base import Storage
-from cluster.storage.keys import all_adapters_prefix, all_jobs_prefix, job_of_checkpoint, owner_of_version
+from cluster.storage.keys import (
+    all_adapters_prefix,
+    all_jobs_prefix,
+    job_of_checkpoint,
+    job_prefix,
+    owner_of_version,
+)
 from jobs.errors import JobNotFoundError
 from jobs.job import TERMINAL, Job, JobStatus
 from jobs.spec import SpecError
@@ -29,8 +35,10 @@ from jobs.store.jobs import JobQueue
 log = logging.getLogger("lora.scheduler")
 
 DAY = 86_400.0
-CHECKPOINT_GRACE = 3600.0
-"""Seconds after a job has ended in which its checkpoints are left to its session, which deletes them itself."""
+GRACE = 3600.0
+"""Seconds after a job has ended in which what it left is its session's, which deletes checkpoints and writes logs."""
+FORGOTTEN_AT_ONCE, MOST_FORGOTTEN = 100, 10_000
+"""Jobs in one transaction, and in one sweep."""
 
 
 def delete_model(registry: AdapterRegistry, queue: JobQueue, base: str, name: str, version: str | None) -> str:
@@ -68,7 +76,7 @@ def unfinished(queue: JobQueue, tenant: str | None = None) -> list[Job]:
 
 
 def sweep(settings: Settings, queue: JobQueue, storage: Storage) -> None:
-    """Delete old versions of every tenant's adapters, and checkpoints that jobs left when they ended."""
+    """Delete old versions of every tenant's adapters, checkpoints that jobs left when they ended, and old jobs."""
     tenants = {owner_of_version(key)[0] for key in storage.list(all_adapters_prefix())}
     needed = {job.init_adapter_sha for job in unfinished(queue)} - {None}
     for tenant in sorted(tenants):
@@ -76,10 +84,25 @@ def sweep(settings: Settings, queue: JobQueue, storage: Storage) -> None:
         for version in drop_old_versions(registry, seconds, {str(digest) for digest in needed}):
             log.info("event=version_dropped tenant=%s version=%s", tenant, version)
     for job_id, keys in _checkpoints(storage).items():
-        if _ended_before(queue, job_id, time.time() - CHECKPOINT_GRACE):
+        if _ended_before(queue, job_id, time.time() - GRACE):
             for key in keys:
                 storage.delete(key)
             log.info("job=%s event=checkpoints_dropped", job_id)
+    _forget_old_jobs(queue, storage, time.time() - max(GRACE, settings.job_ttl_days * DAY))
+
+
+def _forget_old_jobs(queue: JobQueue, storage: Storage, before: float) -> None:
+    """Delete all that there is of jobs that ended before then, but what they published: their rows last, so that what
+    is left by whoever dies in between is found again.
+    """
+    forgotten = 0
+    while forgotten < MOST_FORGOTTEN and (ids := queue.ended_before(before, FORGOTTEN_AT_ONCE)):
+        for job_id in ids:
+            for key in storage.list(job_prefix(job_id)):
+                storage.delete(key)
+        queue.forget(ids)
+        forgotten += len(ids)
+        log.info("event=jobs_forgotten number=%d last=%s", len(ids), ids[-1])
 
 
 def import_adapter(registry: AdapterRegistry, settings: Settings, source: str, base: str, name: str) -> AdapterVersion:

@@ -57,6 +57,11 @@ def job_result_key(job_id: str) -> str:
     return f"jobs/{job_id}/result.json"
 
 
+def job_prefix(job_id: str) -> str:
+    """Below it are a job's records, log and checkpoints."""
+    return f"jobs/{job_id}/"
+
+
 def job_logs_prefix(job_id: str) -> str:
     return f"jobs/{job_id}/logs/"
 

@@ -65,7 +65,7 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 _KEY = {
     "name": "Idempotency-Key",
     "in": "header",
-    "description": "the same key is the same job for ever",
+    "description": "the same key is the same job, for as long as that is kept",
     "schema": {"type": "string", "minLength": 1, "maxLength": 255},
 }
 _METADATA = {

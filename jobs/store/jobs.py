@@ -36,6 +36,7 @@ from jobs.job import (
 )
 from jobs.spec import JobSpec
 from jobs.store import dependencies
+from jobs.store.finished import FinishedJobs
 from jobs.store.lines import LineTable, mark_served
 from jobs.store.pages import JobPages, job_of
 from jobs.store.schema import events, jobs
@@ -45,7 +46,7 @@ from jobs.store.webhooks import add_deliveries
 SUBMIT_LOCK = 0x4C6F5242  # any number that no other user of the same PostgreSQL database takes for advisory locks
 
 
-class JobQueue(JobPages, LineTable):
+class JobQueue(JobPages, LineTable, FinishedJobs):
     """The queue in one database. Any number of processes and threads may use it at once; each process opens its own.
 
     Methods that write raise DatabaseUnavailableError when the outcome is unknown. Where they answer with a bool,

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -20,9 +21,11 @@ from jobs.job import (
     ClientRequest,
     Job,
     JobStatus,
+    JobSteps,
     RequestedAction,
     SessionKey,
     SessionState,
+    StepMetrics,
 )
 from jobs.queue_snapshot import Line
 from jobs.scheduling.fair_order import Rules
@@ -168,6 +171,23 @@ def test_racing_submitters_of_a_tenant_share_its_limit(url: str) -> None:
     assert sum(send(number, ready=None) is not None for number in range(6)) == 2
     for queue in queues:
         queue.close()
+
+
+def test_what_has_ended_is_forgotten_with_its_history(queue: JobQueue) -> None:
+    all_of_them = [bring_to(queue, status, status) for status in JobStatus]
+    ended = [job for job in all_of_them if job.status in TERMINAL]
+    assert queue.ended_before(ended[1].finished_at or 0.0, 9) == [ended[0].id]
+    assert queue.ended_before(2000.0, 2) == [job.id for job in ended[:2]]
+    running = next(job for job in all_of_them if job.status is RUNNING)
+    steps = (StepMetrics(1, 1.0, {"train_loss": 1.0}),)
+    for job in (running, ended[0]):
+        progress: Any = {"step": 1}
+        assert queue.record_steps(str(job.session_id), 1, [JobSteps(job.id, progress, steps)])
+    queue.forget([job.id for job in all_of_them])
+    assert [job.id for job in queue.list()] == [job.id for job in all_of_them if job not in ended]
+    for job in all_of_them:
+        assert bool(queue.events(job.id)) == (job not in ended)
+        assert bool(queue.step_metrics(job.id)) == (job is running)
 
 
 # ---- states ----

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from safetensors.torch import load_file
 from cluster.registry import AdapterRegistry
 from cluster.settings import Settings
 from cluster.storage.directory import open_storage
-from cluster.storage.keys import checkpoint_marker_key, checkpoint_state_key
+from cluster.storage.keys import checkpoint_marker_key, checkpoint_state_key, job_spec_key
 from jobs.__main__ import main
 from jobs.job import JobStatus
-from jobs.published_adapters import sweep
+from jobs.job_log import JobLogWriter
+from jobs.published_adapters import DAY, sweep
 from jobs.store.jobs import JobQueue
 from lora_core.adapters.targets import AdaptableModules
 from lora_core.models.base import describe_base
@@ -147,4 +149,28 @@ def test_what_nobody_needs_goes(settings: Settings) -> None:
     assert [version.number for version in registry.list_versions("tiny", "a")] == [2]
     jobs = {key.split("/")[1] for key in storage.list("jobs/")}
     assert jobs == {paused.id, "job-of-another-database"}
+    queue.close()
+
+
+def test_jobs_are_forgotten_and_what_they_published_stays(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, storage = [time.time() - 3 * DAY], open_storage(settings.storage_url)
+    queue, registry = JobQueue(settings.database_url, lambda: now[0]), AdapterRegistry(storage)
+    old = [bring_to(queue, JobStatus.SUCCEEDED, f"old{number}") for number in range(3)]
+    now[0] += 2 * DAY
+    kept = [bring_to(queue, status, status) for status in (JobStatus.FAILED, JobStatus.PAUSED)]
+    registry.publish("tiny", "a", {"weights": b"1"}, {"job": old[0].id})
+    for job in (*old, *kept):
+        storage.put(job_spec_key(job.id), b"{}")
+        JobLogWriter(storage, job.id, 0).write(queue.events(job.id))
+    for days in (float("inf"), 3.5):
+        sweep(settings.model_copy(update={"job_ttl_days": days}), queue, storage)
+        assert len(queue.list()) == 5
+    monkeypatch.setattr("jobs.published_adapters.FORGOTTEN_AT_ONCE", 1)
+    monkeypatch.setattr("jobs.published_adapters.MOST_FORGOTTEN", 2)
+    for left in (3, 2):
+        sweep(settings.model_copy(update={"job_ttl_days": 2.0}), queue, storage)
+        assert len(queue.list()) == left, "so many at a time"
+    assert {job.id for job in queue.list()} == {job.id for job in kept}
+    assert {key.split("/")[1] for key in storage.list("jobs/")} == {job.id for job in kept}
+    assert registry.resolve("tiny", "a").manifest["job"] == old[0].id
     queue.close()
