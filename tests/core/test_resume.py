@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from tests.support.models import (
     outcome_of,
     quantised_base,
     random_adapter,
+    relative,
     state,
     tiny_base,
     tiny_model,
@@ -202,15 +203,20 @@ def run_rank(folder: Path, rank: int, ranks: int, last: int | None) -> None:
         (folder / "end").write_bytes(live.snapshot().dump())
 
 
-def start(folder: Path, ranks: int, last: int | None = None) -> list[Any]:
-    """`run_rank` in processes of their own, forked from one that has imported everything already."""
-    (folder / f"run-{len(list(folder.glob('run-*')))}").touch()
+def start(target: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Processes with these arguments, forked from one that has imported everything already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.core.test_resume", "transformers.models.llama.modeling_llama"])
-    processes = [context.Process(target=run_rank, args=(folder, rank, ranks, last)) for rank in range(ranks)]
+    processes = [context.Process(target=target, args=of_one) for of_one in arguments]
     for process in processes:
         process.start()
     return processes
+
+
+def start_run(folder: Path, ranks: int, last: int | None = None) -> list[Any]:
+    """`run_rank` in processes of their own."""
+    (folder / f"run-{len(list(folder.glob('run-*')))}").touch()
+    return start(run_rank, [(folder, rank, ranks, last) for rank in range(ranks)])
 
 
 @pytest.mark.alone
@@ -222,9 +228,9 @@ def test_killed_processes_end_with_the_same_bits(ranks: int, tmp_path: Path) -> 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
-    undisturbed = start(whole, ranks)
+    undisturbed = start_run(whole, ranks)
     for pause, last in ((0.05, 60), (0.11, 119)):
-        processes = start(broken, ranks, last)
+        processes = start_run(broken, ranks, last)
         before = (broken / "checkpoint").read_bytes() if (broken / "checkpoint").exists() else None
         deadline = time.monotonic() + 60
         while not (broken / "checkpoint").exists() or (broken / "checkpoint").read_bytes() == before:
@@ -235,10 +241,50 @@ def test_killed_processes_end_with_the_same_bits(ranks: int, tmp_path: Path) -> 
             process.kill()
             process.join()
         assert not (broken / "end").exists()
-    for process in (*start(broken, ranks), *undisturbed):
+    for process in (*start_run(broken, ranks), *undisturbed):
         process.join(60)
         assert process.exitcode == 0
     assert (broken / "end").read_bytes() == (whole / "end").read_bytes()
+
+
+# --- many ranks ------------------------------------------------------------------------------------------------------
+
+
+def train_two_jobs(engine: TrainEngine) -> tuple[list[Tensor], dict[str, list[float]]]:
+    """Their weights, and the losses of all steps: one job has fewer documents a step than there are ranks, and none
+    divides by them.
+    """
+    few = job("few", seed=1, batch_size=3, epochs=3, lora={"lora_dropout": 0.2}, validation=documents(3, 50))
+    odd = job("odd", seed=2, batch_size=9, epochs=5)
+    live, losses = [engine.add(wanted) for wanted in (few, odd)], dict[str, list[float]](few=[], odd=[])
+    while not all(one.done for one in live):
+        for name, outcome in engine.micro_batch().items():
+            losses[name].append(outcome_of(outcome).loss)
+    return [state(one) for one in live], losses
+
+
+def run_one_of_many(folder: Path, rank: int, ranks: int) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
+    torch.set_num_threads(1)
+    base = tiny_base("llama", dtype=torch.float64)
+    engine = TrainEngine(base, capacity=64, rank=rank, ranks=ranks, all_reduce=dist.all_reduce)
+    torch.save(train_two_jobs(engine), folder / f"rank-{rank}")
+    dist.barrier()
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("ranks", [4, 8])
+def test_many_ranks_end_as_one_does(ranks: int, tmp_path: Path) -> None:
+    """Processes that add by gloo: all with the same bits, and within rounding those of one rank, in fp64."""
+    processes = start(run_one_of_many, [(tmp_path, rank, ranks) for rank in range(ranks)])
+    weights, losses = train_two_jobs(TrainEngine(tiny_base("llama", dtype=torch.float64)))
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    first, *others = [torch.load(tmp_path / f"rank-{rank}") for rank in range(ranks)]
+    assert all(torch.equal(one, same) for other in others for one, same in zip(other[0], first[0], strict=True))
+    assert all(relative(one, alone) < 1e-9 for one, alone in zip(first[0], weights, strict=True))
+    assert {name: pytest.approx(of, rel=1e-9) for name, of in losses.items()} == first[1]
 
 
 def test_checkpoint_of_other_settings_or_rows_is_refused() -> None:
