@@ -97,6 +97,7 @@ class Scheduler:
         snapshot = self.queue.snapshot(self.cluster)
         if self._reconcile(snapshot.sessions):
             snapshot = self.queue.snapshot(self.cluster)
+        self._end_unwanted(snapshot)
         self._account(snapshot)
         why: dict[str, str] = {}
         if snapshot.queued:
@@ -120,6 +121,18 @@ class Scheduler:
             jobs_per_session=self.settings.jobs_per_session,
             step_tokens=STEP_TOKENS[size.on_gpus],
         )
+
+    def _end_unwanted(self, snapshot: QueueSnapshot) -> None:
+        """End sessions that are being launched for jobs which do not wait any more: their drivers, which hold no
+        workers yet, leave when they find that.
+        """
+        wanted = {job.session_key for job in snapshot.queued}
+        launched = SessionState.LAUNCHING, SessionState.ENDED
+        for session in snapshot.sessions:
+            if session.launching and session.session_key not in wanted:
+                reason = "nobody waits for it any more"
+                ended = self.queue.session_move(session.id, *launched, reason=reason, lease=self.lease)
+                log.info("session=%s event=not_wanted ended=%s", session.id, ended)
 
     def _account(self, snapshot: QueueSnapshot) -> None:
         half_life = self.settings.usage_half_life_seconds

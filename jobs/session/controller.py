@@ -66,6 +66,10 @@ RECONCILE_SECONDS = 0.5
 SLOW_SECONDS = 60.0  # for the workers to start and load the base, after which whoever follows is told
 KEPT_CHECKPOINTS = 2
 LOG_SECONDS = 2.0  # between two pieces of a job's log
+FIRST_JOB_SECONDS = 5.0
+"""A session stays for so long at least until its first job comes, which a scheduler assigns once it is up."""
+STOP_SECONDS = 3.0
+"""Ranks without a job end within so long of being told to; where they do not, there is nothing to wait for."""
 
 
 class SessionController:
@@ -87,6 +91,8 @@ class SessionController:
         self._left: set[tuple[str, int]] = set()  # of those, the attempts that are over
         self._logged = 0.0
         self._busy = time.monotonic()
+        self._had_jobs = self._stop = False
+        self._stopped = 0.0
         self._renewed = 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
@@ -100,17 +106,34 @@ class SessionController:
         self._thread.join()
 
     def _run(self) -> None:
-        stop = False
         while True:
             ended = self._ended.is_set()
             try:
-                stop = self._reconcile(stop)
+                if self.round():
+                    continue
             except Exception:  # SQL or storage may be away for a while; training goes on meanwhile
                 log.exception("session=%s event=reconcile_failed", self._session_id)
                 self._metrics.round_failed()
             if ended:
                 return
             self._pause()
+
+    def round(self) -> bool:
+        """Make one round; returns whether the next one is to tell the ranks at once that they should end. Those that
+        are still being started, or again, would hear of it late: the session then ends with this process.
+        """
+        before, self._stop = self._stop, self._reconcile(self._stop)
+        if not self._stop:
+            return False
+        if not before:
+            self._stopped = time.monotonic()
+        if self._starts == 0 or time.monotonic() - self._stopped > STOP_SECONDS:
+            ended = SessionState.STOPPING, SessionState.ENDED
+            reason = "nothing to do; its ranks were not waited for"
+            self._queue.session_move(self._session_id, *ended, reason=reason, fence=self._fence)
+            log.info("session=%s event=ended reason=%s", self._session_id, reason)
+            leave()
+        return not before
 
     def _pause(self) -> None:
         """Wait for the next round, which the end of a job brings forward."""
@@ -136,10 +159,11 @@ class SessionController:
             del self._pending[0]
         if self._starts == 0 and time.monotonic() - self._began > SLOW_SECONDS:
             self._tell_of_slow_start(jobs)
-        for job in jobs.values():
-            if job.requested is not None and job.id not in active:
+        gone = [job for job in jobs.values() if (job.requested or job.id in late) and job.id not in active]
+        for job in gone:
+            if job.requested is not None:
                 self._move(job.id, job.requested.status, f"{job.requested.status} while running")
-            elif job.id in late and job.id not in active:
+            else:
                 self._end_late(job)
         if self._left or time.monotonic() - self._logged > LOG_SECONDS:
             try:
@@ -147,10 +171,8 @@ class SessionController:
             except Exception:  # storage, most likely: the next time
                 log.exception("session=%s event=logs_not_written", self._session_id)
         if jobs:
-            self._busy = time.monotonic()
-        elif not stop and (
-            self._asked_to_stop() or time.monotonic() - self._busy > self._settings.session_idle_seconds
-        ):
+            self._busy, self._had_jobs = time.monotonic(), True
+        if len(jobs) == len(gone) and not stop and (self._asked_to_stop() or self._idle_for_too_long()):
             # In one transaction with the look for jobs: one that is just being assigned keeps the session.
             stop = self._queue.session_move(
                 self._session_id,
@@ -174,6 +196,10 @@ class SessionController:
     def _asked_to_stop(self) -> bool:
         session = self._queue.session(self._session_id)
         return session is not None and session.requested == "stop"
+
+    def _idle_for_too_long(self) -> bool:
+        allowed = self._settings.session_idle_seconds
+        return time.monotonic() - self._busy >= (allowed if self._had_jobs else max(allowed, FIRST_JOB_SECONDS))
 
     def _assignment(self, job: Job) -> Assignment:
         """Return what the ranks need; the checkpoint is looked up once, and known from reports afterwards."""
@@ -363,3 +389,8 @@ class SessionController:
                     self._storage.delete(key)
             except StorageError:  # the job has ended all the same
                 log.warning("job=%s event=checkpoints_left", job_id)
+
+
+def leave() -> None:
+    """End this process, whose main thread waits for Ray Train; all that it has of Ray's goes with it."""
+    os._exit(0)

@@ -41,6 +41,10 @@ def run_session(settings: Settings, session_id: str, fence: int) -> int:
     ):
         log.error("session=%s event=not_ours fence=%d", session_id, fence)
         return 1
+    if session.requested is not None:
+        reason = session.reason or "asked to stop before it was up"
+        queue.session_move(session_id, SessionState.RUNNING, SessionState.ENDED, reason=reason, fence=fence)
+        return 0
     controller = SessionController(settings, queue, session_id, fence)
     # Set, it also says that GPU nodes will come, which an autoscaled cluster may not have up yet.
     gpus = "gpus_per_rank" in settings.model_fields_set or ray.cluster_resources().get("GPU", 0) > 0

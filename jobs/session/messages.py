@@ -163,6 +163,8 @@ class Mailbox:
         Not what is over: until the driver has taken the report of an end, it still desires the job, and ranks that
         believed it would train it once more.
         """
+        if self._active - frozenset(active):
+            self._end.set()
         self._active = frozenset(active)
         wanted = tuple(job for job in self._desired.assignments if (job.job_id, job.attempt) not in self._over)
         return replace(self._desired, assignments=wanted)
@@ -178,7 +180,9 @@ class Mailbox:
             self._end.set()
 
     def wait_for_end(self, seconds: float) -> None:
-        """Return once a report says that a job is over, at the latest after so long: somebody waits for it."""
+        """Return once a report says that a job is over, or the ranks have let one go, at the latest after so long:
+        somebody waits for it.
+        """
         self._end.wait(seconds)
         self._end.clear()
 

@@ -73,6 +73,11 @@ def test_the_end_of_a_job_is_not_waited_for() -> None:
     _, reports = mailbox.exchange(DesiredJobs())
     assert isinstance(reports[-1], Trained)
     mailbox.wait_for_end(0.0)  # told once
+    mailbox.desired(("a", "b"))
+    threading.Timer(0.02, mailbox.desired, [("b",)]).start()  # the ranks have let one go
+    began = time.monotonic()
+    mailbox.wait_for_end(10.0)
+    assert time.monotonic() - began < 5
 
 
 def test_a_probe_is_the_beginning_of_an_answer_and_the_end_of_its_question() -> None:

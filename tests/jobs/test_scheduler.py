@@ -231,6 +231,19 @@ def test_a_session_gives_way_to_a_job_of_higher_priority_and_what_tenants_hold_i
     assert world.queue.get(world.job_id).requested is RequestedAction.REQUEUE
 
 
+def test_a_session_for_which_nobody_waits_any_more_is_not_started(world: World) -> None:
+    world.scheduler.step()
+    first = world.session
+    world.queue.request(world.job_id, RequestedAction.PAUSE)
+    world.scheduler.step()
+    assert world.queue.sessions("c") == []
+    up = SessionState.LAUNCHING, SessionState.RUNNING
+    assert not world.queue.session_move(first.id, *up, reason="up", fence=first.fence)
+    world.queue.resume(world.job_id)
+    world.scheduler.step()
+    assert len(world.ray.launched) == 2
+
+
 def test_why_a_job_waits_is_in_its_history_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a scheduler alone knows, for those who follow the job elsewhere."""
     monkeypatch.setattr("jobs.scheduling.scheduler.time.time", lambda: world.now)
