@@ -158,7 +158,7 @@ HEAVY = ["ray", "torch", "transformers"]
         ("jobs.spec", []),
         ("jobs.scheduling.policy", []),
         ("lora_core.config", []),
-        ("jobs.session.__main__", ["ray", "torch"]),
+        ("jobs.session.__main__", ["ray"]),
     ],
 )
 def test_modules_load_no_heavier_packages_than_they_need(module: str, loaded: list[str]) -> None:

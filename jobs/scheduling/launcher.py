@@ -95,7 +95,7 @@ class Launcher:
     def launch_session(self, submission_id: str, session_id: str, fence: int) -> None:
         """Start the driver of a session; starting it a second time under the same id changes nothing."""
         command = [sys.executable, "-m", "jobs.session", "--id", session_id, "--fence", str(fence)]
-        # SIGINT lets `fit()` take its worker group down; SIGTERM was seen to leave a 200 MB helper actor behind.
+        # SIGINT lets `fit()` take its worker group down.
         self._submit(submission_id, command, {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "15"})
 
     def launch_scheduler(self, submission_id: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import ray.train
@@ -10,6 +12,9 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+
+
+PATIENCE = timedelta(minutes=30)  # of a rank with another that does not come to a collective
 
 
 class PeerLostError(RuntimeError):
@@ -56,6 +61,24 @@ class Collectives:
         values: list[str | None] = [value] * self.ranks
         _run(lambda: dist.all_gather_object(values, value, group=self._control))
         return values
+
+
+@contextmanager
+def joined_ranks(*, on_gpus: bool) -> Iterator[Collectives]:
+    """Join the other ranks of this Ray Train run where `trainer.py` has them meet, and leave them at the end."""
+    context = ray.train.get_context()
+    if on_gpus:
+        from ray.train.torch import get_device
+
+        torch.cuda.set_device(get_device())
+    dist.init_process_group(
+        "nccl" if on_gpus else "gloo",
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        timeout=PATIENCE,
+    )
+    yield Collectives()
+    dist.destroy_process_group()
 
 
 def _run(operation: Callable[[], None]) -> None:

@@ -1,6 +1,6 @@
 """The driver of one session: one Ray Train run of N ranks on one frozen base, and whatever jobs it is given.
 
-The main thread is inside `TorchTrainer.fit()`, where a SIGINT ends the run cleanly. A second thread controls the
+The main thread is inside `SessionTrainer.fit()`, where a SIGINT ends the run cleanly. A second thread controls the
 session: see `controller.py`.
 """
 
@@ -12,12 +12,13 @@ from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
+from cluster.ray_runtime import log_to_stderr
 from cluster.settings import Settings
 from jobs.job import SessionState
 from jobs.session.controller import SessionController
+from jobs.session.trainer import SessionTrainer
 from jobs.store.jobs import JobQueue
 
 log = logging.getLogger("lora.session")
@@ -48,7 +49,7 @@ def run_session(settings: Settings, session_id: str, fence: int) -> int:
     controller = SessionController(settings, queue, session_id, fence)
     # Set, it also says that GPU nodes will come, which an autoscaled cluster may not have up yet.
     gpus = "gpus_per_rank" in settings.model_fields_set or ray.cluster_resources().get("GPU", 0) > 0
-    trainer = TorchTrainer(
+    trainer = SessionTrainer(
         _train_loop,
         train_loop_config={
             # Ranks have no use for the database, and what they do not know they cannot leak.
@@ -57,6 +58,7 @@ def run_session(settings: Settings, session_id: str, fence: int) -> int:
             "base_model": session.base_model,
             "precision": session.precision,
             "forward_path": session.forward_path,
+            "on_gpus": gpus,
         },
         scaling_config=ScalingConfig(
             num_workers=session.num_workers,
@@ -96,6 +98,8 @@ def _root_cause(error: TrainingFailedError) -> str:
 
 def _train_loop(config: dict[str, Any]) -> None:
     """Run one rank. Imported there: the driver and Ray's controller need no transformers, which takes 0.2 GB each."""
+    log_to_stderr(config["settings"].log_format)
+    log.info("rank=%d event=started", ray.train.get_context().get_world_rank())
     gc.disable()  # while libraries are imported there is no garbage, and looking for it takes a tenth of the 10 s
     from jobs.session.rank import train_loop
 

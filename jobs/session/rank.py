@@ -27,14 +27,13 @@ from typing import Any
 
 import torch
 
-from cluster.ray_runtime import log_to_stderr
 from cluster.settings import Settings
 from cluster.sources import local_source
 from cluster.storage.base import Storage
 from cluster.storage.directory import open_storage
 from cluster.storage.keys import checkpoint_state_key
 from jobs.job import FailureCode
-from jobs.session.collectives import Collectives, PeerLostError
+from jobs.session.collectives import Collectives, PeerLostError, joined_ranks
 from jobs.session.failures import failure_code
 from jobs.session.loader import JobReader, Read
 from jobs.session.messages import (
@@ -74,10 +73,11 @@ IDLE_POLL_SECONDS = 0.2
 def train_loop(config: dict[str, Any]) -> None:
     """Run one rank, as Ray Train does on each; see `Rank.run`."""
     settings: Settings = config["settings"]
-    log_to_stderr(settings.log_format)
     mailbox, storage = RanksMailbox(config["mailbox"]), open_storage(settings.storage_url)
     of_base = config["base_model"], config["precision"], config["forward_path"]
-    Rank(settings, mailbox, storage, Collectives(), *of_base).run()
+    with joined_ranks(on_gpus=config["on_gpus"]) as collectives:
+        log.info("rank=%d event=joined_ranks", collectives.rank)
+        Rank(settings, mailbox, storage, collectives, *of_base).run()
 
 
 class Rank:
@@ -150,6 +150,7 @@ class Rank:
             all_reduce=self.collectives.all_reduce,
         )
         self.reader = JobReader(self.storage, self.engine, self.rank)
+        log.info("rank=%d event=ready", self.rank)
         while True:
             desired = self.collectives.agree(self._desired_jobs)
             for job_id in [job_id for job_id in self.active if job_id not in {a.job_id for a in desired.assignments}]:
