@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -28,7 +29,8 @@ import requests
 
 from cluster import metrics
 from cluster.embedded_ray import find_embedded
-from cluster.settings import Settings
+from cluster.ray_runtime import cluster_name
+from cluster.settings import Settings, load_settings
 from cluster.storage.directory import open_storage
 from cluster.storage.keys import checkpoints_prefix, examples_key, job_logs_prefix
 from jobs.__main__ import main
@@ -37,6 +39,7 @@ from jobs.demo import served
 from jobs.job import Job, JobStatus, RequestedAction
 from jobs.spec import load_spec
 from jobs.store.jobs import JobQueue
+from jobs.submission import enqueue
 from tests.k8s.objects import render
 from tests.k8s.queries import NODE_METRICS, labels_read, panels, queries
 from tests.support.another_ray import another_ray
@@ -113,6 +116,19 @@ class Laptop:
             assert main(["submit", str(spec), "--detach", *options]) == 0, output.getvalue()
         return next(word for word in output.getvalue().split() if word.startswith("job-"))
 
+    def submit_for(self, tenants: str, spec: Path) -> list[str]:
+        """Submit five jobs of each tenant, all of one before the next one's."""
+        with self.here():
+            settings, one = load_settings(), load_spec(spec)
+            admitted = admit(one, settings, None)
+            specs = [one.model_copy(update={"adapter": f"{one.adapter}{number}"}) for number in range(5)]
+            where = {"cluster": cluster_name(settings)}
+            return [
+                enqueue(self.queue, settings, each, admitted, tenant=tenant, **where)[0].id
+                for tenant in tenants
+                for each in specs
+            ]
+
     @contextlib.contextmanager
     def here(self) -> Iterator[pytest.MonkeyPatch]:
         """This process has the environment of the commands."""
@@ -135,6 +151,10 @@ class Laptop:
 
     def finished(self, job_id: str) -> Job:
         return self.wait(job_id, lambda job: job.finished_at is not None)
+
+    def started(self, job_id: str) -> int:
+        """The event with which a job's last attempt began."""
+        return max(event.id for event in self.queue.events(job_id) if (event.data or {}).get("to") == "running")
 
     def ranks(self) -> list[psutil.Process]:
         """The processes of the worker group."""
@@ -225,6 +245,33 @@ def test_jobs_train_together_and_a_killed_rank_changes_no_bit_of_what_each_is_al
     for job_id in ids:  # what it was to be continued from is gone
         prefix = checkpoints_prefix(job_id)
         laptop.wait(job_id, lambda _, prefix=prefix: not storage.list(prefix))  # type: ignore[misc]
+
+
+def test_two_tenants_share_the_sessions_of_two_bases_for_which_a_weaker_job_makes_way(laptop: Laptop) -> None:
+    """Ten jobs of each base, those of one base before the others. What trains meanwhile goes on from where it was."""
+    spec = laptop.spec("weaker", steps=400, priority=-1)
+    undisturbed = laptop.finished(laptop.submit(spec))
+    weaker = laptop.submit(spec, "--again")
+    laptop.wait(weaker, lambda job: bool(job.progress and job.progress["step"] >= 20))
+    other = str(save_tiny_model("llama", laptop.home / "other", seed=1))
+    first = laptop.submit_for("ab", laptop.spec("first", base_model=other, priority=1))
+    laptop.wait(weaker, lambda job: job.status is JobStatus.QUEUED)
+    made_way = time.time()
+    second = laptop.submit_for("ab", laptop.spec("second"))
+    for ids in (first, second):
+        jobs = [laptop.finished(job_id) for job_id in ids]
+        assert all(version_of(job) for job in jobs)
+        assert len({job.session_id for job in jobs}) == 1
+        jobs.sort(key=lambda job: laptop.started(job.id))
+        turns = list(itertools.accumulate(1 if job.tenant == "a" else -1 for job in jobs))
+        assert max(map(abs, turns)) == 1, [job.tenant for job in jobs]
+    job = laptop.finished(weaker)
+    assert version_of(job) == version_of(undisturbed)
+    assert job.attempt == 2 and job.lost_attempts == 0
+    assert laptop.started(weaker) > max(map(laptop.started, first))
+    steps = laptop.queue.step_metrics(weaker)
+    assert [one.step for one in steps] == [*range(1, 401)]
+    assert steps[19].at < made_way < steps[-1].at  # none was made twice
 
 
 def test_early_stopping_ends_a_job_with_its_reason_and_publishes_its_best(laptop: Laptop) -> None:
