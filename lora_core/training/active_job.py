@@ -90,9 +90,15 @@ class LiveJob:
         return self.optimizer.adapter
 
     @property
-    def done(self) -> bool:
+    def complete(self) -> bool:
+        """Whether it has come to its end."""
         progress = self.progress
         return (progress.step >= self.job.steps or progress.stopped is not None) and not self.evaluation_due
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing more to do here: it has come to its end, or to where it waits."""
+        return self.complete or (self.progress.step >= self.job.last_step and not self.evaluation_due)
 
     @property
     def evaluation_due(self) -> bool:
@@ -120,7 +126,7 @@ class LiveJob:
         step = self.progress.step + 1
         if self.job.evaluates_after(step):
             return NextStep(step, "evaluate")
-        return NextStep(step, "train" if self.pairs is None else "score") if step < self.job.steps else None
+        return NextStep(step, "train" if self.pairs is None else "score") if step < self.job.last_step else None
 
     def chunks(
         self, next_step: NextStep, rank: int, ranks: int, pad_to_multiple_of: int = PAD_TO_MULTIPLE_OF

@@ -327,6 +327,6 @@ class TrainEngine:
         patience = train.early_stopping_patience if progress.step < live.job.steps else None
         if progress.evaluated(evaluation, patience) and train.keeps_best:
             live.optimizer.keep_best()
-        if live.done and train.keeps_best:
+        if live.complete and train.keeps_best:
             live.optimizer.load_best()
         return progress.outcome

@@ -31,6 +31,7 @@ class EngineJob:
     """What to train: a name that is unique in the engine, the adapter, how, and the examples to train and to validate
     on (all of them, on every rank). With `init_adapter` training starts from what that adapter computes (see
     `continued_adapter`). Where training is of preferences, two examples side by side are a pair, the preferred first.
+    After `until` steps (None: all) it is evaluated and waits; what it is then goes on, in another job, to a later step.
     """
 
     name: str
@@ -39,6 +40,7 @@ class EngineJob:
     examples: Sequence[Example]
     validation: Sequence[Example] = ()
     init_adapter: Adapter | None = None
+    until: int | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -50,6 +52,11 @@ class EngineJob:
     @property
     def steps(self) -> int:
         return self.steps_per_epoch * self.train.epochs
+
+    @property
+    def last_step(self) -> int:
+        """How many of its steps it makes here."""
+        return self.steps if self.until is None else min(self.until, self.steps)
 
     @property
     def documents_of_step(self) -> int:
@@ -109,11 +116,11 @@ class EngineJob:
         return None
 
     def evaluates_after(self, step: int) -> bool:
-        """Whether the validation examples are evaluated once `step` steps are done: before the first, at the end, and
-        every `eval_steps` or every epoch.
+        """Whether the validation examples are evaluated once `step` steps are done: before the first, at the end, every
+        `eval_steps` or every epoch, and where it waits.
         """
         every = self.train.eval_steps or self.steps_per_epoch
-        return bool(self.validation) and (step % every == 0 or step >= self.steps)
+        return bool(self.validation) and (step % every == 0 or step >= self.steps or step == self.until)
 
     def problems(self) -> list[str]:
         """Why it cannot be trained as it is, one sentence each."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -171,6 +172,27 @@ def test_load_best_model_at_end_ends_with_the_weights_of_the_lowest_validation_l
     assert torch.equal(best.optimizer.flat, weights[lowest])
     assert best.progress.best is not None
     assert (best.progress.best.step, best.progress.best.loss) == (lowest + 1, losses[lowest])
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_a_job_that_waits_at_some_steps_ends_as_one_that_does_not(best: bool) -> None:
+    """It is evaluated there, goes on from what it was, and loads its best weights at its end alone."""
+    straight, _, _ = trained(load_best_model_at_end=best)
+    checkpoint = None
+    for until in (7, 7, 13, 24, None):
+        wanted = job(validation=MIXED, eval_steps=1, load_best_model_at_end=best, **OVERFITS)
+        engine = TrainEngine(tiny_base("llama"))
+        live = engine.add(replace(wanted, until=until), checkpoint)
+        train_to_the_end(engine, "job")
+        assert live.progress.step == (until or 24) and live.complete == (until in (24, None))
+        assert live.progress.evaluation is not None and live.progress.evaluation.step == live.progress.step
+        checkpoint = live.snapshot().dump()
+    assert live.progress == straight.progress and torch.equal(state(live), state(straight))
+    rare = job(validation=MIXED, eval_steps=100, **OVERFITS)
+    engine = TrainEngine(tiny_base("llama"))
+    live = engine.add(replace(rare, until=5))
+    train_to_the_end(engine, "job")
+    assert live.progress.evaluation is not None and live.progress.evaluation.step == 5
 
 
 @pytest.mark.parametrize("patience", [1, 2])
