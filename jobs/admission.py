@@ -11,10 +11,11 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cluster.settings import ALIAS, Settings
 from cluster.sources import fetch_url, listed_files, local_source
@@ -25,11 +26,13 @@ from jobs.admitted import Admitted, Rows
 from jobs.initial_adapter import fetch_initial, store_initial
 from jobs.spec import JobSpec, SpecError
 from jobs.stored_examples import examples_of, store_examples
+from jobs.trials import NewTrial
 from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.init import LoraConfigError, continued_adapter
 from lora_core.adapters.peft_format import read_adapter
 from lora_core.adapters.targets import AdaptableModules
-from lora_core.data.dataset import DatasetError
+from lora_core.config import LoraConfig
+from lora_core.data.dataset import DatasetError, DatasetReport
 from lora_core.models.base import describe_base, not_quantised, too_long
 from lora_core.models.checks import BaseModelError
 from lora_core.models.forward import ForwardPath, forward_path
@@ -64,10 +67,11 @@ def admit(spec: JobSpec, settings: Settings, max_workers: int | None, known: Seq
         )
     storage = _checked(lambda: _writable(settings), problems, "storage")
     described = _checked(lambda: _described(spec, settings), problems, "base_model")
-    path: ForwardPath | None = None
+    trials = spec.trials()
+    loras, paths = [trial.lora for _, trial in trials] or [spec.lora], list[ForwardPath]()
     if described is not None:
-        adaptable, config = AdaptableModules(described[0]), described[0].config
-        path = _fits(lambda: forward_path(config, adaptable, spec.lora, spec.precision), problems)
+        adaptable = AdaptableModules(described[0])
+        paths = _paths(described[0].config, adaptable, loras, spec.precision, problems)
         if spec.precision in QUANTISED and (problem := not_quantised(described[0], spec.precision)):
             problems.append(f"precision: {problem}")
     with (
@@ -77,7 +81,7 @@ def admit(spec: JobSpec, settings: Settings, max_workers: int | None, known: Seq
     ):
         adapter = Path(folder) / "adapter"  # not its own name, which may be none of a folder
         if spec.init_adapter is not None and described is not None and storage is not None:
-            _check_initial(spec, settings, storage, adaptable, adapter, problems)
+            _check_initial(spec, loras, settings, storage, adaptable, adapter, problems)
         examples, summary = None, list[str]()
         if described is not None and dataset is not None:
             examples = _checked(lambda: examples_of(spec, dataset, validation, *described), problems, "dataset")
@@ -86,29 +90,58 @@ def admit(spec: JobSpec, settings: Settings, max_workers: int | None, known: Seq
                 lengths = [len(example.ids) for part in examples if part is not None for example in part.examples]
                 if problem := too_long(described[0], max(lengths)):
                     problems.append(f"train.max_seq_len: {problem}")
-        if problems or not (storage and described and dataset and examples and path):
+        if problems or not (storage and described and dataset and examples and paths):
             raise SpecError(problems)
         dataset_sha = put_by_content(storage, dataset, dataset_key)
         validation_sha = None if validation is None else put_by_content(storage, validation, dataset_key)
         examples_sha = store_examples(storage, examples, described[1])
         init_adapter_sha = None if spec.init_adapter is None else store_initial(storage, adapter)
-        report, batch = examples[0].report, spec.train.batch_size
-        steps, epochs = -(-report.examples // batch), spec.train.epochs
-        rows = Rows(
-            report.examples,
-            report.tokens,
-            report.supervised_tokens,
-            max(lengths),
-            epochs * steps,
-            math.ceil(report.tokens / steps),
-        )
-    return Admitted(storage, dataset_sha, validation_sha, examples_sha, init_adapter_sha, path, rows, summary)
+        report = examples[0].report
+        counted = report.examples, report.tokens, report.supervised_tokens, max(lengths)
+        rows = Rows(*counted, *_steps(spec, report))
+        tried = [_new_trial(*trial, path, report) for trial, path in zip(trials, paths, strict=False)]
+    shas = dataset_sha, validation_sha, examples_sha, init_adapter_sha
+    return Admitted(storage, *shas, paths[0], rows, summary, tuple(tried))
+
+
+def _new_trial(chosen: dict[str, Any], spec: JobSpec, path: ForwardPath, report: DatasetReport) -> NewTrial:
+    steps, step_tokens = _steps(spec, report)
+    return NewTrial(parameters=chosen, spec=spec, forward_path=path, steps=steps, step_tokens=step_tokens)
+
+
+def _steps(spec: JobSpec, report: DatasetReport) -> tuple[int, int]:
+    """Return how many optimizer steps a job has, and the tokens of one on average."""
+    of_epoch = -(-report.examples // spec.train.batch_size)
+    return spec.train.epochs * of_epoch, math.ceil(report.tokens / of_epoch)
+
+
+def _paths(
+    config: PretrainedConfig,
+    adaptable: AdaptableModules,
+    loras: Sequence[LoraConfig],
+    precision: str,
+    problems: list[str],
+) -> list[ForwardPath]:
+    """Return the path through the base of each adapter, or add what is wrong with them, each once."""
+    wrong: list[str] = []
+    found = {
+        text: _fits(partial(forward_path, config, adaptable, lora, precision), wrong)
+        for text, lora in _unlike(loras).items()
+    }
+    problems += dict.fromkeys(wrong)
+    return [path for lora in loras if (path := found[lora.model_dump_json()]) is not None]
 
 
 def _check_initial(
-    spec: JobSpec, settings: Settings, storage: Storage, adaptable: AdaptableModules, folder: Path, problems: list[str]
+    spec: JobSpec,
+    loras: Sequence[LoraConfig],
+    settings: Settings,
+    storage: Storage,
+    adaptable: AdaptableModules,
+    folder: Path,
+    problems: list[str],
 ) -> None:
-    """Fetch the adapter to start from into `folder`, and see that the job can go on from it."""
+    """Fetch the adapter to start from into `folder`, and see that adapters of these options can go on from it."""
     source, base = str(spec.init_adapter), settings.base_name(spec.base_model)
 
     def fetch() -> Adapter:
@@ -118,7 +151,15 @@ def _check_initial(
 
     given = _checked(fetch, problems, "init_adapter")
     if given is not None and not any(problem.startswith("lora.") for problem in problems):
-        _fits(lambda: continued_adapter(adaptable, spec.lora, given), problems)
+        wrong: list[str] = []
+        for lora in _unlike(loras).values():
+            _fits(partial(continued_adapter, adaptable, lora, given), wrong)
+        problems += dict.fromkeys(wrong)
+
+
+def _unlike(loras: Sequence[LoraConfig]) -> dict[str, LoraConfig]:
+    """Return each of them once, by what is in it."""
+    return {lora.model_dump_json(): lora for lora in loras}
 
 
 def _fits(check: Callable[[], T], problems: list[str]) -> T | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from cluster.storage.base import Storage
 from cluster.storage.keys import job_spec_key
 from jobs.job import Job
+from jobs.trials import NewTrial
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Rows:
 @dataclass(frozen=True)
 class Admitted:
     """A job that may be queued: the sha256 of its rows, of what they became, and of the adapter that it starts from,
-    which are in storage now; the path through the base that it takes; what the rows come to, and that for people.
+    which are in storage now; the path through the base that it takes; what the rows come to, and that for people; and
+    of a sweep its trials, all on these rows.
     """
 
     storage: Storage
@@ -37,6 +39,7 @@ class Admitted:
     forward_path: str
     rows: Rows
     summary: list[str]
+    trials: tuple[NewTrial, ...] = ()
 
     def record(self, job: Job) -> None:
         """Write the write-once second record of a submission, from which a lost database is rebuilt."""

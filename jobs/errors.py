@@ -21,13 +21,15 @@ class JobNotFoundError(JobError):
 
 
 class TooManyJobsError(JobError):
-    """A tenant has as many unfinished or waiting jobs as whoever submits another one may have."""
+    """A tenant has as many unfinished or waiting jobs as whoever submits another one, or a sweep of `new`, may have."""
 
-    def __init__(self, most: int, what: str = "unfinished") -> None:
-        super().__init__(most, what)
-        self.most, self.what = most, what
+    def __init__(self, most: int, what: str = "unfinished", new: int = 1) -> None:
+        super().__init__(most, what, new)
+        self.most, self.what, self.new = most, what, new
 
     def __str__(self) -> str:
+        if self.new > 1:
+            return f"there may be {self.most} {self.what} jobs, and the sweep has {self.new}; give it fewer, or wait"
         return f"there may be {self.most} {self.what} jobs; wait for one, or cancel one"
 
 

@@ -201,7 +201,8 @@ class Job:
     started for it; until `not_before` it waits for its next attempt, or if that is infinity for other jobs.
     `max_colocated` is the most other jobs that it may train beside: None is any number; 0 is none, as it may be what
     ended a session. `step_tokens` are about those of one optimizer step: None is not known. `level` is that with which
-    it was started last: its priority, raised by how long it had waited.
+    it was started last: its priority, raised by how long it had waited. `sweep_id` is the sweep that it is a trial of,
+    or its own id where it is a sweep, whose trials are the jobs that train.
     """
 
     id: str
@@ -245,6 +246,12 @@ class Job:
     client_request: dict[str, Any] | None
     metadata: dict[str, str] | None
     idempotency_key: str | None
+    sweep_id: str | None
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether it is many jobs, its trials, and trains by these alone."""
+        return self.sweep_id == self.id
 
     @property
     def session_key(self) -> SessionKey:

@@ -16,6 +16,8 @@ from jobs.job_log import JobLog, LogLine
 from jobs.job_report import job_document, report
 from jobs.screen import Table, print_json, refresh, show, sparkline
 from jobs.store.jobs import JobQueue
+from jobs.sweep import value_text
+from jobs.trials import Trial
 
 LISTED = 20
 TOP_SECONDS = 2.0
@@ -40,6 +42,7 @@ def add_job_commands(commands: Any) -> None:
     listed.add_argument(
         "--tag", action="append", default=[], metavar="KEY=VALUE", type=_tag, help="only jobs with this in metadata"
     )
+    listed.add_argument("--trials", action="store_true", help="also the trials of sweeps")
     for name, run, text in (
         ("show", _show, "how far a job is, what came of it, what was asked for, and its history"),
         ("logs", _logs, "what has happened to a job"),
@@ -70,7 +73,8 @@ def _list(settings: Settings, arguments: argparse.Namespace) -> int:
     statuses = [JobStatus(status) for status in arguments.status] if arguments.status else None
     tags = dict(arguments.tag) or None
     queue = JobQueue(settings.database_url)
-    found, more = queue.page(arguments.tenant, max(1, arguments.limit), metadata=tags, statuses=statuses)
+    limit, trials = max(1, arguments.limit), arguments.trials
+    found, more = queue.page(arguments.tenant, limit, metadata=tags, statuses=statuses, trials=trials)
     if arguments.json:
         print_json([job_document(job) for job in found])
         return 0
@@ -93,13 +97,26 @@ def _show(settings: Settings, arguments: argparse.Namespace) -> int:
     job = queue.get(arguments.job)
     session = queue.session(job.session_id) if job.session_id else None
     events, steps = queue.events(job.id), queue.step_metrics(job.id)
+    trials = queue.trials([job.id]).get(job.id, [])
     if arguments.json:
-        print_json(job_document(job, session, events, steps))
+        print_json(job_document(job, session, events, steps, trials))
         return 0
     curve = sparkline([one.figures["train_loss"] for one in steps if "train_loss" in one.figures])
     for line in report(job, session, events, settings, curve):
         print(line)
+    if trials:
+        show((("trial", *trials[0].parameters, "state", "step", "validation loss", ""), [*map(_trial_row, trials)]))
     return 0
+
+
+def _trial_row(trial: Trial) -> list[str]:
+    step, loss = f"0/{trial.steps}", "-"
+    if trial.progress:
+        step = f"{trial.progress['step']}/{trial.steps}"
+    if (last := trial.validation_loss) is not None:
+        loss = f"{last:.4f}"
+    values = map(value_text, trial.parameters.values())
+    return [trial.job_id, *values, trial.status, step, loss, trial.standing]
 
 
 def _logs(settings: Settings, arguments: argparse.Namespace) -> int:

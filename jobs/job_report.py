@@ -13,9 +13,11 @@ from cluster.settings import Settings
 from jobs.duration import duration_text
 from jobs.job import TERMINAL, EventKind, Job, JobMetrics, JobProgress, JobStatus, QueueEvent, Session, StepMetrics
 from jobs.spec import JobSpec
+from jobs.sweep import parameters_text
+from jobs.trials import Trial
 from lora_core.data.json_values import finite
 
-_TOLD_APART = {"base_model", "dataset", "adapter", "lora", "train", "metadata", "depends_on", "time_limit"}
+_TOLD_APART = {"base_model", "dataset", "adapter", "lora", "train", "metadata", "depends_on", "time_limit", "sweep"}
 _INTERNAL = {"spec_json", "content_key", "code_version", "client_request", "idempotency_key", "forward_path"}
 
 
@@ -42,15 +44,17 @@ def job_document(
     session: Session | None = None,
     events: Sequence[QueueEvent] = (),
     steps: Sequence[StepMetrics] = (),
+    trials: Sequence[Trial] = (),
 ) -> dict[str, Any]:
-    """Return a job as JSON can hold it, without what only the queue needs; perhaps with its session, its history and
-    the metrics of its steps.
+    """Return a job as JSON can hold it, without what only the queue needs; perhaps with its session, its history, the
+    metrics of its steps, and the trials of a sweep.
     """
     row = {name: value for name, value in vars(job).items() if name not in _INTERNAL}
     row |= {"model": f"{job.base}:{job.adapter}", "spec": json.loads(job.spec_json)}
     row |= {"session": vars(session)} if session else {}
     row |= {"events": [vars(event) for event in events]} if events else {}
     row |= {"steps": [{"step": one.step, "at": one.at, **one.figures} for one in steps]} if steps else {}
+    row |= {"trials": [vars(trial) | {"standing": trial.standing} for trial in trials]} if trials else {}
     document: dict[str, Any] = finite(row)
     return document
 
@@ -77,6 +81,7 @@ def report(
         "after": ", ".join(job.spec.depends_on),
         "time limit": _time_limit(job) if job.time_limit is not None else None,
         "settings": ", ".join(_settings(job.spec)),
+        "sweep": parameters_text(job.spec.sweep.model_dump(exclude_none=True)) if job.spec.sweep else None,
         "metadata": ", ".join(f"{key}={value}" for key, value in (job.metadata or {}).items()),
     }
     yield f"{job.id}  {job.status} since {_when(since)}  {model}"
@@ -148,6 +153,8 @@ def _chat(job: Job, model: str, settings: Settings) -> str:
 def _session(job: Job, session: Session | None) -> str:
     workers = f"{job.num_workers} worker{'s' * (job.num_workers > 1)}"
     asked = f"{job.spec.base_model} in precision {job.spec.precision}, {workers}"
+    if job.is_sweep:
+        return f"those of its trials, on {job.cluster}: {asked}"
     if session is None:
         return f"none yet, on {job.cluster}: {asked}"
     facts = session.facts

@@ -16,7 +16,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
@@ -24,6 +24,7 @@ from pydantic_core import ErrorDetails
 from cluster.requirements import expected, requirement
 from jobs.duration import seconds_of
 from jobs.spec_text import parse
+from jobs.sweep import Sweep, tried
 from lora_core.config import LoraConfig, TrainConfig
 from lora_core.data.json_values import shown, unusable
 
@@ -56,7 +57,7 @@ class JobSpec(BaseModel):
     where training starts: a published `<base>:<adapter>` or `<base>:<adapter>@<version>`, or the directory or s3://
     prefix of a PEFT adapter; `precision` is that of the frozen base; `num_workers` counts data-parallel ranks; among
     waiting jobs the highest `priority` goes first; it may run for `time_limit` seconds, and waits until the jobs of
-    `depends_on` have succeeded."""
+    `depends_on` have succeeded. With `sweep` it is many jobs, its trials, of which the best is published."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -73,6 +74,7 @@ class JobSpec(BaseModel):
     time_limit: float | None = Field(default=None, gt=0)
     depends_on: list[str] = Field(default_factory=list, max_length=MOST_DEPENDENCIES)
     metadata: dict[str, str] = Field(default_factory=dict)
+    sweep: Sweep | None = None
 
     @field_validator("metadata")
     @classmethod
@@ -125,6 +127,29 @@ class JobSpec(BaseModel):
             )
         return train
 
+    @field_validator("sweep")
+    @classmethod
+    def _trials_can_be_compared(cls, sweep: Sweep | None, info: ValidationInfo) -> Sweep | None:
+        if sweep is None:
+            return None
+        if info.data.get("validation", "wrong") is None:
+            raise ValueError(
+                "compares its trials by their validation loss, but there are no validation rows: give validation, a"
+                " fraction such as 0.1 or the path of a second dataset"
+            )
+        sweep.refuse_impossible(info.data.get("lora", LoraConfig()), info.data.get("train", TrainConfig()))
+        return sweep
+
+    def trials(self) -> list[tuple[dict[str, Any], JobSpec]]:
+        """Return the jobs that a sweep is, each with the values that it tries; of another job none."""
+        if self.sweep is None:
+            return []
+        plain = self.model_copy(update={"sweep": None})
+        return [
+            (chosen, plain.model_copy(update={"lora": tried(self.lora, chosen), "train": tried(self.train, chosen)}))
+            for chosen in self.sweep.combinations(self.train.seed)
+        ]
+
     def canonical_json(self) -> str:
         """Return one line, the same for equal specs, which `JobSpec.model_validate_json` reads back."""
         return _canonical(self.model_dump(mode="json"))
@@ -138,8 +163,10 @@ class JobSpec(BaseModel):
         """
         assert isinstance(self.validation, str) == (validation_sha is not None), "one sha256 for each dataset"
         assert (self.init_adapter is None) == (init_adapter_sha is None), "and one for the adapter to start from"
-        content = self.model_dump(mode="json", exclude={"priority", "time_limit", "metadata", "depends_on"})
+        apart = {"priority", "time_limit", "metadata", "depends_on", "sweep"}
+        content = self.model_dump(mode="json", exclude=apart)
         content |= {"dataset": dataset_sha} | ({"depends_on": sorted(self.depends_on)} if self.depends_on else {})
+        content |= {} if self.sweep is None else {"sweep": self.sweep.model_dump(mode="json")}
         content |= {} if validation_sha is None else {"validation": validation_sha}
         content |= {} if init_adapter_sha is None else {"init_adapter": init_adapter_sha}
         return hashlib.sha256(_canonical(content).encode()).hexdigest()
@@ -217,9 +244,12 @@ def _absolute(location: str) -> str:
 
 
 def _fields_of(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
-    """Return each field of a model with the model of its own block, where it is one."""
-    blocks = {name: field.annotation for name, field in model.model_fields.items()}
-    return {name: a if isinstance(a, type) and issubclass(a, BaseModel) else None for name, a in blocks.items()}
+    """Return each field of a model with the model of its own block, where it is one, or may be."""
+    kinds = {name: (field.annotation, *get_args(field.annotation)) for name, field in model.model_fields.items()}
+    return {
+        name: next((kind for kind in of_field if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        for name, of_field in kinds.items()
+    }
 
 
 def _split(loc: tuple[int | str, ...]) -> tuple[str, list[int], type[BaseModel]]:

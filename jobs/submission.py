@@ -42,6 +42,7 @@ def enqueue(
         request=request,
         most_unfinished=most_unfinished,
         most_queued=settings.quota(tenant).queued_jobs,
+        trials=admitted.trials,
     )
     admitted.record(job)
     if new:

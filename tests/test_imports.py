@@ -19,9 +19,10 @@ ORDER = {
     "lora_core": ["config", "lora", "adapters", "kernels", "data", "models", "training", "inference", "library"],
     "cluster": ["requirements", "log_format", "tracing", "settings", "metrics", "proxies", "storage", "sources",
      "aliases", "registry", "adapter_lifecycle", "ray_runtime", "embedded_ray"],
-    "jobs": ["spec_text", "duration", "spec", "job", "errors", "queue_snapshot", "admitted", "initial_adapter",
-     "stored_examples", "admission", "store", "estimate", "job_log", "submission", "job_report", "screen", "follow",
-     "published_adapters", "scheduling", "session", "demo", "adapter_commands", "job_commands", "__main__"],
+    "jobs": ["spec_text", "duration", "sweep", "spec", "job", "errors", "trials", "halving", "queue_snapshot",
+     "admitted", "initial_adapter", "stored_examples", "admission", "store", "estimate", "job_log", "submission",
+     "job_report", "screen", "follow", "published_adapters", "scheduling", "session", "demo", "adapter_commands",
+     "job_commands", "__main__"],
     "deploy": ["serving", "vllm_plugin", "proxy", "api", "app", "examples", "__main__"],
 }  # fmt: skip
 MAY_IMPORT = {
@@ -37,6 +38,7 @@ FORBIDDEN = {
     "jobs": {"fastapi", "starlette", "uvicorn"},
     "deploy": set(),
     "jobs.scheduling.policy": {"ray", "torch"},
+    "jobs.halving": {"ray", "torch"},
     "jobs.spec": {"ray", "torch"},
 }
 

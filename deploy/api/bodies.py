@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from jobs.duration import DURATION
 from jobs.spec import MOST_DEPENDENCIES
+from jobs.sweep import Sweep
 from lora_core.config import LoraConfig, TrainConfig
 
 _Auto = Literal["auto"]
@@ -93,6 +94,7 @@ class JobBody(BaseModel):
     depends_on: list[str] | None = Field(
         default=None, max_length=MOST_DEPENDENCIES, description="jobs that must have succeeded before it starts"
     )  # fmt: skip
+    sweep: Sweep | None = Field(default=None, description="values to try, of options of lora and train")
 
 
 class GateBody(BaseModel):

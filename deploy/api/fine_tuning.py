@@ -123,7 +123,7 @@ class FineTuning:
         locate = await self._locating(caller, document)
         wanted = await asyncio.to_thread(parse_job_request, document, self._settings.base_models, locate)
         if not wanted.dry_run and (known := await self._known(caller, key, wanted)) is not None:
-            return job_object(known)
+            return await self._object(known)
         if wanted.spec.priority > 0 and Scope.ADMIN not in caller.scopes:
             message = "a priority above 0 goes before other tenants' jobs, for keys of the scope admin: leave it out"
             raise ApiError(403, message, "missing_scope", "priority")
@@ -159,17 +159,18 @@ class FineTuning:
             raise
         if new or job.status == "queued":  # an error after it was written may have kept it from being scheduled
             self._start_scheduler(job.cluster)
-        return job_object(_same(job, wanted))
+        return await self._object(_same(job, wanted))
 
     async def list(self, request: Request, after: str | None = None, limit: Limit = 20) -> Page[FineTuningJob]:
-        """List jobs, the newest first."""
+        """List jobs, the newest first; the trials of a sweep are in its own object."""
         asked = caller_of(request).tenant, limit, after, _metadata_of(request)
         jobs, more = await self._read(self._queue.page, *asked)
-        return page([job_object(job) for job in jobs], more)
+        trials = await self._read(self._queue.trials, [job.id for job in jobs if job.is_sweep])
+        return page([job_object(job, trials.get(job.id, ())) for job in jobs], more)
 
     async def retrieve(self, request: Request, job_id: str) -> FineTuningJob:
         """Describe a job, with how far it is."""
-        return job_object(await self._find(request, job_id))
+        return await self._object(await self._find(request, job_id))
 
     async def cancel(self, request: Request, job_id: str) -> FineTuningJob:
         """Cancel a job; one that runs, after its current step."""
@@ -183,7 +184,7 @@ class FineTuning:
         """Let a paused job go on from where it was."""
         job = await self._moved(request, job_id, self._queue.resume)
         self._start_scheduler(job.cluster)
-        return job_object(job)
+        return await self._object(job)
 
     async def events(
         self, request: Request, job_id: str, after: str | None = None, limit: Limit = 20
@@ -308,7 +309,7 @@ class FineTuning:
         assert found.admitted is not None and found.memory is not None
         asked = self._queue, found.cluster, spec, found.admitted, found.memory
         wanted: Estimate = await self._read(estimate, *asked)
-        rows = wanted.rows
+        rows, sweep = wanted.rows, wanted.sweep
         return {
             "object": "fine_tuning.job.estimate",
             "model": spec.base_model,
@@ -322,6 +323,9 @@ class FineTuning:
             "seconds": wanted.seconds,
             "tokens_per_second": wanted.tokens_per_second,
             "queue": {"before": wanted.before},
+            "sweep": None
+            if sweep is None
+            else {"trials": sweep.trials, "left": [*sweep.left], "grid_tokens": sweep.grid_tokens},
             "summary": found.admitted.summary,
         }
 
@@ -330,7 +334,12 @@ class FineTuning:
         return found
 
     async def _requested(self, request: Request, job_id: str, action: RequestedAction) -> FineTuningJob:
-        return job_object(await self._moved(request, job_id, lambda found: self._queue.request(found, action)))
+        return await self._object(await self._moved(request, job_id, lambda found: self._queue.request(found, action)))
+
+    async def _object(self, job: Job) -> FineTuningJob:
+        """Return what a client reads of a job, of a sweep with its trials."""
+        trials = await self._read(self._queue.trials, [job.id]) if job.is_sweep else {}
+        return job_object(job, trials.get(job.id, ()))
 
     async def _moved(self, request: Request, job_id: str, move: Callable[[str], Job]) -> Job:
         """Return the job as it is then. Raises ApiError: there is none (404), or it has ended (409)."""

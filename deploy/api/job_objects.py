@@ -14,6 +14,8 @@ from typing_extensions import TypedDict
 
 from deploy.api.job_requests import LEARNING_RATES
 from jobs.job import TERMINAL, FailureCode, Job, JobStatus, QueueEvent, StepMetrics
+from jobs.sweep import Sweep
+from jobs.trials import Trial
 from lora_core.config import DPO_BETA, TrainConfig
 from lora_core.data.json_values import finite
 
@@ -54,6 +56,24 @@ class JobFailure(TypedDict):
     param: str | None
 
 
+class SweepTrial(TypedDict):
+    """One job of a sweep: its `values`, how far it is, and how it stands among the others."""
+
+    id: str
+    status: Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+    values: dict[str, Any]
+    step: int
+    steps: int
+    valid_loss: float | None
+    rung: int
+    standing: str
+
+
+class SweepObject(TypedDict):
+    options: dict[str, Any]
+    trials: list[SweepTrial]
+
+
 class FineTuningJob(TypedDict):
     """OpenAI's FineTuningJob, whose `validation_file` may be the fraction of rows that is validated on. What comes from
     `step` on is more than that has: how far it is, what it is asked to do, and a job's own options.
@@ -91,6 +111,7 @@ class FineTuningJob(TypedDict):
     priority: int
     time_limit: float | None
     depends_on: list[str]
+    sweep: SweepObject | None
 
 
 class JobEvent(TypedDict):
@@ -148,9 +169,18 @@ class EstimatedQueue(TypedDict):
     before: int
 
 
+class EstimatedSweep(TypedDict):
+    """How many trials there are and go on from each rung, and the tokens of all epochs of all of them."""
+
+    trials: int
+    left: list[int]
+    grid_tokens: int
+
+
 class JobEstimate(TypedDict):
-    """What a job would come to: `tokens` of all epochs, bytes on a rank, how many jobs stand before it, and how many
-    `seconds` it takes, by itself, at the pace that was measured for its kind last (null: none was, on this cluster).
+    """What a job would come to: `tokens` of all epochs, or the most of a sweep, bytes on a rank, how many jobs stand
+    before it, and how many `seconds` it takes, by itself, at the pace that was measured for its kind last (null: none
+    was, on this cluster).
     """
 
     object: Literal["fine_tuning.job.estimate"]
@@ -165,6 +195,7 @@ class JobEstimate(TypedDict):
     tokens_per_second: float | None
     memory: EstimatedMemory
     queue: EstimatedQueue
+    sweep: EstimatedSweep | None
     summary: list[str]
 
 
@@ -180,7 +211,7 @@ class ResultFile(TypedDict):
     status: Literal["processed"]
 
 
-def job_object(job: Job) -> FineTuningJob:
+def job_object(job: Job, trials: Sequence[Trial] = ()) -> FineTuningJob:
     spec, sent, progress = job.spec, job.client_request or {}, job.progress
     hyperparameters: UsedHyperparameters = {
         "n_epochs": spec.train.epochs,
@@ -221,7 +252,27 @@ def job_object(job: Job) -> FineTuningJob:
         "priority": spec.priority,
         "time_limit": job.time_limit,
         "depends_on": spec.depends_on,
+        "sweep": _sweep(spec.sweep, trials),
     }
+
+
+def _sweep(sweep: Sweep | None, trials: Sequence[Trial]) -> SweepObject | None:
+    if sweep is None:
+        return None
+    of_trials: list[SweepTrial] = [
+        {
+            "id": trial.job_id,
+            "status": trial.status.value,
+            "values": trial.parameters,
+            "step": trial.progress["step"] if trial.progress else 0,
+            "steps": trial.steps,
+            "valid_loss": finite(trial.validation_loss),
+            "rung": trial.reached,
+            "standing": trial.standing,
+        }
+        for trial in trials
+    ]
+    return {"options": sweep.model_dump(mode="json", exclude_none=True), "trials": of_trials}
 
 
 def _failure(job: Job) -> JobFailure | None:

@@ -28,7 +28,7 @@ WINDOW_SECONDS = 600.0
 LEARNING_RATES: Mapping[str, float] = {method: TrainConfig(method=method).learning_rate for method in get_args(Method)}
 """What `learning_rate_multiplier` multiplies: about ten times what suits training all weights (LoRA Without Regret)."""
 
-OWN = ("lora", "train", "precision", "num_workers", "priority", "time_limit", "depends_on")
+OWN = ("lora", "train", "precision", "num_workers", "priority", "time_limit", "depends_on", "sweep")
 """Options that have no other name here."""
 
 _OPENAI = (

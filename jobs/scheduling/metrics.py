@@ -80,7 +80,9 @@ class QueueCollector(Collector):
             "step_seconds": _gauge(JOB_STEP_SECONDS),
         }
         for job in self._queue.list(self._cluster):
-            if job.progress is None or (job.finished_at is not None and now - job.finished_at > RECENT_SECONDS):
+            if job.progress is None or job.is_sweep:  # whose figures are those of its best trial
+                continue
+            if job.finished_at is not None and now - job.finished_at > RECENT_SECONDS:
                 continue
             tokens.add_metric([job.id, f"{job.base}:{job.spec.adapter}"], job.progress["tokens"])
             figures = cast(dict[str, float], job.progress)

@@ -1,5 +1,6 @@
 """The scheduler: a loop over SQL and Ray that anyone may kill at any moment.
 
+    settle_sweeps() which trials of a sweep go on, once all of them are at a rung (sweeps.py)
     reconcile()     what the rows say against what Ray runs: end sessions that are gone, requeue their jobs
     account()       what each tenant had since the last time, now and then
     plan(...)       pure: which session to launch, which job goes where, which session has to make room (policy.py)
@@ -58,6 +59,7 @@ from jobs.scheduling.launcher import (
 from jobs.scheduling.metrics import QueueCollector
 from jobs.scheduling.policy import Action, Assign, Launch, Preempt, Stop, plan
 from jobs.scheduling.room import Cluster
+from jobs.scheduling.sweeps import settle_sweeps
 from jobs.store.jobs import JobQueue
 
 log = logging.getLogger("lora.scheduler")
@@ -94,6 +96,7 @@ class Scheduler:
     def step(self) -> bool:
         """Make one round; returns whether there is anything to do, now or soon."""
         self.queue.release_due(self.cluster, lease=self.lease)
+        sweeps = settle_sweeps(self.queue, self.cluster, self.lease)
         snapshot = self.queue.snapshot(self.cluster)
         if self._reconcile(snapshot.sessions):
             snapshot = self.queue.snapshot(self.cluster)
@@ -108,7 +111,7 @@ class Scheduler:
             late = [job for job in snapshot.queued if job.id in why and job.session_key in slow]
             why |= {job.id: slow[job.session_key] for job in late}
         self._tell(why)
-        return bool(snapshot.queued or snapshot.running or snapshot.sessions)
+        return bool(snapshot.queued or snapshot.running or snapshot.sessions or sweeps)
 
     def tell_of_trouble(self, reason: str) -> None:
         """Let whoever follows a waiting job know what keeps it from being started."""

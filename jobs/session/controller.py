@@ -53,6 +53,7 @@ from jobs.session.messages import (
     NoRoom,
     RankBroke,
     RanksStarted,
+    RungReached,
     StepsDone,
     Trained,
     start_mailbox,
@@ -206,6 +207,7 @@ class SessionController:
         if job.id not in self._known:
             commits = self._commits(job.id)
             newest: dict[str, str] = json.loads(self._storage.get(commits[-1][1])) if commits else {}
+            trial = self._queue.trial(job)
             self._logs[job.id, job.attempt] = JobLogWriter(self._storage, job.id, job.attempt)
             self._known[job.id] = Assignment(
                 job.id,
@@ -215,6 +217,7 @@ class SessionController:
                 job.init_adapter_sha,
                 newest.get("key"),
                 newest.get("sha256"),
+                None if trial is None else trial.until_step,
             )
         return self._known[job.id]
 
@@ -242,6 +245,9 @@ class SessionController:
                 self._keep(report)
             case Trained():
                 self._publish(report)
+            case RungReached(job_id, step, loss):
+                message = f"waits for the other trials after step {step}: validation loss {loss:.4f}"
+                self._move(job_id, JobStatus.PAUSED, message, kind=EventKind.WAITS, rung_loss=loss)
             case JobFailed(job_id, reason, trace, code):
                 self._add_to_log(job_id, trace)
                 self._fail(job_id, reason, code)
@@ -326,7 +332,7 @@ class SessionController:
             return
         began = time.time()
         job = self._queue.get(report.job_id)
-        manifest = {**report.manifest, "dataset_sha256": job.dataset_sha}
+        manifest = {**report.manifest, "dataset_sha256": job.dataset_sha, **self._lineage(job)}
         version = self._registry.of(job.tenant).publish(job.base, job.spec.adapter, report.files, manifest)
         result: JobResult = {
             "model": f"{job.base}:{job.spec.adapter}",
@@ -341,6 +347,15 @@ class SessionController:
         self._move(
             job.id, JobStatus.SUCCEEDED, f"published {result['model']} version {version.version}", began, result=result
         )
+
+    def _lineage(self, job: Job) -> dict[str, Any]:
+        """Return what the manifest of a trial says of its sweep: what was tried, and what was the best of that."""
+        if (trial := self._queue.trial(job)) is None:
+            return {}
+        options = self._queue.get(trial.sweep_id).spec.sweep
+        assert options is not None
+        tried = options.model_dump(mode="json", exclude_none=True)
+        return {"sweep": {"job": trial.sweep_id, "tried": tried, "trial": trial.number, "best": trial.parameters}}
 
     def _fail(self, job_id: str, reason: str, code: FailureCode) -> None:
         """End a job that cannot go on; what no job can have caused is tried again, later and so many times."""

@@ -67,5 +67,6 @@ class JobReader:
         if assignment.init_adapter_sha is not None:
             base, modules = self._engine.base, self._engine.forward.modules
             start = load_initial(self._storage, assignment.init_adapter_sha, modules, base.fingerprint)
-        job = EngineJob(assignment.job_id, spec.lora, spec.train, train.examples, validation, start)
+        rows, until = (train.examples, validation), assignment.until_step
+        job = EngineJob(assignment.job_id, spec.lora, spec.train, *rows, start, until)
         return spec, self._engine.prepare(job, checkpoint), tokenizer

@@ -19,7 +19,7 @@ from jobs.job import FailureCode, JobProgress, JobSteps
 @dataclass(frozen=True)
 class Assignment:
     """One job to train: its spec as JSON, the sha256 of what its rows became, the digest of the adapter to start from,
-    and the committed checkpoint to continue from.
+    the committed checkpoint to continue from, and of a trial the step after which it comes to a rung (None: its end).
 
     `attempt` counts how often the job was started; it is part of its checkpoints' names.
     """
@@ -31,6 +31,7 @@ class Assignment:
     init_adapter_sha: str | None = None
     checkpoint_key: str | None = None
     checkpoint_sha256: str | None = None
+    until_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,14 @@ class Trained(Report):
 
 
 @dataclass(frozen=True)
+class RungReached(Report):
+    """A trial has come to its rung with this validation loss, and what it is there is written."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True)
 class JobFailed(Report):
     """A job cannot go on, for a reason of its own; its session can. `traceback` is where that was raised, if it was."""
 
@@ -144,7 +153,7 @@ class StepsDone:
 
 Message = Report | StepsDone | RankBroke | RanksStarted
 
-_ENDS = (Trained, JobFailed, NoRoom)
+_ENDS = (Trained, RungReached, JobFailed, NoRoom)
 
 
 class Mailbox:

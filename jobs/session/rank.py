@@ -48,6 +48,7 @@ from jobs.session.messages import (
     RankBroke,
     RanksMailbox,
     RanksStarted,
+    RungReached,
     Trained,
 )
 from jobs.session.report import ActiveJob
@@ -279,9 +280,9 @@ class Rank:
         self._reporter.computed(trained, time.monotonic() - began)
         done = next((active for active in self.active.values() if active.live.done), None)
         if done is not None:
-            self._finish(done)
+            (self._finish if done.assignment.until_step is None else self._come_to_rung)(done)
         for active in self.active.values():
-            if self.rank == 0 and active.ends_kept_epoch:
+            if self.rank == 0 and active.ends_kept_epoch and active.assignment.until_step is None:
                 self._keep(active)
         if self.rank == 0:
             self._checkpoints.write_oldest({active.assignment: active.live for active in self.active.values()})
@@ -310,6 +311,22 @@ class Rank:
                 self.mailbox.deliver(Trained(job, content, manifest, progress))
 
             self._publishes[job] = self._publisher.submit(publish)
+        self.publishing[job] = active.assignment
+        self._leave(job)
+
+    def _come_to_rung(self, active: ActiveJob) -> None:
+        """Write a trial where it waits for the others, beside the next steps; all ranks let it go."""
+        job = active.assignment.job_id
+        if self.rank == 0:
+            step, loss = active.live.progress.step, active.validation_loss
+            writing = self._checkpoints.write(active.assignment, active.live)
+
+            def tell() -> None:
+                if writing is not None:
+                    writing.result()
+                self.mailbox.deliver(RungReached(job, step, loss))
+
+            self._publishes[job] = self._publisher.submit(tell)
         self.publishing[job] = active.assignment
         self._leave(job)
 

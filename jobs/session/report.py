@@ -55,6 +55,14 @@ class ActiveJob:
         return not (between or self.live.evaluation_due or self.live.done)
 
     @property
+    def validation_loss(self) -> float:
+        """That of what it would publish."""
+        progress = self.live.progress
+        evaluation = progress.best if self.live.job.train.keeps_best else progress.evaluation
+        assert evaluation is not None
+        return evaluation.loss
+
+    @property
     def probes(self) -> list[Example]:
         """Parts of rows by which a server sees that it computes what training did."""
         return [probe_of(example) for example in self.live.job.examples[:PROBES]]

@@ -19,6 +19,7 @@ import sqlalchemy as sa
 
 from jobs.duration import duration_text
 from jobs.errors import DependencyError, IllegalTransitionError, JobNotFoundError, TooManyJobsError
+from jobs.halving import Decision
 from jobs.job import (
     TERMINAL,
     TRANSITIONS,
@@ -38,15 +39,17 @@ from jobs.spec import JobSpec
 from jobs.store import dependencies
 from jobs.store.finished import FinishedJobs
 from jobs.store.lines import LineTable, mark_served
-from jobs.store.pages import JobPages, job_of
+from jobs.store.pages import NO_TRIAL, JobPages, job_of
 from jobs.store.schema import events, jobs
 from jobs.store.sessions import Fence, event_of, fence_holds, lease_holds, locked_session
+from jobs.store.trials import HELD, TrialTable, add_trials, come_to_rung, place_trials, unfinished_trials
 from jobs.store.webhooks import add_deliveries
+from jobs.trials import NewTrial
 
 SUBMIT_LOCK = 0x4C6F5242  # any number that no other user of the same PostgreSQL database takes for advisory locks
 
 
-class JobQueue(JobPages, LineTable, FinishedJobs):
+class JobQueue(JobPages, LineTable, TrialTable, FinishedJobs):
     """The queue in one database. Any number of processes and threads may use it at once; each process opens its own.
 
     Methods that write raise DatabaseUnavailableError when the outcome is unknown. Where they answer with a bool,
@@ -73,17 +76,19 @@ class JobQueue(JobPages, LineTable, FinishedJobs):
         request: ClientRequest | None = None,
         most_unfinished: int | None = None,
         most_queued: int | None = None,
+        trials: Sequence[NewTrial] = (),
     ) -> tuple[Job, bool]:
         """Return a job for `spec`, and whether it is new. The same content gives the same job, however often and from
         however many processes it is sent, unless that job failed or was cancelled, or `again` asks for another one. A
         waiting job takes the priority and time limit of its newest submission. `base` is the short name in
-        "<base>:<adapter>". What a client of the API sends is the same job only as its `request` says.
+        "<base>:<adapter>". What a client of the API sends is the same job only as its `request` says. A sweep comes
+        with its `trials`.
 
         Raises TooManyJobsError where a new job would be one more unfinished job of the tenant than `most_unfinished`,
         or one more that waits on this cluster than `most_queued`, and DependencyError where it cannot wait for what it
         depends on.
         """
-        assert status in (JobStatus.QUEUED, JobStatus.VALIDATING_FILES)
+        assert status in (JobStatus.QUEUED, JobStatus.VALIDATING_FILES) and bool(trials) == (spec.sweep is not None)
         now, job_id = self._clock(), f"job-{secrets.token_hex(6)}"
         row = {
             "id": job_id,
@@ -110,16 +115,17 @@ class JobQueue(JobPages, LineTable, FinishedJobs):
             "updated_at": now,
             "attempt": 0,
             "metadata": spec.metadata or None,
+            "sweep_id": job_id if trials else None,
         }
         if request is not None:
             row |= {"client_request": request.document, "metadata": request.metadata}
             row |= {"idempotency_key": request.idempotency_key}
         limits = most_unfinished, most_queued
         try:
-            return self._insert_or_find(row, spec, again, request, limits)
+            return self._insert_or_find(row, spec, again, request, limits, trials)
         except sa.exc.IntegrityError:
             # Another process inserted the same content after our look: now it is there to be seen.
-            return self._insert_or_find(row, spec, again, request, limits)
+            return self._insert_or_find(row, spec, again, request, limits, trials)
 
     @staticmethod
     def _copy(job_id: str, now: float, again: bool, request: ClientRequest | None) -> str:
@@ -139,11 +145,17 @@ class JobQueue(JobPages, LineTable, FinishedJobs):
         return []
 
     def get(self, id_or_prefix: str) -> Job:
-        """Return the only job whose id starts so, with or without "job-". Raises JobNotFoundError."""
-        digits = id_or_prefix.removeprefix("job-")
-        query = sa.select(jobs).where(jobs.c.id.startswith(f"job-{digits}", autoescape=True))
+        """Return the only job whose id starts so, with or without "job-"; a sweep, rather than its trials, whose ids
+        start with its own and a "-". Raises JobNotFoundError.
+        """
+        wanted = f"job-{id_or_prefix.removeprefix('job-')}"
+        query = sa.select(jobs).where(jobs.c.id.startswith(wanted, autoescape=True))
+        if wanted.count("-") == 1:
+            query = query.where(NO_TRIAL)
         with self._db.read() as conn:
             found = [job_of(row) for row in conn.execute(query.order_by(jobs.c.id).limit(6))]
+        if found and found[0].id == wanted:
+            return found[0]
         if len(found) != 1:
             raise JobNotFoundError(id_or_prefix, [job.id for job in found])
         return found[0]
@@ -238,12 +250,15 @@ class JobQueue(JobPages, LineTable, FinishedJobs):
         error: str | None = None,
         code: FailureCode | None = None,
         result: JobResult | None = None,
+        progress: JobProgress | None = None,
         max_colocated: int | None = None,
+        rung_loss: float | None = None,
         retry_after: float | None = None,
         kind: EventKind = EventKind.NOTE,
         data: dict[str, Any] | None = None,
     ) -> bool:
-        """Change a job's state, if it still is `from_`, and record its `error`, `result` or `max_colocated` with it.
+        """Change a job's state, if it still is `from_`, and record its `error`, `result`, `progress` or `max_colocated`
+        with it; of a trial that has come to its rung, the validation loss there.
         With `retry_after` the attempt that ends so has failed, for the reason `code`, and the next one waits for so
         many seconds. `to` is any state but running (see `assign`); a running job that
         is put back to queued or is paused, but is asked to be something else, becomes that. Raises
@@ -256,7 +271,7 @@ class JobQueue(JobPages, LineTable, FinishedJobs):
                 job = self._locked_job(conn, job_id)
                 if job.requested is not None and job.requested.status is not to:
                     to, message = job.requested.status, f"{message}; {job.requested.status} as requested"
-            given = {"error": error, "result": result, "max_colocated": max_colocated}
+            given = {"error": error, "result": result, "progress": progress, "max_colocated": max_colocated}
             values: dict[str, Any] = {column: value for column, value in given.items() if value is not None}
             if code is not None:
                 values |= {"error_code": code} if to is JobStatus.FAILED else {}
@@ -265,7 +280,33 @@ class JobQueue(JobPages, LineTable, FinishedJobs):
                 infrastructure = code is not None and code.is_of_infrastructure
                 counted = jobs.c.infrastructure_failures if infrastructure else jobs.c.lost_attempts
                 values |= {counted.name: counted + 1, "not_before": self._clock() + retry_after}
-            return self._move(conn, job_id, from_, to, message, values, fence, kind, data)
+            moved = self._move(conn, job_id, from_, to, message, values, fence, kind, data)
+            if moved and rung_loss is not None:
+                come_to_rung(conn, job_id, rung_loss)
+            return moved
+
+    def begin_sweep(self, sweep_id: str, *, lease: Lease | None = None) -> bool:
+        """Record that the first trial of a sweep that waits has been started."""
+        values = {"session_id": sweep_id, "not_before": None}
+        with self._db.write() as conn:
+            return lease_holds(conn, lease) and self._move(
+                conn, sweep_id, JobStatus.QUEUED, JobStatus.RUNNING, "its first trial was started", values
+            )
+
+    def settle_rung(self, sweep_id: str, decision: Decision, *, lease: Lease | None = None) -> bool:
+        """Let the best trials of a rung go on, and end the others; not where the sweep itself is to pause or end."""
+        with self._db.write() as conn:
+            if not lease_holds(conn, lease):
+                return False
+            sweep = self._locked_job(conn, sweep_id)
+            if sweep.status is not JobStatus.RUNNING or sweep.requested is not None:
+                return False
+            place_trials(conn, decision)
+            for place, trial in enumerate(decision.trials, 1):
+                to = JobStatus.QUEUED if place <= decision.going else JobStatus.CANCELLED
+                self._move(conn, trial.job_id, JobStatus.PAUSED, to, decision.message_of(place), {})
+            self._event(conn, sweep_id, decision.message())
+            return True
 
     def progress(self, job_id: str, session_id: str, fence: int, progress: JobProgress) -> bool:
         """Replace the figures of a running job."""
@@ -279,29 +320,32 @@ class JobQueue(JobPages, LineTable, FinishedJobs):
 
     def request(self, job_id: str, action: RequestedAction) -> Job:
         """Cancel or pause a job: at once where it waits, else by its session, which reads the request between two
-        steps. A request to cancel replaces one to pause, never the other way. Raises IllegalTransitionError for a job
-        that has ended."""
+        steps; a sweep with all of its trials. A request to cancel replaces one to pause, never the other way. Raises
+        IllegalTransitionError for a job that has ended."""
         with self._db.write() as conn:
-            job = self._locked_job(conn, job_id)
-            if job.status is not JobStatus.RUNNING:
-                if job.status is not action.status:
-                    self._move(conn, job_id, job.status, action.status, f"{action.status} on request", {})
-            elif job.requested in (None, RequestedAction.REQUEUE) or action is RequestedAction.CANCEL:
-                values = {"requested": action, "updated_at": self._clock()}
-                conn.execute(sa.update(jobs).where(jobs.c.id == job_id).values(values))
-                self._event(conn, job_id, f"asked to {action}")
+            sweep = self._locked_job(conn, job_id)
+            for job in (*unfinished_trials(conn, sweep), sweep):
+                if job.status is not JobStatus.RUNNING:
+                    if job.status is not action.status:
+                        self._move(conn, job.id, job.status, action.status, f"{action.status} on request", {})
+                elif job.requested in (None, RequestedAction.REQUEUE) or action is RequestedAction.CANCEL:
+                    values = {"requested": action, "updated_at": self._clock()}
+                    conn.execute(sa.update(jobs).where(jobs.c.id == job.id).values(values))
+                    self._event(conn, job.id, f"asked to {action}")
             return self._locked_job(conn, job_id)
 
     def resume(self, job_id: str) -> Job:
-        """Put a paused job back into the queue; of one that was only asked to pause, take that back. Others are left as
-        they are. Raises IllegalTransitionError for a job that has ended."""
+        """Put a paused job back into the queue, a sweep with its trials; of one that was only asked to pause, take that
+        back. Others are left as they are. Raises IllegalTransitionError for a job that has ended."""
         with self._db.write() as conn:
-            job = self._locked_job(conn, job_id)
-            if job.status is JobStatus.PAUSED or job.status in TERMINAL:
-                self._move(conn, job_id, job.status, JobStatus.QUEUED, "resumed on request", {})
-            elif job.requested is RequestedAction.PAUSE:
-                conn.execute(sa.update(jobs).where(jobs.c.id == job_id).values(requested=None))
-                self._event(conn, job_id, "asked to go on")
+            sweep = self._locked_job(conn, job_id)
+            for job in (*unfinished_trials(conn, sweep, at_rungs=False), sweep):
+                if job.status is JobStatus.PAUSED or job.status in TERMINAL:
+                    held = HELD if job.is_sweep else {}
+                    self._move(conn, job.id, job.status, JobStatus.QUEUED, "resumed on request", held)
+                elif job.requested is RequestedAction.PAUSE:
+                    conn.execute(sa.update(jobs).where(jobs.c.id == job.id).values(requested=None))
+                    self._event(conn, job.id, "asked to go on")
             return self._locked_job(conn, job_id)
 
     def assigned(self, session_id: str) -> Sequence[Job]:
@@ -373,6 +417,7 @@ class JobQueue(JobPages, LineTable, FinishedJobs):
         again: bool,
         request: ClientRequest | None,
         limits: tuple[int | None, int | None],
+        trials: Sequence[NewTrial],
     ) -> tuple[Job, bool]:
         """Return the newest job with the content of `row` that has not failed or been cancelled, else a new one; what
         counts of a client's request is its key, or what it was and when.
@@ -395,11 +440,15 @@ class JobQueue(JobPages, LineTable, FinishedJobs):
                 return job_of(twin), False
             if twin is not None and not again:
                 return self._as_last_submitted(conn, job_of(twin), spec), False
-            _check_limits(conn, row, *limits)
+            _check_limits(conn, row, max(1, len(trials)), *limits)
             needed = dependencies.unmet(conn, row["tenant"], spec.depends_on)
-            conn.execute(sa.insert(jobs).values(row | ({"not_before": math.inf} if needed else {})))
-            dependencies.add(conn, row["id"], needed)
+            held = {"not_before": math.inf if needed else None}
+            conn.execute(sa.insert(jobs).values(row | (HELD if trials else held)))
             self._event(conn, row["id"], "submitted", data={"adapter": f"{row['base']}:{spec.adapter}"})
+            for job_id in add_trials(conn, row | held, spec, trials):
+                self._event(conn, job_id, f"submitted as a trial of {row['id']}")
+                dependencies.add(conn, job_id, needed)
+            dependencies.add(conn, row["id"], [] if trials else needed)
             if needed:
                 self._event(conn, row["id"], dependencies.waits_for(needed), kind=EventKind.WAITS)
             return self._locked_job(conn, row["id"]), True
@@ -409,24 +458,29 @@ class JobQueue(JobPages, LineTable, FinishedJobs):
         before, after = (job.priority, job.time_limit), (spec.priority, spec.time_limit)
         if before == after or job.status is JobStatus.RUNNING or job.status in TERMINAL:
             return job
-        values = {"priority": spec.priority, "time_limit": spec.time_limit, "spec_json": spec.canonical_json()}
-        conn.execute(sa.update(jobs).where(jobs.c.id == job.id).values(values | {"updated_at": self._clock()}))
-        if before[0] != after[0]:
-            self._event(conn, job.id, f"priority {before[0]} -> {after[0]}")
-        if before[1] != after[1]:
-            self._event(conn, job.id, f"time limit {duration_text(before[1])} -> {duration_text(after[1])}")
+        for one in (*unfinished_trials(conn, job), job):
+            given = {"priority": spec.priority, "time_limit": spec.time_limit}
+            text = spec.canonical_json() if one is job else one.spec.model_copy(update=given).canonical_json()
+            values = given | {"spec_json": text, "updated_at": self._clock()}
+            conn.execute(sa.update(jobs).where(jobs.c.id == one.id).values(values))
+            if before[0] != after[0]:
+                self._event(conn, one.id, f"priority {before[0]} -> {after[0]}")
+            if before[1] != after[1]:
+                self._event(conn, one.id, f"time limit {duration_text(before[1])} -> {duration_text(after[1])}")
         return self._locked_job(conn, job.id)
 
 
-def _check_limits(conn: sa.Connection, row: Mapping[str, Any], most_unfinished: int | None, most: int | None) -> None:
-    """See whether a tenant may have the job of `row` too, counting no further than its limits. Raises
-    TooManyJobsError.
+def _check_limits(
+    conn: sa.Connection, row: Mapping[str, Any], new: int, most_unfinished: int | None, most: int | None
+) -> None:
+    """See whether a tenant may have the job of `row` too, or its `new` trials, counting no further than its limits.
+    Raises TooManyJobsError.
     """
-    mine = jobs.c.tenant == row["tenant"]
+    mine = sa.and_(jobs.c.tenant == row["tenant"], sa.or_(jobs.c.sweep_id.is_(None), jobs.c.sweep_id != jobs.c.id))
     unfinished = mine, jobs.c.status.not_in(sorted(TERMINAL))
     queued = mine, jobs.c.cluster == row["cluster"], jobs.c.status == JobStatus.QUEUED
     for limit, those, what in ((most_unfinished, unfinished, "unfinished"), (most, queued, "waiting")):
         if limit is not None:
             found = sa.select(jobs.c.id).where(*those).limit(limit).subquery()
-            if conn.execute(sa.select(sa.func.count()).select_from(found)).scalar_one() >= limit:
-                raise TooManyJobsError(limit, what)
+            if conn.execute(sa.select(sa.func.count()).select_from(found)).scalar_one() + new > limit:
+                raise TooManyJobsError(limit, what, new)

@@ -36,7 +36,8 @@ class LineTable(SessionTable):
     def without_session(self, cluster: str) -> Sequence[Job]:
         """Return the running jobs of a cluster whose sessions have ended."""
         ended = sa.select(sessions.c.id).where(sessions.c.id == jobs.c.session_id, sessions.c.state.in_(sorted(ALIVE)))
-        query = sa.select(jobs).where(jobs.c.cluster == cluster, jobs.c.status == JobStatus.RUNNING, ~ended.exists())
+        training = jobs.c.cluster == cluster, jobs.c.status == JobStatus.RUNNING, jobs.c.session_id != jobs.c.id
+        query = sa.select(jobs).where(*training, ~ended.exists())
         with self._db.read() as conn:
             return [job_of(row) for row in conn.execute(query.order_by(jobs.c.created_at, jobs.c.id))]
 
@@ -188,7 +189,12 @@ _RUNNING = (
         sa.func.min(jobs.c.max_colocated).label("max_colocated"),
         sa.func.coalesce(sa.func.sum(jobs.c.step_tokens), 0).label("step_tokens"),
     )
-    .where(jobs.c.cluster == sa.bindparam("cluster"), jobs.c.status == JobStatus.RUNNING)
+    # A sweep that runs has its own id there.
+    .where(
+        jobs.c.cluster == sa.bindparam("cluster"),
+        jobs.c.status == JobStatus.RUNNING,
+        jobs.c.session_id != jobs.c.id,
+    )
     .group_by(jobs.c.session_id, jobs.c.tenant, jobs.c.priority)
 )
 

@@ -13,6 +13,8 @@ from jobs.store.schema import events, jobs
 from jobs.store.sessions import event_of
 from jobs.store.step_metrics import StepMetricsTable
 
+NO_TRIAL = sa.or_(jobs.c.sweep_id.is_(None), jobs.c.sweep_id == jobs.c.id)
+
 
 class JobPages(StepMetricsTable):
     """The part of the queue that only reads."""
@@ -47,12 +49,15 @@ class JobPages(StepMetricsTable):
         after: str | None = None,
         metadata: Mapping[str, str] | None = None,
         statuses: Collection[JobStatus] | None = None,
+        trials: bool = False,
     ) -> tuple[Sequence[Job], bool]:
         """Return a tenant's jobs (None: everybody's) that follow the one `after`, and whether there are more; those
-        that have all of `metadata`, or for an empty mapping those that have none, in one of `statuses`. Raises
-        JobNotFoundError.
+        that have all of `metadata`, or for an empty mapping those that have none, in one of `statuses`. The `trials` of
+        sweeps are left out if nobody asks for them. Raises JobNotFoundError.
         """
         query = sa.select(jobs)
+        if not trials:
+            query = query.where(NO_TRIAL)
         if tenant is not None:
             query = query.where(jobs.c.tenant == tenant)
         if statuses is not None:

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from jobs.errors import DatabaseSettingError
 from jobs.job import TERMINAL, EventKind, JobStatus, SessionState
 
-REVISION = "time_limits"
+REVISION = "sweeps"
 """The newest migration's."""
 MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -97,6 +97,7 @@ jobs = sa.Table(
     sa.Column("client_request", _Json),
     sa.Column("metadata", sa.JSON(none_as_null=True)),
     sa.Column("idempotency_key", sa.Text),
+    sa.Column("sweep_id", sa.Text),
     _one_of("status", JobStatus),
     sa.CheckConstraint("status <> 'running' OR session_id IS NOT NULL"),
 )
@@ -118,6 +119,10 @@ sa.Index(
 )
 _held = jobs.c.not_before.is_not(None)
 sa.Index("jobs_held", jobs.c.cluster, jobs.c.not_before, sqlite_where=_held, postgresql_where=_held)
+_is_open = sa.and_(jobs.c.sweep_id == jobs.c.id, jobs.c.finished_at.is_(None))
+sa.Index("open_sweeps", jobs.c.id, sqlite_where=_is_open, postgresql_where=_is_open)
+_is_of_one = jobs.c.sweep_id.is_not(None)
+sa.Index("jobs_by_sweep", jobs.c.sweep_id, sqlite_where=_is_of_one, postgresql_where=_is_of_one)
 # Two processes that submit the same content at once cannot both insert it. `copy` is empty, but for a job that was
 # wanted again.
 _unwanted = sorted(TERMINAL - {JobStatus.SUCCEEDED})
@@ -139,6 +144,24 @@ dependencies = sa.Table(
     sa.Column("needs_id", sa.Text, primary_key=True),
 )
 sa.Index("dependencies_by_needed", dependencies.c.needs_id)
+
+# Jobs with one `sweep_id`, which is the id of the job that is the sweep: where each stands among the others.
+trials = sa.Table(
+    "trials",
+    metadata,
+    sa.Column("job_id", sa.Text, primary_key=True),
+    sa.Column("sweep_id", sa.Text, nullable=False),
+    sa.Column("number", sa.Integer, nullable=False),
+    sa.Column("parameters", _Json, nullable=False),
+    sa.Column("steps", sa.Integer, nullable=False),
+    sa.Column("rung", sa.Integer),
+    sa.Column("until_step", sa.Integer),
+    sa.Column("reached", sa.Integer, nullable=False),
+    sa.Column("loss", sa.Double),
+    sa.Column("place", sa.Integer),
+    sa.Column("compared", sa.Integer),
+)
+sa.Index("trials_by_sweep", trials.c.sweep_id, trials.c.number)
 
 events = sa.Table(
     "events",

@@ -196,8 +196,9 @@ class WebhookTable:
 
 
 def add_deliveries(conn: sa.Connection, job_id: str, status: JobStatus, now: float) -> None:
-    """Note who is to be told that a job has ended, in the transaction that ends it."""
-    tenant = sa.select(jobs.c.tenant).where(jobs.c.id == job_id).scalar_subquery()
+    """Note who is to be told that a job has ended, in the transaction that ends it; of a sweep, not of its trials."""
+    asked_for = sa.or_(jobs.c.sweep_id.is_(None), jobs.c.sweep_id == jobs.c.id)
+    tenant = sa.select(jobs.c.tenant).where(jobs.c.id == job_id, asked_for).scalar_subquery()
     event_type = f"fine_tuning.job.{status}"
     own = sa.select(webhook_endpoints.c.id, webhook_endpoints.c.event_types).where(webhook_endpoints.c.tenant == tenant)
     rows = [

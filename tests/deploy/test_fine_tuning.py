@@ -206,6 +206,35 @@ def test_a_job_that_is_in_the_queue_is_scheduled_though_storage_is_away(
     assert started == ["c"] and site.create("unrecorded").id == job.id
 
 
+def test_a_sweep_is_one_job_with_its_trials(site: Site) -> None:
+    sweep = {"learning_rate": [1e-4, 3e-4], "r": [4, 8], "reduction_factor": 2}
+    options: Any = {"validation_file": str(site.rows), "extra_body": {"sweep": sweep}}
+    estimate = site.create("swept", **options | {"extra_body": {"sweep": sweep, "dry_run": True}}).to_dict()
+    told: Any = estimate["sweep"]
+    assert (told["trials"], told["left"]) == (4, [2, 1]) and told["grid_tokens"] == 12 * estimate["tokens_per_epoch"]  # type: ignore[operator]
+    assert estimate["tokens"] < told["grid_tokens"]
+    job = site.create("swept", **options)
+    FineTuningJob.model_validate(job.to_dict(), strict=True)
+    shown: Any = site.client.fine_tuning.jobs.retrieve(job.id).to_dict()["sweep"]
+    assert shown["options"] == sweep and [one["values"]["r"] for one in shown["trials"]] == [4, 4, 8, 8]
+    assert shown["trials"][0] | {"values": {}} == {
+        "id": f"{job.id}-1", "status": "queued", "values": {}, "step": 0, "steps": 6, "valid_loss": None, "rung": 0,
+        "standing": "",
+    }  # fmt: skip
+    listed = [one.to_dict() for one in site.client.fine_tuning.jobs.list(limit=100)]
+    assert [one["sweep"] for one in listed if str(one["id"]).startswith(job.id)] == [shown]
+    assert site.create("swept", **options).id == job.id
+    assert site.client.fine_tuning.jobs.retrieve(f"{job.id}-2").to_dict()["sweep"] is None
+    site.client.fine_tuning.jobs.cancel(job.id)
+    ended: Any = site.client.fine_tuning.jobs.retrieve(job.id).to_dict()
+    assert {ended["status"], *(one["status"] for one in ended["sweep"]["trials"])} == {"cancelled"}
+    error = refused(site, extra_body={"sweep": {"r": [0], "learning_rate": 3}})
+    for part in ("sweep.r[0] must be at least 1", "sweep.learning_rate must be a list"):
+        assert part in error.message
+    error = refused(site, extra_body={"sweep": {"r": [4]}})
+    assert "sweep compares its trials by their validation loss" in error.message
+
+
 def test_jobs_are_listed_by_metadata_in_pages(site: Site) -> None:
     labels: list[Any] = [{"run": "1", "kind": "x"}, {"run": "2", "kind": "x"}, {"run": "1", "kind": 'y"]'}, None]
     ids = [site.create(f"listed-{n}", metadata=pairs).id for n, pairs in enumerate(labels)]

@@ -67,6 +67,7 @@ NOT_OF_THE_ENGINE = {
     "num_workers": "ranks, which are to change nothing (test_trainer.py)",
     "priority": "who goes first (test_policy.py)",
     "time_limit": "for how long (test_time_limits.py)",
+    "sweep": "which options (test_sweep.py)",
     "depends_on": "when it starts (test_dependencies.py)",
     "metadata": "how a job is found again (test_job_commands.py)",
 }

@@ -175,6 +175,38 @@ def test_a_dry_run_says_what_a_job_comes_to_and_queues_nothing(
     assert len(queue.list()) == 2
 
 
+def test_a_sweep_is_submitted_and_shown_with_its_trials(
+    queue: JobQueue, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_BASE_MODELS", json.dumps({"tiny": str(save_tiny_model("llama", tmp_path / "tiny"))}))
+    monkeypatch.setattr("jobs.scheduling.scheduler.ensure_scheduler", lambda *_: None)
+    rows, path = tmp_path / "rows.jsonl", tmp_path / "job.json"
+    rows.write_text("\n".join(json.dumps({"prompt": f"item {n}: ", "completion": f"code {n}"}) for n in range(20)))
+    values = {"base_model": "tiny", "dataset": str(rows), "adapter": "a", "precision": "fp32", "validation": 0.2}
+    swept = {"sweep": {"r": [2, 4], "epochs": [2, 4], "init_lora_weights": [True, "pissa"]}}
+    path.write_text(json.dumps(values | swept))
+    found = json.loads(run("submit", str(path), "--dry-run", "--json")[1])
+    assert (found["sweep"]["trials"], found["sweep"]["left"]) == (8, [2])
+    assert found["sweep"]["grid_tokens"] == 24 * found["rows"]["tokens"] > found["tokens"] > 0
+    text = run("submit", str(path), "--dry-run")[1]
+    assert f"a sweep of 8, then 2 trials: at most about {found['tokens']:,} of the" in text and not queue.list()
+    sweep_id = json.loads(run("submit", str(path), "--detach", "--json")[1])["id"]
+    jobs = [queue.get(trial.job_id) for trial in queue.trials([sweep_id])[sweep_id]]
+    assert [job.forward_path for job in jobs] == ["llama", "llama", "hooks", "hooks"] * 2
+    assert [trial.steps for trial in queue.trials([sweep_id])[sweep_id]] == [4, 8] * 4
+    assert {job.examples_sha for job in jobs} == {queue.get(sweep_id).examples_sha}
+    assert [job["id"] for job in json.loads(run("list", "--json")[1])] == [sweep_id]
+    assert len(json.loads(run("list", "--json", "--trials")[1])) == 9
+    train(queue, jobs[0].id)
+    shown = json.loads(run("show", sweep_id, "--json")[1])["trials"]
+    assert (shown[0]["status"], shown[7]["parameters"]) == (
+        "running", {"r": 4, "init_lora_weights": "pissa", "epochs": 4},
+    )  # fmt: skip
+    *_, first, last = [line.split() for line in run("show", sweep_id)[1].splitlines() if f"{sweep_id}-" in line]
+    assert last == [f"{sweep_id}-8", "4", "pissa", "4", "queued", "0/8", "-"] and len(first) == 7
+    assert json.loads(run("cancel", "--json", sweep_id)[1])["requested"] is None
+
+
 def test_a_log_takes_any_characters(queue: JobQueue, settings: Settings) -> None:
     storage, job_id = open_storage(settings.storage_url), submitted(queue, "a")
     writer = JobLogWriter(storage, job_id, attempt=1)

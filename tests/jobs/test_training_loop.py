@@ -26,9 +26,11 @@ from jobs.session.messages import (
     Assignment,
     CheckpointWritten,
     DesiredJobs,
+    Evaluated,
     JobFailed,
     NoRoom,
     RankBroke,
+    RungReached,
     StepsDone,
     Trained,
 )
@@ -301,6 +303,45 @@ def test_a_paused_job_leaves_once_it_is_written_and_goes_on_from_there(
     assert set(figures) == {"train_loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_bytes"}
     assert figures["learning_rate"] == 5e-3 and all(value > 0 for value in figures.values())
     assert mailbox.of(StepsDone)[-1].tokens_per_second > 0
+
+
+def test_a_trial_leaves_at_its_rung_once_it_is_written_and_ends_as_if_it_had_not(
+    session: Session, storage: ObservedStorage
+) -> None:
+    """On both ranks, beside another job; what it was after its epochs until then is not kept."""
+    job, rows = assignment(storage, "trial", documents(8, 1), documents(4, 3), epochs=4), documents(4, 2)
+    other = assignment(storage, "other", rows, epochs=100_000)
+
+    def script(mailbox: ScriptedMailbox) -> Script:
+        for attempt, until, report in ((1, 5, RungReached), (2, 8, RungReached), (3, None, Trained)):
+            written = {"checkpoint_key": one.key, "checkpoint_sha256": one.sha256} if (one := newest(mailbox)) else {}
+            trial = replace(job, attempt=attempt, until_step=until, **written)
+            before = len(mailbox.of(report))
+            while len(mailbox.of(report)) == before:
+                yield DesiredJobs((trial, other))
+            while "trial" in mailbox.active:
+                yield DesiredJobs((other,))
+
+    def newest(mailbox: ScriptedMailbox) -> CheckpointWritten | None:
+        return ([None, *mailbox.of(CheckpointWritten)])[-1]
+
+    mailbox = ScriptedMailbox(script)
+    session.run(mailbox, storage, storage)
+    first, second = mailbox.of(RungReached)
+    losses = [report.evaluation["loss"] for report in mailbox.of(Evaluated) if report.job_id == "trial"]
+    assert (first.job_id, first.step, second.step) == ("trial", 5, 8) and first.loss in losses
+    assert second.loss == losses[-1]
+    told = [report for report in mailbox.reports if isinstance(report, CheckpointWritten | RungReached)]
+    assert [type(report) for report in told] == [CheckpointWritten, RungReached] * 2
+
+    def alone(mailbox: ScriptedMailbox) -> Script:
+        while not mailbox.of(Trained):
+            yield DesiredJobs((job,))
+
+    once = ScriptedMailbox(alone)
+    session.run(once, storage, storage)
+    (trained,), (straight,) = mailbox.of(Trained), once.of(Trained)
+    assert trained.files == straight.files and {kept.job_id for kept in mailbox.of(AdapterKept)} <= {"other"}
 
 
 def assert_set(event: threading.Event) -> None:
